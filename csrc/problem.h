@@ -1,0 +1,67 @@
+// What one call of an op asks of a device, in plain pointers and sizes: the same structs for csrc/cpu and csrc/cuda.
+#pragma once
+#include <cstdint>
+
+namespace quantlib {
+
+// The rows of the table, in its order.
+enum class Type : uint8_t { float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, float4_e2m1fn, int8, uint8, int4 };
+
+// x is [M, K]; element (i, j) uses scale[i / br, j / bk] of a [ceil(M / br), ceil(K / bk)] scale.
+struct Grid {
+  int64_t M, K, br, bk;
+  int64_t scale_rows() const { return (M + br - 1) / br; }
+  int64_t scale_cols() const { return (K + bk - 1) / bk; }
+};
+
+// y[n] = encode(decode(x[n]))
+struct Cast {
+  const void* x;  // [n] of x_type
+  Type x_type;
+  void* y;  // [n] of y_type
+  Type y_type;
+  int64_t n;
+  bool saturate;
+};
+
+// scale[I, J], zero_point[I, J] of the range of block (I, J)
+struct ComputeScale {
+  Grid grid;
+  const void* x;  // [M, K] float32, float16 or bfloat16
+  Type x_type, format;
+  float* scale;         // [ceil(M / br), ceil(K / bk)]
+  int32_t* zero_point;  // the same shape, or null: symmetric
+};
+
+// codes[i, j] = encode(x[i, j] / scale[i / br, j / bk])
+struct Quantize {
+  Grid grid;
+  const void* x;  // [M, K] float32, float16 or bfloat16
+  Type x_type, format;
+  const float* scale;         // [ceil(M / br), ceil(K / bk)]
+  const int32_t* zero_point;  // the same shape, or null: symmetric
+  void* codes;                // [M, K], or [M, ceil(K / 2)] bytes where the format is packed
+};
+
+// y[i, j] = decode(codes[i, j]) * scale[i / br, j / bk]
+struct Dequantize {
+  Grid grid;
+  const void* codes;  // [M, K], or [M, ceil(K / 2)] bytes where the format is packed
+  Type format;
+  const float* scale;         // [ceil(M / br), ceil(K / bk)]
+  const int32_t* zero_point;  // the same shape, or null: symmetric
+  void* y;                    // [M, K] float32, float16 or bfloat16
+  Type y_type;
+};
+
+// scale = compute_scale(x), codes = quantize(x, scale), in one pass over x
+struct QuantizeDynamic {
+  Grid grid;
+  const void* x;  // [M, K] float32, float16 or bfloat16
+  Type x_type, format;
+  void* codes;          // [M, K], or [M, ceil(K / 2)] bytes where the format is packed
+  float* scale;         // [ceil(M / br), ceil(K / bk)]
+  int32_t* zero_point;  // the same shape, or null: symmetric
+};
+
+}  // namespace quantlib

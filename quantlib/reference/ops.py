@@ -1,0 +1,122 @@
+"""What every op means, in NumPy, on one page (contract C3-C7).
+
+An n-D x is viewed as [M, K] = [product of the leading sizes, last size]; element (i, j) uses
+``scale[i // br, j // bk]`` of a float32 scale of shape [ceil(M / br), ceil(K / bk)]. ``x`` is float32: a narrower
+input is decoded first, which is exact. Codes are integers of the format's storage type, packed where it is packed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantlib import formats
+from quantlib.formats import FloatFormat, IntFormat
+from quantlib.reference import numerics, packing
+from quantlib.reference.numerics import Array
+
+Block = tuple[int, int]
+
+
+def cast(x: Array, format: str, *, saturate: bool | None = None) -> Array:
+    """codes[...] = encode(x[...])"""
+    with np.errstate(all="ignore"):
+        return numerics.encode_float(x, _float(format), saturate)
+
+
+def compute_scale(x: Array, format: str, block: Block, *, symmetric: bool = True) -> Array | tuple[Array, Array]:
+    """scale[I, J] = clamp(amax(|x[i, j]| of block I, J) / Q), or the affine (scale, zero_point) of its range"""
+    f, rows = formats.get(format), matrix(x)
+    with np.errstate(all="ignore"):
+        a = numerics.magnitude_bits(rows)
+        if symmetric:
+            return numerics.symmetric_scale(reduce_blocks(np.maximum, a, block), f)
+        is_nan = reduce_blocks(np.maximum, a, block) > numerics.INFINITY_BITS
+        lowest, highest = (reduce_blocks(extreme, rows, block) for extreme in (np.fmin, np.fmax))
+        lowest, highest = (np.where(is_nan, numerics.NAN, bound) for bound in (lowest, highest))
+        return numerics.affine_scale(lowest, highest, _int(format))
+
+
+def quantize(x: Array, scale: Array, format: str, *, block: Block, zero_point: Array | None = None) -> Array:
+    """codes[i, j] = encode(x[i, j] / scale[i // br, j // bk])"""
+    f, rows = formats.get(format), matrix(x)
+    with np.errstate(all="ignore"):
+        t = numerics.project(rows, spread(numerics.effective_scale(scale, f), rows.shape, block))
+        if isinstance(f, FloatFormat):
+            codes = numerics.encode_float(t, f, saturate=True)
+        else:
+            z = np.int32(0) if zero_point is None else spread(zero_point, rows.shape, block)
+            codes = numerics.encode_int(t, z, f, zero_point is not None)
+    if f.packed:
+        return packing.pack(codes, f).reshape(*x.shape[:-1], -1)
+    return codes.astype(f.storage).reshape(x.shape)
+
+
+def dequantize(
+    codes: Array,
+    scale: Array,
+    format: str,
+    *,
+    block: Block,
+    zero_point: Array | None = None,
+    dtype: str = "float32",
+    size: int | None = None,
+) -> Array:
+    """y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk], as codes of ``dtype``"""
+    f, rows = formats.get(format), matrix(codes)
+    shape = codes.shape
+    if f.packed:
+        K = 2 * rows.shape[1] if size is None else size
+        rows = packing.unpack(rows, f, K)
+        shape = (*codes.shape[:-1], K)
+    with np.errstate(all="ignore"):
+        s_eff = spread(numerics.effective_scale(scale, f), rows.shape, block)
+        if isinstance(f, FloatFormat):
+            y = numerics.canonical(numerics.decode_float(rows, f) * s_eff)
+        else:
+            z = np.int32(0) if zero_point is None else spread(zero_point, rows.shape, block)
+            y = numerics.decode_int(rows, s_eff, z, f, zero_point is not None)
+        return numerics.encode_float(y, _float(dtype)).reshape(shape)
+
+
+def quantize_dynamic(x: Array, format: str, *, block: Block, symmetric: bool = True) -> tuple[Array, ...]:
+    """scale = compute_scale(x), codes = quantize(x, scale): (codes, scale) or (codes, scale, zero_point)"""
+    scale = compute_scale(x, format, block, symmetric=symmetric)
+    scale, *zero_point = (scale,) if symmetric else scale
+    return quantize(x, scale, format, block=block, zero_point=next(iter(zero_point), None)), scale, *zero_point
+
+
+def matrix(x: Array) -> Array:
+    """[..., K] -> [M, K]; a 0-d array is [1, 1]."""
+    x = np.asarray(x)
+    if x.ndim == 0:
+        return x.reshape(1, 1)
+    K = x.shape[-1]
+    return x.reshape(int(np.prod(x.shape[:-1], dtype=np.int64)), K)
+
+
+def spread(values: Array, shape: tuple[int, int], block: Block) -> Array:
+    """[ceil(M / br), ceil(K / bk)] -> [M, K]: values[i // br, j // bk]."""
+    i, j = (np.arange(size) // b for size, b in zip(shape, block, strict=True))
+    return values[i[:, None], j[None, :]]
+
+
+def reduce_blocks(reduce: np.ufunc, x: Array, block: Block) -> Array:
+    """[M, K] -> [ceil(M / br), ceil(K / bk)]: the reduction of each block."""
+    for axis, (size, b) in enumerate(zip(x.shape, block, strict=True)):
+        starts = np.arange(0, size, b)
+        x = reduce.reduceat(x, starts, axis) if size else x
+    return x
+
+
+def _float(format: str) -> FloatFormat:
+    f = formats.get(format)
+    if not isinstance(f, FloatFormat):
+        raise ValueError(f"format must be a float format, got {f.name}")
+    return f
+
+
+def _int(format: str) -> IntFormat:
+    f = formats.get(format)
+    if not isinstance(f, IntFormat):
+        raise ValueError(f"format must be an integer format for an affine scale, got {f.name}")
+    return f
