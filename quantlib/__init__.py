@@ -1,0 +1,74 @@
+"""Quantization kernels for PyTorch: one numeric contract, the same bytes on every backend.
+
+>>> import torch, quantlib
+>>> codes, scale = quantlib.quantize_dynamic(torch.randn(4, 64), "int8", block=(1, -1))
+>>> quantlib.dequantize(codes, scale, "int8", block=(1, -1)).shape
+torch.Size([4, 64])
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from quantlib import nn, reference
+    from quantlib.api import dequantize_, quantize_
+    from quantlib.backends import use_backend
+    from quantlib.ops import cast, compute_scale, dequantize, pack, quantize, quantize_dynamic, unpack
+    from quantlib.spec import QuantSpec
+
+_HOME = {
+    "cast": "ops",
+    "compute_scale": "ops",
+    "dequantize": "ops",
+    "dequantize_": "api",
+    "pack": "ops",
+    "quantize": "ops",
+    "quantize_": "api",
+    "quantize_dynamic": "ops",
+    "QuantSpec": "spec",
+    "unpack": "ops",
+    "use_backend": "backends",
+}  # name -> the module it lives in
+_MODULES = ("nn", "reference")
+
+__all__ = [
+    "QuantSpec",
+    "cast",
+    "compute_scale",
+    "dequantize",
+    "dequantize_",
+    "nn",
+    "pack",
+    "quantize",
+    "quantize_",
+    "quantize_dynamic",
+    "reference",
+    "unpack",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# A program that imports quantlib gets torch.ops.quantlib with it. The command line does not: `quantlib bits 3.14`
+# needs the table of formats and not the second or two that torch takes to import.
+if os.path.basename(sys.argv[0] if sys.argv else "") != "quantlib" and sys.orig_argv[1:3] != ["-m", "quantlib"]:
+    import quantlib.ops

@@ -1,0 +1,89 @@
+"""y[...] = encode(decode(x[...])): from one float format to another, rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.ops.check import CASTS, Result, check_dtype, check_format, dtype_of
+from quantlib.ops.declare import Kernel, declare, format_name
+
+
+def _results(x: Tensor, format: str, saturate: bool) -> list[Result]:
+    f = check_format("cast", format, CASTS)
+    check_dtype("cast", "x", x.dtype, CASTS)
+    return [(list(x.shape), dtype_of(f))]
+
+
+def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, saturate: bool) -> None:
+    kernel(x.reshape(-1), formats.get(x.dtype), outs[0].view(-1), formats.get(format), saturate)
+
+
+_cast, _cast_out = declare("cast", _results, _launch)
+_SATURATES = {name: bool(getattr(f, "saturates", False)) for name, f in formats.FORMATS.items()}
+
+
+def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, out: Tensor | None = None) -> Tensor:
+    """Round ``x`` to a float format, once, to nearest with ties to even.
+
+    Parameters
+    ----------
+    x : Tensor [...]
+        float32, float16, bfloat16, float8_e4m3fn or float8_e5m2. Narrower than float32, it is decoded first: exact.
+    format : str or torch.dtype
+        One of the same five.
+    saturate : bool, optional
+        Whether what is too large becomes the largest finite value (True) or infinity, in float8_e4m3fn NaN (False).
+        By default only the 8-bit formats saturate.
+    out : Tensor [...], optional
+        Written to and returned: x's shape, the format's dtype.
+
+    Returns
+    -------
+    Tensor [...]
+        Of the format's dtype. Every NaN is the format's one NaN. Between 32 and 16 bits the gradient is passed
+        straight through.
+
+    Raises
+    ------
+    RuntimeError
+        For an x, format or out that is not as above, and for a gradient through 8 bits.
+
+    Notes
+    -----
+    Contract C1, C2 and C3, ``docs/contract.md``.
+    """
+    name = format_name(format)
+    saturates = _SATURATES.get(name, False) if saturate is None else saturate
+    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+        result: Tensor = _StraightThrough.apply(x, name, saturates, out)
+        return result
+    if out is None:
+        y: Tensor = _cast(x, name, saturates)
+        return y
+    _cast_out(x, name, saturates, out=out)
+    return out
+
+
+class _StraightThrough(torch.autograd.Function):
+    """dx = dy, in x's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, saturate: bool, out: Tensor | None) -> Tensor:
+        if out is not None:
+            raise RuntimeError("quantlib::cast: out must be None where x requires a gradient, got a tensor")
+        if x.dtype.itemsize == 1 or name.startswith("float8"):
+            raise RuntimeError(
+                f"quantlib::cast: x must not require a gradient, which cannot pass through 8 bits, "
+                f"got {x.dtype} to {name}: call it under torch.no_grad() or on x.detach()"
+            )
+        ctx.dtype = x.dtype
+        y: Tensor = _cast(x, name, saturate)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return dy.to(ctx.dtype), None, None, None

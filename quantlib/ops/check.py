@@ -1,0 +1,107 @@
+"""What an op accepts. Every check says what was expected and what came, in the words of ``csrc/check.h``.
+
+A result is (shape, dtype): what an op checks and returns is its shape function too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.formats import FloatFormat, Format
+
+Block = Sequence[int]
+Result = tuple[Sequence[int], torch.dtype]
+
+INPUTS = ("float32", "float16", "bfloat16")
+CASTS = tuple(f.name for f in formats.FORMATS.values() if f.is_float and not f.packed)
+TARGETS = tuple(f.name for f in formats.TABLE)
+INTEGERS = tuple(f.name for f in formats.TABLE if not f.is_float)
+
+
+def fail(op: str, argument: str, expected: object, got: object) -> NoReturn:
+    raise RuntimeError(f"quantlib::{op}: {argument} must be {expected}, got {got}")
+
+
+def one_of(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(f: Format) -> torch.dtype:
+    """The dtype that holds codes of ``f``."""
+    dtype = getattr(torch, f.dtype_name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def described(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+    return f"{dtype_name(dtype)} [{', '.join(map(str, shape))}] on {device}"
+
+
+def check_tensor(op: str, argument: str, got: Tensor, expected: Result, device: torch.device) -> None:
+    """``got`` has the expected shape and dtype, on ``device``."""
+    shape, dtype = expected
+    if got.dtype != dtype or got.device != device or list(got.shape) != list(shape):
+        fail(op, argument, described(shape, dtype, device), described(got.shape, got.dtype, got.device))
+
+
+def check_dtype(op: str, argument: str, got: torch.dtype, accepted: Sequence[str]) -> None:
+    if dtype_name(got) not in accepted:
+        fail(op, argument, one_of(accepted), dtype_name(got))
+
+
+def check_format(op: str, name: str, accepted: Sequence[str] = TARGETS) -> Format:
+    if name not in accepted:
+        fail(op, "format", one_of(accepted), name)
+    return formats.FORMATS[name]
+
+
+def check_block(op: str, shape: Sequence[int], block: Block) -> Result:
+    """The scale of x of ``shape``: float32 [ceil(M / br), ceil(K / bk)]."""
+    if len(block) != 2 or block[0] < 1 or block[1] < 1:
+        fail(op, "block", "two sizes >= 1", f"[{', '.join(map(str, block))}]")
+    M, K = matrix_shape(shape)
+    return [(M + block[0] - 1) // block[0], (K + block[1] - 1) // block[1]], torch.float32
+
+
+def check_scale(op: str, scale: Tensor, zero_point: Tensor | None, f: Format, expected: Result, like: Tensor) -> None:
+    """scale is as expected; zero_point has its shape and is int32, inside an integer format's range."""
+    check_tensor(op, "scale", scale, expected, like.device)
+    if zero_point is None:
+        return
+    if isinstance(f, FloatFormat):
+        fail(op, "zero_point", f"None for {f.name}", "a tensor")
+    check_tensor(op, "zero_point", zero_point, (expected[0], torch.int32), like.device)
+    # Looking at values would make a device wait for the host, so only the CPU's are; a kernel clamps in any case.
+    if zero_point.device.type == "cpu" and type(zero_point) in (Tensor, torch.nn.Parameter) and zero_point.numel():
+        qmin, qmax = f.range(affine=True)
+        lowest, highest = (int(z) for z in zero_point.aminmax())
+        if lowest < qmin or highest > qmax:
+            fail(op, "zero_point", f"in {qmin}..{qmax}", lowest if lowest < qmin else highest)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """[..., K] viewed as [M, K]; 0-d as [1, 1]."""
+    M = 1
+    for size in shape[:-1]:
+        M *= size
+    return M, (shape[-1] if len(shape) else 1)
+
+
+def codes_of(shape: Sequence[int], f: Format) -> Result:
+    """x's codes: of x's shape, or [..., ceil(K / 2)] bytes where the format is packed."""
+    return ([*shape[:-1], (matrix_shape(shape)[1] + 1) // 2] if f.packed else list(shape)), dtype_of(f)
+
+
+def no_gradient(op: str, x: Any, instead: str) -> None:
+    """A projection has no gradient: raise where one would vanish."""
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"quantlib::{op}: x must not require a gradient, which this op does not have: {instead}")

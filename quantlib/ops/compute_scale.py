@@ -1,0 +1,94 @@
+"""scale[I, J] = clamp(amax(|x[i, j]| of block I, J) / Q)"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.ops.check import (
+    INPUTS,
+    INTEGERS,
+    Block,
+    Result,
+    check_block,
+    check_dtype,
+    check_format,
+    no_gradient,
+)
+from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+
+
+def _results(x: Tensor, format: str, block: Block) -> list[Result]:
+    check_format("compute_scale", format)
+    check_dtype("compute_scale", "x", x.dtype, INPUTS)
+    return [check_block("compute_scale", x.shape, block)]
+
+
+def _affine_results(x: Tensor, format: str, block: Block) -> list[Result]:
+    check_format("compute_scale", format, INTEGERS)
+    (scale,) = _results(x, format, block)
+    return [scale, (scale[0], torch.int32)]
+
+
+def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, block: Block) -> None:
+    M, K, block = matrices(x.shape, block)
+    scale, zero_point = (*outs, None)[:2]
+    kernel(x.reshape(M, K), formats.get(format), block, scale, zero_point)
+
+
+_symmetric, _symmetric_out = declare("compute_scale", _results, _launch)
+_affine, _affine_out = declare("compute_scale.affine", _affine_results, _launch)
+
+
+def compute_scale(
+    x: Tensor,
+    format: str | torch.dtype,
+    block: Block,
+    *,
+    symmetric: bool = True,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scale of each block of ``x``: what its codes are multiplied by.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        float32, float16 or bfloat16, viewed as [M, K].
+    format : str or torch.dtype
+        A row of ``quantlib.formats``; an integer one where not symmetric.
+    block : (br, bk)
+        Rows and columns that share a scale, -1 for the whole axis: (-1, -1) tensor, (1, -1) row, (1, g) group of g,
+        (b, b) tile.
+    symmetric : bool
+        Whether the range is -amax..amax (True) or min..max with a zero point (False).
+    out : Tensor, or a tuple of the results, optional
+        Written to and returned.
+
+    Returns
+    -------
+    scale : Tensor [ceil(M / br), ceil(K / bk)] float32
+        amax / Q inside [2^-100, the format's largest scale]. NaN where the block holds a NaN.
+    zero_point : Tensor, int32 of scale's shape
+        The code of zero; only where not symmetric.
+
+    Raises
+    ------
+    RuntimeError
+        For an argument that is not as above, or an x that requires a gradient.
+
+    Notes
+    -----
+    Contract C4, ``docs/contract.md``.
+    """
+    no_gradient("compute_scale", x, "call it under torch.no_grad() or on x.detach()")
+    name, block = format_name(format), whole_axes(x, block)
+    if out is None:
+        result: Tensor | tuple[Tensor, Tensor] = (_symmetric if symmetric else _affine)(x, name, block)
+        return result
+    if symmetric:
+        _symmetric_out(x, name, block, out=out)
+    else:
+        scale, zero_point = out
+        _affine_out(x, name, block, scale=scale, zero_point=zero_point)
+    return out

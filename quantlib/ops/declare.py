@@ -1,0 +1,104 @@
+"""From two functions, what an op accepts and how a kernel is launched, to every registration the op needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlib import backends, formats
+from quantlib.ops.check import Block, Result, check_tensor, matrix_shape
+
+Kernel = Callable[..., None]
+
+
+def declare(overload: str, results: Callable[..., list[Result]], launch: Callable[..., None]) -> tuple[Any, Any]:
+    """Attach Python kernels, shape functions and batching rule to ``overload`` and to its out form: both overloads.
+
+    ``results(*args)`` raises on bad arguments and says the shape and dtype of each result. ``launch(kernel, outs,
+    *args)`` hands contiguous matrices to a backend's kernel, which writes into ``outs``.
+    """
+    op, _, kind = overload.partition(".")
+    out_overload = f"{op}.{kind + '_' if kind else ''}out"
+    names = re.findall(r"Tensor\(\w!\) (\w+)", backends.SCHEMAS[out_overload])
+
+    def empty(args: Sequence[Any]) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype, device=args[0].device) for shape, dtype in results(*args)]
+
+    def fake(*args: Any) -> Any:
+        return _result(empty(args))
+
+    def fake_out(*args: Any, **outs: Tensor) -> None:
+        for name, expected in zip(names, results(*args), strict=True):
+            check_tensor(op, name, outs[name], expected, args[0].device)
+
+    def bind(kernel: Kernel) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            outs = empty(args)
+            if outs[0].numel():
+                launch(kernel, outs, *args)
+            return _result(outs)
+
+        return call
+
+    def bind_out(kernel: Kernel) -> Callable[..., Any]:
+        def call_out(*args: Any, **outs: Tensor) -> None:
+            fake_out(*args, **outs)
+            given = [outs[name] for name in names]
+            if not given[0].numel():
+                return
+            dense = [out if out.is_contiguous() else torch.empty_like(out, memory_format=DENSE) for out in given]
+            launch(kernel, dense, *args)
+            for out, written in zip(given, dense, strict=True):
+                if written is not out:
+                    out.copy_(written)
+
+        return call_out
+
+    backends.attach(overload, bind, fake)
+    backends.attach(out_overload, bind_out, fake_out)
+    packet = getattr(torch.ops.quantlib, op)
+    function, out_function = getattr(packet, kind or "default"), getattr(packet, out_overload.partition(".")[2])
+
+    def each(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        """One call an example: a block never spans two of them."""
+        calls = []
+        for n in range(info.batch_size):
+            example = (a.select(d, n) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
+            calls.append(function(*example))
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(names)
+
+    backends.vmap(overload, each)
+    return function, out_function
+
+
+DENSE = torch.contiguous_format
+
+
+def matrices(shape: Sequence[int], block: Block) -> tuple[int, int, tuple[int, int]]:
+    """M, K and the block clamped to them, of a non-empty x of ``shape``."""
+    M, K = matrix_shape(shape)
+    return M, K, (min(block[0], M), min(block[1], K))
+
+
+def format_name(format: Any) -> str:
+    """The name of a format given by name or as a dtype; what names there are is for the op to say."""
+    return format if type(format) is str else formats.get(format).name
+
+
+def whole_axes(x: Tensor, block: Block, size: int | None = None) -> Block:
+    """``block`` with -1 replaced by the size of its axis of x viewed as [M, K]; ``size`` stands in for K."""
+    if len(block) == 2 and (block[0] == -1 or block[1] == -1):
+        M, K = matrix_shape(x.shape)
+        K = K if size is None else size
+        return [max(size, 1) if b == -1 else b for b, size in zip(block, (M, K), strict=True)]
+    return block
+
+
+def _result(outs: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return outs[0] if len(outs) == 1 else tuple(outs)

@@ -1,0 +1,126 @@
+"""y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk]"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.ops.check import (
+    INPUTS,
+    Block,
+    Result,
+    check_block,
+    check_dtype,
+    check_format,
+    check_scale,
+    fail,
+    matrix_shape,
+    no_gradient,
+)
+from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+
+
+def _results(
+    codes: Tensor,
+    scale: Tensor,
+    format: str,
+    block: Block,
+    zero_point: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
+) -> list[Result]:
+    f = check_format("dequantize", format)
+    check_dtype("dequantize", "codes", codes.dtype, (f.dtype_name,))
+    check_dtype("dequantize", "dtype", dtype, INPUTS)
+    shape = list(codes.shape)
+    K = matrix_shape(shape)[1]
+    if f.packed:
+        if size is not None and size not in (2 * K - 1, 2 * K):
+            fail("dequantize", "size", f"{2 * K - 1} or {2 * K}", size)
+        shape[-1:] = [2 * K if size is None else size]
+    elif size is not None and size != K:
+        fail("dequantize", "size", K, size)
+    check_scale("dequantize", scale, zero_point, f, check_block("dequantize", shape, block), codes)
+    return [(shape, dtype)]
+
+
+def _launch(
+    kernel: Kernel,
+    outs: list[Tensor],
+    codes: Tensor,
+    scale: Tensor,
+    format: str,
+    block: Block,
+    zero_point: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
+) -> None:
+    (out,) = outs
+    M, K, block = matrices(out.shape, block)
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    kernel(codes.reshape(M, -1), scale.contiguous(), formats.get(format), block, zero_point, out.view(M, K))
+
+
+_dequantize, _dequantize_out = declare("dequantize", _results, _launch)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    format: str | torch.dtype,
+    *,
+    block: Block,
+    zero_point: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The values of ``codes``: each less its zero point, times its scale.
+
+    Parameters
+    ----------
+    codes : Tensor [..., K] of the format's dtype
+        Viewed as [M, K]; [..., ceil(K / 2)] uint8 for a format of four bits.
+    scale : Tensor [ceil(M / br), ceil(K / bk)] float32
+        What codes are multiplied by.
+    format : str or torch.dtype
+        A row of ``quantlib.formats``.
+    block : (br, bk)
+        Rows and columns that share a scale, -1 for the whole axis.
+    zero_point : Tensor, int32 of scale's shape, optional
+        The code of zero, for integer formats.
+    dtype : torch.dtype
+        Of the result: float32, float16 or bfloat16, rounded once from float32.
+    size : int, optional
+        K, for packed codes whose last byte holds one code only; twice the bytes by default.
+    out : Tensor [..., K] of ``dtype``, optional
+        Written to and returned; its dtype is the default of ``dtype``.
+
+    Returns
+    -------
+    Tensor [..., K] of ``dtype``
+
+    Raises
+    ------
+    RuntimeError
+        For an argument that is not as above, or a scale that requires a gradient.
+
+    Notes
+    -----
+    Contract C7, ``docs/contract.md``: y = fl(fl32(q - z) * s).
+    """
+    for x in (codes, scale):
+        no_gradient("dequantize", x, "call it under torch.no_grad() or on a detached tensor")
+    name = format_name(format)
+    if size is None and name in _PACKED:
+        size = 2 * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
+    block = whole_axes(codes, block, size)
+    if out is None:
+        y: Tensor = _dequantize(codes, scale, name, block, zero_point, dtype, size)
+        return y
+    _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
+    return out
+
+
+_PACKED = {f.name for f in formats.TABLE if f.packed}

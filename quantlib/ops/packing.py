@@ -1,0 +1,82 @@
+"""byte[i, j] = code[i, 2j] | code[i, 2j + 1] << 4: codes of four bits in and out of bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.ops.check import fail, one_of
+from quantlib.ops.declare import format_name
+
+PACKED = tuple(f.name for f in formats.TABLE if f.packed)
+
+
+def pack(codes: Tensor, format: str) -> Tensor:
+    """Codes one a byte to codes two a byte, as :func:`quantize` writes them.
+
+    Parameters
+    ----------
+    codes : Tensor [..., K] of an integer dtype
+        int4: -8..7; float4_e2m1fn: 0..15, the bits of the code.
+    format : str
+        A format of four bits.
+
+    Returns
+    -------
+    Tensor [..., ceil(K / 2)] uint8
+        Element 2j in the low nibble of byte j; the nibble past an odd K is 0.
+
+    Raises
+    ------
+    RuntimeError
+        For a dtype that is not an integer's, another format, or a code the format does not have.
+    """
+    f = _packed("pack", format)
+    if codes.is_floating_point() or codes.is_complex() or codes.dim() == 0:
+        fail("pack", "codes", "integers [..., K]", f"{codes.dtype} {list(codes.shape)}")
+    lowest, highest = (0, 15) if isinstance(f, formats.FloatFormat) else f.range(affine=True)
+    if codes.numel():
+        least, most = (int(c) for c in codes.aminmax())
+        if least < lowest or most > highest:
+            fail("pack", "codes", f"in {lowest}..{highest}", least if least < lowest else most)
+    nibbles = torch.nn.functional.pad(codes.to(torch.uint8) & 15, (0, codes.shape[-1] % 2))
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def unpack(packed: Tensor, format: str, size: int | None = None) -> Tensor:
+    """Codes two a byte to codes one a byte: the inverse of :func:`pack`.
+
+    Parameters
+    ----------
+    packed : Tensor [..., ceil(K / 2)] uint8
+    format : str
+        A format of four bits.
+    size : int, optional
+        K; twice the bytes by default.
+
+    Returns
+    -------
+    Tensor [..., K]
+        int8 in -8..7 for int4, uint8 in 0..15 for float4_e2m1fn.
+
+    Raises
+    ------
+    RuntimeError
+        For a dtype other than uint8, another format, or a size the bytes cannot hold.
+    """
+    f = _packed("unpack", format)
+    if packed.dtype != torch.uint8 or packed.dim() == 0:
+        fail("unpack", "packed", "uint8 [..., K / 2]", f"{packed.dtype} {list(packed.shape)}")
+    full = 2 * packed.shape[-1]
+    if size is not None and size not in (full - 1, full):
+        fail("unpack", "size", f"{full - 1} or {full}", size)
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., : full if size is None else size]
+    return nibbles if f.is_float else (nibbles ^ 8).to(torch.int8) - 8
+
+
+def _packed(op: str, format: str) -> formats.Format:
+    name = format_name(format)
+    if name not in PACKED:
+        fail(op, "format", one_of(PACKED), name)
+    return formats.get(name)

@@ -1,0 +1,93 @@
+"""codes[i, j] = encode(x[i, j] / scale[i // br, j // bk])"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.ops.check import (
+    INPUTS,
+    Block,
+    Result,
+    check_block,
+    check_dtype,
+    check_format,
+    check_scale,
+    codes_of,
+    no_gradient,
+)
+from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+
+
+def _results(x: Tensor, scale: Tensor, format: str, block: Block, zero_point: Tensor | None = None) -> list[Result]:
+    f = check_format("quantize", format)
+    check_dtype("quantize", "x", x.dtype, INPUTS)
+    check_scale("quantize", scale, zero_point, f, check_block("quantize", x.shape, block), x)
+    return [codes_of(x.shape, f)]
+
+
+def _launch(
+    kernel: Kernel,
+    outs: list[Tensor],
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    block: Block,
+    zero_point: Tensor | None = None,
+) -> None:
+    M, K, block = matrices(x.shape, block)
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    kernel(x.reshape(M, K), scale.contiguous(), formats.get(format), block, zero_point, outs[0].view(M, -1))
+
+
+_quantize, _quantize_out = declare("quantize", _results, _launch)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    format: str | torch.dtype,
+    *,
+    block: Block,
+    zero_point: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Project ``x`` onto the codes of ``format``, in units of ``scale``.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        float32, float16 or bfloat16, viewed as [M, K].
+    scale : Tensor [ceil(M / br), ceil(K / bk)] float32
+        What codes are multiplied by. Element (i, j) uses ``scale[i // br, j // bk]``.
+    format : str or torch.dtype
+        A row of ``quantlib.formats``.
+    block : (br, bk)
+        Rows and columns that share a scale, -1 for the whole axis.
+    zero_point : Tensor, int32 of scale's shape, optional
+        The code of zero, for integer formats. Without it codes are symmetric: -127..127 for int8, not -128.
+    out : Tensor, optional
+        Written to and returned.
+
+    Returns
+    -------
+    Tensor [..., K] of the format's dtype
+        Formats of four bits are packed two a byte: [..., ceil(K / 2)] uint8.
+
+    Raises
+    ------
+    RuntimeError
+        For an argument that is not as above, or an x that requires a gradient.
+
+    Notes
+    -----
+    Contract C5 and C6, ``docs/contract.md``: r = fl(1 / s), t = fl(x * r), q = clamp(RNE(t) + z, qmin, qmax).
+    """
+    no_gradient("quantize", x, "call it under torch.no_grad() or on x.detach()")
+    name, block = format_name(format), whole_axes(x, block)
+    if out is None:
+        codes: Tensor = _quantize(x, scale, name, block, zero_point)
+        return codes
+    _quantize_out(x, scale, name, block, zero_point, out=out)
+    return out

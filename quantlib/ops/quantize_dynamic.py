@@ -1,0 +1,98 @@
+"""scale[I, J] = clamp(amax(|x[i, j]| of block I, J) / Q), codes[i, j] = encode(x[i, j] / scale[i // br, j // bk])"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.ops.check import (
+    INPUTS,
+    INTEGERS,
+    Block,
+    Result,
+    check_block,
+    check_dtype,
+    check_format,
+    codes_of,
+    no_gradient,
+)
+from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+
+
+def _results(x: Tensor, format: str, block: Block) -> list[Result]:
+    f = check_format("quantize_dynamic", format)
+    check_dtype("quantize_dynamic", "x", x.dtype, INPUTS)
+    scale = check_block("quantize_dynamic", x.shape, block)
+    return [codes_of(x.shape, f), scale]
+
+
+def _affine_results(x: Tensor, format: str, block: Block) -> list[Result]:
+    check_format("quantize_dynamic", format, INTEGERS)
+    codes, scale = _results(x, format, block)
+    return [codes, scale, (scale[0], torch.int32)]
+
+
+def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, block: Block) -> None:
+    M, K, block = matrices(x.shape, block)
+    codes, scale, zero_point = (*outs, None)[:3]
+    assert codes is not None
+    kernel(x.reshape(M, K), formats.get(format), block, codes.view(M, -1), scale, zero_point)
+
+
+_symmetric, _symmetric_out = declare("quantize_dynamic", _results, _launch)
+_affine, _affine_out = declare("quantize_dynamic.affine", _affine_results, _launch)
+
+
+def quantize_dynamic(
+    x: Tensor,
+    format: str | torch.dtype,
+    *,
+    block: Block,
+    symmetric: bool = True,
+    out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
+    """Scale and codes in one pass over ``x``: the bytes of :func:`compute_scale` and :func:`quantize`.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        float32, float16 or bfloat16, viewed as [M, K].
+    format : str or torch.dtype
+        A row of ``quantlib.formats``; an integer one where not symmetric.
+    block : (br, bk)
+        Rows and columns that share a scale, -1 for the whole axis.
+    symmetric : bool
+        Whether the range is -amax..amax (True) or min..max with a zero point (False).
+    out : tuple of the results, optional
+        Written to and returned.
+
+    Returns
+    -------
+    codes : Tensor [..., K] of the format's dtype
+        [..., ceil(K / 2)] uint8 for a format of four bits.
+    scale : Tensor [ceil(M / br), ceil(K / bk)] float32
+    zero_point : Tensor, int32 of scale's shape
+        Only where not symmetric.
+
+    Raises
+    ------
+    RuntimeError
+        For an argument that is not as above, or an x that requires a gradient.
+
+    Notes
+    -----
+    Contract C4, C5 and C6, ``docs/contract.md``.
+    """
+    no_gradient("quantize_dynamic", x, "call it under torch.no_grad() or on x.detach()")
+    name, block = format_name(format), whole_axes(x, block)
+    if out is None:
+        result: tuple[Tensor, ...] = (_symmetric if symmetric else _affine)(x, name, block)
+        return result
+    if symmetric:
+        codes, scale = out
+        _symmetric_out(x, name, block, codes=codes, scale=scale)
+    else:
+        codes, scale, zero_point = out
+        _affine_out(x, name, block, codes=codes, scale=scale, zero_point=zero_point)
+    return out
