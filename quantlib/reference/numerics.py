@@ -38,11 +38,10 @@ def encode_float(x: Array, f: FloatFormat, saturate: bool | None = None) -> Arra
     # 3. below the smallest normal: add the float whose last place is the smallest subnormal; the addition rounds
     if f.bias != 127:
         magic = np.array((127 + 24 - f.bias - f.fraction_bits) << 23, np.uint32)
-        subnormal = a < np.uint32((128 - f.bias) << 23)
-        small = (np.where(subnormal, a, 0).astype(np.uint32).view(np.float32) + magic.view(np.float32)).view(np.uint32)
-        r = np.where(subnormal, (small - magic).astype(np.int32), r)
-    # 4. too large: the largest finite value, or what the format has beyond it
-    r = np.where(r > f.max_code, np.int32(f.max_code if saturate else f.overflow_code), r)
+        small = (a.view(np.float32) + magic.view(np.float32)).view(np.uint32) - magic
+        r = np.where(a < np.uint32((128 - f.bias) << 23), small.astype(np.int32), r)
+    # 4. too large: the largest finite value, or what the format has beyond it, which is the code after that
+    r = np.minimum(r, np.int32(f.max_code if saturate else f.overflow_code))
     # 5. sign; NaN last
     code = r.astype(np.uint32) | sign
     return np.where(a > INFINITY_BITS, np.uint32(f.nan_code), code).astype(f.storage)
