@@ -1,0 +1,187 @@
+"""What a weight is projected to: a format, how many weights share a scale, symmetric or affine; and the activations.
+
+As text, ``format[:per][:affine][@activation]``, where a weight and an activation are written alike::
+
+    int8                 int8, one scale a row (the default of int8)
+    int4:group:32        int4, one scale for 32 weights of a row
+    int8:tile:128        int8, one scale for a tile of 128 x 128 weights
+    uint8:row:affine     uint8 with a zero point
+    bfloat16             a plain cast: no scale
+    int8:row@int8:row    int8 weights, and activations projected to int8 row by row as they arrive
+
+or one of the names of `SCHEMES`, such as ``W8A16``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantlib import formats
+from quantlib.formats import Format
+
+# W<bits of a weight>A<bits of an activation>; 16 bits mean the dtype that the model computes in.
+SCHEMES = {
+    "w8a16": "int8:row",
+    "w8a8": "int8:row@int8:row",
+    "w4a16": "int4:group:128",
+    "w4a8": "int4:group:128@int8:row",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "float8_e4m3fn:row",
+    "fp4": "float4_e2m1fn:group:128",
+}
+
+GRAMMAR = "format[:tensor|:row|:group:N|:tile:N][:affine][@activation], e.g. int8:row, int4:group:32, W8A16, W8A8"
+TARGETS = tuple(f.name for f in formats.TABLE)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A number format and its granularity.
+
+    Parameters
+    ----------
+    format : str or torch.dtype
+        A row of `quantlib.formats`: ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``float8_e5m2``, ``float4_e2m1fn``,
+        ``int8``, ``uint8``, ``int4``.
+    per : {"tensor", "row", "group:N", "tile:N"}, optional
+        The weights that share a scale: all, an output row, N neighbours in a row, a tile of N x N. By default "row"
+        for 8 bits and "group:128" for 4; 16-bit floats have no scale by default and are cast.
+    symmetric : bool, optional
+        False gives integer formats a zero point. True by default; False for ``uint8``, whose codes have no sign.
+    activation : QuantSpec or str, optional
+        Project the input of the layer too, with scales taken from the input as it arrives.
+
+    Raises
+    ------
+    ValueError
+        For a word that is none of these, naming what was expected and what came.
+
+    Examples
+    --------
+    >>> QuantSpec.parse("W4A16")
+    QuantSpec.parse('int4:group:128')
+    >>> QuantSpec("int8", per="group:64", symmetric=False).block((4096, 4096))
+    (1, 64)
+    """
+
+    format: str
+    per: str | None = None
+    symmetric: bool | None = None
+    activation: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        row = formats.get(self.format)
+        if row.name not in TARGETS:
+            raise ValueError(f"format must be one of {', '.join(TARGETS)}, got {row.name}")
+        per = default_per(row) if self.per is None else checked_per(self.per)
+        symmetric = row.is_float or row.signed if self.symmetric is None else self.symmetric
+        if not isinstance(symmetric, bool):
+            raise TypeError(f"symmetric must be True, False or None, got {symmetric!r}")
+        if row.is_float and not symmetric:
+            raise ValueError(f"symmetric must be True for {row.name}, which has no zero point, got False")
+        if not row.signed and symmetric:
+            raise ValueError(f"symmetric must be False for {row.name}, which has no negative codes, got True")
+        activation = None if self.activation is None else QuantSpec.parse(self.activation)
+        if activation is not None and activation.activation is not None:
+            raise ValueError(f"activation must be a format without an activation of its own, got {activation}")
+        if activation is not None and activation.per is None:
+            raise ValueError(f"activation must have a scale, got {activation}, a plain cast: convert the input instead")
+        for name, value in (("format", row.name), ("per", per), ("symmetric", symmetric), ("activation", activation)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def parse(cls, spec: Any) -> QuantSpec:
+        """The spec that ``spec`` means: a QuantSpec, a ``torch.dtype``, or text in the grammar of this module.
+
+        Raises
+        ------
+        ValueError
+            For anything else, with the grammar and what came.
+        """
+        if isinstance(spec, QuantSpec):
+            return spec
+        text = spec if isinstance(spec, str) else str(spec).removeprefix("torch.")
+        whole = text.strip().lower()
+        weight, at, activation = SCHEMES.get(whole, whole).partition("@")
+        name, *words = SCHEMES.get(weight, weight).split(":")
+        affine = words[-1:] == ["affine"] and bool(words.pop())
+        try:
+            if at and not activation:
+                raise ValueError("an activation must follow the @")
+            return cls(name, ":".join(words) or None, False if affine else None, activation or None)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"spec must be {GRAMMAR}, got {spec!r}: {error}") from None
+
+    @property
+    def row(self) -> Format:
+        """The row of the table of formats."""
+        return formats.FORMATS[self.format]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether codes are multiplied by a scale; if not, a weight is its own cast."""
+        return self.per is not None
+
+    @property
+    def weight_only(self) -> QuantSpec:
+        """The same without the activation: all that a stored weight needs."""
+        return replace(self, activation=None)
+
+    def block(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(br, bk): rows and columns of the block that shares a scale, in a matrix [..., K] viewed as [M, K]."""
+        M, K = matrix_shape(shape)
+        kind, _, size = (self.per or "tensor").partition(":")
+        rows, columns = {
+            "tensor": (M, K),
+            "row": (1, K),
+            "group": (1, min(int(size or 0), K)),
+            "tile": (min(int(size or 0), M), min(int(size or 0), K)),
+        }[kind]
+        return max(rows, 1), max(columns, 1)
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """[ceil(M / br), ceil(K / bk)]"""
+        (M, K), (br, bk) = matrix_shape(shape), self.block(shape)
+        return (M + br - 1) // br, (K + bk - 1) // bk
+
+    def codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """``shape``, or [..., ceil(K / 2)] bytes where the format is packed."""
+        return (*shape[:-1], (shape[-1] + 1) // 2) if self.row.packed else tuple(shape)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of the codes, the scales and the zero points of a weight of ``shape``."""
+        M, K = matrix_shape(self.codes_shape(shape))
+        blocks = self.scale_shape(shape)[0] * self.scale_shape(shape)[1] if self.scaled else 0
+        return M * K * max(self.row.bits, 8) // 8 + blocks * (4 if self.symmetric else 8)
+
+    def __str__(self) -> str:
+        affine = None if self.symmetric else "affine"
+        text = ":".join(word for word in (self.format, self.per, affine) if word)
+        return text if self.activation is None else f"{text}@{self.activation}"
+
+    def __repr__(self) -> str:
+        return f"QuantSpec.parse({str(self)!r})"
+
+
+def default_per(row: Format) -> str | None:
+    """What shares a scale unless told otherwise: the fewer bits, the fewer weights."""
+    return {16: None, 8: "row"}.get(row.bits, "group:128")
+
+
+def checked_per(per: object) -> str:
+    """``per`` as it is written in `QuantSpec.per`."""
+    if isinstance(per, str) and re.fullmatch(r"tensor|row|(group|tile):0*[1-9][0-9]*", per):
+        return per if ":" not in per else f"{per.partition(':')[0]}:{int(per.partition(':')[2])}"
+    raise ValueError(f"per must be tensor, row, group:N or tile:N with N >= 1, got {per!r}")
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """[..., K] viewed as [M, K]."""
+    M = 1
+    for size in shape[:-1]:
+        M *= size
+    return M, shape[-1]
