@@ -71,4 +71,4 @@ def __dir__() -> list[str]:
 # A program that imports quantlib gets torch.ops.quantlib with it. The command line does not: `quantlib bits 3.14`
 # needs the table of formats and not the second or two that torch takes to import.
 if os.path.basename(sys.argv[0] if sys.argv else "") != "quantlib" and sys.orig_argv[1:3] != ["-m", "quantlib"]:
-    import quantlib.ops
+    importlib.import_module("quantlib.ops")

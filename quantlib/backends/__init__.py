@@ -27,9 +27,7 @@ COMPILED = {"cpp": "cpu", "cuda": "cuda"}  # backend -> the device type its libr
 
 SCHEMAS: dict[str, str] = {
     schema[: schema.index("(")]: schema
-    for schema in re.findall(
-        r'^DEF\("(.+)"\)$', (Path(__file__).parent.parent / "ops.def").read_text(), re.MULTILINE
-    )
+    for schema in re.findall(r'^DEF\("(.+)"\)$', (Path(__file__).parent.parent / "ops.def").read_text(), re.MULTILINE)
 }
 
 # One more layer of Python kernels for an overload ("quantize.out"), given the launcher of a backend's op.

@@ -63,7 +63,9 @@ def quantize(x: Tensor, scale: Tensor, format: Format, block: Block, zero_point:
     _store(codes, _pack(code) if format.packed else code)
 
 
-def dequantize(codes: Tensor, scale: Tensor, format: Format, block: Block, zero_point: Tensor | None, out: Tensor) -> None:
+def dequantize(
+    codes: Tensor, scale: Tensor, format: Format, block: Block, zero_point: Tensor | None, out: Tensor
+) -> None:
     """out[i, j] = decode(codes[i, j]) * scale[i // br, j // bk]"""
     M, K = out.shape
     if format.packed:
@@ -196,4 +198,3 @@ def _reduce_blocks(x: Tensor, block: Block, reduce: Callable[..., Tensor]) -> Te
     (M, K), (br, bk) = x.shape, block
     x = torch.nn.functional.pad(x, (0, -K % bk, 0, -M % br))
     return reduce(x.unflatten(1, (-1, bk)).unflatten(0, (-1, br)), (1, 3))
-

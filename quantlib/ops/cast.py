@@ -85,5 +85,5 @@ class _StraightThrough(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         return dy.to(ctx.dtype), None, None, None

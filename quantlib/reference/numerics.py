@@ -6,12 +6,14 @@ same numbered steps. Arithmetic is binary32, one rounding an operation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from quantlib.formats import FLOAT32, SCALE_MIN, FloatFormat, Format, IntFormat
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 NAN = np.array(FLOAT32.nan_code, np.uint32).view(np.float32)[()]  # the one NaN that is ever written
 INFINITY_BITS = np.uint32(0x7F800000)
@@ -100,7 +102,7 @@ def decode_int(code: Array, s_eff: Array, z: Array, f: IntFormat, affine: bool) 
 
 def clamp_zero_point(z: Array, f: IntFormat, affine: bool) -> Array:
     """[...] int32: a zero point is a code; one outside the format's range means the nearest that is inside (C5)."""
-    return np.clip(np.asarray(z, np.int32), *f.range(affine)) if affine else np.int32(0)
+    return np.clip(np.asarray(z, np.int32), *f.range(affine)) if affine else np.zeros((), np.int32)
 
 
 def canonical(x: Array) -> Array:

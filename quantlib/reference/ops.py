@@ -44,7 +44,7 @@ def quantize(x: Array, scale: Array, format: str, *, block: Block, zero_point: A
         if isinstance(f, FloatFormat):
             codes = numerics.encode_float(t, f, saturate=True)
         else:
-            z = np.int32(0) if zero_point is None else spread(zero_point, rows.shape, block)
+            z = np.array(0) if zero_point is None else spread(zero_point, rows.shape, block)
             codes = numerics.encode_int(t, z, f, zero_point is not None)
     if f.packed:
         return packing.pack(codes, f).reshape(*x.shape[:-1], -1)
@@ -73,16 +73,18 @@ def dequantize(
         if isinstance(f, FloatFormat):
             y = numerics.canonical(numerics.decode_float(rows, f) * s_eff)
         else:
-            z = np.int32(0) if zero_point is None else spread(zero_point, rows.shape, block)
+            z = np.array(0) if zero_point is None else spread(zero_point, rows.shape, block)
             y = numerics.decode_int(rows, s_eff, z, f, zero_point is not None)
         return numerics.encode_float(y, _float(dtype)).reshape(shape)
 
 
 def quantize_dynamic(x: Array, format: str, *, block: Block, symmetric: bool = True) -> tuple[Array, ...]:
     """scale = compute_scale(x), codes = quantize(x, scale): (codes, scale) or (codes, scale, zero_point)"""
-    scale = compute_scale(x, format, block, symmetric=symmetric)
-    scale, *zero_point = (scale,) if symmetric else scale
-    return quantize(x, scale, format, block=block, zero_point=next(iter(zero_point), None)), scale, *zero_point
+    result = compute_scale(x, format, block, symmetric=symmetric)
+    if isinstance(result, tuple):
+        scale, zero_point = result
+        return quantize(x, scale, format, block=block, zero_point=zero_point), scale, zero_point
+    return quantize(x, result, format, block=block), result
 
 
 def matrix(x: Array) -> Array:
@@ -97,14 +99,15 @@ def matrix(x: Array) -> Array:
 def spread(values: Array, shape: tuple[int, int], block: Block) -> Array:
     """[ceil(M / br), ceil(K / bk)] -> [M, K]: values[i // br, j // bk]."""
     i, j = (np.arange(size) // b for size, b in zip(shape, block, strict=True))
-    return values[i[:, None], j[None, :]]
+    each: Array = values[i[:, None], j[None, :]]
+    return each
 
 
 def reduce_blocks(reduce: np.ufunc, x: Array, block: Block) -> Array:
     """[M, K] -> [ceil(M / br), ceil(K / bk)]: the reduction of each block."""
     for axis, (size, b) in enumerate(zip(x.shape, block, strict=True)):
-        starts = np.arange(0, size, b)
-        x = reduce.reduceat(x, starts, axis) if size else x
+        if size:
+            x = reduce.reduceat(x, np.arange(0, size, b), axis)
     return x
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quantlib.formats import Format
+from quantlib.formats import FloatFormat, Format
 from quantlib.reference.numerics import Array
 
 
@@ -25,7 +25,7 @@ def pack(codes: Array, f: Format) -> Array:
         For a code that ``f`` does not have.
     """
     codes = np.asarray(codes)
-    lowest, highest = (0, 15) if f.is_float else f.range(affine=True)
+    lowest, highest = (0, 15) if isinstance(f, FloatFormat) else f.range(affine=True)
     if codes.size and not (lowest <= codes.min() and codes.max() <= highest):
         got = codes.min() if codes.min() < lowest else codes.max()
         raise ValueError(f"codes of {f.name} must be in {lowest}..{highest}, got {got}")
@@ -36,6 +36,6 @@ def pack(codes: Array, f: Format) -> Array:
 
 
 def unpack(packed: Array, f: Format, size: int) -> Array:
-    """[..., ceil(size / 2)] uint8 -> [..., size] codes: int8 with the sign spread for int4, uint8 for a float format."""
+    """[..., ceil(size / 2)] uint8 -> [..., size] codes: int4's as int8 with the sign spread, a float format's as uint8."""
     nibbles = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)[..., :size]
     return nibbles if f.is_float else ((nibbles ^ 8).astype(np.int8) - np.int8(8))
