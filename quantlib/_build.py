@@ -145,7 +145,7 @@ class Recipe:
             made = list(pool.map(functools.partial(self._compile, objects, Path(scratch)), self.units))
             stubs = [str(_stub(Path(scratch), so)) for so in self.needs]
             library = Path(scratch, out.name)
-            needed = (part for stub in ("--no-as-needed", *stubs) for part in ("-Xlinker", stub))  # nvcc keeps this order
+            needed = [word for stub in ("--no-as-needed", *stubs) for word in ("-Xlinker", stub)]  # an order nvcc keeps
             _run([*self.linker, "-shared", "-o", str(library), *made, *needed], f"linking {out.name}")
             os.replace(library, out)
 

@@ -1,0 +1,60 @@
+"""One wheel, py3-none-<platform>: nothing in it depends on the version of Python, and torch's is open from 2.11 up.
+
+torch is no build requirement: its headers come from the environment that is being installed into. Without one, or
+without a compiler, the wheel has no compiled kernels and the first import compiles them (``quantlib/_build.py``).
+``QUANTLIB_BUILD``: auto; 0 leaves them to the first import; 1 makes a build that fails an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import runpy
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+BUILD = runpy.run_path(str(Path(__file__).parent / "quantlib" / "_build.py"))
+
+
+class Build(build_ext):
+    """Hand every library to quantlib/_build.py."""
+
+    def get_ext_filename(self, name: str) -> str:
+        return name.replace(".", "/") + ".so"  # no ABI of Python's in the name
+
+    def run(self) -> None:
+        if not self.editable_mode:  # there the first import compiles, again whenever a source has changed
+            super().run()
+
+    def build_extensions(self) -> None:
+        objects = Path(self.build_temp, "objects").absolute()
+        for name, extension in zip(NAMES, self.extensions, strict=True):
+            out = Path(self.get_ext_fullpath(extension.name)).absolute()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                BUILD["Recipe"](name).build(out, objects)
+            except BUILD["BuildError"] as error:
+                if BUILD["mode"]() == "1":
+                    raise
+                logging.warning("%s is not in this wheel, the first import will try again: %s", out.name, error)
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+NAMES = [] if BUILD["mode"]() == "0" else ["cpu", "cuda"] if BUILD["nvcc"]() else ["cpu"]
+
+setup(
+    packages=[*find_packages(include=["quantlib", "quantlib.*"]), "quantlib._csrc"],
+    package_dir={"quantlib._csrc": "csrc"},
+    package_data={
+        "quantlib": ["ops.def", "py.typed"],
+        "quantlib._csrc": ["*.h", "*.cpp", "cpu/*.h", "cpu/*.cpp", "cuda/*.cuh", "cuda/*.h", "cuda/*.cu", "cuda/*.cpp"],
+    },
+    ext_modules=[Extension(f"quantlib.{Path(BUILD['FILES'][name]).stem}", []) for name in NAMES],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+)
