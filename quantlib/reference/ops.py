@@ -97,10 +97,11 @@ def matrix(x: Array) -> Array:
 
 
 def spread(values: Array, shape: tuple[int, int], block: Block) -> Array:
-    """[ceil(M / br), ceil(K / bk)] -> [M, K]: values[i // br, j // bk]."""
-    i, j = (np.arange(size) // b for size, b in zip(shape, block, strict=True))
-    each: Array = values[i[:, None], j[None, :]]
-    return each
+    """[ceil(M / br), ceil(K / bk)] -> [M, K]: values[i // br, j // bk]; an axis of one block stays 1 and broadcasts."""
+    for axis, (size, b) in enumerate(zip(shape, block, strict=True)):
+        if b < size:
+            values = np.take(values, np.arange(size) // b, axis)
+    return values
 
 
 def reduce_blocks(reduce: np.ufunc, x: Array, block: Block) -> Array:
