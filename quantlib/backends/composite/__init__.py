@@ -1,0 +1,24 @@
+"""Every op in pure torch: any device, no compiler, no Triton."""
+
+from __future__ import annotations
+
+import torch
+
+from quantlib.backends.composite.cast import cast
+from quantlib.backends.composite.compute_scale import compute_scale
+from quantlib.backends.composite.dequantize import dequantize
+from quantlib.backends.composite.quantize import quantize
+from quantlib.backends.composite.quantize_dynamic import quantize_dynamic
+
+KERNELS = {
+    "cast": cast,
+    "compute_scale": compute_scale,
+    "dequantize": dequantize,
+    "quantize": quantize,
+    "quantize_dynamic": quantize_dynamic,
+}
+
+
+def refuses(device: torch.device) -> str | None:
+    """Nothing: pure torch runs wherever torch runs."""
+    return None

@@ -1,0 +1,12 @@
+"""out[n] = encode(decode(x[n]))"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantlib.backends.composite.numerics import decode_float, encode_float, store
+from quantlib.formats import FloatFormat
+
+
+def cast(x: Tensor, x_format: FloatFormat, out: Tensor, out_format: FloatFormat, saturate: bool) -> None:
+    store(out, encode_float(decode_float(x, x_format), out_format, saturate))

@@ -1,0 +1,42 @@
+"""out[i, j] = decode(codes[i, j]) * scale[i // br, j // bk]"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlib.backends.composite.numerics import (
+    Block,
+    canonical,
+    decode_float,
+    effective_scale,
+    encode_float,
+    float_format,
+    spread,
+    store,
+    unpack,
+)
+from quantlib.formats import FloatFormat, Format
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, format: Format, block: Block, zero_point: Tensor | None, out: Tensor
+) -> None:
+    M, K = out.shape
+    if format.packed:
+        codes = unpack(codes, K)
+    s_eff = spread(effective_scale(scale, format), M, K, block)
+    if isinstance(format, FloatFormat):
+        y = decode_float(codes, format) * s_eff
+    else:
+        code = codes.int()
+        if format.packed:
+            code = (code ^ 8) - 8
+        if zero_point is not None:
+            code = code - spread(zero_point.clamp(*format.range(affine=True)), M, K, block)
+        y = code.float() * s_eff
+    y = canonical(y)
+    if out.dtype == torch.float32:
+        out.copy_(y)
+    else:
+        store(out, encode_float(y, float_format(out.dtype), saturate=False))
