@@ -111,10 +111,10 @@ def complete(extras: list[str]) -> list[str]:
     bare = [name for extra in extras for name in WITHOUT_DEPENDENCIES.get(extra, []) if version(name) == (0,)]
     if wanted or bare:
         need_pip()
-    failed = wanted if wanted and not install(*wanted, quiet=True) else []
+    failed = wanted if wanted and not install(*wanted) else []
     return [
-        *(line for line in failed if not install(line, quiet=True)),
-        *(name for name in bare if not install("--no-deps", name, quiet=True)),
+        *(line for line in failed if not install(line)),
+        *(name for name in bare if not install("--no-deps", name)),
     ]
 
 
@@ -147,17 +147,18 @@ def satisfied(line: str) -> bool:
         return False
 
 
-def install(*what: str, quiet: bool = False) -> bool:
-    """pip install, which never moves a torch that is there."""
+def install(*what: str) -> bool:
+    """pip install, which never moves a torch that is there; why it failed goes to stderr."""
     torch = [f"torch=={importlib.metadata.version('torch')}"] if version("torch") > (0,) else []
     pins = [pin for pin in PINS if requirement(pin).name == "numpy" or version("triton") == (0,)]
     constraints = VENV / "constraints.txt"
     write(constraints, "\n".join([*torch, *pins]) + "\n")
-    if not quiet or len(what) > 1:
-        print(f"environment: installing {', '.join(w for w in what if w[0] != '-')}", flush=True)
+    print(f"environment: installing {', '.join(w for w in what if w[0] != '-')}", flush=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "2"]
-    done = subprocess.run([*pip, "-c", constraints, *what], capture_output=quiet, check=False)
+    done = subprocess.run([*pip, "-c", constraints, *what], capture_output=True, text=True, check=False)
     importlib.invalidate_caches()
+    if done.returncode:
+        fail(next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr[-200:]))
     return done.returncode == 0
 
 

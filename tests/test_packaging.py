@@ -1,0 +1,247 @@
+"""What a user gets: the wheel, the source archive, and an import with and without a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from quantlib import _build, formats
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ("quantlib", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "Makefile")
+NO_COMPILER = {"QUANTLIB_BUILD": "auto", "CXX": "/no/compiler", "NVCC": "/no/nvcc"}
+
+checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
+
+
+def run(*args: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """This Python on ``args``, with ``environment`` over the one of the tests."""
+    command = [sys.executable, *map(str, args)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+
+
+def import_quantlib(cwd: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Quantize one tensor with the quantlib in ``folder``; stdout: what served, and its file; stderr: warnings."""
+    code = """if True:
+        import torch, quantlib
+        from quantlib import backends
+        codes, scale = quantlib.quantize_dynamic(torch.tensor([[3.0, -1.0]]), "int8", block=(1, -1))
+        assert codes.tolist() == [[127, -42]], codes
+        print(backends.serving("cpu"), quantlib.__file__)
+    """
+    return run("-c", code, cwd=cwd, PYTHONPATH=str(folder), **environment)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packed, so that no build leaves anything in the checkout."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    (folder / "README.md").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path) -> Path:
+    """The wheel that a machine without a compiler makes, from the source archive."""
+    pytest.importorskip("setuptools", minversion="70.1")
+    packed = run("setup.py", "-q", "sdist", cwd=sources)
+    assert packed.returncode == 0, packed.stderr
+    archive = next(sources.glob("dist/*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(sources / "unpacked", filter="data")
+    unpacked = next((sources / "unpacked").iterdir())
+    built = run("setup.py", "-q", "bdist_wheel", cwd=unpacked, **NO_COMPILER)
+    assert built.returncode == 0, built.stderr
+    assert "_C.so is not in this wheel" in built.stderr
+    return next(unpacked.glob("dist/*.whl"))
+
+
+def test_the_header_of_formats_is_current() -> None:
+    header = ROOT / "csrc/formats.h"
+    assert header.read_text() == formats.c_header(), "run: python quantlib/formats.py > csrc/formats.h"
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    folders = {path.parent for path in (ROOT / "quantlib").rglob("*.py")}
+    assert [str(f) for f in folders if not (f / "__init__.py").exists()] == []
+
+
+@checkout
+def test_the_wheel_serves_every_python_of_the_platform(wheel: Path) -> None:
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.startswith("quantlib_torch-")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+
+
+@checkout
+def test_the_wheel_holds_all_that_a_first_import_compiles(wheel: Path, sources: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    csrc = {f"quantlib/_csrc/{p.relative_to(sources / 'csrc')}" for p in sources.glob("csrc/**/*.*")}
+    package = {str(p.relative_to(sources)) for p in sources.glob("quantlib/**/*.py")}
+    assert (csrc | package | {"quantlib/ops.def", "quantlib/py.typed"}) - names == set()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"quantlib"}
+
+
+@checkout
+def test_the_wheel_installs_the_command(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "quantlib = quantlib.cli:main" in archive.read(entry).decode()
+
+
+@checkout
+def test_the_wheel_compiles_at_the_first_import(wheel: Path, tmp_path: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "c++")) is None or _build.mode() == "0":
+        pytest.skip("no compiler to compile with")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    done = import_quantlib(tmp_path, tmp_path)
+    assert done.stdout.split() == ["cpp", str(tmp_path / "quantlib/__init__.py")], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"CXX": "/no/compiler"}, "no compiler: /no/compiler is not there"),
+        ({"CXX": "false"}, "does not compile"),
+        ({"QUANTLIB_CACHE": "/dev/null/cache"}, "cannot keep compiled kernels in /dev/null/cache"),
+    ],
+)
+def test_without_kernels_one_warning_says_why(environment: dict[str, str], why: str, tmp_path: Path) -> None:
+    settings = {"QUANTLIB_BUILD": "auto", "QUANTLIB_BACKEND": "auto", "QUANTLIB_CACHE": str(tmp_path), **environment}
+    done = import_quantlib(tmp_path, ROOT, **settings)
+    assert done.stdout.split()[:1] == ["composite"], done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    assert len(warnings) == 1
+    assert why in warnings[0]
+
+
+def test_build_0_compiles_nothing_and_says_nothing(tmp_path: Path) -> None:
+    settings = {"QUANTLIB_BUILD": "0", "QUANTLIB_BACKEND": "auto", "QUANTLIB_CACHE": str(tmp_path / "cache")}
+    done = import_quantlib(tmp_path, ROOT, **settings)
+    assert done.stdout.split()[:1] == ["composite"], done.stderr
+    assert "Warning" not in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_build_must_be_one_of_three(tmp_path: Path) -> None:
+    done = import_quantlib(tmp_path, ROOT, QUANTLIB_BUILD="yes")
+    assert "QUANTLIB_BUILD must be auto, 0 or 1, got 'yes'" in done.stderr
+
+
+def test_the_build_imports_neither_torch_nor_quantlib() -> None:
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'torch', 'quantlib', 'numpy'} & set(sys.modules))"
+    assert run("-c", code, ROOT / "quantlib/_build.py").stdout.strip() == "set()"
+
+
+class TestRecipe:
+    """The build over a copy of the sources that is small enough to compile in a second."""
+
+    @pytest.fixture(autouse=True)
+    def tree(self, tmp_path: Path) -> Path:
+        (tmp_path / "quantlib").mkdir()
+        (tmp_path / "csrc/cpu").mkdir(parents=True)
+        for name in ("_build.py", "ops.def"):
+            shutil.copy(ROOT / "quantlib" / name, tmp_path / "quantlib")
+        (tmp_path / "csrc/numbers.h").write_text("#define ANSWER 42\n")
+        (tmp_path / "csrc/cpu/op.cpp").write_text(
+            '#include "numbers.h"\nnamespace QL_ISA { int f() { return ANSWER; } }\n'
+        )
+        (tmp_path / "csrc/cpu/register.cpp").write_text(
+            "namespace plain { int f(); }\nint g() { return plain::f(); }\n"
+        )
+        return tmp_path
+
+    def build(self, tree: Path, **environment: str) -> str:
+        done = run(tree / "quantlib/_build.py", "cpu", QUANTLIB_CACHE=str(tree / "cache"), **environment)
+        return done.stdout.removeprefix("cpu: ").split(" ")[0] or done.stderr
+
+    @pytest.fixture(autouse=True)
+    def compiler(self) -> None:
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            pytest.skip("no compiler")
+
+    def test_a_library_is_named_by_all_that_it_is_made_of(self, tree: Path) -> None:
+        first = self.build(tree)
+        assert Path(first).exists()
+        assert self.build(tree) == first
+        names = {first, self.build(tree, CXXFLAGS="-DOTHER")}
+        for changed in ("csrc/numbers.h", "csrc/cpu/op.cpp", "quantlib/ops.def"):
+            with open(tree / changed, "a") as file:
+                file.write("// changed\n")
+            names.add(self.build(tree))
+        assert len(names) == 5
+        assert all(Path(name).exists() for name in names)
+
+    def test_only_what_changed_is_compiled_again(self, tree: Path) -> None:
+        self.build(tree)
+        objects = set((tree / "cache/objects").iterdir())
+        with open(tree / "csrc/cpu/register.cpp", "a") as file:
+            file.write("// changed\n")
+        self.build(tree)
+        assert len(set((tree / "cache/objects").iterdir()) - objects) == 1
+
+    def test_a_mistake_is_shown_with_its_line(self, tree: Path) -> None:
+        (tree / "csrc/cpu/op.cpp").write_text("mistake\n")
+        assert "cpu: cpu/op.cpp does not compile" in self.build(tree)
+        assert list((tree / "cache").glob("*.so")) == []
+
+    def test_fast_math_of_the_user_changes_no_flag_of_ours(self, tree: Path) -> None:
+        (tree / "csrc/cpu/op.cpp").write_text(
+            "#ifdef __FAST_MATH__\n#error fast\n#endif\nnamespace QL_ISA { int f() { return 1; } }\n"
+        )
+        assert Path(self.build(tree, CXXFLAGS="-ffast-math -Ofast")).exists()
+
+    def test_processes_that_start_at_once_compile_once(self, tree: Path) -> None:
+        command = [sys.executable, str(tree / "quantlib/_build.py"), "cpu"]
+        env = {**os.environ, "QUANTLIB_CACHE": str(tree / "cache")}
+        started = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        said = "".join(process.communicate(timeout=120)[1] for process in started)
+        assert [process.returncode for process in started] == [0, 0, 0]
+        assert said.count("compiling the cpu kernels") == 1
+
+
+@checkout
+@pytest.mark.network
+@pytest.mark.parametrize("compilers", ["", "c++", "c++ nvcc"])
+@pytest.mark.parametrize("torch", [True, False])
+def test_pip_install_in_isolation(sources: Path, tmp_path: Path, compilers: str, torch: bool) -> None:
+    """pip fetches setuptools and nothing else; the torch of this environment is there before the build or after it."""
+    if "nvcc" in compilers and _build.nvcc() is None:
+        pytest.skip("no nvcc")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    packages = next((tmp_path / "venv").glob("lib/python3*/site-packages"))
+    borrowed = f"{sysconfig.get_path('purelib')}\n"
+    if torch:
+        (packages / "_outer.pth").write_text(borrowed)
+    environment = {**os.environ, "QUANTLIB_CACHE": str(tmp_path / "cache")}
+    if "c++" not in compilers:
+        environment |= NO_COMPILER
+    elif "nvcc" not in compilers:
+        environment["NVCC"] = "/no/nvcc"
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", sources]
+    subprocess.run(install, env=environment, check=True, capture_output=True, timeout=300)
+    (packages / "_outer.pth").write_text(borrowed)
+    assert (packages / "quantlib/_C.so").exists() == (torch and "c++" in compilers)
+    assert (packages / "quantlib/_C_cuda.so").exists() == (torch and "nvcc" in compilers)
+    code = "import quantlib; from quantlib import backends; print(backends.serving('cpu'), quantlib.__file__)"
+    done = subprocess.run(
+        [python, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["cpp" if compilers else "composite", str(packages / "quantlib/__init__.py")]
+    command = [python.parent / "quantlib", "bits", "3.141592"]
+    assert "10010010000111111011000" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
