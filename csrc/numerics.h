@@ -70,7 +70,7 @@ struct storage_of<4> {
 #define QL_FLOAT_TYPE(NAME, BITS, E, M, BIAS, MAX_CODE, OVERFLOW_CODE, NAN_CODE, MAX, SCALE_MAX)                 \
   struct NAME {                                                                                                  \
     using storage = storage_of<BITS>::type;                                                                      \
-    static constexpr bool is_float = true;                                                                       \
+    static constexpr bool is_float = true, is_signed = false; /* the sign bit is no part of a number */          \
     static constexpr int bits = BITS, exponent_bits = E, fraction_bits = M, bias = BIAS;                         \
     static constexpr uint32_t max_code = MAX_CODE, overflow_code = OVERFLOW_CODE, nan_code = NAN_CODE;           \
     static constexpr uint32_t max = MAX, scale_max = SCALE_MAX; /* bits of an FP32 value */                      \
@@ -83,10 +83,9 @@ QL_FLOATS(QL_FLOAT_TYPE)
 #define QL_INT_TYPE(NAME, BITS, QMIN, QMAX, AFFINE_QMIN, AFFINE_QMAX, MAX, SCALE_MAX)                            \
   struct NAME {                                                                                                  \
     using storage = uint8_t;                                                                                     \
-    static constexpr bool is_float = false;                                                                      \
+    static constexpr bool is_float = false, is_signed = AFFINE_QMIN < 0;                                         \
     static constexpr int bits = BITS, qmin = QMIN, qmax = QMAX;                                                  \
     static constexpr int affine_qmin = AFFINE_QMIN, affine_qmax = AFFINE_QMAX;                                   \
-    static constexpr bool is_signed = AFFINE_QMIN < 0;                                                           \
     static constexpr int max = MAX;                                                                              \
     static constexpr uint32_t scale_max = SCALE_MAX; /* bits of an FP32 value */                                 \
   };
@@ -141,11 +140,13 @@ QL_FN float canonical(float x) { return x == x ? x : float_of(kNaN); }
 // ---- scales ---------------------------------------------------------------------------------------------------------
 
 // s clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4).
-template <class F>
-QL_FN float effective_scale(float s) {
-  const float clamped = min(max(s, float_of(QL_SCALE_MIN)), float_of(F::scale_max));
+QL_FN float effective_scale(float s, float scale_max) {
+  const float clamped = min(max(s, float_of(QL_SCALE_MIN)), scale_max);
   return s == s ? clamped : float_of(kNaN);
 }
+
+template <class F>
+QL_FN float effective_scale(float s) { return effective_scale(s, float_of(F::scale_max)); }
 
 // What x is multiplied by: r = fl(1 / s_eff). t = mul(x, r) is x in units of the scale (C5, C6).
 QL_FN float reciprocal(float s_eff) { return div(1.0f, s_eff); }

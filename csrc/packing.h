@@ -7,11 +7,11 @@ namespace quantlib {
 
 QL_FN uint8_t pack(uint32_t even, uint32_t odd) { return uint8_t((even & 15u) | (odd << 4)); }
 
-// The code of F in nibble `odd` of `byte`; an integer format's sign is spread.
+// The code of F in nibble `odd` of `byte`; the sign of an integer format is spread.
 template <class F>
 QL_FN int32_t unpack(uint8_t byte, int odd) {
   const int32_t nibble = odd ? byte >> 4 : byte & 15;
-  if constexpr (!F::is_float && F::affine_qmin < 0) return (nibble ^ 8) - 8;
+  if constexpr (F::is_signed) return (nibble ^ 8) - 8;
   else return nibble;
 }
 

@@ -1,0 +1,182 @@
+// What an op accepts. Every check says what was expected and what came, in the words of quantlib/ops/check.py.
+#pragma once
+#include "numerics.h"
+#include "problem.h"
+#include "tensor.h"
+
+namespace quantlib {
+
+// ---- formats and dtypes ---------------------------------------------------------------------------------------------
+
+// A row of the table, for the host.
+struct Format {
+  const char* name;
+  Type type;
+  int bits;
+  bool is_float;
+  int qmin, qmax;  // of an affine zero point
+  int32_t dtype;   // of its codes
+  bool packed() const { return bits < 8; }
+};
+
+struct Dtype {
+  int32_t dtype;
+  const char* name;
+};
+
+inline const std::vector<Dtype>& dtypes() {
+  static const std::vector<Dtype> all = {
+#define QL_DTYPE(NAME) {aoti_torch_dtype_##NAME(), #NAME},
+      QL_DTYPE(float32) QL_DTYPE(float16) QL_DTYPE(bfloat16) QL_DTYPE(float8_e4m3fn) QL_DTYPE(float8_e5m2)
+      QL_DTYPE(float8_e4m3fnuz) QL_DTYPE(float8_e5m2fnuz) QL_DTYPE(float64) QL_DTYPE(uint8) QL_DTYPE(uint16)
+      QL_DTYPE(uint32) QL_DTYPE(uint64) QL_DTYPE(int8) QL_DTYPE(int16) QL_DTYPE(int32) QL_DTYPE(int64) QL_DTYPE(bool)
+      QL_DTYPE(complex32) QL_DTYPE(complex64) QL_DTYPE(complex128)
+#undef QL_DTYPE
+  };
+  return all;
+}
+
+inline std::string name_of(int32_t dtype) {
+  for (const Dtype& d : dtypes())
+    if (d.dtype == dtype) return d.name;
+  return "dtype " + std::to_string(dtype);
+}
+
+inline const std::vector<Format>& formats() {
+  static const std::vector<Format> all = [] {
+    const auto dtype = [](const std::string& name, int bits) {
+      if (bits < 8) return aoti_torch_dtype_uint8();
+      return std::find_if(dtypes().begin(), dtypes().end(), [&](const Dtype& d) { return d.name == name; })->dtype;
+    };
+    return std::vector<Format>{
+        {"float32", Type::float32, 32, true, 0, 0, aoti_torch_dtype_float32()},
+#define QL_ROW(NAME, BITS, ...) {#NAME, Type::NAME, BITS, true, 0, 0, dtype(#NAME, BITS)},
+        QL_FLOATS(QL_ROW)
+#undef QL_ROW
+#define QL_ROW(NAME, BITS, ...) \
+  {#NAME, Type::NAME, BITS, false, NAME::affine_qmin, NAME::affine_qmax, dtype(#NAME, BITS)},
+        QL_INTS(QL_ROW)
+#undef QL_ROW
+    };
+  }();
+  return all;
+}
+
+// Which formats an argument may have.
+using Accepts = bool (*)(const Format&);
+inline bool inputs(const Format& f) { return f.is_float && f.bits >= 16; }
+inline bool casts(const Format& f) { return f.is_float && !f.packed(); }
+inline bool targets(const Format& f) { return f.type != Type::float32; }
+inline bool integers(const Format& f) { return !f.is_float; }
+
+inline std::string one_of(Accepts accepts) {
+  std::string text, last;
+  for (const Format& f : formats()) {
+    if (!accepts(f)) continue;
+    if (!last.empty()) text += (text.empty() ? "" : ", ") + last;
+    last = f.name;
+  }
+  return text.empty() ? last : text + " or " + last;
+}
+
+// ---- messages -------------------------------------------------------------------------------------------------------
+
+[[noreturn]] inline void fail(const char* op, const std::string& argument, const std::string& expected,
+                              const std::string& got) {
+  throw std::runtime_error("quantlib::" + std::string(op) + ": " + argument + " must be " + expected + ", got " + got);
+}
+
+inline std::string text_of(const Sizes& sizes) {
+  std::string text = "[";
+  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+inline std::string text_of(Device device) {
+  const std::pair<int32_t, const char*> types[] = {{aoti_torch_device_type_cpu(), "cpu"},
+                                                   {aoti_torch_device_type_cuda(), "cuda"},
+                                                   {aoti_torch_device_type_meta(), "meta"},
+                                                   {aoti_torch_device_type_xpu(), "xpu"},
+                                                   {aoti_torch_device_type_mps(), "mps"}};
+  std::string text = "device type " + std::to_string(device.type);
+  for (const auto& [type, name] : types)
+    if (type == device.type) text = name;
+  const bool numbered = device.index >= 0 && device.type != aoti_torch_device_type_cpu() &&
+                        device.type != aoti_torch_device_type_meta();
+  return numbered ? text + ":" + std::to_string(device.index) : text;
+}
+
+inline std::string described(const Sizes& sizes, int32_t dtype, Device device) {
+  return name_of(dtype) + " " + text_of(sizes) + " on " + text_of(device);
+}
+
+// ---- checks ---------------------------------------------------------------------------------------------------------
+
+// What an op returns: the shape and dtype of a tensor.
+struct Result {
+  Sizes sizes;
+  int32_t dtype;
+};
+
+inline void check_tensor(const char* op, const char* argument, const Tensor& got, const Result& expected,
+                         Device device) {
+  if (got.dtype() != expected.dtype || !(got.device() == device) || got.sizes() != expected.sizes)
+    fail(op, argument, described(expected.sizes, expected.dtype, device),
+         described(got.sizes(), got.dtype(), got.device()));
+}
+
+// The row whose codes are `got`.
+inline const Format& check_dtype(const char* op, const char* argument, int32_t got, Accepts accepted) {
+  for (const Format& f : formats())
+    if (f.dtype == got && accepted(f)) return f;
+  fail(op, argument, one_of(accepted), name_of(got));
+}
+
+inline const Format& check_format(const char* op, const std::string& name, Accepts accepted) {
+  for (const Format& f : formats())
+    if (name == f.name && accepted(f)) return f;
+  fail(op, "format", one_of(accepted), name);
+}
+
+// [..., K] viewed as [M, K] in blocks of (br, bk); 0-d as [1, 1].
+inline Grid check_block(const char* op, const Sizes& sizes, const Sizes& block) {
+  if (block.size() != 2 || block[0] < 1 || block[1] < 1) fail(op, "block", "two sizes >= 1", text_of(block));
+  Grid grid = {1, sizes.empty() ? 1 : sizes.back(), block[0], block[1]};
+  for (size_t d = 0; d + 1 < sizes.size(); ++d) grid.M *= sizes[d];
+  return grid;
+}
+
+// scale is float32 of one value a block; zero_point has its shape and is int32, inside an integer format's range.
+inline void check_scale(const char* op, const Tensor& scale, const std::optional<Tensor>& zero_point, const Format& f,
+                        const Sizes& expected, Device device) {
+  check_tensor(op, "scale", scale, {expected, aoti_torch_dtype_float32()}, device);
+  if (!zero_point) return;
+  if (f.is_float) fail(op, "zero_point", std::string("None for ") + f.name, "a tensor");
+  check_tensor(op, "zero_point", *zero_point, {expected, aoti_torch_dtype_int32()}, device);
+}
+
+// Looking at values would make a device wait for the host, so only the CPU's are; a kernel clamps in any case.
+inline void check_zero_point(const char* op, const int32_t* zero_point, int64_t n, const Format& f) {
+  int32_t lowest = 0, highest = 0;  // zero is inside every range
+  for (int64_t i = 0; i < n; ++i) {
+    lowest = std::min(lowest, zero_point[i]);
+    highest = std::max(highest, zero_point[i]);
+  }
+  if (lowest < f.qmin || highest > f.qmax)
+    fail(op, "zero_point", "in " + std::to_string(f.qmin) + ".." + std::to_string(f.qmax),
+         std::to_string(lowest < f.qmin ? lowest : highest));
+}
+
+// The shape of what `codes` stand for; `size` is K, which bytes that hold two codes cannot tell when it is odd.
+inline Sizes check_size(const char* op, Sizes codes, const Format& f, std::optional<int64_t> size) {
+  const int64_t last = codes.empty() ? 1 : codes.back(), K = f.packed() ? 2 * last : last, least = K - f.packed();
+  if (size && (*size < std::max<int64_t>(least, 0) || *size > K))
+    fail(op, "size", f.packed() ? std::to_string(least) + " or " + std::to_string(K) : std::to_string(K),
+         std::to_string(*size));
+  if (!f.packed()) return codes;
+  if (codes.empty()) codes.push_back(1);
+  codes.back() = size.value_or(K);
+  return codes;
+}
+
+}  // namespace quantlib

@@ -1,0 +1,147 @@
+// scale[I, J] = clamp(amax(|x[i, j]| of block I, J) / Q), or the affine scale and zero_point of its range
+#include "range.h"
+
+namespace quantlib {
+namespace QL_ISA {
+namespace {
+
+template <class Bits, class Signed>
+Range range_of(const Bits* x, int64_t n) {
+  Signed highest = 0;
+  Bits lowest = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const Signed bits = Signed(x[j]);
+    highest = bits > highest ? bits : highest;
+    lowest = x[j] > lowest ? x[j] : lowest;
+  }
+  return {highest, lowest};
+}
+
+template <class Bits, class Signed>
+void widen_columns(const Bits* x, int64_t n, int32_t* __restrict__ highest, uint32_t* __restrict__ lowest) {
+  for (int64_t j = 0; j < n; ++j) {
+    const int32_t bits = Signed(x[j]);
+    highest[j] = bits > highest[j] ? bits : highest[j];
+    lowest[j] = x[j] > lowest[j] ? x[j] : lowest[j];
+  }
+}
+
+float value(Type x_type, uint32_t bits) {
+  return x_type == Type::float32   ? float_of(bits)
+         : x_type == Type::float16 ? decode_float<float16>(bits)
+                                   : decode_float<bfloat16>(bits);
+}
+
+template <class F>
+Affine scale_of(float lowest, float highest, bool affine) {
+  if constexpr (!F::is_float)
+    if (affine) return affine_scale<F>(lowest, highest);
+  const uint32_t a = bits_of(lowest) & 0x7fffffffu, b = bits_of(highest) & 0x7fffffffu;
+  return {symmetric_scale<F>(a > b ? a : b), 0};
+}
+
+}  // namespace
+
+Range RangeRows::row(int64_t i, int64_t j, int64_t n) const {
+  const int64_t at = i * grid.K + j;
+  return p.x_type == Type::float32 ? range_of<uint32_t, int32_t>(static_cast<const uint32_t*>(p.x) + at, n)
+                                   : range_of<uint16_t, int16_t>(static_cast<const uint16_t*>(p.x) + at, n);
+}
+
+void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* out) const {
+  if (i1 - i0 == 1 || grid.bk >= 64) {
+    for (int64_t J = J0; J < J1; ++J) {
+      const int64_t j = J * grid.bk, n = least(grid.bk, grid.K - j);
+      Range range = {0, 0};
+      for (int64_t i = i0; i < i1; ++i) range = widen(range, row(i, j, n));
+      out[J - J0] = range;
+    }
+    return;
+  }
+  // Narrow blocks of many rows: down the columns first, across each block once.
+  int32_t highest[kChunk];
+  uint32_t lowest[kChunk];
+  const int64_t step = kChunk / grid.bk;
+  for (int64_t J = J0; J < J1; J += step) {
+    const int64_t j0 = J * grid.bk, n = least(least(J + step, J1) * grid.bk, grid.K) - j0;
+    for (int64_t j = 0; j < n; ++j) highest[j] = 0, lowest[j] = 0;
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t at = i * grid.K + j0;
+      if (p.x_type == Type::float32)
+        widen_columns<uint32_t, int32_t>(static_cast<const uint32_t*>(p.x) + at, n, highest, lowest);
+      else
+        widen_columns<uint16_t, int16_t>(static_cast<const uint16_t*>(p.x) + at, n, highest, lowest);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      Range& range = out[J - J0 + j / grid.bk];
+      if (j % grid.bk == 0) range = {0, 0};
+      range = widen(range, {highest[j], lowest[j]});
+    }
+  }
+}
+
+void RangeRows::finish(int64_t I, int64_t J, Range range) const {
+  const uint32_t sign = p.x_type == Type::float32 ? 0x80000000u : 0x8000u;
+  float highest = value(p.x_type, uint32_t(range.highest));
+  float lowest = range.lowest & sign ? value(p.x_type, range.lowest) : 0.0f;
+  if (highest != highest || lowest != lowest) highest = lowest = float_of(kNaN);
+  Affine result = {};
+  switch (p.format) {
+#define QL_CASE(NAME, ...)                                               \
+  case Type::NAME:                                                       \
+    result = scale_of<NAME>(lowest, highest, p.zero_point != nullptr); \
+    break;
+    QL_FLOATS(QL_CASE)
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      break;
+  }
+  const int64_t at = I * grid.scale_cols() + J;
+  p.scale[at] = result.scale;
+  if (p.zero_point) p.zero_point[at] = result.zero_point;
+}
+
+void compute_scale(const ComputeScale& p, ParallelFor run) {
+  const RangeRows rows{p, collapse(p.grid, false)};
+  const Grid& g = rows.grid;
+  if (!shared_blocks(g)) {
+    parallel_blocks(run, g, [&](int64_t I, int64_t J0, int64_t J1) {
+      Range range[kBlocks];
+      rows.blocks(I * g.br, least((I + 1) * g.br, g.M), J0, J1, range);
+      for (int64_t J = J0; J < J1; ++J) rows.finish(I, J, range[J - J0]);
+    });
+    return;
+  }
+  constexpr int64_t parts = 64;
+  Range partial[parts][64] = {};
+  const DefaultFloats guard;
+  for (int64_t I = 0; I < g.scale_rows(); ++I) {
+    const int64_t i0 = I * g.br, height = least(g.br, g.M - i0), cols = g.scale_cols();
+    parallel(run, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        if (height > 1) {
+          const int64_t from = i0 + height * part / parts, to = i0 + height * (part + 1) / parts;
+          if (from < to) rows.blocks(from, to, 0, cols, partial[part]);
+          continue;
+        }
+        for (int64_t J = 0; J < cols; ++J) {
+          const int64_t j = J * g.bk, width = least(g.bk, g.K - j);
+          const int64_t from = j + width * part / parts, to = j + width * (part + 1) / parts;
+          partial[part][J] = rows.row(i0, from, to - from);
+        }
+      }
+    });
+    for (int64_t J = 0; J < cols; ++J) {
+      Range range = {0, 0};
+      for (int64_t part = 0; part < parts; ++part) {
+        range = widen(range, partial[part][J]);
+        partial[part][J] = {0, 0};
+      }
+      rows.finish(I, J, range);
+    }
+  }
+}
+
+}  // namespace QL_ISA
+}  // namespace quantlib

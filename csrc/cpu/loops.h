@@ -1,0 +1,148 @@
+// What the ops share: the elements of one row in chunks that stay in the first-level cache, x and codes by way of FP32.
+// Everything here has internal linkage or lives in namespace QL_ISA, and nothing comes from the C++ library: a function
+// that two instruction sets both emitted under one name would be linked once, and might be the wrong one.
+#pragma once
+#ifdef __x86_64__
+#include <xmmintrin.h>
+#endif
+
+#include "../packing.h"
+#include "kernels.h"
+
+namespace quantlib {
+namespace QL_ISA {
+
+constexpr int64_t kChunk = 1024;  // elements: x, r and zero_point of a chunk and its codes take 13 KiB
+constexpr int64_t kGrain = 32768;  // elements a thread is worth waking for
+
+// ---- one chunk: encode.cpp and decode.cpp ---------------------------------------------------------------------------
+
+// codes[j] = encode(fl(x[j] * r[j])), zero_point[j] added where the format is an integer
+using Encode = void (*)(const float* x, const float* r, const int32_t* zero_point, bool saturate, void* codes,
+                        int64_t n);
+Encode encoder(Type format, bool affine);
+
+// y[j] = the value of codes[j], exact
+using Decode = void (*)(const void* codes, float* y, int64_t n);
+Decode decoder(Type format);
+
+// ---- the rows of the table at run time ------------------------------------------------------------------------------
+
+struct Row {
+  int bits;
+  uint32_t scale_max;  // bits of an FP32 value
+  int32_t qmin, qmax;  // of an affine zero point
+};
+
+static inline Row row_of(Type format) {
+  switch (format) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return {NAME::bits, NAME::scale_max, 0, 0};
+    QL_FLOATS(QL_CASE)
+#undef QL_CASE
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return {NAME::bits, NAME::scale_max, NAME::affine_qmin, NAME::affine_qmax};
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      return {float32::bits, 0, 0, 0};
+  }
+}
+
+// Byte offset of element (i, j) of an [M, K] matrix; j is even where two elements share a byte.
+static inline int64_t byte_offset(int bits, int64_t K, int64_t i, int64_t j) {
+  return bits == 4 ? i * ((K + 1) / 2) + j / 2 : (i * K + j) * (bits / 8);
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- granularity ----------------------------------------------------------------------------------------------------
+
+// The same elements as one long row where blocks are contiguous runs of them; [M, K] and its blocks otherwise.
+static inline Grid collapse(Grid g, bool packed) {
+  g.br = least(g.br, g.M), g.bk = least(g.bk, g.K);
+  const bool whole_bytes = !packed || g.K % 2 == 0 || g.M == 1;
+  if (!whole_bytes || (g.bk < g.K && (g.br > 1 || g.K % g.bk))) return g;
+  return {1, g.M * g.K, 1, g.br * g.bk};
+}
+
+// out[j] = make(values[j / bk]) for the columns j .. j + n of a row, values being the row of `scale` that serves it
+template <class Value, class Out, class Make>
+static inline void spread(const Value* values, int64_t bk, int64_t j, int64_t n, Out* __restrict__ out, Make make) {
+  for (int64_t J = j / bk, start = 0; start < n; ++J) {
+    const int64_t end = least(n, (J + 1) * bk - j);
+    const Out value = make(values[J]);
+    for (int64_t k = start; k < end; ++k) out[k] = value;
+    start = end;
+  }
+}
+
+// Rows i0 .. i1 and columns j0 .. j1 chunk by chunk: worker.spread(I, j, n) before the first row of every block row I,
+// then worker.row(i, j, n) for each row i. Scales that stay the same are not spread again.
+template <class Worker>
+static inline void walk(const Grid& g, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Worker& worker) {
+  int64_t spread_block = -1, spread_n = 0;  // the one block that the worker's buffers hold, where it is one
+  for (int64_t j = j0; j < j1; j += kChunk) {
+    const int64_t n = least(kChunk, j1 - j), J = j / g.bk;
+    const bool one_block = (j + n - 1) / g.bk == J;
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t block = i / g.br * g.scale_cols() + J;
+      if ((i == i0 || i % g.br == 0) && !(one_block && block == spread_block && n <= spread_n)) {
+        worker.spread(i / g.br, j, n);
+        spread_block = one_block ? block : -1, spread_n = n;
+      }
+      worker.row(i, j, n);
+    }
+  }
+}
+
+// ---- threads --------------------------------------------------------------------------------------------------------
+
+// Gradual underflow and rounding to nearest, whatever the caller's thread is set to (C0).
+class DefaultFloats {
+#if defined(__x86_64__)
+  const unsigned saved = _mm_getcsr();
+
+ public:
+  DefaultFloats() { _mm_setcsr(0x1f80); }
+  ~DefaultFloats() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+  uint64_t saved;
+
+ public:
+  DefaultFloats() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+  }
+  ~DefaultFloats() { asm volatile("msr fpcr, %0" ::"r"(saved)); }
+#endif
+};
+
+template <class Body>
+static inline void parallel(ParallelFor run, int64_t n, int64_t grain, const Body& body) {
+  run(
+      0, n, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        const DefaultFloats guard;
+        (*static_cast<const Body*>(context))(begin, end);
+      },
+      const_cast<Body*>(&body));
+}
+
+// Pieces of `step` columns by `strip` rows, numbered along the rows.
+template <class Body>
+static inline void parallel_pieces(ParallelFor run, const Grid& g, int64_t strip, int64_t step, const Body& body) {
+  const int64_t across = (g.K + step - 1) / step, down = (g.M + strip - 1) / strip;
+  parallel(run, across * down, most(1, kGrain / (strip * least(step, g.K))), [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t i = piece / across * strip, j = piece % across * step;
+      body(i, least(i + strip, g.M), j, least(j + step, g.K));
+    }
+  });
+}
+
+}  // namespace QL_ISA
+}  // namespace quantlib

@@ -1,0 +1,50 @@
+// codes[i, j] = encode(x[i, j] / scale[i // br, j // bk]) of a rectangle, for quantize and quantize_dynamic
+#pragma once
+#include "loops.h"
+
+namespace quantlib {
+namespace QL_ISA {
+
+struct QuantizeRows {
+  const Quantize& p;
+  const Grid grid;
+  const Row format = row_of(p.format);
+  const int x_bits = row_of(p.x_type).bits;
+  const Decode decode = decoder(p.x_type);
+  const Encode encode = encoder(p.format, p.zero_point != nullptr);
+
+  explicit QuantizeRows(const Quantize& p) : p(p), grid(collapse(p.grid, row_of(p.format).bits < 8)) {}
+
+  void operator()(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
+    Worker worker{*this};
+    walk(grid, i0, i1, j0, j1, worker);
+  }
+
+ private:
+  struct Worker {
+    const QuantizeRows& of;
+    alignas(64) float x[kChunk], r[kChunk];
+    int32_t zero_point[kChunk];
+
+    explicit Worker(const QuantizeRows& of) : of(of) {}
+
+    void spread(int64_t I, int64_t j, int64_t n) {
+      const int64_t row = I * of.grid.scale_cols();
+      const float scale_max = float_of(of.format.scale_max);
+      QL_ISA::spread(of.p.scale + row, of.grid.bk, j, n, r,
+                     [=](float s) { return reciprocal(effective_scale(s, scale_max)); });
+      if (of.p.zero_point)
+        QL_ISA::spread(of.p.zero_point + row, of.grid.bk, j, n, zero_point, [](int32_t z) { return z; });
+    }
+
+    void row(int64_t i, int64_t j, int64_t n) {
+      const char* in = static_cast<const char*>(of.p.x) + byte_offset(of.x_bits, of.grid.K, i, j);
+      if (of.p.x_type != Type::float32) of.decode(in, x, n);
+      of.encode(of.p.x_type == Type::float32 ? reinterpret_cast<const float*>(in) : x, r, zero_point, true,
+                static_cast<char*>(of.p.codes) + byte_offset(of.format.bits, of.grid.K, i, j), n);
+    }
+  };
+};
+
+}  // namespace QL_ISA
+}  // namespace quantlib

@@ -1,0 +1,29 @@
+// scale = compute_scale(x), codes = quantize(x, scale), x still in the cache
+#include "quantize.h"
+#include "range.h"
+
+namespace quantlib {
+namespace QL_ISA {
+
+void quantize_dynamic(const QuantizeDynamic& p, ParallelFor run) {
+  const ComputeScale scale_of = {p.grid, p.x, p.x_type, p.format, p.scale, p.zero_point};
+  const Quantize codes_of = {p.grid, p.x, p.x_type, p.format, p.scale, p.zero_point, p.codes};
+  const QuantizeRows codes(codes_of);
+  const RangeRows ranges{scale_of, codes.grid};
+  const Grid& g = codes.grid;
+  if (shared_blocks(g)) {
+    compute_scale(scale_of, run);
+    quantize(codes_of, run);
+    return;
+  }
+  parallel_blocks(run, g, [&](int64_t I, int64_t J0, int64_t J1) {
+    Range range[kBlocks];
+    const int64_t i0 = I * g.br, i1 = least(i0 + g.br, g.M);
+    ranges.blocks(i0, i1, J0, J1, range);
+    for (int64_t J = J0; J < J1; ++J) ranges.finish(I, J, range[J - J0]);
+    codes(i0, i1, J0 * g.bk, least(J1 * g.bk, g.K));
+  });
+}
+
+}  // namespace QL_ISA
+}  // namespace quantlib

@@ -1,0 +1,153 @@
+// What the glue needs of torch, through its stable C interface alone: tensors, and the arguments of a call.
+//
+// torch/csrc/stable has classes for both, but its conversion of a string argument leaks the string, and its tensor asks
+// the library again for every size: an op call on 16 elements would take half as long again.
+#pragma once
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace quantlib {
+
+using Sizes = std::vector<int64_t>;
+
+inline void check_torch(AOTITorchError status) {
+  if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error("quantlib: a call of torch failed");
+}
+
+struct Device {
+  int32_t type, index;
+  bool operator==(Device other) const { return type == other.type && index == other.index; }
+};
+
+// Owns one reference to a torch tensor, and knows what never changes about it.
+class Tensor {
+ public:
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+    int64_t *sizes, dim;
+    check_torch(aoti_torch_get_dim(handle, &dim));
+    check_torch(aoti_torch_get_sizes(handle, &sizes));
+    check_torch(aoti_torch_get_dtype(handle, &dtype_));
+    check_torch(aoti_torch_get_device_type(handle, &device_.type));
+    check_torch(aoti_torch_get_device_index(handle, &device_.index));
+    sizes_.assign(sizes, sizes + dim);
+  }
+  static Tensor empty(const Sizes& sizes, int32_t dtype, Device device) {
+    Sizes strides(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    AtenTensorHandle handle;
+    check_torch(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device.type,
+                                         device.index, &handle));
+    return Tensor(handle);
+  }
+  Tensor(Tensor&& other) noexcept
+      : handle_(std::exchange(other.handle_, nullptr)),
+        sizes_(std::move(other.sizes_)),
+        dtype_(other.dtype_),
+        device_(other.device_) {}
+  Tensor& operator=(Tensor&&) = delete;
+  ~Tensor() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  const Sizes& sizes() const { return sizes_; }
+  int32_t dtype() const { return dtype_; }
+  Device device() const { return device_; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t size : sizes_) n *= size;
+    return n;
+  }
+  int64_t nbytes() const { return numel() * int64_t(aoti_torch_dtype_element_size(dtype_)); }
+  bool is_contiguous() const {
+    bool result;
+    check_torch(aoti_torch_is_contiguous(handle_, &result));
+    return result;
+  }
+  void* data() const {
+    void* data;
+    check_torch(aoti_torch_get_data_ptr(handle_, &data));
+    return data;
+  }
+  void copy_from(const Tensor& other) const { check_torch(aoti_torch_copy_(handle_, other.handle_, 0)); }
+  // Where it is not contiguous it becomes a copy of itself that is.
+  void make_contiguous() {
+    if (is_contiguous()) return;
+    Tensor copy = empty(sizes_, dtype_, device_);
+    copy.copy_from(*this);
+    std::swap(handle_, copy.handle_);
+  }
+  // Whether two contiguous tensors share a byte.
+  bool overlaps(const Tensor& other) const {
+    const auto *a = static_cast<const char*>(data()), *b = static_cast<const char*>(other.data());
+    return a < b + other.nbytes() && b < a + nbytes();
+  }
+  // The reference itself: the caller's to delete.
+  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+
+ private:
+  AtenTensorHandle handle_;
+  Sizes sizes_;
+  int32_t dtype_;
+  Device device_;
+};
+
+// The arguments of a call, taken in the order of the schema: each belongs to us from then on.
+class Arguments {
+ public:
+  explicit Arguments(const StableIValue* stack) : next_(stack) {}
+
+  Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
+  bool flag() { return take<bool>(); }
+  int32_t dtype() { return take<int32_t>(); }
+  std::string text() {
+    const auto handle = take<StringHandle>();
+    const char* data;
+    size_t length;
+    check_torch(torch_string_c_str(handle, &data));
+    check_torch(torch_string_length(handle, &length));
+    std::string result(data, length);
+    check_torch(torch_delete_string(handle));
+    return result;
+  }
+  Sizes sizes() {
+    const auto handle = take<StableListHandle>();
+    size_t length;
+    check_torch(torch_list_size(handle, &length));
+    Sizes result(length);
+    for (size_t i = 0; i < length; ++i) {
+      StableIValue item;
+      check_torch(torch_list_get_item(handle, i, &item));
+      result[i] = torch::stable::detail::to<int64_t>(item);
+    }
+    check_torch(torch_delete_list(handle));
+    return result;
+  }
+  std::optional<Tensor> optional_tensor() {
+    return optional<Tensor>([](StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); });
+  }
+  std::optional<int64_t> optional_size() { return optional<int64_t>(torch::stable::detail::to<int64_t>); }
+
+ private:
+  const StableIValue* next_;
+
+  template <class T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  template <class T, class Make>
+  std::optional<T> optional(Make make) {
+    const auto* boxed = take<StableIValue*>();
+    if (!boxed) return std::nullopt;
+    const StableIValue value = *boxed;
+    delete boxed;
+    return make(value);
+  }
+};
+
+}  // namespace quantlib
