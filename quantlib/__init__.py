@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from quantlib import nn, reference
     from quantlib.api import dequantize_, quantize_
     from quantlib.backends import use_backend
-    from quantlib.ops import cast, compute_scale, dequantize, pack, quantize, quantize_dynamic, unpack
+    from quantlib.ops.cast import cast
+    from quantlib.ops.compute_scale import compute_scale
+    from quantlib.ops.dequantize import dequantize
+    from quantlib.ops.packing import pack, unpack
+    from quantlib.ops.quantize import quantize
+    from quantlib.ops.quantize_dynamic import quantize_dynamic
     from quantlib.spec import QuantSpec
 
 _HOME = {

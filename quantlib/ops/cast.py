@@ -59,7 +59,7 @@ def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, 
     name = format_name(format)
     saturates = _SATURATES.get(name, False) if saturate is None else saturate
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
-        result: Tensor = _StraightThrough.apply(x, name, saturates, out)
+        result: Tensor = _StraightThrough.apply(x, name, saturates, out)  # type: ignore[no-untyped-call]
         return result
     if out is None:
         y: Tensor = _cast(x, name, saturates)
