@@ -12,6 +12,7 @@ import functools
 import importlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,7 @@ SCHEMAS: dict[str, str] = {
 # One more layer of Python kernels for an overload ("quantize.out"), given the launcher of a backend's op.
 Binder = Callable[[Callable[..., None]], Callable[..., Any]]
 _binders: dict[str, Binder] = {}
+_compiled: set[tuple[str, str]] = set()  # (overload, dispatch key) that a compiled library has a kernel for
 
 _loaded = compiled.load("cpu") is None
 _library = torch.library.Library("quantlib", "FRAGMENT" if _loaded else "DEF")
@@ -88,6 +90,10 @@ def use_backend(name: str) -> Iterator[None]:
 def attach(overload: str, bind: Binder, fake: Callable[..., Any]) -> None:
     """Give ``overload`` its Python kernels: pure torch at the bottom, ``fake`` for shapes, a binder for the layers."""
     _binders[overload] = bind
+    name = f"quantlib::{overload}"
+    _compiled.update(
+        (overload, key) for key in DEVICES.values() if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    )
     _library.impl(overload, bind(_launcher("composite", overload)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantlib::{overload}", fake, lib=_library)
 
@@ -116,12 +122,14 @@ class _Layer:
         if _layers and _layers[-1] is not self:
             _layers[-1].remove()
         self.library = torch.library.Library("quantlib", "IMPL")
-        for device, key in DEVICES.items():
-            backend = serving_layer(self.name, device)
-            if backend is None:
-                continue
-            for overload, bind in _binders.items():
-                self.library.impl(overload, bind(_launcher(backend, overload, device)), key, allow_override=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is what is meant
+            for device, key in DEVICES.items():
+                for overload, bind in _binders.items():
+                    backend = serving_layer(self.name, overload, device)
+                    if backend is not None:
+                        kernel = bind(_launcher(backend, overload, device))
+                        self.library.impl(overload, kernel, key, allow_override=True)
 
     def remove(self) -> None:
         if self.library is not None:
@@ -129,14 +137,12 @@ class _Layer:
             self.library = None
 
 
-def serving_layer(name: str, device: str) -> str | None:
-    """The backend whose kernels layer ``name`` puts over those that lie there already; None where nothing is due."""
+def serving_layer(name: str, overload: str, device: str) -> str | None:
+    """The backend whose kernel layer ``name`` puts over the one that lies there already; None where none is due."""
     if name == "auto":
         over = device == "cuda" and torch.version.cuda is not None and refuses("triton", device) is None
         return "triton" if over else None
-    if COMPILED.get(name) == device and compiled.load(device) is None:
-        return None
-    return name
+    return None if COMPILED.get(name) == device and (overload, DEVICES[device]) in _compiled else name
 
 
 def _launcher(backend: str, overload: str, device: str = "cpu") -> Callable[..., None]:
@@ -146,9 +152,11 @@ def _launcher(backend: str, overload: str, device: str = "cpu") -> Callable[...,
     @functools.cache
     def find() -> Callable[..., None]:
         why = refuses(backend, device)
-        if why is not None:
+        kernels = {} if why is not None or backend in COMPILED else _python_backend(backend).KERNELS
+        if op not in kernels:
+            why = why or f"it has no kernel of {op}"
             raise NotImplementedError(f"quantlib::{op}: backend {backend!r} refuses {device} tensors: {why}")
-        kernel: Callable[..., None] = _python_backend(backend).KERNELS[op]
+        kernel: Callable[..., None] = kernels[op]
         return kernel
 
     def launch(*args: Any) -> None:
