@@ -26,6 +26,8 @@ class Build(build_ext):
 
     def run(self) -> None:
         if not self.editable_mode:  # there the first import compiles, again whenever a source has changed
+            for file in BUILD["FILES"].values():  # a build/ that is still there holds those of an earlier build
+                Path(self.build_lib, "quantlib", file).unlink(missing_ok=True)
             super().run()
 
     def build_extensions(self) -> None:
