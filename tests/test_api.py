@@ -1,0 +1,296 @@
+"""quantize_ and dequantize_: which layers, in which order, and nothing at all when something is wrong."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantlib import dequantize_, quantize_
+from quantlib.nn import QuantLinear
+from quantlib.spec import QuantSpec
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 24), nn.LayerNorm(24), nn.ReLU(), nn.Sequential(nn.Linear(24, 8, bias=False)))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = dict(model.named_parameters())
+    same_names = before.keys() == after.keys()
+    return same_names and all(torch.equal(before[n].nan_to_num(7), after[n].nan_to_num(7)) for n in before)
+
+
+class Tied(nn.Module):
+    """An embedding with a head of the same weight, and two layers that share theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 16)
+        self.first = nn.Linear(16, 16)
+        self.second = nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+        self.again = self.first
+        self.head = nn.Linear(16, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.head(self.again(self.second(self.first(self.embedding(ids)))))
+        return y
+
+
+@pytest.mark.parametrize("words", ["W8A16", "W8A8", "W4A16", "fp8", torch.bfloat16, QuantSpec("int8", "group:16")])
+def test_every_linear_is_replaced(words: object) -> None:
+    model = mlp()
+    expected = {name: QuantLinear.from_float(model.get_submodule(name), words) for name in ("0", "3.0")}  # type: ignore[arg-type]
+    x = torch.randn(5, 40)
+    before = model(x)
+    report = quantize_(model, words)
+    for name, layer in expected.items():
+        new = model.get_submodule(name)
+        assert isinstance(new, QuantLinear)
+        assert new.spec == layer.spec
+        assert torch.equal(new(x[:, : new.in_features]), layer(x[:, : new.in_features]))
+    assert [layer.name for layer in report.layers] == ["0", "3.0"]
+    assert report.skipped == {}
+    assert (model(x) - before).norm() < 0.2 * before.norm()
+    assert report.bytes_before == 4 * (40 * 24 + 24 * 8)
+    assert report.bytes_after == sum(QuantSpec.parse(words).nbytes(shape) for shape in ((24, 40), (8, 24)))
+
+
+def test_the_report_prints_as_a_table() -> None:
+    report = quantize_(mlp(), "W8A16", lambda module, name: name == "0")
+    assert str(report).splitlines() == [
+        "layer     shape    format    bytes  to bytes          SNR dB",
+        f"0         24 x 40  int8:row  3,840     1,056            {report.layers[0].snr_db:.1f}",
+        "1 layers                     3,840     1,056  3.64 x smaller",
+        "",
+        "skipped  because",
+        "3.0      filter_fn said no",
+    ]
+    assert json.loads(json.dumps(report.as_dict()))["layers"][0]["shape"] == [24, 40]
+
+
+def test_signal_to_noise() -> None:
+    model = mlp()
+    weight = model[0].weight.detach().double()
+    report = quantize_(model, "int8")
+    noise = model[0].values().double() - weight
+    assert report.layers[0].snr_db == pytest.approx(10 * math.log10(weight.square().sum() / noise.square().sum()))
+    assert report.worst in report.layers
+    assert quantize_(mlp().bfloat16(), "bf16").layers[0].snr_db == math.inf
+
+
+def test_dequantize_restores_the_values() -> None:
+    model = mlp()
+    quantize_(model, "int8")
+    quantized, x = copy.deepcopy(model), torch.randn(5, 40)
+    assert dequantize_(model) == ["0", "3.0"]
+    assert [type(m) for m in model.modules()].count(nn.Linear) == 2
+    assert torch.equal(model(x), quantized(x))
+    assert dequantize_(model) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_another_dtype_stays_one(dtype: torch.dtype) -> None:
+    model = mlp().to(dtype)
+    quantize_(model, "int8")
+    assert model(torch.randn(5, 40, dtype=dtype)).dtype == dtype
+    dequantize_(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_changes_nothing(bad: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[3][0].weight[5, 7] = bad
+        model[3][0].weight[6, 0] = bad
+    before = state(model)
+    with pytest.raises(
+        ValueError, match=rf"weight of layer 3\.0 must be finite.*got {bad} in row 5 and in 1 more rows"
+    ):
+        quantize_(model, "int8")
+    assert unchanged(model, before)
+    report = quantize_(model, "int8", on_nonfinite="propagate")
+    row = model[3][0].values()[5]
+    assert row.isnan().all() if math.isnan(bad) else row[7] == math.copysign(127 * 2.0**120, bad)
+    assert report.worst is not None
+    assert report.worst.name == "3.0"
+
+
+def test_a_cast_that_overflows_is_not_silent() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[3][0].weight[2, 3] = 1e5
+    before = state(model)
+    with pytest.raises(ValueError, match=r"layer 3\.0 must be at most 65504 in magnitude.*got 100000 in row 2"):
+        quantize_(model, "float16")
+    assert unchanged(model, before)
+    quantize_(model, "float16:row")
+    assert model[3][0].values()[2, 3] == pytest.approx(1e5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "error", "message"),
+    [
+        ("int9", {}, ValueError, "spec must be .* got 'int9'"),
+        ("int8", {"on_nonfinite": "ignore"}, ValueError, "on_nonfinite must be raise or propagate, got 'ignore'"),
+    ],
+)
+def test_refused_words(words: str, options: dict[str, str], error: type[Exception], message: str) -> None:
+    model = mlp()
+    before = state(model)
+    with pytest.raises(error, match=message):
+        quantize_(model, words, **options)  # type: ignore[arg-type]
+    assert unchanged(model, before)
+
+
+def test_refused_models() -> None:
+    with pytest.raises(ValueError, match=r"got a single Linear: use QuantLinear\.from_float"):
+        quantize_(nn.Linear(4, 4), "int8")
+    with pytest.raises(ValueError, match="got a single QuantLinear"):
+        dequantize_(QuantLinear(4, 4, spec="int8"))
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got dict"):
+        quantize_({}, "int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model must have an nn\.Linear to quantize, got none"):
+        quantize_(nn.Sequential(nn.Conv1d(2, 2, 1)), "int8")
+    model = mlp().double()
+    before = state(model)
+    with pytest.raises(TypeError, match="weight of layer 0 must be float32, float16 or bfloat16, got float64"):
+        quantize_(model, "int8")
+    assert unchanged(model, before)
+
+
+def test_a_second_time_is_refused_with_the_reason() -> None:
+    model = mlp()
+    quantize_(model, "int8", lambda module, name: name == "0")
+    report = quantize_(model, "int4")
+    assert report.skipped == {"0": "already quantized to int8:row"}
+    with pytest.raises(ValueError, match=r"3\.0: already quantized to int4:group:128"):
+        quantize_(model, "int4")
+
+
+def test_tied_weights_stay_tied() -> None:
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(10)
+    before = model(ids)
+    report = quantize_(model, "int8")
+    assert [layer.name for layer in report.layers] == ["first"]
+    assert report.skipped == {"head": "shares its weight with embedding.weight, which stays as it is"}
+    assert model.head.weight is model.embedding.weight
+    assert model.again is model.first
+    assert isinstance(model.second, QuantLinear)
+    assert model.second.weight is model.first.weight
+    assert model.second.weight_scale is model.first.weight_scale
+    assert model.second.bias is not model.first.bias
+    assert (model(ids) - before).norm() < 0.02 * before.norm()
+    quantized = model(ids)
+    assert dequantize_(model) == ["first", "second"]
+    assert model.second.weight is model.first.weight
+    assert model.again is model.first
+    assert torch.equal(model(ids), quantized)
+
+
+def test_a_weight_shared_with_a_layer_that_is_left_out_stays() -> None:
+    model = Tied()
+    report = quantize_(nn.ModuleList([model, nn.Linear(4, 4)]), "int8", lambda module, name: name != "0.second")
+    assert report.skipped["0.first"] == "shares its weight with 0.second.weight, which stays as it is"
+    assert [layer.name for layer in report.layers] == ["1"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_are_read_directly_are_left_alone(training: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 1), "head": nn.Linear(16, 4)}).train(training)
+    x = torch.randn(2, 3, 16)
+    report = quantize_(model, "int8")
+    assert report.skipped == {
+        "encoder.layers.0.self_attn.out_proj": "nn.MultiheadAttention reads its weight directly",
+        "encoder.layers.0.linear1": "nn.TransformerEncoderLayer reads its weight directly",
+        "encoder.layers.0.linear2": "nn.TransformerEncoderLayer reads its weight directly",
+    }
+    with torch.no_grad():
+        assert model["head"](model["encoder"](x)).shape == (2, 3, 4)
+
+
+def test_layers_that_are_not_plain_are_left_alone() -> None:
+    class Mine(nn.Linear):
+        pass
+
+    computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    replaced = nn.Linear(4, 4)
+    replaced.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    model = nn.ModuleList([Mine(4, 4), computed, replaced, nn.Linear(4, 4)])
+    report = quantize_(model, "int8")
+    assert list(report.skipped) == ["0", "1", "2"]
+    assert "Mine, a subclass of nn.Linear" in report.skipped["0"]
+    assert "subclass" in report.skipped["1"]
+    assert report.skipped["2"] == "its forward has been replaced"
+
+
+def test_hooks_and_modes_are_kept() -> None:
+    model = mlp().eval()
+    seen: list[str] = []
+    handle = model[0].register_forward_hook(lambda *_: seen.append("after"))
+    model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    quantize_(model, "int8")
+    assert not model[0].training
+    model(torch.randn(1, 40))
+    assert seen == ["before", "after"]
+    handle.remove()
+    model(torch.randn(1, 40))
+    assert seen == ["before", "after", "before"]
+
+
+def test_float_layers_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    alive = [weakref.ref(layer.weight) for layer in model]
+    counts: list[int] = []
+    from_float = QuantLinear.from_float
+
+    def counting(linear: nn.Linear, spec: object) -> QuantLinear:
+        gc.collect()
+        counts.append(sum(ref() is not None for ref in alive))
+        return from_float(linear, spec)
+
+    monkeypatch.setattr(QuantLinear, "from_float", counting)
+    quantize_(model, "int8")
+    assert counts == [6, 5, 4, 3, 2, 1]
+
+
+def test_a_skeleton_on_meta() -> None:
+    filled = mlp()
+    quantize_(filled, "int4:group:8:affine")
+    with torch.device("meta"):
+        model = mlp()
+    report = quantize_(model, "int4:group:8:affine")
+    assert math.isnan(report.layers[0].snr_db)
+    assert report.bytes_after == sum(QuantSpec.parse("int4:group:8:affine").nbytes(s) for s in ((24, 40), (8, 24)))
+    model.load_state_dict(filled.state_dict(), assign=True)
+    x = torch.randn(3, 40)
+    assert torch.equal(model(x), filled(x))
+
+
+def test_a_trained_bias_and_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model = mlp()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(3, 40)
+    compiled(x)
+    quantize_(model, "int8")
+    assert torch.equal(compiled(x), model(x))
+    model(x).sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"0.bias", "1.weight", "1.bias"}
