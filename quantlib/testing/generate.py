@@ -1,0 +1,213 @@
+"""The inputs of a case: values where something is decided for it, dealt out over its shape and blocks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from quantlib import formats, reference
+from quantlib.formats import FloatFormat, IntFormat
+from quantlib.reference.numerics import effective_scale, encode_float
+from quantlib.reference.ops import matrix, spread
+from quantlib.testing import values
+from quantlib.testing.table import Block, Case
+from quantlib.testing.values import Array
+
+
+@functools.lru_cache(64)
+def inputs(case: Case) -> dict[str, Array]:
+    """The tensors that ``case`` is called with, as bits: x or codes, scale and zero_point where it has them."""
+    rng = np.random.default_rng(case.seed)
+    if case.op == "cast":
+        return {"x": _cast_x(case, rng)}
+    if case.op == "dequantize":
+        return _dequantize_inputs(case, rng)
+    if case.op == "quantize":
+        return _quantize_inputs(case, rng)
+    x = _dynamic_every() if case.shape is None else _dynamic_x(case, rng)
+    return {"x": _narrowed(_placed(x, case), case.dtype, rng)}
+
+
+def _cast_x(case: Case, rng: np.random.Generator) -> Array:
+    if case.shape is not None:
+        if case.dtype == "float32":
+            x: Array = rng.choice(_cast_pool(case.format), case.shape).view(np.uint32)
+        else:
+            x = rng.choice(values.codes(case.dtype), case.shape)
+        return _placed(x, case)
+    return _cast_pool(case.format).view(np.uint32) if case.dtype == "float32" else values.codes(case.dtype)
+
+
+@functools.cache
+def _cast_pool(format: str) -> Array:
+    """Float32 inputs where casting to ``format`` is decided."""
+    if format == "float32":
+        return values.edges()
+    return np.concatenate([values.edges(), values.neighbours(values.midpoints(format))])
+
+
+def _quantize_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]:
+    (M, K), f = matrix_shape(case), formats.get(case.format)
+    scale, zero_point = _scales(case)
+    halves = values.midpoints(case.format, not case.symmetric)
+    if case.shape is None:
+        pool = values.neighbours(_thinned(halves, 2000))
+        rows = np.broadcast_to(np.concatenate([pool, values.edges()]), (M, K)).copy()
+        t = rows[:, : len(pool)]
+        s = effective_scale(scale, f)
+    else:
+        rows = t = rng.choice(values.neighbours(halves), (M, K))
+        s = spread(effective_scale(scale, f), (M, K), resolved(case))
+    with np.errstate(all="ignore"):
+        z = np.int32(0) if zero_point is None else spread(zero_point, (M, t.shape[1]), resolved(case))
+        t[:] = (t - z) * s  # back from units of the scale
+        t[:] = np.nextafter(t, rng.choice(np.array([-np.inf, 0, np.inf], np.float32), t.shape))
+    if case.shape is not None:
+        other = np.where(
+            rng.random((M, K)) < 0.5,
+            rng.choice(values.edges(), (M, K)),
+            rng.integers(0, 2**32, (M, K), dtype=np.uint32).view(np.float32),
+        )
+        rows = np.where(rng.random((M, K)) < 0.3, other, rows)
+    given: dict[str, Array] = {"x": _narrowed(_placed(rows, case), case.dtype, rng), "scale": scale}
+    return given if zero_point is None else given | {"zero_point": zero_point}
+
+
+def _dequantize_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]:
+    (M, K), f = matrix_shape(case), formats.get(case.format)
+    every = values.codes(case.format)
+    shape = (M, K) if case.shape is None else case.shape
+    codes = np.broadcast_to(_thinned(every, 4000), shape).copy() if case.shape is None else rng.choice(every, shape)
+    codes = _placed(codes, case)
+    if f.packed:
+        codes = reference.pack(codes.reshape(M, K), f).reshape(*shape[:-1], (K + 1) // 2)
+        if K % 2 and codes.size:
+            codes[..., -1] |= np.uint8(0xA0)  # what lies past the row is nobody's code
+    scale, zero_point = _scales(case)
+    given: dict[str, Array] = {"codes": codes, "scale": scale}
+    return given if zero_point is None else given | {"zero_point": zero_point}
+
+
+def _scales(case: Case) -> tuple[Array, Array | None]:
+    """All scales and zero points over the blocks of ``case``, beginning anywhere."""
+    (M, K), (br, bk) = matrix_shape(case), resolved(case)
+    shape = -(-M // br), -(-K // bk)
+    every = values.scales(case.format)
+    first = 0 if case.shape is None else case.seed
+    index = (np.arange(shape[0] * shape[1]) + first).reshape(shape)
+    scale = every[index % len(every)]
+    if case.symmetric:
+        return scale, None
+    points = np.array(values.zero_points(case.format), np.int32)
+    return scale, points[(index // len(every) if case.shape is None else index * 7) % len(points)]
+
+
+def _dynamic_every() -> Array:
+    """[M, 3] whose rows have every kind of range."""
+    edges = values.edges()[::7]
+    with np.errstate(all="ignore"):
+        return np.stack([edges, np.roll(edges, 1) * np.float32(2**-9), edges * np.float32(0.4)], -1)
+
+
+def _dynamic_x(case: Case, rng: np.random.Generator) -> Array:
+    """[M, K] whose blocks take turns: ties under the block's own scale, and ranges that are special."""
+    (M, K), f, block = matrix_shape(case), formats.get(case.format), resolved(case)
+    grid = -(-M // block[0]), -(-K // block[1])
+
+    def over(per_block: Array) -> Array:
+        return spread(per_block, (M, K), block)
+
+    # ties: halves times a scale, the block's extremes at the extreme codes
+    s = over((np.exp2(rng.integers(-30, 30, grid)) * rng.uniform(1, 2, grid)).astype(np.float32))
+    halves = values.midpoints(case.format, not case.symmetric)
+    if isinstance(f, IntFormat):
+        lowest, highest = f.range(not case.symmetric)
+        z = 0 if case.symmetric else over(rng.integers(lowest, highest + 1, grid))
+        ends = np.array([lowest, highest])
+    else:
+        z, ends = 0, np.array([-f.max, f.max])
+    inside = halves[(halves > ends[0]) & (halves < ends[1])]
+    with np.errstate(all="ignore"):
+        ties = ((rng.choice(inside, (M, K)) - z) * s).astype(np.float32)
+        ties = np.nextafter(ties, rng.choice(np.array([-np.inf, 0, np.inf], np.float32), (M, K)))
+        i, j = np.arange(M)[:, None] % block[0], np.arange(K)[None, :] % block[1]
+        extreme = ((rng.choice(ends, (M, K)) - z) * s).astype(np.float32)
+        ties = np.where(i + j == 0, extreme, ties)
+        random = rng.integers(0, 2**32, (M, K), dtype=np.uint32).view(np.float32)
+        finite = np.where(np.isfinite(random), random, np.float32(1))
+        one = (i == over(rng.integers(0, block[0], grid))) & (j == over(rng.integers(0, block[1], grid)))
+        infinity = rng.choice(np.array([-np.inf, np.inf], np.float32), (M, K))
+        payload = np.where(random.view(np.uint32) & 1, np.uint32(0x7F800001), np.uint32(0xFFC12345)).view(np.float32)
+        kinds = [
+            ties,
+            finite,
+            np.where(one, infinity, ties),
+            np.where(one, payload, ties),
+            np.abs(ties),
+            finite * np.float32(2.0**-126),
+            -np.abs(ties),
+            np.zeros((M, K), np.float32) * np.sign(infinity),
+            random,
+            np.where(one, payload, infinity),
+        ]
+        turn = over((np.arange(grid[0] * grid[1]).reshape(grid) + case.seed) % (2 * len(kinds)))
+        return np.choose(np.where(turn < len(kinds), turn, 0), kinds).astype(np.float32)
+
+
+def _narrowed(x: Array, dtype: str, rng: np.random.Generator) -> Array:
+    """``x`` as bits of ``dtype``, its NaNs with every payload."""
+    if dtype == "float32":
+        return x.view(np.uint32)
+    f = _float(dtype)
+    with np.errstate(all="ignore"):
+        code = encode_float(x, f, saturate=False)
+    random = rng.integers(0, 2**16, x.shape, dtype=np.uint16)
+    return np.where(x == x, code, random | np.uint16(f.overflow_code | 1)).astype(f.storage)
+
+
+def _placed(x: Array, case: Case) -> Array:
+    """``x`` in the shape of ``case``; where it is expanded, its first row everywhere."""
+    if case.shape is None:
+        return x
+    x = x.reshape(*case.shape[:-1], x.shape[-1]) if case.shape else x.reshape(())
+    return np.broadcast_to(x[:1], x.shape).copy() if case.layout == "expanded" else x
+
+
+def resolved(case: Case) -> Block:
+    """The block of ``case`` without -1."""
+    br, bk = (max(size, 1) if b == -1 else b for b, size in zip(case.block, matrix_shape(case), strict=True))
+    return br, bk
+
+
+def matrix_shape(case: Case) -> tuple[int, int]:
+    """x of ``case`` viewed as [M, K]."""
+    if case.shape is None:
+        return _every_shape(case.op, case.format, case.dtype, case.symmetric)
+    M, K = matrix(np.broadcast_to(np.int8(0), case.shape)).shape
+    return M, K
+
+
+@functools.cache
+def _every_shape(op: str, format: str, dtype: str, symmetric: bool) -> tuple[int, int]:
+    """The matrix of a case without a shape: a row for each scale and zero point, a column for each value."""
+    if op in ("compute_scale", "quantize_dynamic"):
+        M, K = _dynamic_every().shape
+        return M, K
+    rows = len(values.scales(format)) * (1 if symmetric else len(values.zero_points(format)))
+    if op == "dequantize":
+        return rows, len(_thinned(values.codes(format), 4000))
+    return rows, 3 * len(_thinned(values.midpoints(format, not symmetric), 2000)) + len(values.edges())
+
+
+def _thinned(array: Any, size: int) -> Any:
+    """Every n-th element, so that about ``size`` are left; all where there are few. The last one stays."""
+    step = -(-len(array) // size)
+    return array[::-1][::step][::-1]
+
+
+def _float(name: str) -> FloatFormat:
+    f = formats.get(name)
+    assert isinstance(f, FloatFormat)
+    return f
