@@ -47,7 +47,7 @@ def quantize(x: Array, scale: Array, format: str, *, block: Block, zero_point: A
             z = np.array(0) if zero_point is None else spread(zero_point, rows.shape, block)
             codes = numerics.encode_int(t, z, f, zero_point is not None)
     if f.packed:
-        return packing.pack(codes, f).reshape(*x.shape[:-1], -1)
+        return packing.pack(codes, f).reshape(*x.shape[:-1], packing.packed_size(rows.shape[1]))
     return codes.astype(f.storage).reshape(x.shape)
 
 
