@@ -1,0 +1,260 @@
+"""The words of a benchmark: a case is one thing to compute, a contender somebody who can, a row what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantlib import backends
+from quantlib.spec import QuantSpec
+from quantlib.testing.bytes import Array, poisoned
+
+Tensors = tuple[Tensor, ...]
+Call = Callable[[], Any]
+
+OURS, PEER, LIMIT = "ours", "peer", "limit"  # roles; a limit is what no op can beat by much: a plain copy
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Somebody who can do a case.
+
+    Parameters
+    ----------
+    name : str
+        As it stands in the table: "quantlib cpp", "torch.compile".
+    bind : (inputs, outs) -> call
+        The call that is timed. It writes into ``outs`` and returns None, or returns tensors of its own. Raising means
+        that the contender is missing or cannot do the case, which becomes a row that says so.
+    role : {"ours", "peer", "limit"}
+    read : returned -> results, optional
+        What the timed call returned, as tensors to compare; () where its codes mean something else.
+    note : str
+        What a reader must know to judge the time.
+    within : () -> context manager
+        Entered around every call and not timed: the switch of backends.
+    """
+
+    name: str
+    bind: Callable[[Tensors, Tensors], Call]
+    role: str = PEER
+    read: Callable[[Any], Tensors] | None = None
+    note: str = ""
+    within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+    def results(self, returned: Any, outs: Tensors) -> Tensors:
+        """The tensors that the call made or filled."""
+        if self.read is not None:
+            return self.read(returned)
+        if returned is None:
+            return outs
+        return (returned,) if isinstance(returned, Tensor) else tuple(returned)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one input; a family is a subclass. Bytes moved are the op's own: every input and output once."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    device: str = "cpu"
+    backends: tuple[str, ...] = ()  # of quantlib's; the one that serves the device if none is named
+
+    family: ClassVar[str]
+    streams: ClassVar[bool] = True  # the limit is the machine's memory: a plain copy of float32
+    calls: ClassVar[int] = 1  # a timed run is this many
+    least: ClassVar[int] = 3  # timed runs of even the slowest contender
+
+    @property
+    def op(self) -> str:
+        return self.family
+
+    @property
+    def conversion(self) -> str:
+        """What becomes of what: "float32 -> int8"."""
+        raise NotImplementedError
+
+    @property
+    def per(self) -> str:
+        """What shares a scale, in the words of QuantSpec."""
+        return ""
+
+    @property
+    def name(self) -> str:
+        return " ".join(
+            filter(None, (self.family, self.op if self.op != self.family else "", self.conversion, self.per))
+        )
+
+    @property
+    def copied(self) -> int:
+        """Bytes that the plain copy reads and writes; 0 where it is not the limit."""
+        return 2 * 4 * math.prod(self.shape) if self.streams else 0
+
+    def inputs(self) -> Tensors:
+        """What is timed."""
+        raise NotImplementedError
+
+    def outs(self, *inputs: Tensor) -> Tensors:
+        """Ready memory for the results, full of poison."""
+        raise NotImplementedError
+
+    @property
+    def format(self) -> str:
+        """The format whose codes are read or written."""
+        raise NotImplementedError
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    def expected(self, rows: slice, *inputs: Tensor) -> Iterator[tuple[slice, Array]]:
+        """For each result the rows to look at and the reference's bits of them; ``rows`` where they are independent."""
+        return iter(())
+
+    def contenders(self) -> list[Contender]:
+        raise NotImplementedError
+
+    def copy(self) -> Contender:
+        """The limit: a plain copy of float32 into ready memory."""
+
+        def bind(inputs: Tensors, outs: Tensors) -> Call:
+            x, y = normal(self.shape, "float32", self.device), ready(self.shape, self.device)
+            return lambda: y.copy_(x)
+
+        return Contender("plain copy", bind, LIMIT, read=lambda _: ())
+
+    def ours(self, bind: Callable[[Tensors, Tensors], Call]) -> list[Contender]:
+        """quantlib, once a backend."""
+        serving = backends.serving(self.device)
+        return [
+            Contender(
+                f"quantlib {name}",
+                bind,
+                OURS,
+                within=contextlib.nullcontext if name == serving else functools.partial(backends.use_backend, name),
+            )
+            for name in self.backends or (serving,)
+        ]
+
+
+INT8 = QuantSpec("int8")
+
+
+@dataclass(frozen=True)
+class Scaled(Case):
+    """A case whose codes have a scale: format and granularity are a QuantSpec."""
+
+    spec: QuantSpec = INT8
+
+    @property
+    def format(self) -> str:
+        return self.spec.format
+
+    @property
+    def symmetric(self) -> bool:
+        return bool(self.spec.symmetric)
+
+    @property
+    def conversion(self) -> str:
+        return f"{self.dtype} -> {self.format}"
+
+    @property
+    def per(self) -> str:
+        return f"{self.spec.per}{'' if self.spec.symmetric else ' affine'}"
+
+    def block(self, x: Tensor) -> tuple[int, int]:
+        return self.spec.block(x.shape)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Ready memory for the codes of x."""
+        dtype = getattr(torch, self.spec.row.dtype_name)
+        return poisoned(self.spec.codes_shape(x.shape), dtype, self.device)
+
+    def scales(self, x: Tensor) -> Tensors:
+        """Ready memory for the scale, and the zero point if there is one."""
+        dtypes = (torch.float32,) if self.spec.symmetric else (torch.float32, torch.int32)
+        return tuple(poisoned(self.spec.scale_shape(x.shape), dtype, self.device) for dtype in dtypes)
+
+    def given_scales(self, x: Tensor) -> Tensors:
+        """Static scales of the size that normally distributed values want, no two alike, and zero points."""
+        shape, generator = self.spec.scale_shape(x.shape), torch.Generator().manual_seed(1)
+        scale = (1 + torch.rand(shape, generator=generator)) / 32 * (127 / float(self.spec.row.max))
+        if self.spec.symmetric:
+            return (scale.to(self.device),)
+        lowest, highest = self.spec.row.range(affine=True)
+        zero_point = torch.randint(lowest // 2, highest // 2, shape, generator=generator, dtype=torch.int32)
+        return scale.to(self.device), zero_point.to(self.device)
+
+
+@functools.lru_cache(maxsize=2)
+def normal(shape: tuple[int, ...], dtype: str, device: str) -> Tensor:
+    """[...] standard normal, the same in every run."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return x.to(device, getattr(torch, dtype))
+
+
+@functools.lru_cache(maxsize=1)
+def ready(shape: tuple[int, ...], device: str) -> Tensor:
+    """[...] float32 memory that has been written to."""
+    return torch.zeros(shape, device=device)
+
+
+def of_block_rows(rows: slice, br: int) -> slice:
+    """The rows of ``scale`` that serve ``rows`` of x."""
+    return slice(rows.start // br, -(-rows.stop // br))
+
+
+def numbers(x: Tensor) -> Array:
+    """The values of x in the float32 that the reference takes; exact."""
+    return x.float().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contender did in one case; seconds. Without times where it is missing, failed or got a byte wrong."""
+
+    family: str
+    op: str
+    conversion: str
+    per: str
+    shape: tuple[int, ...]
+    backend: str
+    role: str
+    runs: int = 0
+    min: float | None = None
+    median: float | None = None
+    spread: float | None = None  # distance between the quartiles, as a share of the median
+    bytes: int | None = None
+    gb_per_s: float | None = None
+    of_copy: float | None = None  # share of the bytes a second of the plain copy in the same rounds
+    speedup: float | None = None  # time of the best peer / own time
+    above: float | None = None  # own time less the limit's
+    differing: int | None = None  # elements whose bytes are not the reference's
+    compared: int | None = None
+    note: str = ""
+    error: str = ""
+
+    @property
+    def case(self) -> str:
+        return " ".join(
+            filter(None, (self.family, self.op if self.op != self.family else "", self.conversion, self.per))
+        )
+
+
+def seconds(value: float | None, sign: bool = False) -> str:
+    """Three digits and a unit."""
+    if value is None:
+        return ""
+    plus = "+" if sign and value >= 0 else ""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(value) >= 0.9995 * size:
+            digits = max(0, 2 - len(str(int(abs(value) / size))) + 1)
+            return f"{plus}{value / size:.{digits}f} {unit}"
+    return f"{plus}{value / 1e-9:.0f} ns"

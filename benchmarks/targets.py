@@ -1,0 +1,88 @@
+"""What this library promises about its speed, as data, and whether a run kept it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.case import OURS, Row, seconds
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on quantlib's row of a case.
+
+    ``measure`` is "speedup" (time of the fastest of ``against`` / own time), "of_copy" (share of a plain copy's bytes
+    a second) or "above" (seconds more than the fastest of ``against``).
+    """
+
+    case: str
+    measure: str
+    bound: float
+    against: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        others = " and ".join(self.against)
+        return {
+            "speedup": f"at least {self.bound:g} x the speed of {others}",
+            "of_copy": f"at least {self.bound:g} of the bytes a second of a plain copy",
+            "above": f"at most {seconds(self.bound)} above {others}",
+        }[self.measure]
+
+
+COPY, COMPILE, EMPTY = ("torch copy_",), ("torch.compile",), ("torch.empty_like",)
+
+TARGETS = (
+    Target("cast float32 -> float16", "speedup", 0.95, COPY),
+    Target("cast float32 -> bfloat16", "speedup", 0.95, COPY),
+    Target("cast float32 -> float8_e4m3fn", "speedup", 2, COPY),
+    Target("cast float32 -> float8_e5m2", "speedup", 2, COPY),
+    Target("quantize float32 -> int8 tensor", "speedup", 2, ("torch.quantize_per_tensor", "torch.compile")),
+    Target("quantize_dynamic float32 -> int8 row", "speedup", 3, COMPILE),
+    Target("quantize_dynamic float32 -> int8 row", "of_copy", 0.6),
+    Target("call cast float32 -> bfloat16", "above", 3e-6, EMPTY),
+    Target("call compute_scale float32 -> int8", "above", 3e-6, EMPTY),
+    Target("call quantize float32 -> int8", "above", 3e-6, EMPTY),
+    Target("call quantize_dynamic float32 -> int8", "above", 3e-6, EMPTY),
+    Target("call dequantize int8 -> float32", "above", 3e-6, EMPTY),
+    Target("startup import", "above", 0.15, ("import torch",)),
+)
+
+LARGE = 1 << 24  # elements
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target beside what was measured; ``measured`` is None where a row that it needs has no time."""
+
+    target: Target
+    measured: float | None
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        least = self.target.measure != "above"
+        return self.measured >= self.target.bound if least else self.measured <= self.target.bound
+
+
+def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """Of every target whose case was run on tensors that no cache holds."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row.case, []).append(row)
+    run = ((target, cases[target.case]) for target in TARGETS if target.case in cases)
+    return [Verdict(t, measured(t, own)) for t, own in run if t.measure == "above" or math.prod(own[0].shape) >= LARGE]
+
+
+def measured(target: Target, rows: list[Row]) -> float | None:
+    own = next((row for row in rows if row.role == OURS), None)
+    if own is None or own.min is None:
+        return None
+    if target.measure == "of_copy":
+        return own.of_copy
+    others = [row.min for row in rows if row.backend in target.against and row.min is not None]
+    if len(others) < len(target.against):
+        return None
+    return min(others) / own.min if target.measure == "speedup" else own.min - min(others)
