@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
     from quantlib.ops.dequantize import dequantize
+    from quantlib.ops.fake_quantize import fake_quantize
     from quantlib.ops.packing import pack, unpack
     from quantlib.ops.quantize import quantize
     from quantlib.ops.quantize_dynamic import quantize_dynamic
@@ -32,6 +33,7 @@ _HOME = {
     "compute_scale": "ops",
     "dequantize": "ops",
     "dequantize_": "api",
+    "fake_quantize": "ops",
     "pack": "ops",
     "quantize": "ops",
     "quantize_": "api",
@@ -48,6 +50,7 @@ __all__ = [
     "compute_scale",
     "dequantize",
     "dequantize_",
+    "fake_quantize",
     "nn",
     "pack",
     "quantize",

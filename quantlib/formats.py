@@ -56,6 +56,16 @@ class FloatFormat:
         return 2.0 ** (exponent - self.bias) * (1 + fraction / (1 << self.fraction_bits))
 
     @cached_property
+    def max_bits(self) -> int:
+        """Bits of the largest finite value as FP32."""
+        return float_bits(self.max)
+
+    @cached_property
+    def rounds_to_max_bits(self) -> int:
+        """FP32 bits of the largest magnitude that rounds to a finite value: up to half a step above it, ties to even."""
+        return self.max_bits + (1 << (22 - self.fraction_bits)) - (self.max_code & 1)
+
+    @cached_property
     def saturates(self) -> bool:
         """Whether ``cast`` saturates unless told otherwise (C3)."""
         return self.bits <= 8

@@ -45,13 +45,16 @@ if not _loaded:
 compiled.load("cuda")
 
 
-def refuses(backend: str, device: str) -> str | None:
-    """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or None."""
+def refuses(backend: str, device: str, op: str | None = None) -> str | None:
+    """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or cannot run ``op`` there; None if it can."""
     if backend in COMPILED:
         serves = COMPILED[backend]
-        return f"serves {serves} tensors only" if device != serves else compiled.load(serves)
-    why: str | None = _python_backend(backend).refuses(torch.device(device))
-    return why
+        why = f"serves {serves} tensors only" if device != serves else compiled.load(serves)
+        lacks = op is not None and (op, DEVICES[serves]) not in _compiled
+    else:
+        why = _python_backend(backend).refuses(torch.device(device))
+        lacks = why is None and op is not None and op not in _python_backend(backend).KERNELS
+    return why or (f"has no kernel of {op}" if lacks else None)
 
 
 def current() -> str:
@@ -96,6 +99,11 @@ def attach(overload: str, bind: Binder, fake: Callable[..., Any]) -> None:
     )
     _library.impl(overload, bind(_launcher("composite", overload)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantlib::{overload}", fake, lib=_library)
+
+
+def autograd(overload: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
+    """Register the gradient of ``overload``."""
+    torch.library.register_autograd(f"quantlib::{overload}", backward, setup_context=setup, lib=_library)
 
 
 def vmap(overload: str, rule: Callable[..., Any]) -> None:
@@ -151,12 +159,10 @@ def _launcher(backend: str, overload: str, device: str = "cpu") -> Callable[...,
 
     @functools.cache
     def find() -> Callable[..., None]:
-        why = refuses(backend, device)
-        kernels = {} if why is not None or backend in COMPILED else _python_backend(backend).KERNELS
-        if op not in kernels:
-            why = why or f"it has no kernel of {op}"
+        why = refuses(backend, device, op)
+        if why is not None:
             raise NotImplementedError(f"quantlib::{op}: backend {backend!r} refuses {device} tensors: {why}")
-        kernel: Callable[..., None] = kernels[op]
+        kernel: Callable[..., None] = _python_backend(backend).KERNELS[op]
         return kernel
 
     def launch(*args: Any) -> None:

@@ -80,12 +80,20 @@ def check_scale(op: str, scale: Tensor, zero_point: Tensor | None, f: Format, ex
     if isinstance(f, FloatFormat):
         fail(op, "zero_point", f"None for {f.name}", "a tensor")
     check_tensor(op, "zero_point", zero_point, (expected[0], torch.int32), like.device)
-    # Looking at values would make a device wait for the host, so only the CPU's are; a kernel clamps in any case.
-    if zero_point.device.type == "cpu" and type(zero_point) in (Tensor, torch.nn.Parameter) and zero_point.numel():
+    values = host_values(zero_point)
+    if values is not None:
         qmin, qmax = f.range(affine=True)
-        lowest, highest = (int(z) for z in zero_point.aminmax())
+        lowest, highest = map(int, values)
         if lowest < qmin or highest > qmax:
             fail(op, "zero_point", f"in {qmin}..{qmax}", lowest if lowest < qmin else highest)
+
+
+def host_values(x: Tensor) -> tuple[float, float] | None:
+    """The least and the largest of ``x`` where looking does not make a device wait for the host; NaN where one is."""
+    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
+        return None
+    least, largest = x.detach().aminmax()
+    return least.item(), largest.item()
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

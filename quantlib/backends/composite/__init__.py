@@ -7,6 +7,8 @@ import torch
 from quantlib.backends.composite.cast import cast
 from quantlib.backends.composite.compute_scale import compute_scale
 from quantlib.backends.composite.dequantize import dequantize
+from quantlib.backends.composite.fake_quantize import fake_quantize
+from quantlib.backends.composite.fake_quantize_backward import fake_quantize_backward
 from quantlib.backends.composite.quantize import quantize
 from quantlib.backends.composite.quantize_dynamic import quantize_dynamic
 
@@ -14,6 +16,8 @@ KERNELS = {
     "cast": cast,
     "compute_scale": compute_scale,
     "dequantize": dequantize,
+    "fake_quantize": fake_quantize,
+    "fake_quantize_backward": fake_quantize_backward,
     "quantize": quantize,
     "quantize_dynamic": quantize_dynamic,
 }

@@ -79,6 +79,11 @@ def constant(x: Tensor, value: float) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=x.device)
 
 
+def float_codes(code: Tensor, f: FloatFormat) -> Tensor:
+    """int32 codes of ``f`` as :func:`decode_float` takes them."""
+    return code.to(torch.int16 if f.bits == 16 else torch.uint8)
+
+
 def store(out: Tensor, code: Tensor) -> None:
     """The low bits of an int32 code, in out's own type."""
     integer = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[out.element_size()]
