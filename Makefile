@@ -13,13 +13,13 @@ WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo -n auto --maxproc
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 16
 
-demo: .venv/ready-demo kernels  ## quantize a real model to every format, check it, draw the table
-	$(RUN) -m quantlib.examples.demo
+demo: kernels-demo  ## quantize a real model to every format, check it, draw the table
+	$(RUN) -m quantlib.examples.demo $(ARGS)
 
-test: .venv/ready-test kernels  ## every test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) $(TESTS)
+test: kernels-test  ## every test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) $(ARGS)
 
-setup: .venv/ready-test kernels  ## the environment and the compiled kernels, as the tests need them
+setup: kernels-test  ## the environment and the compiled kernels, as the tests need them
 
 lint: .venv/ready-dev  ## formatters, ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff format --check .
@@ -32,26 +32,31 @@ format: .venv/ready-dev  ## put Python and C++ in form
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: .venv/ready-bench kernels  ## time every op beside its peers
-	$(RUN) -m benchmarks
+bench: kernels-bench  ## time every op beside its peers
+	$(RUN) -m benchmarks $(ARGS)
 
-verify: .venv/ready-test kernels  ## all 2^32 inputs of every cast, and of int8 at the scales of the contract
-	$(RUN) -m quantlib verify
+verify: kernels-test  ## all 2^32 inputs of every cast, and of int8 at the scales of the contract
+	$(RUN) -m quantlib verify $(ARGS)
 
 gpu: .venv/ready-test  ## on a machine with a GPU, offline too: build for it, every test and every sweep on it
-	$(RUN) scripts/gpu_acceptance.py
+	$(RUN) scripts/gpu_acceptance.py $(ARGS)
 
-sanitize: .venv/ready-test  ## the tests over C++ built with ASan and UBSan
-	sh scripts/sanitize.sh $(TESTS)
+# Python is not built with them, so their libraries have to be there before it; it also leaks on purpose.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+sanitize: export CXXFLAGS = $(SANITIZE)
+sanitize: kernels-test  ## the tests over C++ that is built with ASan and UBSan
+	LD_PRELOAD="$(foreach so,libasan.so libubsan.so libstdc++.so.6,$(shell c++ -print-file-name=$(so)))" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not slow and not network' $(WORKERS) $(ARGS)
 
 clean:  ## remove the environment and whatever was built in the checkout
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: kernels
-kernels:
+kernels-%: .venv/ready-%
 	@$(RUN) quantlib/_build.py cpu
 
 .venv/ready-%: pyproject.toml scripts/environment.py
 	$(ENVIRONMENT) $*
 	@touch $@
+
+.SECONDARY:  # what the two rules above make is kept
