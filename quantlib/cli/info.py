@@ -1,0 +1,139 @@
+"""Say which backend serves each op on each device here, why the others do not, and the versions."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import shlex
+import subprocess
+import warnings
+from importlib import metadata
+from typing import Any
+
+from quantlib.cli.text import style, table
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tqdm", "transformers")
+VARIABLES = {
+    "QUANTLIB_BACKEND": "auto, composite, cpp, triton or cuda: the only backend to use",
+    "QUANTLIB_ISA": "plain, avx2 or avx512: the instruction set of the C++ kernels",
+    "QUANTLIB_BUILD": "0: never compile the kernels; 1: a build that fails is an error",
+    "QUANTLIB_CACHE": "where compiled kernels are kept",
+    "QUANTLIB_SHOW_LAUNCH": "1: print the tile that each Triton launch chose",
+    "TRITON_INTERPRET": "1: run Triton kernels in its interpreter, on the CPU",
+    "OMP_NUM_THREADS": "threads of the CPU kernels",
+    "CXX": "the C++ compiler",
+    "CXXFLAGS": "flags for it",
+    "NVCC": "the CUDA compiler",
+    "CUDA_HOME": "where CUDA is installed",
+    "CUDA_VISIBLE_DEVICES": "the GPUs that may be used",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no C++ kernels is a line of this report
+        facts = {"versions": versions(), **serving(), "environment": {name: os.environ.get(name) for name in VARIABLES}}
+    print(json.dumps(facts, indent=2) if args.json else show(facts))
+    return 0
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    import quantlib
+    from quantlib import _build
+
+    found = {
+        "quantlib": f"{quantlib.__version__} in {os.path.dirname(quantlib.__file__)}",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **{name: package_version(name) for name in PACKAGES},
+        "c++": said([*shlex.split(os.environ.get("CXX", "c++")), "--version"]),
+        "nvcc": said([_build.nvcc() or "nvcc", "--version"], line=-2),
+        "instruction set": instruction_set(),
+        "threads": str(torch.get_num_threads()),
+    }
+    found["torch"] += f" with CUDA {torch.version.cuda}" if torch.version.cuda else " without CUDA"
+    return found | {f"cuda:{k}": torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())}
+
+
+def package_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def said(command: list[str], line: int = 0) -> str:
+    """One line of what a program prints."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+        return lines[line]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "not installed"
+
+
+def instruction_set() -> str:
+    """What the C++ library chose on this machine."""
+    from quantlib.backends import compiled
+
+    path = compiled.path_of("cpu")
+    if path is None:
+        return "-"
+    ask = ctypes.CDLL(str(path)).quantlib_isa
+    ask.restype = ctypes.c_char_p
+    name: bytes = ask()
+    return name.decode() or f"QUANTLIB_ISA={os.environ.get('QUANTLIB_ISA')} is none of this machine's"
+
+
+def serving() -> dict[str, Any]:
+    """The backend of each op on each device, and of each backend why it does not serve: None where it could."""
+    import torch
+
+    from quantlib import backends, ops  # noqa: F401  importing ops registers them
+
+    forced = backends.current()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    names = [overload for overload in backends.SCHEMAS if "." not in overload]
+    return {
+        "forced": None if forced == "auto" else forced,
+        "ops": {op: {device: server(op, device) for device in devices} for op in names},
+        "refusals": {device: {b: backends.refuses(b, device) for b in backends.BACKENDS} for device in devices},
+    }
+
+
+def server(op: str, device: str) -> str:
+    """The backend that runs ``op``: the first in order that does not refuse, or the forced one if that does not."""
+    from quantlib import backends
+
+    first = backends.serving(device)
+    if backends.current() != "auto":
+        return f"none: {first} refuses" if backends.refuses(first, device, op) else first
+    rest = backends.BACKENDS[backends.BACKENDS.index(first) :]
+    return next(backend for backend in rest if backends.refuses(backend, device, op) is None)
+
+
+def show(facts: dict[str, Any]) -> str:
+    devices = list(facts["refusals"])
+    served = [(op, *backends.values()) for op, backends in facts["ops"].items()]
+    blocks = [
+        table(("version", ""), list(facts["versions"].items()), "<<"),
+        table(("op", *devices), served, "<" * (1 + len(devices))),
+    ]
+    if facts["forced"] is not None:
+        blocks.append(f"{style(facts['forced'], 'bold')} is forced by QUANTLIB_BACKEND; the others are not asked")
+    reasons = [
+        (device, name, "ready" if why is None else " ".join(why.split()))
+        for device in devices
+        for name, why in facts["refusals"][device].items()
+    ]
+    blocks.append(table(("device", "backend", "by order of preference"), reasons, "<<<"))
+    environment = [(name, value or "-", VARIABLES[name]) for name, value in facts["environment"].items()]
+    blocks.append(table(("environment", "value", "meaning"), environment, "<<<"))
+    return "\n\n".join(blocks)

@@ -1,0 +1,99 @@
+"""Quantize the weights of a model on disk: a folder with safetensors files, or one such file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from typing import Any
+
+from quantlib.cli.parser import checked
+from quantlib.spec import GRAMMAR, QuantSpec, checked_per
+
+PER = "tensor, row, group:N or tile:N with N >= 1"
+POLICIES = ("raise", "propagate")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN", help="a model folder or a .safetensors file")
+    parser.add_argument("output", metavar="OUT", help="what to write, of the same kind; whole, or not at all")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"{GRAMMAR}")
+    parser.add_argument("--per", type=checked(PER, checked_per), help=f"the weights that share a scale: {PER}")
+    parser.add_argument("--affine", action="store_true", help="give integers a zero point")
+    parser.add_argument(
+        "--on-nonfinite",
+        choices=POLICIES,
+        default="raise",
+        help="name the first weight that is infinite or NaN and stop (raise), or carry it through (propagate)",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave the tensors whose name matches, such as 'lm_head*'; may be repeated",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    spec = read_spec(args.to, args.per, args.affine)
+    if not os.path.exists(args.input):
+        raise FileNotFoundError(f"IN must be a safetensors file or a model folder, got {args.input!r}, not there")
+    if os.path.lexists(args.output) and not args.force:
+        raise FileExistsError(f"OUT must not be there yet, or --force be given, got {args.output!r}")
+
+    from tqdm import tqdm
+
+    from quantlib import checkpoint
+
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
+
+        def progress(name: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(name[-40:], refresh=False)
+            bar.update(done - bar.n)
+
+        report = checkpoint.quantize_file(
+            args.input,
+            args.output,
+            spec,
+            exclude=args.exclude,
+            on_nonfinite=args.on_nonfinite,
+            overwrite=args.force,
+            progress=progress,
+        )
+    before, after = size(args.input), size(args.output)
+    if args.json:
+        paths = {"input": args.input, "output": args.output, "spec": str(spec.weight_only)}
+        print(json.dumps(finite({**paths, "bytes_before": before, "bytes_after": after, **report.as_dict()}), indent=2))
+    else:
+        print(f"{report}\n\n{args.output}: {after:,} bytes, {before / after:.2f} x smaller than {args.input}")
+    return 0
+
+
+def read_spec(to: str, per: str | None, affine: bool) -> QuantSpec:
+    """The spec of --to, --per and --affine."""
+    text = ":".join(word for word in (to, per, "affine" if affine else None) if word)
+    try:
+        return QuantSpec.parse(text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("spec must", "--to must", 1)) from None
+
+
+def size(path: str) -> int:
+    """Bytes of the safetensors files."""
+    from quantlib import checkpoint
+
+    return sum(file.stat().st_size for file in checkpoint.weights_of(path))
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,205 @@
+"""Compare every input of every op with the reference, byte for byte, and say what was proved."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantlib import formats
+from quantlib.cli.parser import checked, count, one_of
+from quantlib.cli.text import style
+
+if TYPE_CHECKING:
+    from quantlib.testing.implementations import Backend
+    from quantlib.testing.sweep import Implementation, Suite
+
+OPS = ("cast", "quantize", "dequantize")
+AUTHORITIES = ("reference", "cpp", "composite", "cuda-headers", "ml_dtypes")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", type=one_of(OPS), metavar="OP", help="only this op; may be repeated")
+    parser.add_argument(
+        "--format",
+        action="append",
+        type=one_of(formats.FORMATS),
+        metavar="FORMAT",
+        help="only what reads or writes this format; may be repeated",
+    )
+    parser.add_argument("--backend", default="auto", help="what is to be proved; by default what serves the device")
+    parser.add_argument("--device", default="cpu", type=one_of(("cpu", "cuda")), help="where it runs (cpu)")
+    parser.add_argument(
+        "--against",
+        default="reference",
+        type=one_of(AUTHORITIES),
+        metavar="AUTHORITY",
+        help=f"what it should equal: {', '.join(AUTHORITIES)} (reference)",
+    )
+    parser.add_argument(
+        "--share",
+        default=Fraction(1),
+        type=checked("a fraction in 0..1, such as 1/64", share),
+        help="the part of the 2^32 inputs to look at; those that decide are in every share, of 0 too",
+    )
+    parser.add_argument(
+        "--jobs", default=os.cpu_count() or 1, type=checked("a number >= 1", count), help="threads (one a core)"
+    )
+    parser.add_argument("--json", metavar="OUT", help="write the results to this file as JSON; - is stdout")
+
+
+def share(text: str) -> Fraction:
+    try:
+        value = Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError from None
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json must be a file in a folder that exists, got {args.json!r}")
+    candidate, authority = backend(args.backend, args.device), implementation(args.against)
+    chosen = [suite for suite in selected(args, authority) if suite.cases]
+    if not chosen:
+        asked = ", ".join([*(args.op or ()), *(args.format or ())])
+        raise ValueError(f"--op and --format must leave a case that {authority.name} can run, got {asked}")
+    report = Report(candidate.name, authority.name, args.share, args.json)
+    # The switch between backends is one of the process: two of them take turns, each on all threads.
+    jobs = 1 if isinstance(authority, type(candidate)) else args.jobs
+    with report, torch_threads(args.jobs // jobs), candidate.forced():
+        for suite in chosen:
+            report.add(prove(suite, candidate, authority, args.share, jobs))
+    return report.status
+
+
+def selected(args: argparse.Namespace, authority: Implementation) -> Iterator[Suite]:
+    """The suites, with the cases that the options and the authority leave."""
+    from quantlib.testing.sweep import Suite, suites
+
+    for suite in suites():
+        cases = (case for case in suite.cases if not args.op or case.op in args.op)
+        cases = (case for case in cases if not args.format or {case.source, case.format} & set(args.format))
+        yield Suite(suite.name, tuple(case for case in cases if authority.refuses(case) is None))
+
+
+def backend(name: str, device: str) -> Backend:
+    """The candidate; "auto" is what serves ``device``."""
+    import torch
+
+    from quantlib import backends, ops  # noqa: F401  importing ops registers them
+    from quantlib.testing.implementations import Backend
+
+    if name not in ("auto", *backends.BACKENDS):
+        raise ValueError(f"--backend must be auto, {', '.join(backends.BACKENDS)}, got {name!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device must be one that is here, got 'cuda'")
+    name = backends.serving(device) if name == "auto" else name
+    why = backends.refuses(name, device)
+    if why is not None:
+        raise ValueError(f"--backend must serve {device} tensors, got {name!r}: {why}")
+    return Backend(name, device)
+
+
+def implementation(name: str) -> Implementation:
+    """The authority; an oracle that is not here is a wrong argument."""
+    from quantlib.testing import implementations as known
+
+    if name in ("cpp", "composite"):
+        return backend(name, "cpu")
+    oracles: dict[str, Callable[[], Implementation]] = {
+        "reference": known.Reference,
+        "ml_dtypes": known.MlDtypes,
+        "cuda-headers": known.CudaHeaders,
+    }
+    oracle = oracles[name]()
+    if oracle.missing is not None:
+        raise ValueError(f"--against must be something that is here, got {name!r}: {oracle.missing}")
+    return oracle
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prove(
+    suite: Suite, candidate: Implementation, authority: Implementation, share: Fraction, jobs: int
+) -> dict[str, Any]:
+    """The results of a suite, added up, as a line of the report."""
+    from tqdm import tqdm
+
+    from quantlib.testing.sweep import Inputs, sweep
+
+    total = sum(Inputs(case, share).size for case in suite.cases)
+    bar = {"unit": " inputs", "unit_scale": True, "leave": False, "disable": None}  # None: only on a terminal
+    with tqdm(total=total, desc=suite.name, **bar) as progress:
+        results = [sweep(case, candidate, authority, share, jobs, progress.update) for case in suite.cases]
+    first = next((result.first for result in results if result.first is not None), None)
+    return {
+        "suite": suite.name,
+        "cases": len(results),
+        "inputs": sum(result.inputs for result in results),
+        "mismatches": sum(result.mismatches for result in results),
+        "seconds": round(sum(result.seconds for result in results), 2),
+        "first": None if first is None else str(first),
+    }
+
+
+class Report:
+    """What was proved: a line a suite as it is done, a last line, and the JSON; also when it is interrupted."""
+
+    def __init__(self, candidate: str, authority: str, share: Fraction, out: str | None) -> None:
+        self.candidate, self.authority, self.share, self.out = candidate, authority, share, out
+        self.lines: list[dict[str, Any]] = []
+        self.started = time.perf_counter()
+
+    @property
+    def status(self) -> int:
+        return 1 if any(line["mismatches"] for line in self.lines) else 0
+
+    def __enter__(self) -> Report:
+        return self
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        cases = f"{line['cases']} cases, " if line["cases"] > 1 else ""
+        verdict = f"{line['mismatches']:,} mismatches"
+        verdict = style(verdict, "red") if line["mismatches"] else verdict
+        self.say(f"{line['suite']}: {cases}{line['inputs']:,} inputs, {verdict}, {line['seconds']:.1f} s")
+        if line["first"] is not None:
+            self.say(f"  first: {line['first']}")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        seconds = time.perf_counter() - self.started
+        inputs, wrong = (sum(line[what] for line in self.lines) for what in ("inputs", "mismatches"))
+        verdict = "differs from" if wrong else "equals"
+        part = "" if self.share == 1 else f" ({self.share} of them all, and the deciding ones)"
+        found = f"{inputs:,} inputs{part}, {wrong:,} mismatches, {seconds:.0f} s"
+        self.say(f"{self.candidate} {verdict} {self.authority}: {found}")
+        if self.out is not None:
+            text = json.dumps(self.as_json(complete=kind is None, seconds=seconds), indent=2) + "\n"
+            sys.stdout.write(text) if self.out == "-" else Path(self.out).write_text(text)
+
+    def as_json(self, complete: bool, seconds: float) -> dict[str, Any]:
+        sides = {"candidate": self.candidate, "authority": self.authority, "share": str(self.share)}
+        return {**sides, "complete": complete, "seconds": round(seconds, 1), "results": self.lines}
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr if self.out == "-" else sys.stdout, flush=True)
