@@ -53,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 1 where quantlib failed or got a byte wrong, 130 after Ctrl-C.
     """
     args = parser().parse_args(argv)
+    try:
+        return bench(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def bench(args: argparse.Namespace) -> int:
+    """What `main` does with its arguments; a KeyboardInterrupt leaves it only while there is nothing to keep."""
     if args.threads:
         torch.set_num_threads(args.threads)
     rows: list[Row] = []

@@ -20,6 +20,7 @@ COLUMNS = (
     "op", "from -> to", "scale per", "shape", "backend", "min", "median", "spread", "runs", "MB", "GB/s", "of copy",
     "vs best peer", "differ", "note",
 )  # fmt: skip
+OUTCOME = {True: "met", False: "MISSED", None: "not measured"}
 LEFT = {"op", "from -> to", "scale per", "backend", "note"}
 
 
@@ -76,9 +77,8 @@ def target_table(found: Iterable[Verdict]) -> str:
     """Every target with what was measured: met or missed."""
     lines = []
     for v in found:
-        outcome = {True: "met", False: "MISSED", None: "not measured"}[v.met]
-        lines.append((outcome, v.target.case, figure(v), str(v.target)))
-    widths = [max((len(line[i]) for line in lines), default=0) for i in range(4)]
+        lines.append((OUTCOME[v.met], v.target.case, figure(v), str(v.target), peer(v)))
+    widths = [max((len(line[i]) for line in lines), default=0) for i in range(5)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
@@ -90,10 +90,23 @@ def figure(v: Verdict) -> str:
     return f"{v.measured:.2f}{'x' if v.target.measure == 'speedup' else ''}"
 
 
+def peer(v: Verdict) -> str:
+    """How near to the memory's limit the other side already is."""
+    if v.peer_of_copy is None or v.target.measure != "speedup":
+        return ""
+    return f"(at {v.peer_of_copy:.2f} of a plain copy)"
+
+
 def as_json(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str:
     """One object: version, machine, complete, rows, targets."""
     targets = [
-        {**dataclasses.asdict(v.target), "text": str(v.target), "measured": v.measured, "met": v.met}
+        {
+            **dataclasses.asdict(v.target),
+            "text": str(v.target),
+            "measured": v.measured,
+            "met": v.met,
+            "peer_of_copy": v.peer_of_copy,
+        }
         for v in verdicts(rows)
     ]
     content = {
@@ -138,7 +151,10 @@ def as_markdown(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     head = [COLUMNS[i] for i in shown]
     rule = [":--" if column in LEFT else "--:" for column in head]
     body = [[cells(row)[i] for i in shown] for row in rows]
-    kept = [(str(v.target.case), str(v.target), figure(v), "met" if v.met else "**missed**") for v in verdicts(rows)]
+    kept = [
+        (v.target.case, " ".join(filter(None, (str(v.target), peer(v)))), figure(v), OUTCOME[v.met])
+        for v in verdicts(rows)
+    ]
     goals = [("case", "target", "measured", ""), (":--", ":--", "--:", ":--"), *kept]
     return "\n\n".join((about, _markdown(goals), _markdown([head, rule, *body]))) + "\n"
 

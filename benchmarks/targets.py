@@ -54,10 +54,15 @@ LARGE = 1 << 24  # elements
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured; ``measured`` is None where a row that it needs has no time."""
+    """A target beside what was measured.
+
+    ``measured`` is None where a row that it needs has no time. ``peer_of_copy`` is the share of a plain copy's bytes
+    a second that the fastest of ``against`` reaches: above 1 / bound the memory, not the kernel, decides.
+    """
 
     target: Target
-    measured: float | None
+    measured: float | None = None
+    peer_of_copy: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -68,21 +73,22 @@ class Verdict:
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """Of every target whose case was run on tensors that no cache holds."""
+    """Of every target whose case was run, and, but for calls, on tensors that no cache holds."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
         cases.setdefault(row.case, []).append(row)
     run = ((target, cases[target.case]) for target in TARGETS if target.case in cases)
-    return [Verdict(t, measured(t, own)) for t, own in run if t.measure == "above" or math.prod(own[0].shape) >= LARGE]
+    return [verdict(t, own) for t, own in run if t.measure == "above" or math.prod(own[0].shape) >= LARGE]
 
 
-def measured(target: Target, rows: list[Row]) -> float | None:
+def verdict(target: Target, rows: list[Row]) -> Verdict:
+    """Of the rows of the target's case."""
     own = next((row for row in rows if row.role == OURS), None)
-    if own is None or own.min is None:
-        return None
+    others = [row for row in rows if row.backend in target.against and row.min is not None]
+    if own is None or own.min is None or len(others) < len(target.against):
+        return Verdict(target)
     if target.measure == "of_copy":
-        return own.of_copy
-    others = [row.min for row in rows if row.backend in target.against and row.min is not None]
-    if len(others) < len(target.against):
-        return None
-    return min(others) / own.min if target.measure == "speedup" else own.min - min(others)
+        return Verdict(target, own.of_copy)
+    best = min(others, key=lambda row: row.min or 0.0)
+    assert best.min is not None
+    return Verdict(target, best.min / own.min if target.measure == "speedup" else own.min - best.min, best.of_copy)

@@ -1,0 +1,196 @@
+"""The benchmarks run, say what they must and cannot be fooled; how fast anything is, no test asserts."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import case, cast, check, command, measure, peers, report, targets
+from benchmarks.case import OURS, PEER, Case, Contender, Row
+
+TINY = ["--shape", "64", "256", "--seconds", "0.001", *(f"--without={p}" for p in ("torch.compile", "torchao"))]
+SHAPE = (64, 256)
+ROW = Row("cast", "cast", "float32 -> float16", "", (8192, 4096), "quantlib cpp", OURS, runs=3, min=1.0, of_copy=0.5)
+
+
+def every_case(quick: bool) -> list[Case]:
+    families = (module for name, module in command.FAMILIES.items() if name != "startup")
+    return [case for module in families for case in module.cases(quick, shape=SHAPE)]
+
+
+def measured(one: Case, **options: Any) -> dict[str, Row]:
+    rows: list[Row] = []
+    measure.measure(one, rows, seconds=0.0, **options)
+    return {row.backend: row for row in rows}
+
+
+def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
+    arguments = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+    assert command.main([*TINY, "--quick", "--family", "quantize", "--family", "call", *arguments]) == 0
+
+    _, _, text = capsys.readouterr().out.partition("\n\n")
+    header, *lines = text.splitlines()
+    edges = [header.index(column) for column in report.COLUMNS if column in report.LEFT]
+    assert all(line[edge - 1 : edge] in ("", " ") for line in lines[: lines.index("")] for edge in edges)
+
+    machine, rows = report.read_json(files["json"])
+    assert {"device", "threads", "versions", "copy_gb_per_s"} <= machine.keys()
+    assert json.loads(files["json"].read_text())["complete"] is True
+    assert [row["backend"] for row in csv.DictReader(files["csv"].open())] == [row.backend for row in rows]
+    by_name = {row.backend: row for row in rows if row.family == "quantize"}
+    own = next(row for row in by_name.values() if row.role == OURS)
+    assert own.differing == 0
+    assert own.compared == 64 * 256
+    assert own.bytes == 64 * 256 * 5 + 4
+    assert own.gb_per_s == pytest.approx(own.bytes / own.min / 1e9)
+    assert by_name["plain copy"].of_copy == 1
+    best = min(row.min for row in by_name.values() if row.role == PEER)
+    assert own.speedup == pytest.approx(best / own.min)
+    assert all(row.above is not None for row in rows if row.family == "call" and row.role == OURS)
+
+
+def test_peers_compute_what_quantlib_computes() -> None:
+    """The formulas that torch eager and torch.compile run give the reference's bytes, so the race is a fair one."""
+    for one in every_case(quick=False):
+        inputs = one.inputs()
+        outs = one.outs(*inputs)
+        for contender in one.contenders():
+            if contender.name == "torch eager":
+                _, results = check.first_run(contender, inputs, outs)
+                for part in check.parts(one, inputs):
+                    assert check.differing(results, part)[0] == 0, one.name
+
+
+def test_no_time_for_a_wrong_byte() -> None:
+    class Wrong(cast.Cast):
+        def contenders(self) -> list[Contender]:
+            def bind(inputs: Any, outs: Any) -> Any:
+                def call() -> None:
+                    outs[0].copy_(inputs[0])
+                    outs[0].view(torch.int16)[5, 7] ^= 1
+
+                return call
+
+            return [self.copy(), *self.ours(bind)]
+
+    rows = measured(Wrong(SHAPE))
+    own = next(row for row in rows.values() if row.role == OURS)
+    assert "1 of 16384 differ, first at [5, 7]" in own.error
+    assert own.min is None
+    assert own.gb_per_s is None
+    assert rows["plain copy"].min is not None
+
+
+def test_a_missing_peer_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise peers.MissingError(f"not installed: no {name}")
+
+    monkeypatch.setattr(peers, "package", missing)
+    (one,) = command.FAMILIES["quantize_dynamic"].cases(True, shape=SHAPE)
+    rows = measured(one, without=["torch.compile"])
+    for name in ("torchao", "bitsandbytes row-wise"):
+        assert rows[name].min is None
+        assert "not installed" in rows[name].error
+    assert "not installed" in report.table(list(rows.values()))
+
+
+def test_ctrl_c_keeps_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times, timed = iter(range(100)), measure.timed
+
+    def interrupted(*args: Any) -> float:
+        if next(times) == 5:  # in the second round of the first case
+            raise KeyboardInterrupt
+        return timed(*args)
+
+    monkeypatch.setattr(measure, "timed", interrupted)
+    path = tmp_path / "out.json"
+    assert command.main([*TINY, "--family", "cast", "--json", str(path)]) == command.INTERRUPTED
+    assert json.loads(path.read_text())["complete"] is False
+    rows = report.read_json(path)[1]
+    assert [row.runs for row in rows] == [2, 1, 1, 1]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_every_target_has_its_case_and_peers() -> None:
+    cases = {one.name: one for one in [*every_case(quick=True), *command.FAMILIES["startup"].cases(True)]}
+    for target in targets.TARGETS:
+        assert set(target.against) <= {c.name for c in cases[target.case].contenders()}, target
+
+
+@pytest.mark.parametrize(
+    ("target", "peer", "expected", "met"),
+    [
+        (targets.Target(ROW.case, "speedup", 2, ("torch copy_",)), 1.9, 1.9, False),
+        (targets.Target(ROW.case, "speedup", 2, ("torch copy_",)), 2.0, 2.0, True),
+        (targets.Target(ROW.case, "above", 0.5, ("torch copy_",)), 0.4, 0.6, False),
+        (targets.Target(ROW.case, "of_copy", 0.5), 1.0, 0.5, True),
+        (targets.Target(ROW.case, "speedup", 2, ("somebody else",)), 2.0, None, None),
+    ],
+)
+def test_verdicts(target: targets.Target, peer: float, expected: float | None, met: bool | None) -> None:
+    rows = [ROW, dataclasses.replace(ROW, backend="torch copy_", role=PEER, min=peer)]
+    found = targets.verdict(target, rows)
+    assert (found.measured, found.met) == (expected if expected is None else pytest.approx(expected), met)
+
+
+def test_targets_are_not_judged_on_tensors_that_fit_a_cache() -> None:
+    small = dataclasses.replace(ROW, shape=SHAPE)
+    assert targets.verdicts([ROW])
+    assert not targets.verdicts([small])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.234, "1.23 s"), (0.0123, "12.3 ms"), (123.4e-6, "123 us"), (9.999e-7, "1.00 us"), (5e-9, "5 ns"), (None, "")],
+)
+def test_seconds(value: float | None, text: str) -> None:
+    assert case.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--family", "matmul"],
+        ["--shape", "0", "4"],
+        ["--threads", "x"],
+        ["--json", "/no/such/folder/out.json"],
+        ["--backend", "cpu"],
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_page_shows_the_saved_run() -> None:
+    saved = sorted(command.RESULTS.glob("cpu-*.json"))
+    if not saved:
+        pytest.skip("no run is saved")
+    page = command.PAGE.read_text()
+    assert any(page == command.with_figures(page, report.as_markdown(*report.read_json(path))) for path in saved)
+
+
+@pytest.mark.skipif("not config.getoption('benchmark_only', False)", reason="asked for with --benchmark-only")
+@pytest.mark.parametrize("one", command.chosen(command.parser().parse_args(["--quick"])), ids=lambda one: one.name)
+def test_quick_set(one: Case, benchmark: Any) -> None:
+    """quantlib's calls for pytest-benchmark to compare with saved ones, and the rows of `measure` as extra_info."""
+    rows: list[Row] = []
+    measure.measure(one, rows, seconds=0.1)
+    own = next(row for row in rows if row.role == OURS)
+    assert not own.error
+    contender = next(c for c in one.contenders() if c.role == OURS)
+    inputs = one.inputs()
+    benchmark.group = one.family
+    benchmark.extra_info.update(dataclasses.asdict(own), rows=[dataclasses.asdict(row) for row in rows])
+    benchmark(contender.bind(inputs, one.outs(*inputs)))
