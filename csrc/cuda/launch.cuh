@@ -1,0 +1,90 @@
+// What the host does: run-time types become template arguments, and every kernel of this folder is started here.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../numerics.h"
+#include "kernels.h"
+
+namespace quantlib {
+namespace cuda {
+
+inline void check(cudaError_t status, const char* op) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, so the next call must not tell it again
+  throw std::runtime_error("quantlib::" + std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(status));
+}
+
+inline int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d != 0); }
+
+// Starts kernel(args) with `blocks` thread blocks; no blocks, no launch.
+template <class Args>
+void launch(const char* op, void (*kernel)(Args), int64_t blocks, int threads, Stream stream, Args args) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("quantlib::" + std::string(op) + ": a CUDA grid must be at most 2147483647 blocks, got " +
+                             std::to_string(blocks));
+  void* pointers[] = {&args};
+  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream), op);
+}
+
+// p[0 .. n) = 0, four bytes each.
+inline void clear(const char* op, void* p, int64_t n, Stream stream) {
+  check(cudaMemsetAsync(p, 0, size_t(n) * 4, stream), op);
+}
+
+[[noreturn]] inline void unknown_type() { throw std::logic_error("quantlib: a type that no CUDA kernel serves"); }
+
+// run(X{}) with the row of the table that x or y has.
+template <class Run>
+void visit_x(Type type, Run run) {
+  switch (type) {
+    case Type::float32:
+      return run(float32{});
+    case Type::float16:
+      return run(float16{});
+    case Type::bfloat16:
+      return run(bfloat16{});
+    default:
+      unknown_type();
+  }
+}
+
+// run(F{}) with a float format of at least eight bits.
+template <class Run>
+void visit_float(Type type, Run run) {
+  switch (type) {
+    case Type::float8_e4m3fn:
+      return run(float8_e4m3fn{});
+    case Type::float8_e5m2:
+      return run(float8_e5m2{});
+    default:
+      return visit_x(type, run);
+  }
+}
+
+// run(F{}, AFFINE) with the row of the codes; only integer formats have a zero point.
+template <class Run>
+void visit_format(Type format, bool affine, Run run) {
+  switch (format) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return run(NAME{}, std::false_type{});
+    QL_FLOATS(QL_CASE)
+#undef QL_CASE
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return affine ? run(NAME{}, std::true_type{}) : run(NAME{}, std::false_type{});
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      unknown_type();
+  }
+}
+
+}  // namespace cuda
+}  // namespace quantlib

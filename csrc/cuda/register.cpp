@@ -1,0 +1,37 @@
+// The ops on CUDA tensors: on the device of x, in the caller's current stream.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../ops.h"
+#include "kernels.h"
+
+namespace quantlib {
+namespace {
+
+class Cuda {
+ public:
+  static constexpr bool reads_values = false;  // looking at a zero point would make the host wait
+
+  explicit Cuda(Device device) : guard_(device.index) {
+    void* stream = nullptr;
+    check_torch(aoti_torch_get_current_cuda_stream(device.index, &stream));
+    stream_ = static_cast<cuda::Stream>(stream);
+  }
+
+#define QL_FORWARD(OP, PROBLEM) \
+  void OP(const PROBLEM& problem) const { cuda::OP(problem, stream_); }
+  QL_FORWARD(cast, Cast)
+  QL_FORWARD(compute_scale, ComputeScale)
+  QL_FORWARD(quantize, Quantize)
+  QL_FORWARD(dequantize, Dequantize)
+  QL_FORWARD(quantize_dynamic, QuantizeDynamic)
+#undef QL_FORWARD
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Stream stream_;
+};
+
+}  // namespace
+}  // namespace quantlib
+
+STABLE_TORCH_LIBRARY_IMPL(quantlib, CUDA, m) { quantlib::register_ops<quantlib::Cuda>(m); }
