@@ -21,6 +21,12 @@ class Parser(argparse.ArgumentParser):
         # What argparse takes for a negative number and not for an option: -inf, -nan, -pi, -1e-40 and -0x1p-3 too.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan|(pi|tau|e)$)", re.IGNORECASE)
 
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:  # said here, by the verb that does not know them, and not by the parser above it
+            self.error(f"no such argument: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         line = message.removeprefix("argument ").replace(": must be", " must be", 1)
         choice = re.fullmatch(r"(.+): invalid choice: (.+) \(choose from (.+)\)", line)
