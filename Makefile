@@ -6,7 +6,7 @@ RUN := $(BIN)/python
 ENVIRONMENT := $(if $(PYTHON),$(PYTHON),python3) scripts/environment.py
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # One worker a core, each with one thread.
-WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8)
+WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8)
 
 .PHONY: help demo test setup lint format bench verify gpu sanitize clean
 
