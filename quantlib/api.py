@@ -71,8 +71,7 @@ def quantize_(
     (QuantLinear(in_features=64, out_features=64, bias=True, spec=int8:row), {'2': 'filter_fn said no'})
     """
     spec = QuantSpec.parse(spec)
-    if on_nonfinite not in ("raise", "propagate"):
-        raise ValueError(f"on_nonfinite must be raise or propagate, got {on_nonfinite!r}")
+    check_on_nonfinite(on_nonfinite)
     check_root(model)
     skipped = reasons_to_skip(model, filter_fn)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in skipped}
@@ -93,11 +92,7 @@ def quantize_(
             done[tied] = new = QuantLinear.from_float(linear, spec)
             weight = Weight(new.weight, new.weight_scale, new.weight_zero_point)
             report.layers.append(describe(name, linear.weight, weight, spec))
-        for key, value in vars(linear).items():
-            if key.startswith(("_forward_", "_backward_", "_is_full_backward_")):  # hooks stay, and can be removed
-                vars(new)[key] = value
-        for parent, child in places.pop(id(linear)):
-            parent._modules[child] = new
+        put(new, linear, places)
     return report
 
 
@@ -121,8 +116,7 @@ def dequantize_(model: nn.Module) -> list[str]:
             new.weight, new.bias = done[tied].weight, quantized.bias
         else:
             done[tied] = new = quantized.dequantize()
-        for parent, child in places.pop(id(quantized)):
-            parent._modules[child] = new.train(quantized.training)
+        put(new, quantized, places)
     return names
 
 
@@ -185,6 +179,11 @@ def check_root(model: nn.Module) -> None:
         )
 
 
+def check_on_nonfinite(on_nonfinite: str) -> None:
+    if on_nonfinite not in ("raise", "propagate"):
+        raise ValueError(f"on_nonfinite must be raise or propagate, got {on_nonfinite!r}")
+
+
 def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:
     """x [N, K] is of a dtype that can be quantized, and finite; so is its cast where ``spec`` has no scale."""
     if x.dtype not in SOURCES:
@@ -234,6 +233,16 @@ def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
+def put(new: nn.Module, old: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]) -> None:
+    """``new`` wherever ``old`` is, in its mode and with its hooks."""
+    new.train(old.training)
+    for key, value in vars(old).items():
+        if key.startswith(("_forward_", "_backward_", "_is_full_backward_")):
+            vars(new)[key] = value  # the same dictionary: a handle still removes its hook
+    for parent, child in places.pop(id(old)):
+        parent._modules[child] = new
+
+
 def share_weight(first: QuantLinear, linear: nn.Linear) -> QuantLinear:
     """The quantized form of ``linear``, whose weight is the one that ``first`` was made of."""
     new = QuantLinear(
@@ -242,4 +251,4 @@ def share_weight(first: QuantLinear, linear: nn.Linear) -> QuantLinear:
     for name in FROZEN:
         new.register_parameter(name, first._parameters[name])
     new.bias = linear.bias
-    return new.train(linear.training)
+    return new

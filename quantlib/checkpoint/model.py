@@ -1,0 +1,298 @@
+"""A quantized model to disk, and from disk into a model that is built but not trained."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlib.api import places_of, put, reasons_to_skip, share_weight
+from quantlib.checkpoint import files
+from quantlib.checkpoint.files import Batch, Reader, Slot
+from quantlib.checkpoint.stored import Contents, Stored, words
+from quantlib.nn import QuantLinear
+from quantlib.spec import QuantSpec
+
+log = logging.getLogger(__name__)
+
+
+def save_quantized(
+    model: nn.Module, path: str | Path, *, max_shard_bytes: int = 5_000_000_000, overwrite: bool = False
+) -> None:
+    """Write the state of ``model``: codes, scales, and every other parameter and persistent buffer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of which some layers are `QuantLinear`.
+    path : path
+        A ``.safetensors`` file, or a folder for ``model.safetensors``, which appears whole or not at all.
+    max_shard_bytes : int
+        A folder's model is cut into files of about this size, with an index.
+    overwrite : bool
+        Whether an existing ``path`` is replaced, once the new one is complete.
+
+    Raises
+    ------
+    FileExistsError, FileNotFoundError, OSError
+        For a ``path`` that is there, a folder to write in that is not, a disk that is full.
+    ValueError
+        For a state that is not tensors with values.
+    """
+    path = Path(path)
+    batches, contents = state_of(model)
+    single = path.suffix == ".safetensors"
+    with files.replacing(path, overwrite) as new:
+        if not single:
+            new.mkdir()
+        shards = [batches] if single else list(cut(batches, max_shard_bytes))
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            names = [slot.name for batch in shard for slot in batch.slots]
+            part = Contents(
+                {name: stored for name, stored in contents.weights.items() if name in names},
+                {alias: name for alias, name in contents.tied.items() if name in names},
+            )
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            files.write(new if single else new / name, shard, {"format": "pt", **part.metadata()}, lambda batch: None)
+            weight_map |= dict.fromkeys(names, name)
+        if len(shards) > 1:
+            size = sum(batch.nbytes for batch in batches)
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            files.write_json(new / f"model{files.INDEX}", index)
+
+
+def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) -> nn.Module:
+    """Fill ``model`` from what `save_quantized` or `quantize_file` wrote.
+
+    Where the file holds codes, ``nn.Linear`` becomes `QuantLinear`. Parameters take the dtypes of the file. Everything
+    is checked, from the headers alone, before the model is touched.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of the same architecture, built with float layers or by `quantize_`; its values do not matter, and it may be on
+        ``meta``. Changed in place.
+    path : path
+        A ``.safetensors`` file, or a folder of them.
+    device : torch.device, optional
+        For codes and for what is on ``meta``: by default that of the first parameter which is not on ``meta``, else
+        the CPU. The rest stays where it is.
+
+    Returns
+    -------
+    nn.Module
+        ``model``.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a path that is absent.
+    ValueError
+        For a file that is truncated, foreign, or holds nothing that quantlib quantized, and for one that does not fit
+        the model, naming what is missing, unexpected or of another shape.
+
+    Notes
+    -----
+    A layer that cannot hold codes, because it is no linear layer or its owner reads its weight directly, gets the
+    values that the codes stand for, with a warning in the log.
+    """
+    with ExitStack() as stack:
+        readers = [stack.enter_context(Reader(p)) for p in files.weights_of(Path(path))]
+        held = {name: reader for reader in readers for name in reader.slots}
+        contents = Contents()
+        for reader in readers:
+            found = Contents.of(reader)
+            contents.weights.update(found.weights)
+            contents.tied.update(found.tied)
+        if not contents.weights:
+            raise ValueError(f"{path} must hold weights that quantlib quantized, got none among {len(held)} tensors")
+        skeleton = Skeleton(model, contents)
+        if problems := skeleton.misfits(held):
+            raise ValueError(f"{path} must fit the model, got {files.some(problems)}")
+        if skeleton.values:
+            log.warning("dequantized, as their layers cannot hold codes: %s", files.some(sorted(skeleton.values)))
+        skeleton.fill(held, device)
+    return model
+
+
+Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and the name there
+
+
+def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
+    """Every tensor of the state once, a weight's codes with its scales, and what the metadata says of them."""
+    state, objects = model.state_dict(), model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dtype not in files.NAMES:
+            got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"state {name} must be a tensor with values that safetensors can hold, got {got}")
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in objects.items():
+        if (known := first.setdefault(id(tensor), name)) != name:
+            tied[name] = known
+    weights = {
+        name: Stored(str(module.spec), (module.out_features, module.in_features))
+        for prefix, module in model.named_modules()
+        if isinstance(module, QuantLinear) and (name := join(prefix, "weight")) in state and name not in tied
+    }
+    parts = {slot.name for name, stored in weights.items() for slot in stored.slots(name)[1:]}
+    batches = []
+    for name, tensor in state.items():
+        if name in weights:
+            slots = weights[name].slots(name)
+        elif name in tied or name in parts:
+            continue
+        else:
+            slots = [Slot(name, tensor.dtype, tuple(tensor.shape))]
+        batches.append(Batch(slots, lambda slots=slots: [state[slot.name] for slot in slots]))  # type: ignore[misc]
+    return batches, Contents(weights, tied)
+
+
+def cut(batches: list[Batch], size: int) -> Iterator[list[Batch]]:
+    """``batches`` in runs of at most ``size`` bytes, or of one batch that is larger."""
+    run: list[Batch] = []
+    for batch in batches:
+        if run and sum(b.nbytes for b in run) + batch.nbytes > size:
+            yield run
+            run = []
+        run.append(batch)
+    yield run
+
+
+class Skeleton:
+    """A model as it will be once ``contents`` is in it. The model itself changes in `fill` only."""
+
+    def __init__(self, model: nn.Module, contents: Contents) -> None:
+        self.model, self.contents = model, contents
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.values: set[str] = set()  # weights whose layers cannot hold codes
+        self.replacements = self._replacements()  # id of a float layer -> the QuantLinear that takes its place
+        self.places = dict(self._places())
+        self.parts = {slot.name for name in self.values for slot in contents.weights[name].slots(name)[1:]}
+
+    def misfits(self, held: dict[str, Reader]) -> list[str]:
+        """What keeps the tensors of the files from filling the model, a few words each."""
+        filled = {id_of(place) for name in held if name in self.places for place in self.targets[name]}
+        problems = [f"no {name}" for name, place in self.places.items() if id_of(place) not in filled]
+        for name, reader in held.items():
+            slot = reader.slots[name]
+            if name in self.parts:
+                continue
+            if name not in self.places:
+                problems.append(f"{name}, which the model does not have")
+                continue
+            store, key = self.places[name]
+            stored = self.contents.weights.get(name)
+            if stored is not None and tuple(store[key].shape) != slot.shape:
+                slot = replace(slot, shape=QuantSpec.parse(stored.spec).codes_shape(stored.shape))
+            if name in self.values:
+                slot = replace(slot, shape=self.contents.weights[name].shape, dtype=store[key].dtype)
+            same_kind = slot.dtype == store[key].dtype or slot.dtype.is_floating_point == store[key].is_floating_point()
+            if tuple(store[key].shape) != slot.shape or not same_kind:
+                expected = Slot(name, store[key].dtype, tuple(store[key].shape))
+                problems.append(f"{name} {words(reader.slots[name])} for {words(expected)}")
+        for prefix, module in self.modules.items():
+            spec = self.contents.weights.get(join(prefix, "weight"), None)
+            if (
+                isinstance(module, QuantLinear)
+                and spec
+                and QuantSpec.parse(spec.spec).weight_only != module.spec.weight_only
+            ):
+                problems.append(f"{prefix}: codes of {spec.spec} for {module.spec}")
+            for key in module._non_persistent_buffers_set:
+                if isinstance(buffer := module._buffers[key], Tensor) and buffer.is_meta:
+                    problems.append(f"{join(prefix, key)} on meta, which no file fills")
+        return problems
+
+    def fill(self, held: dict[str, Reader], device: Any) -> None:
+        """Put the replacements in, and one tensor after another into its places."""
+        there = next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
+        there = there if device is None else torch.device(device)
+        parents = places_of(self.model)
+        for module in set(self.modules.values()):
+            if id(module) in self.replacements:
+                put(self.replacements[id(module)], module, parents)
+        for name, reader in held.items():
+            if name in self.parts:
+                continue
+            store, key = self.places[name]
+            old = store[key]
+            if name in self.values:
+                tensor = self.contents.weights[name].values(reader, name, old.dtype)
+            else:
+                tensor = reader.read(name)
+                tensor = tensor.squeeze(-1) if tensor.dim() > old.dim() else tensor
+            tensor = tensor.to(there if old.is_meta else old.device)
+            new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+            for store, key in self.targets[name]:
+                store[key] = new  # one object in all of them: what is tied stays tied
+
+    def _replacements(self) -> dict[int, QuantLinear]:
+        stored = dict(self.contents.weights)
+        stored.update({alias: stored[name] for alias, name in self.contents.tied.items() if name in stored})
+        skipped = {id(self.modules[name]) for name in reasons_to_skip(self.model)}
+        specs: dict[int, QuantSpec] = {}  # id of a float weight -> what it becomes
+        for name, weight in stored.items():
+            module = self.modules.get(name.rpartition(".")[0])
+            if isinstance(module, QuantLinear):
+                continue
+            if isinstance(module, nn.Linear) and module.weight.shape == weight.shape and id(module) not in skipped:
+                specs[id(module.weight)] = QuantSpec.parse(weight.spec)
+            elif name in self.contents.weights:
+                self.values.add(name)
+        done: dict[int, QuantLinear] = {}
+        replacements: dict[int, QuantLinear] = {}
+        for module in self.modules.values():
+            if not isinstance(module, nn.Linear) or id(module) in replacements or id(module.weight) not in specs:
+                continue
+            tied = id(module.weight)
+            if tied in done:
+                new = share_weight(done[tied], module)
+            else:
+                shape, dtype = (module.in_features, module.out_features), module.weight.dtype
+                done[tied] = new = QuantLinear(*shape, bias=False, device="meta", dtype=dtype, spec=specs[tied])
+                new.bias = module.bias
+            replacements[id(module)] = new
+        return replacements
+
+    def _places(self) -> Iterator[tuple[str, Place]]:
+        """Name and place of each parameter and persistent buffer, under every name that it has."""
+        placed: dict[int, nn.Module] = {**self.replacements}
+        for prefix, old in self.modules.items():
+            module: nn.Module = placed.get(id(old), old)
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield join(prefix, key), (module._parameters, key)
+            for key, buffer in module._buffers.items():
+                if buffer is not None and key not in module._non_persistent_buffers_set:
+                    yield join(prefix, key), (module._buffers, key)
+
+    @cached_property
+    def targets(self) -> dict[str, list[Place]]:
+        """Name -> the places of the object that is at this name, and of those that the file ties to it."""
+        by_object: dict[int, list[Place]] = defaultdict(list)
+        for store, key in self.places.values():
+            by_object[id(store[key])].append((store, key))
+        groups = {name: by_object[id(store[key])] for name, (store, key) in self.places.items()}
+        for alias, name in self.contents.tied.items():
+            if alias in groups and name in groups:
+                groups[name] = groups[name] + groups[alias]
+        return groups
+
+
+def id_of(place: Place) -> tuple[int, str]:
+    store, key = place
+    return id(store), key
+
+
+def join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
