@@ -1,0 +1,75 @@
+"""y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk]"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quantlib import formats
+from quantlib.backends.triton import launch
+from quantlib.backends.triton.numerics import decode, encode_float
+from quantlib.backends.triton.tile import block_cols, block_rows, block_scale, codes_at, load, place, spread, store, unpack
+from quantlib.formats import Format
+
+
+@triton.jit
+def dequantize_tile(
+    codes_ptr, y_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols, codes_stride,
+    F: tl.constexpr, Y: tl.constexpr, AFFINE: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    i, j = tl.arange(0, T.rows)[:, None], tl.arange(0, T.cols)[None, :]
+    codes_ptr += i.to(tl.int64) * codes_stride
+    if F.packed:
+        byte = tl.arange(0, T.cols // 2)[None, :]
+        codes = unpack(load(codes_ptr + byte, (i < rows) & (byte < (cols + 1) // 2), MASKED), F)
+    else:
+        codes = load(codes_ptr + j, (i < rows) & (j < cols), MASKED)
+    s_eff, z = block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F, AFFINE)
+    y = decode(codes, spread(s_eff, edge, T), spread(z, edge, T) if AFFINE else z, F, AFFINE, ARCH)
+    y = encode_float(y, Y, False, ARCH)
+    store(y_ptr + i.to(tl.int64) * K + j, y, (i < rows) & (j < cols), MASKED)
+
+
+@triton.jit
+def dequantize_kernel(
+    codes_ptr,  # [M, K] of row F, or [M, ceil(K / 2)] bytes
+    scale_ptr,  # [ceil(M / br), ceil(K / bk)] float32
+    zero_point_ptr,  # the same shape, int32, or None
+    y_ptr,  # [M, K] of row Y
+    M, K, br, bk, scale_cols, codes_stride,
+    F: tl.constexpr, Y: tl.constexpr, AFFINE: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    row_tile, col_tile = place(K, T)
+    i, rows, block_i = block_rows(row_tile, M, br, T)
+    j, cols, block_j, edge = block_cols(col_tile, K, bk, T)
+    codes_ptr = codes_at(codes_ptr, F) + i * codes_stride + (j // 2 if F.packed else j)
+    y_ptr = codes_at(y_ptr, Y) + i * K + j
+    if rows >= T.rows and cols >= T.cols:
+        dequantize_tile(
+            codes_ptr, y_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols,
+            codes_stride, F, Y, AFFINE, T, ARCH, False,
+        )  # fmt: skip
+    else:
+        dequantize_tile(
+            codes_ptr, y_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols,
+            codes_stride, F, Y, AFFINE, T, ARCH, True,
+        )  # fmt: skip
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    format: Format,
+    block: launch.Shape,
+    zero_point: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    shape, block = launch.flatten((out.shape[0], out.shape[1]), block, format)
+    tile = launch.choose_tile(shape, block, format)
+    launch.launch(
+        dequantize_kernel, launch.tiles(shape, block, tile), out.device,
+        launch.codes_of(codes), scale, zero_point, out, *shape, *block, triton.cdiv(shape[1], block[1]), codes.shape[1],
+        format, formats.get(out.dtype), zero_point is not None, tile, launch.arch(out.device),
+        warps=tile.warps,
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""The tile of a kernel: one frozen dataclass, chosen by one function of shape, block and device.
+
+``QUANTLIB_SHOW_LAUNCH=1`` prints every choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from quantlib.formats import Format
+
+Shape = tuple[int, int]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+ELEMENTS = 1 << 16 if INTERPRETED else 4096  # of a tile: 16 a thread on a device, as few programs as possible on none
+WARPS = 8
+HELD = 1 << 17  # bytes of x that a program holds in registers
+PARTS = 1024  # programs that share the blocks of x where one is too large for that: no number of any device
+STRADDLE = 1024  # from this width of a block on, a tile holds no more than two of them
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program maps: [rows, cols] of x, with one scale for every ``run`` columns of a row."""
+
+    rows: int
+    cols: int
+    run: int
+    runs: int  # in a row; 2 without bk: the tile may straddle two blocks
+    bk: int  # width of a block where a row of the tile holds several, else 0
+    across: bool  # a block is as wide as x
+    flat: bool  # x is one row
+    own_rows: bool  # br is 1
+    warps: int
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def divisor(n: int) -> int:
+    """The largest power of two that divides n."""
+    return n & -n
+
+
+def tile_elements(format: Format) -> int:
+    """Half as many of a packed format: a thread's codes then need not pass through other threads to be packed."""
+    return ELEMENTS // 2 if format.packed else ELEMENTS
+
+
+def flatten(shape: Shape, block: Shape, format: Format) -> tuple[Shape, Shape]:
+    """The same elements as one row, where the elements of every block lie side by side."""
+    (M, K), (br, bk) = shape, block
+    if format.packed and K % 2 and M > 1:  # a row ends inside a byte
+        return shape, block
+    if bk == K:
+        return (1, M * K), (1, br * K)
+    if br == 1 and K % bk == 0:
+        return (1, M * K), (1, bk)
+    return shape, block
+
+
+@functools.lru_cache(4096)
+def choose_tile(shape: Shape, block: Shape, format: Format) -> Tile:
+    """The tile of an elementwise kernel over x [M, K]."""
+    (M, K), (br, bk) = shape, block
+    elements = tile_elements(format)
+    cols = min(elements, max(power_of_2(K), 16))
+    if STRADDLE <= bk < K:
+        cols = min(cols, divisor(bk) if divisor(bk) >= STRADDLE else power_of_2(bk + 1) // 2)
+    rows = min(elements // cols, power_of_2(M if br == 1 else br))
+    if bk >= K or bk % cols == 0:
+        run, runs, bk = cols, 1, 0
+    elif bk >= cols:
+        run, runs, bk = cols, 2, 0
+    else:
+        run = min(divisor(bk), cols)
+        runs = cols // run
+    warps = min(WARPS, max(1, rows * cols * WARPS // elements))
+    return shown(Tile(rows, cols, run, runs, bk, block[1] == K, M == 1, br == 1, warps))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What one program reduces: ``count`` whole blocks, or every ``parts``-th chunk of one block."""
+
+    count: int
+    rows: int  # of a chunk
+    cols: int
+    chunks: int  # of a block, held in registers, below each other where rows > 1, else side by side; 0: too many
+    parts: int  # programs that share a block
+    exact: bool  # no chunk reaches past its block, no program past the last block
+    bk: int  # width of a block where a program has several, else 0
+    ragged: bool  # the last block of a row is narrower
+    across: bool  # a block is as wide as x
+    flat: bool  # x is one row
+    warps: int
+
+
+@functools.lru_cache(4096)
+def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> Blocks:
+    """The chunks of a reduction over the blocks of x [M, K]."""
+    (M, K), (br, bk) = shape, block
+    blocks = triton.cdiv(M, br) * triton.cdiv(K, bk)
+    held = (br * power_of_2(bk) if br > 1 else bk) * itemsize
+    fits = held <= HELD and (br == 1 or bk <= ELEMENTS)
+    warps = 2 * WARPS if HELD // 4 < held <= HELD else WARPS
+    elements = tile_elements(format) * warps // WARPS
+    cols = min(elements, max(power_of_2(bk), 2))  # 2 codes make a byte
+    rows = min(elements // cols, power_of_2(br))
+    chunks = triton.cdiv(br, rows) * triton.cdiv(bk, cols)
+    count = min(elements // (rows * cols), power_of_2(blocks)) if chunks == 1 else 1
+    parts = 1 if fits else min(PARTS // min(blocks, PARTS), power_of_2(chunks))
+    exact = M % br == 0 and K % bk == 0 and br % rows == 0 and bk % cols == 0 and blocks % count == 0
+    return shown(
+        Blocks(
+            count, rows, cols, chunks if fits else 0, parts, exact, bk if count > 1 else 0, K % bk > 0,
+            bk == K, M == 1, max(1, warps * count * rows * cols // elements),
+        )  # fmt: skip
+    )
+
+
+def tiles(shape: Shape, block: Shape, tile: Tile) -> int:
+    """How many tiles cover x [M, K]; no tile straddles two block rows unless br is 1."""
+    (M, K), (br, _) = shape, block
+    row_tiles = triton.cdiv(M, tile.rows) if br == 1 else triton.cdiv(M, br) * triton.cdiv(br, tile.rows)
+    return row_tiles * triton.cdiv(K, tile.cols)
+
+
+def shown(choice: Any) -> Any:
+    if os.environ.get("QUANTLIB_SHOW_LAUNCH"):
+        print(choice, file=sys.stderr)
+    return choice
+
+
+@functools.cache
+def arch(device: torch.device) -> int:
+    """Compute capability whose conversion instructions a kernel may use, 0 for none."""
+    if INTERPRETED:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: int) -> None:
+    """Start ``programs`` programs on the current stream of ``device``; nothing waits for them.
+
+    Products are never contracted into sums (C0).
+    """
+    with context(device):
+        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False)
+
+
+def codes_of(t: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as their codes: sm_80 takes no pointer to them. A kernel reinterprets wider ones itself."""
+    return t.view(torch.uint8) if t.dtype.is_floating_point and t.dtype.itemsize == 1 else t
+
+
+def context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if INTERPRETED:
+        import numpy as np
+
+        return np.errstate(all="ignore")
+    return torch.cuda.device(device)

@@ -1,0 +1,71 @@
+"""scale = compute_scale(x), codes = quantize(x, scale), in one read of x where a block fits in registers"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quantlib import formats
+from quantlib.backends.triton import launch
+from quantlib.backends.triton.compute_scale import compute_scale, read_blocks, store_scale
+from quantlib.backends.triton.numerics import decode_float, encode, range_scale, reciprocal
+from quantlib.backends.triton.quantize import quantize
+from quantlib.backends.triton.tile import block_at, chunk_at, codes_at, pack, store
+from quantlib.formats import Format
+
+
+@triton.jit
+def quantize_dynamic_kernel(
+    x_ptr,  # [M, K] of row X
+    codes_ptr,  # [M, K] of row F, or [M, ceil(K / 2)] bytes
+    scale_ptr,  # [ceil(M / br), ceil(K / bk)] float32
+    zero_point_ptr,  # the same shape, int32, or None
+    M, K, br, bk, scale_cols, blocks, codes_stride,
+    X: tl.constexpr, F: tl.constexpr, AFFINE: tl.constexpr, B: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64) * B.count + tl.arange(0, B.count)
+    i, j, rows, cols = block_at(b[:, None, None], M, K, br, bk, scale_cols, B)
+    x_ptr = codes_at(x_ptr, X) + (i * K + j)
+    codes_ptr = codes_at(codes_ptr, F) + (i * codes_stride + (j // 2 if F.packed else j))
+    exists = b[:, None, None] < blocks
+    chunks, lowest, highest = read_blocks(x_ptr, K, rows, cols, exists, X, AFFINE, B)
+    s, z = range_scale(lowest, highest, X, F, AFFINE)
+    store_scale(scale_ptr, zero_point_ptr, b, s, z, b < blocks, AFFINE)
+    r_scale, z = reciprocal(s)[:, None, None], z[:, None, None]
+    CHUNKS: tl.constexpr = B.chunks
+    for u in tl.static_range(CHUNKS):
+        r, c = chunk_at(u, B)
+        codes = encode(decode_float(chunks[u], X, ARCH) * r_scale, z, F, AFFINE, ARCH)
+        inside = exists & (r < rows)
+        if F.packed:
+            if not B.exact:  # the nibble past an odd K is 0
+                codes = tl.where(c < cols, codes, 0)
+            codes = pack(codes.reshape(B.count * B.rows, B.cols)).reshape(B.count, B.rows, B.cols // 2)
+            c = tl.arange(0, B.cols // 2)[None, None, :] + (0 if B.rows > 1 else u * (B.cols // 2))
+            store(codes_ptr + r * codes_stride + c, codes, inside & (c < (cols + 1) // 2), not B.exact)
+        else:
+            store(codes_ptr + r * codes_stride + c, codes, inside & (c < cols), not B.exact)
+
+
+def quantize_dynamic(
+    x: torch.Tensor,
+    format: Format,
+    block: launch.Shape,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+) -> None:
+    shape, flat_block = launch.flatten((x.shape[0], x.shape[1]), block, format)
+    chosen = launch.choose_blocks(shape, flat_block, x.dtype.itemsize, format)
+    shares_a_byte = format.packed and flat_block[1] % 2 == 1 and not chosen.across
+    if not chosen.chunks or shares_a_byte:
+        compute_scale(x, format, block, scale, zero_point)
+        quantize(x, scale, format, block, zero_point, codes)
+        return
+    launch.launch(
+        quantize_dynamic_kernel, triton.cdiv(scale.numel(), chosen.count), x.device,
+        x, launch.codes_of(codes), scale, zero_point, *shape, *flat_block, scale.shape[1], scale.numel(), codes.shape[1],
+        formats.get(x.dtype), format, zero_point is not None, chosen, launch.arch(x.device),
+        warps=chosen.warps,
+    )  # fmt: skip

@@ -1,0 +1,143 @@
+"""Where a program's tile lies in x, and the scale of each of its elements: element (i, j) uses scale[i // br, j // bk].
+
+A tile never straddles two block rows, unless br is 1 and every row of it has its own. Along K it lies inside one
+block, straddles two, or holds several, each a whole number of runs of RUN elements.
+"""
+
+import triton
+import triton.language as tl
+
+from quantlib.backends.triton.numerics import clamp_zero_point, effective_scale
+
+
+@triton.jit
+def codes_at(ptr, F: tl.constexpr):
+    """A pointer to values of format F as one to their codes, the integers that every kernel reads and writes."""
+    if F.bits == 32:
+        return ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    elif F.bits == 16:
+        return ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
+    elif F.is_float or not F.signed or F.packed:
+        return ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    else:
+        return ptr.to(tl.pointer_type(tl.int8), bitcast=True)
+
+
+@triton.jit
+def load(ptr, mask, MASKED: tl.constexpr):
+    """Without its mask a load keeps 128-bit accesses where nothing is known of the size; nothing there reads as 0."""
+    return tl.load(ptr, mask, 0) if MASKED else tl.load(ptr)
+
+
+@triton.jit
+def store(ptr, value, mask, MASKED: tl.constexpr):
+    value = value.to(ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(ptr, value, mask)
+    else:
+        tl.store(ptr, value)
+
+
+@triton.jit
+def place(K, T: tl.constexpr):
+    """This program's tile -> (row of tiles, column of tiles)."""
+    tile = tl.program_id(0)
+    if T.flat:
+        return 0, tile
+    else:
+        across = tl.cdiv(K, T.cols)
+        return (tile // across).to(tl.int32), (tile % across).to(tl.int32)
+
+
+@triton.jit
+def block_rows(tile, M, br, T: tl.constexpr):
+    """Row of tiles -> its first row of x, how many there are, and the block row of each: [T.rows, 1] or [1, 1]."""
+    if T.flat:
+        return 0, 1, tl.full((1, 1), 0, tl.int64)
+    elif T.own_rows:
+        first = tile.to(tl.int64) * T.rows
+        return first, M - first, first + tl.arange(0, T.rows)[:, None]
+    else:
+        tiles = tl.cdiv(br, T.rows)
+        block = (tile // tiles).to(tl.int64)
+        first = block * br + tile % tiles * T.rows
+        return first, tl.minimum(M, block * br + br) - first, tl.full((1, 1), 0, tl.int64) + block
+
+
+@triton.jit
+def block_cols(tile, K, bk, T: tl.constexpr):
+    """Column of tiles -> its first column of x, how many there are, the block column of each run, [1, T.runs], and
+    the column, counted from the first, where the second of two blocks begins."""
+    first = tile.to(tl.int64) * T.cols
+    if T.bk:
+        block = first // T.bk
+        column = (first - block * T.bk).to(tl.int32) + tl.arange(0, T.runs) * T.run
+        return first, K - first, (block + column // T.bk)[None, :], 0
+    elif T.runs == 2:
+        block = first // bk
+        return first, K - first, (block + tl.arange(0, 2))[None, :], (block + 1) * bk - first
+    elif T.across:
+        return first, K - first, tl.full((1, 1), 0, tl.int64), 0
+    else:
+        return first, K - first, tl.full((1, 1), 0, tl.int64) + tile // (bk // T.cols), 0
+
+
+@triton.jit
+def block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F: tl.constexpr, AFFINE: tl.constexpr):
+    """Effective scale and zero point of every run of a tile: [rows or 1, runs]."""
+    at, exists = block_i * scale_cols + block_j, (block_i < M) & (block_j < scale_cols)
+    s_eff = effective_scale(tl.load(scale_ptr + at, exists, 1.0), F)
+    z = clamp_zero_point(tl.load(zero_point_ptr + at, exists, 0), F) if AFFINE else tl.full((1, 1), 0, tl.int32)
+    return s_eff, z
+
+
+@triton.jit
+def spread(values, edge, T: tl.constexpr):
+    """[rows, T.runs] -> [rows, T.cols] or what broadcasts to it: the value of every column's block."""
+    if T.runs == 1:
+        return values
+    elif T.bk:
+        rows: tl.constexpr = values.shape[0]
+        return tl.broadcast_to(values[:, :, None], (rows, T.runs, T.run)).reshape(rows, T.cols)
+    else:
+        left, right = tl.split(values)
+        return tl.where(tl.arange(0, T.cols)[None, :] < edge, left[:, None], right[:, None])
+
+
+@triton.jit
+def pack(codes):
+    """[rows, cols] uint32 codes of four bits -> [rows, cols / 2] bytes, the even column in the low nibble."""
+    even, odd = tl.split(codes.reshape(codes.shape[0], codes.shape[1] // 2, 2))
+    return (even & 15) | (odd << 4)
+
+
+@triton.jit
+def unpack(packed, F: tl.constexpr):
+    """[rows, cols / 2] bytes -> [rows, cols] codes, their sign spread where F is an integer format."""
+    packed = packed.to(tl.int32)
+    codes = tl.join(packed & 15, packed >> 4).reshape(packed.shape[0], packed.shape[1] * 2)
+    return codes if F.is_float else (codes ^ 8) - 8
+
+
+@triton.jit
+def block_at(b, M, K, br, bk, scale_cols, B: tl.constexpr):
+    """Number of a block -> its first row and column of x, and how many of each it has."""
+    if B.flat and B.across:
+        return b * 0, b * 0, 1, K
+    elif B.flat:
+        width = B.bk if B.bk else bk
+        return b * 0, b * width, 1, tl.minimum(width, K - b * width) if B.ragged else width
+    else:
+        i, j = b // scale_cols * br, b % scale_cols * bk
+        return i, j, tl.minimum(br, M - i), tl.minimum(bk, K - j)
+
+
+@triton.jit
+def chunk_at(u, B: tl.constexpr):
+    """Chunk u of a block -> its rows, [1, rows, 1] int64, and columns, [1, 1, cols], counted from the block's first."""
+    r, c = tl.arange(0, B.rows)[None, :, None], tl.arange(0, B.cols)[None, None, :]
+    if B.rows > 1:
+        r += u * B.rows
+    else:
+        c += u * B.cols
+    return r.to(tl.int64), c
