@@ -10,6 +10,8 @@ import torch
 
 from quantlib import _build
 
+_loaded: dict[str, Path] = {}  # not asked of _build again: sources that changed since would give a second library
+
 
 @functools.cache
 def load(name: str) -> str | None:
@@ -22,6 +24,7 @@ def load(name: str) -> str | None:
         return str(error)
     try:
         torch.ops.load_library(str(path))
+        _loaded[name] = path
     except OSError as error:  # built for another platform or a newer libtorch
         return f"{path} does not load: {error}"
     return None
@@ -36,4 +39,4 @@ def warn_without_kernels() -> None:
 
 def path_of(name: str) -> Path | None:
     """The file of a library that is loaded."""
-    return None if load(name) is not None else _build.library(name)
+    return _loaded.get(name) if load(name) is None else None
