@@ -39,10 +39,8 @@ def main(extras: list[str]) -> int:
         if not works(BIN / "python"):
             create()
         os.execv(BIN / "python", [str(BIN / "python"), __file__, *extras])
-    if version("torch") < OLDEST_TORCH:
-        need_pip()
-        if not install(TORCH):
-            return fail(f"{TORCH} could not be installed; give a Python that has torch: make PYTHON=...")
+    if version("torch") < OLDEST_TORCH and (why := install(TORCH)):
+        return fail(f"{TORCH} could not be installed ({why}); give a Python that has torch: make PYTHON=...")
     link_checkout()
     missing = complete(extras)
     lacking = [name for extra in ("", *extras) for name in ESSENTIAL.get(extra, []) if not importable(name)]
@@ -51,7 +49,7 @@ def main(extras: list[str]) -> int:
     have = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "triton") if importable(name)]
     print(f"environment: Python {sys.version.split()[0]}, {', '.join(have)}")
     if missing:
-        print(f"environment: not to be had here, so what needs it is left out: {', '.join(missing)}")
+        print("environment: left out, with all that needs it:", *missing, sep="\n  ")
     return 0
 
 
@@ -106,16 +104,13 @@ def link_checkout() -> None:
 
 
 def complete(extras: list[str]) -> list[str]:
-    """Install what quantlib and ``extras`` need and is not there: all at once, else one by one. What stays missing."""
-    wanted = [r for r in requirements(extras) if not satisfied(r)]
+    """Install what quantlib and ``extras`` need and is not there: all at once, else one by one. The rest, and why."""
+    wanted = [(line,) for line in requirements(extras) if not satisfied(line)]
+    if wanted and not install(*(line for (line,) in wanted)):
+        wanted = []
     bare = [name for extra in extras for name in WITHOUT_DEPENDENCIES.get(extra, []) if version(name) == (0,)]
-    if wanted or bare:
-        need_pip()
-    failed = wanted if wanted and not install(*wanted) else []
-    return [
-        *(line for line in failed if not install(line)),
-        *(name for name in bare if not install("--no-deps", name)),
-    ]
+    failed = {what[-1]: install(*what) for what in [*wanted, *(("--no-deps", name) for name in bare)]}
+    return [f"{what}: {why}" for what, why in failed.items() if why]
 
 
 def requirements(extras: list[str]) -> list[str]:
@@ -147,29 +142,30 @@ def satisfied(line: str) -> bool:
         return False
 
 
-def install(*what: str) -> bool:
-    """pip install, which never moves a torch that is there; why it failed goes to stderr."""
+def install(*what: str) -> str:
+    """pip install, which never moves a torch that is there. Why it failed, "" where it did not."""
+    if why := no_pip():
+        return why
     torch = [f"torch=={importlib.metadata.version('torch')}"] if version("torch") > (0,) else []
     pins = [pin for pin in PINS if requirement(pin).name == "numpy" or version("triton") == (0,)]
     constraints = VENV / "constraints.txt"
     write(constraints, "\n".join([*torch, *pins]) + "\n")
-    print(f"environment: installing {', '.join(w for w in what if w[0] != '-')}", flush=True)
+    print("environment: installing", *(word for word in what if word[0] != "-"), flush=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "2"]
     done = subprocess.run([*pip, "-c", constraints, *what], capture_output=True, text=True, check=False)
     importlib.invalidate_caches()
-    if done.returncode:
-        fail(next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr[-200:]))
-    return done.returncode == 0
+    errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    return "" if done.returncode == 0 else (errors or [f"pip ends with {done.returncode}"])[0]
 
 
-def need_pip() -> None:
-    """An environment made without ensurepip has no pip: ask that of its base for one."""
+def no_pip() -> str:
+    """Why there is no pip; an environment made without ensurepip is given one by the Python it comes from."""
     if importable("pip"):
-        return
+        return ""
     pip = [sys._base_executable, "-m", "pip", "--python", sys.executable, "install", "-q", "pip"]
-    if subprocess.run(pip, capture_output=True, check=False).returncode:
-        fail("this Python has neither ensurepip nor pip (Debian, Ubuntu: apt install python3-venv)")
+    done = subprocess.run(pip, capture_output=True, check=False)
     importlib.invalidate_caches()
+    return "this Python has neither ensurepip nor pip (try python3-venv)" if done.returncode else ""
 
 
 def importable(name: str) -> bool:
