@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from quantlib import __version__
 from quantlib.cli import bits, formats, info, quantize, verify
 from quantlib.cli.parser import Parser
 
@@ -54,21 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     top = Parser(prog="quantlib", description="Project FP32 values and models to small formats, bit for bit.")
-    top.add_argument("--version", action="version", version=f"quantlib {version()}")
+    top.add_argument("--version", action="version", version=f"quantlib {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="verb", required=True)
     for name, module in VERBS.items():
         about = (module.__doc__ or "").splitlines()[0]
         module.arguments(verbs.add_parser(name, help=about, description=about))
     return top
-
-
-def version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("quantlib-torch")
-    except metadata.PackageNotFoundError:
-        return "(not installed: running from a checkout)"
 
 
 def describe(error: Exception) -> str:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from quantlib.cli.parser import checked
@@ -85,9 +86,9 @@ def read_spec(to: str, per: str | None, affine: bool) -> QuantSpec:
 
 def size(path: str) -> int:
     """Bytes of the safetensors files."""
-    from quantlib import checkpoint
+    from quantlib.checkpoint.files import weights_of
 
-    return sum(file.stat().st_size for file in checkpoint.weights_of(path))
+    return sum(file.stat().st_size for file in weights_of(Path(path)))
 
 
 def finite(value: Any) -> Any:

@@ -1,0 +1,130 @@
+"""``quantlib`` itself: help, version, ``info``, exit statuses, and a reader that leaves early."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import quantlib
+from quantlib import backends, cli
+from quantlib.cli import main
+from quantlib.cli.info import VARIABLES
+
+OPS = ["cast", "compute_scale", "quantize", "dequantize", "quantize_dynamic"]
+
+
+def run(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "quantlib", *argv], text=True, stderr=subprocess.PIPE, check=False, **options
+    )
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: quantlib {verb}")
+    assert main(["--help"]) == 0
+    assert f"    {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"quantlib {quantlib.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "verb"),
+        (["projekt"], "verb must be one of bits, formats, info, quantize, verify, got 'projekt'"),
+        (["formats", "--yaml"], "--yaml"),
+        (["info", "extra"], "extra"),
+    ],
+)
+def test_bad_arguments(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.startswith("quantlib")
+    assert err.count("\n") == 1
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTLIB_CACHE", "/some/where")
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(OPS) <= set(facts["ops"])
+    assert facts["ops"]["cast"]["cpu"] == backends.serving("cpu")
+    assert facts["refusals"]["cpu"]["cuda"] == "serves cuda tensors only"
+    assert facts["refusals"]["cpu"]["composite"] is None
+    assert {"quantlib", "python", "torch", "triton", "numpy", "c++", "instruction set"} <= set(facts["versions"])
+    assert facts["environment"]["QUANTLIB_CACHE"] == "/some/where"
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in (*OPS, *VARIABLES, *backends.BACKENDS, "/some/where", "serves cuda tensors only"):
+        assert word in text
+
+
+def test_info_of_a_forced_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    with backends.use_backend("composite"):
+        assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["forced"] == "composite"
+    assert facts["ops"]["quantize"]["cpu"] == "composite"
+    with backends.use_backend("cuda"):
+        assert main(["info"]) == 0
+    assert "none: cuda refuses" in capsys.readouterr().out
+
+
+def test_a_variable_with_a_wrong_value() -> None:
+    done = run("info", stdout=subprocess.DEVNULL, env=os.environ | {"QUANTLIB_BACKEND": "fastest"})
+    assert done.returncode == 2
+    assert "got 'fastest'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = run("formats", stdout=writing)
+    finally:
+        os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk() -> None:
+    with open("/dev/full", "w") as full:
+        done = run("formats", stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == "quantlib formats: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ValueError("x must be 1,\n  got 2"), 2, "x must be 1, got 2"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "a.txt: No such file or directory"),
+        (PermissionError(13, "Permission denied", "a.txt"), 1, "a.txt: Permission denied"),
+        (MemoryError(), 1, "MemoryError"),
+    ],
+)
+def test_exit_statuses(
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli.formats, "run", fails)
+    assert main(["formats"]) == status
+    assert capsys.readouterr().err == f"quantlib formats: {line}\n"
