@@ -35,7 +35,7 @@ FAMILIES: dict[str, ModuleType] = {
     for module in (cast, quantize, quantize_dynamic, dequantize, compute_scale, call, startup)
 }
 FULL, QUICK = (8192, 4096), (4096, 4096)  # 32 and 16 Mi elements, several times the last cache
-SECONDS = {False: 0.6, True: 0.4}  # of timed runs for a contender, by whether the run is quick
+SECONDS = {False: 0.4, True: 0.3}  # of timed runs for a contender, by whether the run is quick
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs/benchmarks.md"

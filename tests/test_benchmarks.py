@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import case, cast, check, command, measure, peers, report, targets
+from benchmarks import case, cast, chart, check, command, measure, peers, report, targets
 from benchmarks.case import OURS, PEER, Case, Contender, Row
 
 TINY = ["--shape", "64", "256", "--seconds", "0.001", *(f"--without={p}" for p in ("torch.compile", "torchao"))]
@@ -140,6 +140,13 @@ def test_verdicts(target: targets.Target, peer: float, expected: float | None, m
     rows = [ROW, dataclasses.replace(ROW, backend="torch copy_", role=PEER, min=peer)]
     found = targets.verdict(target, rows)
     assert (found.measured, found.met) == (expected if expected is None else pytest.approx(expected), met)
+
+
+def test_the_chart(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [ROW, dataclasses.replace(ROW, backend="torch.compile", role=PEER), dataclasses.replace(ROW, of_copy=None)]
+    chart.draw({"device": "a machine", "threads": 2, "copy_gb_per_s": 40.0}, rows, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_targets_are_not_judged_on_tensors_that_fit_a_cache() -> None:
