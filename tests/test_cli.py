@@ -62,8 +62,9 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     facts = json.loads(capsys.readouterr().out)
     assert set(OPS) <= set(facts["ops"])
     assert facts["ops"]["cast"]["cpu"] == backends.serving("cpu")
-    assert facts["refusals"]["cpu"]["cuda"] == "serves cuda tensors only"
-    assert facts["refusals"]["cpu"]["composite"] is None
+    assert facts["refusals"]["cpu"]["cuda"]["device"] == "serves cuda tensors only"
+    assert facts["refusals"]["cpu"]["composite"] == {"device": None, "ops": {}}
+    assert (facts["devices"]["cuda"] is None) == ("cuda" in facts["refusals"])
     assert {"quantlib", "python", "torch", "triton", "numpy", "c++", "instruction set"} <= set(facts["versions"])
     assert facts["environment"]["QUANTLIB_CACHE"] == "/some/where"
     assert main(["info"]) == 0

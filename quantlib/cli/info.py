@@ -93,7 +93,7 @@ def instruction_set() -> str:
 
 
 def serving() -> dict[str, Any]:
-    """The backend of each op on each device, and of each backend why it does not serve: None where it could."""
+    """The backend of each op on each device, and why the others do not serve: None where one could."""
     import torch
 
     from quantlib import backends, ops  # noqa: F401  importing ops registers them
@@ -101,11 +101,29 @@ def serving() -> dict[str, Any]:
     forced = backends.current()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     names = [overload for overload in backends.SCHEMAS if "." not in overload]
+    no_cuda = "there is no device" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
     return {
         "forced": None if forced == "auto" else forced,
         "ops": {op: {device: server(op, device) for device in devices} for op in names},
-        "refusals": {device: {b: backends.refuses(b, device) for b in backends.BACKENDS} for device in devices},
+        "devices": {"cpu": None, "cuda": None if "cuda" in devices else no_cuda},
+        "refusals": {
+            device: {
+                backend: {
+                    "device": backends.refuses(backend, device),
+                    "ops": {op: why for op in names if (why := lacks(backend, device, op)) is not None},
+                }
+                for backend in backends.BACKENDS
+            }
+            for device in devices
+        },
     }
+
+
+def lacks(backend: str, device: str, op: str) -> str | None:
+    """Why ``backend``, which serves ``device``, does not run ``op`` there."""
+    from quantlib import backends
+
+    return None if backends.refuses(backend, device) else backends.refuses(backend, device, op)
 
 
 def server(op: str, device: str) -> str:
@@ -128,10 +146,11 @@ def show(facts: dict[str, Any]) -> str:
     ]
     if facts["forced"] is not None:
         blocks.append(f"{style(facts['forced'], 'bold')} is forced by QUANTLIB_BACKEND; the others are not asked")
-    reasons = [
-        (device, name, "ready" if why is None else " ".join(why.split()))
-        for device in devices
-        for name, why in facts["refusals"][device].items()
+    reasons = [(device, "-", why) for device, why in facts["devices"].items() if why is not None]
+    reasons += [
+        (device, name, " ".join((why["device"] or "; ".join(["ready", *why["ops"].values()])).split()))
+        for device, refusals in facts["refusals"].items()
+        for name, why in refusals.items()
     ]
     blocks.append(table(("device", "backend", "by order of preference"), reasons, "<<<"))
     environment = [(name, value or "-", VARIABLES[name]) for name, value in facts["environment"].items()]

@@ -189,8 +189,8 @@ class Report:
     def __exit__(self, kind: object, *_: object) -> None:
         seconds = time.perf_counter() - self.started
         inputs, wrong = (sum(line[what] for line in self.lines) for what in ("inputs", "mismatches"))
-        verdict = "differs from" if wrong else "equals"
-        part = "" if self.share == 1 else f" ({self.share} of them all, and the deciding ones)"
+        verdict = "differs from" if wrong else "equals" if kind is None else "was not finished against"
+        part = {0: ", those that decide", 1: ""}.get(self.share, f", {self.share} of all and those that decide")
         found = f"{inputs:,} inputs{part}, {wrong:,} mismatches, {seconds:.0f} s"
         self.say(f"{self.candidate} {verdict} {self.authority}: {found}")
         if self.out is not None:
