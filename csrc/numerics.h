@@ -7,27 +7,26 @@
 
 #ifdef __CUDACC__
 #define QL_FN __host__ __device__ __forceinline__
+#define QL_MEMBER QL_FN
 #else
 // Internal linkage and always inlined: a file compiled for AVX-512 must not lend its code to one compiled without.
 #define QL_FN static inline __attribute__((always_inline))
+#define QL_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace quantlib {
 
-QL_FN uint32_t bits_of(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
-}
-
-QL_FN float float_of(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-
 constexpr uint32_t kNaN = 0x7fffffffu;  // the one NaN that is ever written
 constexpr uint32_t kInfinity = 0x7f800000u;
+
+template <class To, class From>
+QL_FN To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "not the same bits");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+QL_FN float float_of(uint32_t bits) { return same_bits<float>(bits); }
 
 // One IEEE operation, rounded once; on a device the intrinsic can be neither approximated nor contracted (C0).
 #ifdef __CUDA_ARCH__
@@ -36,13 +35,56 @@ QL_FN float div(float a, float b) { return __fdiv_rn(a, b); }
 QL_FN float add(float a, float b) { return __fadd_rn(a, b); }
 QL_FN float sub(float a, float b) { return __fsub_rn(a, b); }
 #else
-QL_FN float mul(float a, float b) { return a * b; }
+template <class V>
+QL_FN V mul(V a, V b) {
+  return a * b;
+}
+template <class V>
+QL_FN V add(V a, V b) {
+  return a + b;
+}
 QL_FN float div(float a, float b) { return a / b; }
-QL_FN float add(float a, float b) { return a + b; }
 QL_FN float sub(float a, float b) { return a - b; }
 #endif
-QL_FN float max(float a, float b) { return a > b ? a : b; }  // b where a is NaN
-QL_FN float min(float a, float b) { return a < b ? a : b; }
+
+// ---- lanes ----------------------------------------------------------------------------------------------------------
+
+// V is a float, or in csrc/cpu/lanes.h a vector of them; Bits<V> and Ints<V> are as many integers.
+template <class V>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Bits = uint32_t;
+  using Ints = int32_t;
+  // b where a is NaN
+  static QL_MEMBER float max(float a, float b) { return a > b ? a : b; }
+  static QL_MEMBER float min(float a, float b) { return a < b ? a : b; }
+  static QL_MEMBER float of(int32_t a) { return float(a); }
+  // |a| <= 2^22, ties to even: the last place of 1.5 * 2^23 is one
+  static QL_MEMBER int32_t nearest(float a) { return same_bits<int32_t>(add(a, 12582912.0f)) - 0x4b400000; }
+};
+template <class V>
+using Bits = typename Lanes<V>::Bits;
+template <class V>
+using Ints = typename Lanes<V>::Ints;
+
+template <class V>
+QL_FN Bits<V> bits_of(V x) {
+  return same_bits<Bits<V>>(x);
+}
+// A constant in every lane.
+template <class V, class S>
+QL_FN V splat(S value) {
+  return V{} + value;
+}
+template <class V>
+QL_FN V max(V a, V b) {
+  return Lanes<V>::max(a, b);
+}
+template <class V>
+QL_FN V min(V a, V b) {
+  return Lanes<V>::min(a, b);
+}
 
 // ---- the rows of the table as types ---------------------------------------------------------------------------------
 
@@ -95,47 +137,64 @@ QL_INTS(QL_INT_TYPE)
 // ---- float formats --------------------------------------------------------------------------------------------------
 
 // x -> code of F: nearest, ties to even, rounded once (C3).
-template <class F>
-QL_FN uint32_t encode_float(float x, bool saturate) {
-  constexpr int shift = 23 - F::fraction_bits;
-  const uint32_t bits = bits_of(x), a = bits & 0x7fffffffu, sign = (bits >> 31) << (F::bits - 1);
+template <class F, class V>
+QL_FN Bits<V> encode_float(V x, bool saturate) {
+  using U = Bits<V>;
+  using I = Ints<V>;
+  constexpr unsigned shift = 23 - F::fraction_bits;
+  const U bits = bits_of(x);
+  const U magnitude = bits & 0x7fffffffu;
+  const I a = same_bits<I>(magnitude);
   // 1. round the magnitude's bits: add just under half, and the last kept bit so that ties go to even
-  uint32_t r = a + ((a >> shift) & 1u) + ((1u << (shift - 1)) - 1u);
+  const U rounded = magnitude + ((magnitude >> shift) & 1u) + ((1u << (shift - 1)) - 1u);
   // 2. move the exponent to the format's bias
-  r = (r >> shift) - (uint32_t(127 - F::bias) << F::fraction_bits);
+  I r = same_bits<I>(rounded - (uint32_t(127 - F::bias) << 23)) >> shift;
   // 3. below the smallest normal: add the float whose last place is the smallest subnormal; the addition rounds
   if constexpr (F::bias != 127) {
-    constexpr uint32_t magic = uint32_t(127 + 24 - F::bias - F::fraction_bits) << 23;
-    const uint32_t small = bits_of(add(float_of(a), float_of(magic))) - magic;
-    r = a < (uint32_t(128 - F::bias) << 23) ? small : r;
+    constexpr int32_t magic = (127 + 24 - F::bias - F::fraction_bits) << 23;
+    const I small = same_bits<I>(add(same_bits<V>(a), splat<V>(float_of(magic)))) - magic;
+    r = a < ((128 - F::bias) << 23) ? small : r;
   }
-  // 4. too large: the largest finite value, or what the format has beyond it
-  r = int32_t(r) > int32_t(F::max_code) ? (saturate ? F::max_code : F::overflow_code) : r;
+  // 4. too large: the largest finite value, or what the format has beyond it, which is the next code
+  const I limit = splat<I>(int32_t(saturate ? F::max_code : F::overflow_code));
+  r = r < limit ? r : limit;
   // 5. sign; NaN last
-  return a > kInfinity ? F::nan_code : (r | sign);
+  const U code = same_bits<U>(r) | ((bits >> unsigned(32 - F::bits)) & (1u << (F::bits - 1)));
+  return a > int32_t(kInfinity) ? splat<U>(F::nan_code) : code;
 }
 
 // code of F -> value, exact; NaN becomes 0x7fffffff.
-template <class F>
-QL_FN float decode_float(uint32_t code) {
-  const uint32_t a = code & ((1u << (F::bits - 1)) - 1u);
+template <class F, class V>
+QL_FN V decode_float(Bits<V> code) {
+  using U = Bits<V>;
+  using I = Ints<V>;
+  const I a = same_bits<I>(code & ((1u << (F::bits - 1)) - 1u));
   // 1. normal: fraction and exponent move up, the exponent to FP32's bias
-  uint32_t bits = (a << (23 - F::fraction_bits)) + (uint32_t(127 - F::bias) << 23);
+  I bits = (a << unsigned(23 - F::fraction_bits)) + ((127 - F::bias) << 23);
   // 2. subnormal: a count of smallest subnormals
   if constexpr (F::bias != 127) {
     constexpr uint32_t smallest = uint32_t(128 - F::bias - F::fraction_bits) << 23;
-    const uint32_t subnormal = bits_of(mul(float(int32_t(a)), float_of(smallest)));
-    bits = a < (1u << F::fraction_bits) ? subnormal : bits;
+    const I small = same_bits<I>(mul(Lanes<V>::of(a), splat<V>(float_of(smallest))));
+    bits = a < (1 << F::fraction_bits) ? small : bits;
   }
   // 3. infinity, sign, NaN
-  if constexpr (F::has_inf) bits = a == F::overflow_code ? kInfinity : bits;
-  bits |= (code >> (F::bits - 1)) << 31;
-  if constexpr (F::has_nan) bits = a > (F::has_inf ? F::overflow_code : F::max_code) ? kNaN : bits;
-  return float_of(bits);
+  if constexpr (F::has_inf) bits = a == int32_t(F::overflow_code) ? splat<I>(int32_t(kInfinity)) : bits;
+  const U signed_bits = same_bits<U>(bits) | ((code << unsigned(32 - F::bits)) & 0x80000000u);
+  if constexpr (!F::has_nan) return same_bits<V>(signed_bits);
+  constexpr int32_t highest = F::has_inf ? F::overflow_code : F::max_code;
+  return same_bits<V>(a > highest ? splat<U>(kNaN) : signed_bits);
+}
+
+template <class F>
+QL_FN float decode_float(uint32_t code) {
+  return decode_float<F, float>(code);
 }
 
 // Every NaN becomes 0x7fffffff (C1).
-QL_FN float canonical(float x) { return x == x ? x : float_of(kNaN); }
+template <class V>
+QL_FN V canonical(V x) {
+  return x == x ? x : same_bits<V>(splat<Bits<V>>(kNaN));
+}
 
 // ---- scales ---------------------------------------------------------------------------------------------------------
 
@@ -181,7 +240,7 @@ QL_FN Affine affine_scale(float lowest, float highest) {
   float z = sub(qmin, mul(lowest, reciprocal(s)));
   z = z == z ? z : 0.0f;
   z = min(max(z, qmin), qmax);
-  return {s, int32_t(bits_of(add(z, 12582912.0f)) - 0x4b400000u)};
+  return {s, Lanes<float>::nearest(z)};
 }
 
 // ---- integer formats ------------------------------------------------------------------------------------------------
@@ -194,15 +253,15 @@ QL_FN int32_t clamp_zero_point(int32_t z) {
 }
 
 // t in units of the scale -> clamp(RNE(t) + z, qmin, qmax) (C5). z comes from clamp_zero_point.
-template <class F, bool AFFINE>
-QL_FN int32_t encode_int(float t, int32_t z) {
+template <class F, bool AFFINE, class V>
+QL_FN Ints<V> encode_int(V t, Ints<V> z) {
   constexpr int qmin = AFFINE ? F::affine_qmin : F::qmin, qmax = AFFINE ? F::affine_qmax : F::qmax;
   // 1. NaN is the code of zero
-  t = t == t ? t : 0.0f;
   // 2. clamp first: z is added after rounding, so the bounds are integers and clamping commutes with rounding
-  t = min(max(t, float(qmin - z)), float(qmax - z));
-  // 3. round to nearest, ties to even: the last place of 1.5 * 2^23 is one; then add the zero point
-  return int32_t(bits_of(add(t, 12582912.0f)) - 0x4b400000u) + z;
+  t = t == t ? max(t, Lanes<V>::of(qmin - z)) : splat<V>(0.0f);
+  t = min(t, Lanes<V>::of(qmax - z));
+  // 3. round to nearest, ties to even, then add the zero point
+  return Lanes<V>::nearest(t) + z;
 }
 
 // fl(fl32(q - z) * s_eff), NaN as 0x7fffffff (C7).

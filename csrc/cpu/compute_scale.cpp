@@ -106,7 +106,7 @@ void compute_scale(const ComputeScale& p, ParallelFor run) {
   const RangeRows rows{p, collapse(p.grid, false)};
   const Grid& g = rows.grid;
   if (!shared_blocks(g)) {
-    parallel_blocks(run, g, [&](int64_t I, int64_t J0, int64_t J1) {
+    parallel_blocks(run, g, false, [&](int64_t I, int64_t J0, int64_t J1) {
       Range range[kBlocks];
       rows.blocks(I * g.br, least((I + 1) * g.br, g.M), J0, J1, range);
       for (int64_t J = J0; J < J1; ++J) rows.finish(I, J, range[J - J0]);

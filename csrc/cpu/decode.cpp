@@ -1,36 +1,45 @@
 // y[j] = the value of codes[j]
+#include "lanes.h"
 #include "loops.h"
 
 namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-// The value of a code that fills its storage, or of one that unpack() made.
+// y[0 .. kStep) = the values of codes[0 .. kStep)
 template <class F>
-QL_FN float value(int32_t code) {
-  if constexpr (F::is_float) return decode_float<F>(uint32_t(code));
-  else if constexpr (F::is_signed) return float(int8_t(code));
-  else return float(code);
-}
-
-template <class F>
-void decode(const void* __restrict__ codes, float* __restrict__ y, int64_t n) {
-  if constexpr (F::bits < 8) {
-    const auto* in = static_cast<const uint8_t*>(codes);
-    for (int64_t j = 0; j < n / 2; ++j) {
-      y[2 * j] = value<F>(unpack<F>(in[j], 0));
-      y[2 * j + 1] = value<F>(unpack<F>(in[j], 1));
-    }
-    if (n % 2) y[n - 1] = value<F>(unpack<F>(in[n / 2], 0));
-  } else {
-    const auto* in = static_cast<const typename F::storage*>(codes);
-    for (int64_t j = 0; j < n; ++j) y[j] = value<F>(in[j]);
+QL_FN void decode_step(const void* codes, float* y) {
+  alignas(64) int32_t wide[kStep];
+  auto* in = static_cast<const typename F::storage*>(codes);
+  if constexpr (in_hardware<F>) {
+    for (int64_t j = 0; j < kStep; j += kLanes) store(y + j, canonical(load_half(in + j)));
+    return;
+  }
+  if constexpr (F::bits < 8)
+    for (int64_t j = 0; j < kStep; ++j) wide[j] = unpack<F>(in[j / 2], j % 2);
+  else
+    for (int64_t j = 0; j < kStep; ++j) wide[j] = F::is_signed ? int8_t(in[j]) : in[j];
+  for (int64_t j = 0; j < kStep; j += kLanes) {
+    if constexpr (F::is_float) store(y + j, decode_float<F, Floats>(load<Bits<Floats>>(wide + j)));
+    else store(y + j, Lanes<Floats>::of(load<Ints<Floats>>(wide + j)));
   }
 }
 
-void decode_float32(const void* __restrict__ codes, float* __restrict__ y, int64_t n) {
-  const auto* in = static_cast<const float*>(codes);
-  for (int64_t j = 0; j < n; ++j) y[j] = in[j];
+template <class F>
+void decode(const void* __restrict__ codes, bool past_caches, float* __restrict__ y, int64_t n) {
+  alignas(64) float step[kStep];
+  auto* in = static_cast<const char*>(codes);
+  past_caches = past_caches && uintptr_t(y) % sizeof(Floats) == 0;
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) {
+    decode_step<F>(in + j * F::bits / 8, past_caches ? step : y + j);
+    if (past_caches) stream(step, reinterpret_cast<char*>(y + j), sizeof step);
+  }
+  if (j == n) return;
+  char in_rest[kStep * 2] = {};
+  __builtin_memcpy(in_rest, in + j * F::bits / 8, size_t(((n - j) * F::bits + 7) / 8));
+  decode_step<F>(in_rest, step);
+  __builtin_memcpy(y + j, step, size_t(n - j) * 4);
 }
 
 }  // namespace
@@ -44,7 +53,7 @@ Decode decoder(Type format) {
     QL_INTS(QL_CASE)
 #undef QL_CASE
     default:
-      return decode_float32;
+      return nullptr;  // float32 is read where it lies
   }
 }
 

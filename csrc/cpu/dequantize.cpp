@@ -10,8 +10,9 @@ struct Worker {
   const Grid& grid;
   const Row format = row_of(p.format);
   const int y_bits = row_of(p.y_type).bits;
+  const Store how = {false, streams(grid.M * grid.K * y_bits / 8)};
   const Decode decode = decoder(p.format);
-  const Encode encode = encoder(p.y_type, false);
+  const Encode encode = encoder(p.y_type, true, false);
   alignas(64) float value[kChunk], s_eff[kChunk], zero_point[kChunk];
 
   Worker(const Dequantize& p, const Grid& grid) : p(p), grid(grid) {}
@@ -23,15 +24,15 @@ struct Worker {
                    [=](float s) { return effective_scale(s, float_of(f.scale_max)); });
     if (p.zero_point)
       QL_ISA::spread(p.zero_point + row, grid.bk, j, n, zero_point,
-                     [=](int32_t z) { return float(z < f.qmin ? f.qmin : z > f.qmax ? f.qmax : z); });
+                     [=](int32_t z) { return float(clamp_zero_point(z, f)); });
   }
 
   void row(int64_t i, int64_t j, int64_t n) {
-    decode(static_cast<const char*>(p.codes) + byte_offset(format.bits, grid.K, i, j), value, n);
+    decode(static_cast<const char*>(p.codes) + byte_offset(format.bits, grid.K, i, j), false, value, n);
     // Codes and zero points are small integers: their difference is exact in FP32.
     if (p.zero_point)
       for (int64_t k = 0; k < n; ++k) value[k] = sub(value[k], zero_point[k]);
-    encode(value, s_eff, nullptr, false, static_cast<char*>(p.y) + byte_offset(y_bits, grid.K, i, j), n);
+    encode(value, s_eff, nullptr, how, static_cast<char*>(p.y) + byte_offset(y_bits, grid.K, i, j), n);
   }
 };
 

@@ -1,50 +1,73 @@
 // codes[j] = encode(x[j] * r[j]), r = 1 / s_eff
+#include "lanes.h"
 #include "loops.h"
+#include <stdlib.h>
 
 namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-template <class F, bool AFFINE>
-void encode(const float* __restrict__ x, const float* __restrict__ r, const int32_t* __restrict__ zero_point,
-            bool saturate, void* __restrict__ codes, int64_t n) {
-  const auto code = [=](int64_t j) {
-    const float t = mul(x[j], r[j]);
-    if constexpr (F::is_float) return encode_float<F>(t, saturate);
-    else if constexpr (AFFINE) return uint32_t(encode_int<F, true>(t, clamp_zero_point<F, true>(zero_point[j])));
-    else return uint32_t(encode_int<F, false>(t, 0));
-  };
+// codes[0 .. kStep) = encode(x[0 .. kStep))
+template <class F, bool SCALED, bool AFFINE>
+QL_FN void encode_step(const float* x, const float* r, const int32_t* zero_point, bool saturate, void* codes) {
+  alignas(64) uint32_t wide[kStep];
   auto* out = static_cast<typename F::storage*>(codes);
-  if constexpr (F::bits < 8) {
-    for (int64_t j = 0; j < n / 2; ++j) out[j] = pack(code(2 * j), code(2 * j + 1));
-    if (n % 2) out[n / 2] = pack(code(n - 1), 0);
-  } else {
-    for (int64_t j = 0; j < n; ++j) out[j] = typename F::storage(code(j));
+  for (int64_t j = 0; j < kStep; j += kLanes) {
+    Floats t = load<Floats>(x + j);
+    if constexpr (SCALED) t = mul(t, load<Floats>(r + j));
+    if constexpr (F::bits == 32) store(wide + j, canonical(t));
+    else if (in_hardware<F> && !saturate) store_half(out + j, canonical(t));
+    else if constexpr (F::is_float) store(wide + j, encode_float<F>(t, saturate));
+    else store(wide + j, encode_int<F, AFFINE>(t, AFFINE ? load<Ints<Floats>>(zero_point + j) : Ints<Floats>{}));
   }
+  if constexpr (F::bits == 32) __builtin_memcpy(codes, wide, sizeof wide);
+  else if constexpr (F::bits < 8)
+    for (int64_t j = 0; j < kStep / 2; ++j) out[j] = pack(wide[2 * j], wide[2 * j + 1]);
+  else if (!in_hardware<F> || saturate)
+    for (int64_t j = 0; j < kStep; ++j) out[j] = typename F::storage(wide[j]);
 }
 
-void encode_float32(const float* __restrict__ x, const float* __restrict__ r, const int32_t*, bool,
-                    void* __restrict__ codes, int64_t n) {
-  auto* out = static_cast<float*>(codes);
-  for (int64_t j = 0; j < n; ++j) out[j] = canonical(mul(x[j], r[j]));
+template <class F, bool SCALED, bool AFFINE>
+void encode(const float* __restrict__ x, const float* __restrict__ r, const int32_t* __restrict__ zero_point,
+            Store how, void* __restrict__ codes, int64_t n) {
+  constexpr int64_t bytes = kStep * F::bits / 8;
+  const bool past_caches = how.stream && F::bits >= 8 && uintptr_t(codes) % sizeof(Floats) == 0;
+  alignas(64) char step[kStep * 4];
+  auto* out = static_cast<char*>(codes);
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep, out += bytes) {
+    encode_step<F, SCALED, AFFINE>(x + j, r + j, zero_point + j, how.saturate, past_caches ? step : out);
+    if (past_caches) stream(step, out, bytes);
+  }
+  if (j == n) return;
+  // The rest as part of a step of zeros, whose codes are zeros too: the nibble past an odd row.
+  float x_rest[kStep] = {}, r_rest[kStep] = {};
+  int32_t zero_point_rest[kStep] = {};
+  for (int64_t k = 0; k < n - j; ++k) {
+    x_rest[k] = x[j + k];
+    if (SCALED) r_rest[k] = r[j + k];
+    if (AFFINE) zero_point_rest[k] = zero_point[j + k];
+  }
+  encode_step<F, SCALED, AFFINE>(x_rest, r_rest, zero_point_rest, how.saturate, step);
+  __builtin_memcpy(out, step, size_t(((n - j) * F::bits + 7) / 8));
 }
 
 }  // namespace
 
-Encode encoder(Type format, bool affine) {
+Encode encoder(Type format, bool scaled, bool affine) {
   switch (format) {
 #define QL_CASE(NAME, ...) \
   case Type::NAME:         \
-    return encode<NAME, false>;
+    return scaled ? encode<NAME, true, false> : encode<NAME, false, false>;
     QL_FLOATS(QL_CASE)
 #undef QL_CASE
 #define QL_CASE(NAME, ...) \
   case Type::NAME:         \
-    return affine ? encode<NAME, true> : encode<NAME, false>;
+    return affine ? encode<NAME, true, true> : encode<NAME, true, false>;
     QL_INTS(QL_CASE)
 #undef QL_CASE
     default:
-      return encode_float32;
+      return scaled ? encode<float32, true, false> : encode<float32, false, false>;
   }
 }
 

@@ -17,13 +17,21 @@ constexpr int64_t kGrain = 32768;  // elements a thread is worth waking for
 
 // ---- one chunk: encode.cpp and decode.cpp ---------------------------------------------------------------------------
 
-// codes[j] = encode(fl(x[j] * r[j])), zero_point[j] added where the format is an integer
-using Encode = void (*)(const float* x, const float* r, const int32_t* zero_point, bool saturate, void* codes,
-                        int64_t n);
-Encode encoder(Type format, bool affine);
+// How codes are made and written.
+struct Store {
+  bool saturate;
+  bool stream;  // past the caches
+};
 
-// y[j] = the value of codes[j], exact
-using Decode = void (*)(const void* codes, float* y, int64_t n);
+// What a call writes is streamed when it is too large to be found in a cache later: that spares the memory a read.
+static inline bool streams(int64_t bytes) { return bytes >= int64_t(16) << 20; }
+
+// codes[j] = encode(x[j]); encode(fl(x[j] * r[j])) where scaled, zero_point[j] added where affine
+using Encode = void (*)(const float* x, const float* r, const int32_t* zero_point, Store how, void* codes, int64_t n);
+Encode encoder(Type format, bool scaled, bool affine);
+
+// y[j] = the value of codes[j], exact; null for float32
+using Decode = void (*)(const void* codes, bool stream, float* y, int64_t n);
 Decode decoder(Type format);
 
 // ---- the rows of the table at run time ------------------------------------------------------------------------------
@@ -50,6 +58,8 @@ static inline Row row_of(Type format) {
       return {float32::bits, 0, 0, 0};
   }
 }
+
+static inline int32_t clamp_zero_point(int32_t z, Row f) { return z < f.qmin ? f.qmin : z > f.qmax ? f.qmax : z; }
 
 // Byte offset of element (i, j) of an [M, K] matrix; j is even where two elements share a byte.
 static inline int64_t byte_offset(int bits, int64_t K, int64_t i, int64_t j) {
@@ -128,6 +138,9 @@ static inline void parallel(ParallelFor run, int64_t n, int64_t grain, const Bod
       [](int64_t begin, int64_t end, void* context) {
         const DefaultFloats guard;
         (*static_cast<const Body*>(context))(begin, end);
+#ifdef __x86_64__
+        _mm_sfence();  // what was streamed is there before the threads meet
+#endif
       },
       const_cast<Body*>(&body));
 }

@@ -9,9 +9,10 @@ struct QuantizeRows {
   const Quantize& p;
   const Grid grid;
   const Row format = row_of(p.format);
+  const Store how = {true, streams(p.grid.M * p.grid.K * format.bits / 8)};
   const int x_bits = row_of(p.x_type).bits;
   const Decode decode = decoder(p.x_type);
-  const Encode encode = encoder(p.format, p.zero_point != nullptr);
+  const Encode encode = encoder(p.format, true, p.zero_point != nullptr);
 
   explicit QuantizeRows(const Quantize& p) : p(p), grid(collapse(p.grid, row_of(p.format).bits < 8)) {}
 
@@ -34,13 +35,14 @@ struct QuantizeRows {
       QL_ISA::spread(of.p.scale + row, of.grid.bk, j, n, r,
                      [=](float s) { return reciprocal(effective_scale(s, scale_max)); });
       if (of.p.zero_point)
-        QL_ISA::spread(of.p.zero_point + row, of.grid.bk, j, n, zero_point, [](int32_t z) { return z; });
+        QL_ISA::spread(of.p.zero_point + row, of.grid.bk, j, n, zero_point,
+                       [f = of.format](int32_t z) { return clamp_zero_point(z, f); });
     }
 
     void row(int64_t i, int64_t j, int64_t n) {
       const char* in = static_cast<const char*>(of.p.x) + byte_offset(of.x_bits, of.grid.K, i, j);
-      if (of.p.x_type != Type::float32) of.decode(in, x, n);
-      of.encode(of.p.x_type == Type::float32 ? reinterpret_cast<const float*>(in) : x, r, zero_point, true,
+      if (of.decode) of.decode(in, false, x, n);
+      of.encode(of.decode ? x : reinterpret_cast<const float*>(in), r, zero_point, of.how,
                 static_cast<char*>(of.p.codes) + byte_offset(of.format.bits, of.grid.K, i, j), n);
     }
   };

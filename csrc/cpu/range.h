@@ -35,11 +35,12 @@ static inline bool shared_blocks(const Grid& g) {
   return g.scale_rows() * g.scale_cols() < 64 && g.br * g.bk > 8 * kGrain;
 }
 
-// body(I, J0, J1) for every block, several together while they fit the second-level cache; J0 is even.
+// body(I, J0, J1) for every block, several together while x of them fits the first-level cache. Where J0 * bk has to be
+// even, because two codes share a byte, so is J0.
 template <class Body>
-static inline void parallel_blocks(ParallelFor run, const Grid& g, const Body& body) {
-  const int64_t cols = g.scale_cols(), fitting = least(kBlocks, kGrain / 4 / (g.br * g.bk));
-  const int64_t step = most(2, fitting / 2 * 2), across = (cols + step - 1) / step;
+static inline void parallel_blocks(ParallelFor run, const Grid& g, bool packed, const Body& body) {
+  const int64_t cols = g.scale_cols(), unit = packed ? 2 : 1, fitting = 4096 / (g.br * g.bk);
+  const int64_t step = most(unit, least(kBlocks, fitting) / unit * unit), across = (cols + step - 1) / step;
   const int64_t elements = g.br * least(step * g.bk, g.K);
   parallel(run, g.scale_rows() * across, most(1, kGrain / elements), [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
