@@ -82,15 +82,22 @@ class Case:
         raise NotImplementedError
 
     @property
+    def format(self) -> str:
+        """The format whose codes are read or written."""
+        raise NotImplementedError
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
     def per(self) -> str:
         """What shares a scale, in the words of QuantSpec."""
         return ""
 
     @property
     def name(self) -> str:
-        return " ".join(
-            filter(None, (self.family, self.op if self.op != self.family else "", self.conversion, self.per))
-        )
+        return case_name(self.family, self.op, self.conversion, self.per)
 
     @property
     def copied(self) -> int:
@@ -104,15 +111,6 @@ class Case:
     def outs(self, *inputs: Tensor) -> Tensors:
         """Ready memory for the results, full of poison."""
         raise NotImplementedError
-
-    @property
-    def format(self) -> str:
-        """The format whose codes are read or written."""
-        raise NotImplementedError
-
-    @property
-    def symmetric(self) -> bool:
-        return True
 
     def expected(self, rows: slice, *inputs: Tensor) -> Iterator[tuple[slice, Array]]:
         """For each result the rows to look at and the reference's bits of them; ``rows`` where they are independent."""
@@ -206,6 +204,11 @@ def ready(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.zeros(shape, device=device)
 
 
+def case_name(family: str, op: str, conversion: str, per: str) -> str:
+    """What a case is called in the targets: "quantize float32 -> int8 row"."""
+    return " ".join(word for word in (family, op if op != family else "", conversion, per) if word)
+
+
 def of_block_rows(rows: slice, br: int) -> slice:
     """The rows of ``scale`` that serve ``rows`` of x."""
     return slice(rows.start // br, -(-rows.stop // br))
@@ -243,9 +246,7 @@ class Row:
 
     @property
     def case(self) -> str:
-        return " ".join(
-            filter(None, (self.family, self.op if self.op != self.family else "", self.conversion, self.per))
-        )
+        return case_name(self.family, self.op, self.conversion, self.per)
 
 
 def seconds(value: float | None, sign: bool = False) -> str:

@@ -72,6 +72,7 @@ def bench(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         complete = False
         print("interrupted; this is what was measured", file=sys.stderr)
+    about["load_after"] = machine.load()
     publish(args, about, rows, complete)
     if not complete:
         return INTERRUPTED

@@ -27,7 +27,7 @@ def describe(device: str, backend: str | None = None) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
+        "load": load(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -35,6 +35,11 @@ def describe(device: str, backend: str | None = None) -> dict[str, Any]:
         "backend": backends.serving(device),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def load() -> float | None:
+    """Processes that wanted to run, on average over the last minute."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def processor() -> str:

@@ -80,8 +80,13 @@ def prepare(case: Case, contender: Contender, inputs: Tensors, outs: Tensors, ex
                 check.right(results, part)
         entry.call = call
     except Exception as error:
-        entry.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        entry.error = described(error)
     return entry
+
+
+def described(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:
@@ -91,16 +96,19 @@ def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:
     try:
         while waiting:
             for entry in waiting:
-                with entry.contender.within():
-                    entry.times.append(timed(entry.call, case.calls))
-            waiting = [e for e in waiting if len(e.times) < case.least or more(e.times, case.calls, seconds)]
+                try:
+                    with entry.contender.within():
+                        entry.times.append(timed(entry.call, case.calls))
+                except Exception as error:
+                    entry.times, entry.error = [], described(error)
+            waiting = [e for e in waiting if not e.error and wants_more(e.times, case, seconds)]
     finally:
         if collecting:
             gc.enable()
 
 
-def more(times: list[float], calls: int, seconds: float) -> bool:
-    return len(times) < MOST and sum(times) * calls < seconds
+def wants_more(times: list[float], case: Case, seconds: float) -> bool:
+    return len(times) < case.least or (len(times) < MOST and sum(times) * case.calls < seconds)
 
 
 def timed(call: Call | None, calls: int) -> float:
