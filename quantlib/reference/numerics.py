@@ -90,7 +90,7 @@ def encode_int(t: Array, z: Array, f: IntFormat, affine: bool) -> Array:
     # 1. NaN is the code of zero
     t = np.where(t == t, t, np.float32(0))
     # 2. clamp first: z is added after rounding, so the bounds are integers and clamping commutes with rounding
-    t = np.minimum(np.maximum(t, (qmin - z).astype(np.float32)), (qmax - z).astype(np.float32))
+    t = np.clip(t, (qmin - z).astype(np.float32), (qmax - z).astype(np.float32))
     # 3. round to nearest, ties to even, then add the zero point
     return np.rint(t).astype(np.int32) + z
 
