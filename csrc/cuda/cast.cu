@@ -45,6 +45,7 @@ void cast(const Cast& p, Stream stream) {
       using X = decltype(x_row);
       using Y = decltype(y_row);
       constexpr int V = kCastElements<X, Y>;
+      if (p.n == 0) return;
       const Grid line{1, p.n, 1, p.n};
       const bool vector = is_vector(p.x, V * sizeof(Unit<X>), line, V) && is_vector(p.y, V * sizeof(Unit<Y>), line, V);
       const CastArgs<X, Y> args{static_cast<const Unit<X>*>(p.x), static_cast<Unit<Y>*>(p.y), Chunks(line, V), vector,

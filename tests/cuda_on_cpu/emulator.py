@@ -1,0 +1,160 @@
+"""Compile csrc/cuda with g++ and run its kernels on this machine's CPU; cuda_runtime.h beside this file says how."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shlex
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quantlib import formats
+from quantlib.testing import Case, bits, expected, inputs
+from quantlib.testing.bytes import Array
+from quantlib.testing.generate import matrix_shape, resolved
+from quantlib.testing.table import OPS
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+COMPILER = (*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17")
+FLAGS = ("-O1", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off")
+# Of the checks for undefined behaviour those that a kernel can meet: all of them take half as long again to compile.
+SANITIZERS = ("-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all")
+TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum class Type of csrc/problem.h
+
+
+class KernelError(RuntimeError):
+    """What the emulator, a launcher or a sanitizer said."""
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """An executable of main.cpp and some of the ops."""
+
+    path: Path
+
+    def run(self, calls: Sequence[Call]) -> list[tuple[Array, ...]]:
+        """Every buffer of every call, as it is afterwards.
+
+        Raises
+        ------
+        KernelError
+            Where a kernel or a launch failed; calls after it were not made.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            given, made = Path(folder, "calls"), Path(folder, "buffers")
+            given.write_bytes(b"".join(call.packed() for call in calls))
+            options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+            command = [str(self.path), str(given), str(made)]
+            done = subprocess.run(command, env=os.environ | options, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise KernelError(done.stderr)
+            memory = made.read_bytes()
+        start, results = 0, []
+        for call in calls:
+            buffers = []
+            for buffer in call.buffers:
+                size = 0 if buffer is None else buffer.values.nbytes
+                if buffer is not None:
+                    dtype, shape = buffer.values.dtype, buffer.values.shape
+                    buffers.append(np.frombuffer(memory[start : start + size], dtype).reshape(shape))
+                start += size
+            results.append(tuple(buffers))
+        return results
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """``values`` to read, or of the shape and type to write, ``shift`` bytes past an aligned address."""
+
+    values: Array
+    given: bool
+    shift: int = 0
+
+    def packed(self) -> bytes:
+        header = struct.pack("<qqq", self.values.nbytes, self.shift, self.given)
+        return header + self.values.tobytes() if self.given else header
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op, as main.cpp reads it."""
+
+    op: str
+    source: str
+    target: str
+    saturate: bool
+    seed: int  # of the order in which threads run
+    grid: tuple[int, int, int, int]
+    buffers: tuple[Buffer | None, ...]
+
+    def packed(self) -> bytes:
+        op, types = OPS.index(self.op), (TYPES[self.source], TYPES[self.target])
+        call = struct.pack("<iBBBBII4q", op, *types, self.saturate, 0, self.seed, len(self.buffers), *self.grid)
+        return call + b"".join(struct.pack("<qqq", -1, 0, 0) if b is None else b.packed() for b in self.buffers)
+
+
+def call_of(case: Case, seed: int = 0, shift: int = 0) -> Call:
+    """``case`` as a call; every buffer begins ``shift`` of its elements past an aligned address."""
+    given = {name: bits(values) for name, values in inputs(case).items()}
+    made = [bits(values) for values in expected(case)]
+    read = {name: Buffer(values, True, shift * values.itemsize) for name, values in given.items()}
+    written = [Buffer(np.empty_like(values), False, shift * values.itemsize) for values in made]
+    source, target, saturate = case.dtype, case.format, False
+    if case.op == "cast":
+        n = given["x"].size
+        saturate = formats.get(case.format).bits <= 8 if case.saturate is None else case.saturate
+        return Call(case.op, source, target, saturate, seed, (1, n, 1, n), (read["x"], *written))
+    if case.op == "dequantize":
+        source, target = target, source
+    if case.op in ("quantize", "dequantize"):
+        first = read["x" if case.op == "quantize" else "codes"]
+        buffers = (first, read["scale"], read.get("zero_point"), *written)
+    else:
+        buffers = (read["x"], *written) if not case.symmetric else (read["x"], *written, None)
+    return Call(case.op, source, target, saturate, seed, (*matrix_shape(case), *resolved(case)), buffers)
+
+
+def expected_buffers(case: Case, call: Call) -> list[Array]:
+    """What :meth:`Emulator.run` gives for a call of ``case`` when every byte is right."""
+    written = iter(expected(case))
+    return [b.values if b.given else bits(next(written)) for b in call.buffers if b is not None]
+
+
+def build(cache: Path, ops: Sequence[str] = OPS, csrc: Path = CSRC, sanitize: bool = True) -> Emulator:
+    """The executable of these sources, made now or before."""
+    flags = (*FLAGS, *(SANITIZERS if sanitize else ()), "-I", str(HERE), "-I", str(csrc))
+    digest = hashlib.sha256(repr((COMPILER, flags, ops)).encode())
+    for path in sorted(
+        p for folder in (csrc, HERE) for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")
+    ):
+        digest.update(path.name.encode() + path.read_bytes())
+    made = cache / digest.hexdigest()[:16]
+    with open(made.with_suffix(".lock"), "w") as lock:  # the workers of pytest-xdist share what one of them makes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+                sources = [HERE / "main.cpp", *(csrc / f"cuda/{op}.cu" for op in ops)]
+                objects = [str(Path(scratch, f"{source.stem}.o")) for source in sources]
+                commands = [
+                    [*COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", o]
+                    for source, o in zip(sources, objects, strict=True)
+                ]
+                list(pool.map(_compile, commands))
+                _compile([*COMPILER, *flags, *objects, "-o", str(Path(scratch, "run"))])
+                os.replace(Path(scratch, "run"), made)
+    return Emulator(made)
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KernelError(f"{shlex.join(command)}\n{done.stderr}")

@@ -1,0 +1,115 @@
+// Runs calls of csrc/cuda's ops: reads them from the file argv[1], writes every buffer as it is afterwards to argv[2].
+// Each buffer is exactly as large as the call says and begins `shift` bytes past an aligned address; what a call must
+// write holds 0xa5 before it. Exit status 3: a kernel or a launch failed, and stderr says why.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <fstream>
+
+#include "cuda/kernels.h"
+
+using namespace quantlib;
+
+// What serves an op that this executable was not linked with.
+namespace quantlib {
+namespace cuda {
+#define ABSENT(OP, PROBLEM) \
+  __attribute__((weak)) void OP(const PROBLEM&, Stream) { throw std::logic_error(#OP " is not here"); }
+ABSENT(cast, Cast)
+ABSENT(compute_scale, ComputeScale)
+ABSENT(quantize, Quantize)
+ABSENT(dequantize, Dequantize)
+ABSENT(quantize_dynamic, QuantizeDynamic)
+}  // namespace cuda
+}  // namespace quantlib
+
+struct Call {
+  int32_t op;  // in the order of ops.def
+  Type from, to;
+  uint8_t saturate, unused;
+  uint32_t seed, buffers;
+  Grid grid;
+};
+
+struct Header {
+  int64_t bytes, shift;
+  int64_t given;  // 1: the bytes follow
+};
+
+class Buffer {
+ public:
+  Buffer(std::istream& in) {
+    Header h;
+    in.read(reinterpret_cast<char*>(&h), sizeof h);
+    bytes_ = h.bytes, shift_ = h.shift;
+    if (bytes_ < 0) return;
+    memory_ = static_cast<char*>(std::malloc(kGuard + shift_ + bytes_ + kGuard));
+    std::memset(memory_, 0xa5, kGuard + shift_ + bytes_ + kGuard);
+    if (h.given) in.read(data(), bytes_);
+  }
+  Buffer(Buffer&& other) : bytes_(other.bytes_), shift_(other.shift_), memory_(std::exchange(other.memory_, nullptr)) {}
+  ~Buffer() { std::free(memory_); }
+
+  char* data() const { return memory_ ? memory_ + kGuard + shift_ : nullptr; }
+  bool overrun() const {
+    const auto written = [&](const char* p, int64_t n) {
+      return std::any_of(p, p + n, [](char c) { return c != '\xa5'; });
+    };
+    return memory_ && (written(memory_, kGuard + shift_) || written(data() + bytes_, kGuard));
+  }
+  void write(std::ostream& out) const {
+    if (memory_) out.write(data(), bytes_);
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kGuard = 0;  // so that it sees the first byte past the end
+#else
+  static constexpr int64_t kGuard = 64;
+#endif
+  int64_t bytes_ = -1, shift_ = 0;
+  char* memory_ = nullptr;
+};
+
+static void run(const Call& c, const std::vector<Buffer>& buffers) {
+  const auto p = [&](int k) { return static_cast<void*>(buffers.at(k).data()); };
+  const auto scale = [&](int k) { return reinterpret_cast<float*>(buffers.at(k).data()); };
+  const auto zero_point = [&](int k) { return reinterpret_cast<int32_t*>(buffers.at(k).data()); };
+  switch (c.op) {
+    case 0:
+      return cuda::cast({p(0), c.from, p(1), c.to, c.grid.K, c.saturate != 0}, nullptr);
+    case 1:
+      return cuda::compute_scale({c.grid, p(0), c.from, c.to, scale(1), zero_point(2)}, nullptr);
+    case 2:
+      return cuda::quantize({c.grid, p(0), c.from, c.to, scale(1), zero_point(2), p(3)}, nullptr);
+    case 3:
+      return cuda::dequantize({c.grid, p(0), c.from, scale(1), zero_point(2), p(3), c.to}, nullptr);
+    case 4:
+      return cuda::quantize_dynamic({c.grid, p(0), c.from, c.to, p(1), scale(2), zero_point(3)}, nullptr);
+  }
+}
+
+int main(int, char** argv) {
+  std::ifstream in(argv[1], std::ios::binary);
+  std::ofstream out(argv[2], std::ios::binary);
+  Call c;
+  for (int n = 0; in.read(reinterpret_cast<char*>(&c), sizeof c); ++n) {
+    std::vector<Buffer> buffers;
+    for (uint32_t k = 0; k < c.buffers; ++k) buffers.emplace_back(in);
+    cuda_on_cpu::random_order.seed(c.seed);
+    try {
+      run(c, buffers);
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "call %d: %s\n", n, error.what());
+      return 3;
+    }
+    for (const Buffer& buffer : buffers) {
+      if (buffer.overrun()) {
+        std::fprintf(stderr, "call %d: a kernel wrote outside of a buffer\n", n);
+        return 3;
+      }
+      buffer.write(out);
+    }
+  }
+  return out ? 0 : 1;
+}
