@@ -1,0 +1,154 @@
+"""Who serves what: every overload of ops.def x format, run on every backend that is there.
+
+``python -m quantlib.testing.support FILE`` writes the table to FILE, and keeps from it what only another machine can
+tell. A kernel that silently stops being reached shows as a ``-`` where a name was.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantlib import backends, formats, ops  # noqa: F401 (the ops have to be there)
+from quantlib.testing.bytes import poisoned
+
+COLUMNS = ("composite", "cpp", "triton", "cuda")
+BLOCK = (1, 8)
+SHAPE = (2, 16)
+HEAD = (
+    "# Which backends run an overload for a format: written by `python -m quantlib.testing.support tests/support.txt`\n"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    overload: str
+    format: str
+    affine: bool
+
+    def __str__(self) -> str:
+        return f"{self.overload:34}{self.format:15}{'affine' if self.affine else '':8}"
+
+
+def device_of(backend: str) -> str:
+    """The device type on which ``backend`` is asked for."""
+    on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    return "cuda" if on_gpu else "cpu"
+
+
+def refusal(backend: str) -> str | None:
+    """Why nothing can be said of ``backend`` on this machine."""
+    if device_of(backend) == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return backends.refuses(backend, device_of(backend))
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    """Every overload and format that go together: pure torch accepts them."""
+    return tuple(row for row in _candidates() if _accepts(row))
+
+
+def serves(backend: str, row: Row) -> bool:
+    """Whether ``backend``, forced, runs the call; one it refuses it must refuse with NotImplementedError."""
+    with backends.use_backend(backend):
+        try:
+            _call(row, device_of(backend))
+        except NotImplementedError:
+            return False
+    return True
+
+
+def column(backend: str) -> list[str]:
+    """The entries of ``backend``, one a row."""
+    return [backend if serves(backend, row) else "-" for row in rows()]
+
+
+def recorded(text: str, backend: str) -> dict[str, str]:
+    """The entries of ``backend`` in a table that was written before, by the name of their row."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    name = len(str(rows()[0]))
+    return {line[:name].strip(): line[name:].split()[COLUMNS.index(backend)] for line in lines}
+
+
+def table(before: str = "") -> str:
+    """The table, with the columns that cannot be found out here as they were in ``before``."""
+    columns = []
+    for backend in COLUMNS:
+        if refusal(backend) is None:
+            columns.append(column(backend))
+        else:
+            known = recorded(before, backend) if before else {}
+            columns.append([known.get(str(row).strip(), "?") for row in rows()])
+    lines = (f"{row}{a:10}{b:4}{c:7}{d}" for row, (a, b, c, d) in zip(rows(), zip(*columns, strict=True), strict=True))
+    return HEAD + "".join(f"{line}\n" for line in lines)
+
+
+def _candidates() -> Iterator[Row]:
+    for overload, schema in backends.SCHEMAS.items():
+        optional = "Tensor? zero_point" in schema
+        for f in formats.FORMATS.values():
+            yield Row(overload, f.name, False)
+            if optional:
+                yield Row(overload, f.name, True)
+
+
+def _accepts(row: Row) -> bool:
+    try:
+        with backends.use_backend("composite"):
+            _call(row, "cpu")
+    except NotImplementedError:
+        raise
+    except RuntimeError:  # this op has no such format
+        return False
+    return True
+
+
+def _call(row: Row, device: str) -> None:
+    op, _, name = row.overload.partition(".")
+    packet = getattr(torch.ops.quantlib, op)
+    function = getattr(packet, name or "default")
+    arguments, outs = [], []
+    for argument in function._schema.arguments:
+        if argument.kwarg_only:
+            outs.append(argument.name)
+        else:
+            arguments.append(_argument(argument, row, device))
+    if not outs:
+        function(*arguments)
+        return
+    functional = getattr(packet, name.removesuffix("out").removesuffix("_") or "default")
+    with backends.use_backend("composite"):
+        results: Any = functional(*arguments)
+    results = (results,) if isinstance(results, torch.Tensor) else results
+    function(*arguments, **{n: poisoned(t.shape, t.dtype, device) for n, t in zip(outs, results, strict=True)})
+
+
+def _argument(argument: Any, row: Row, device: str) -> Any:
+    f, (M, K) = formats.get(row.format), SHAPE
+    blocks = M // BLOCK[0], K // BLOCK[1]
+    if argument.name == "zero_point":
+        is_float = row.overload.startswith("fake_quantize")  # there it is learned
+        optional = argument.has_default_value() and not row.affine
+        dtype = torch.float32 if is_float else torch.int32
+        return None if optional else torch.ones(blocks, dtype=dtype, device=device)
+    if argument.name == "codes":
+        dtype = getattr(torch, f.dtype_name)
+        return torch.ones(M, K // 2 if f.packed else K, device=device).to(dtype)
+    given = {"x": torch.ones(SHAPE, device=device), "scale": torch.ones(blocks, device=device)}
+    given |= {"dy": given["x"], "format": row.format, "block": list(BLOCK), "saturate": True}  # type: ignore[dict-item]
+    return given.get(argument.name, argument.default_value)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(table(path.read_text() if path.exists() else ""))
+    for backend in COLUMNS:
+        if why := refusal(backend):
+            print(f"{backend}: kept as it was: {why}")

@@ -1,0 +1,102 @@
+"""The switch: what is forced runs or says why not, nests, unwinds, and holds for compiled graphs and threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+import quantlib
+from quantlib import backends
+from quantlib.testing import assert_same_bytes
+
+
+def x() -> Tensor:
+    return torch.linspace(-3, 3, 12).reshape(3, 4)
+
+
+def which(device: str = "cpu") -> str:
+    return backends.serving(device)
+
+
+def test_switch_nests_and_unwinds() -> None:
+    outer = which()
+    with quantlib.use_backend("composite"):
+        assert which() == "composite"
+        with pytest.raises(NotImplementedError), quantlib.use_backend("cuda"):
+            quantlib.cast(x(), "float16")
+        assert which() == "composite"
+        with quantlib.use_backend("auto"):
+            assert which() == outer
+            quantlib.cast(x(), "float16")
+        assert which() == "composite"
+        quantlib.cast(x(), "float16")
+    assert which() == outer
+
+
+def test_a_compiled_graph_follows_the_switch() -> None:
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graph = torch.compile(lambda a: quantlib.cast(a, "float16"), fullgraph=True, backend=counter)
+    want = graph(x())
+    with quantlib.use_backend("composite"):
+        assert_same_bytes(graph(x()), want)
+    with (
+        quantlib.use_backend("cuda"),
+        pytest.raises(NotImplementedError, match="'cuda' refuses cpu tensors: serves cuda tensors only"),
+    ):
+        graph(x())
+    assert_same_bytes(graph(x()), want)
+    assert counter.frame_count == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["reference", "", "CPP", "gpu"])
+def test_unknown_backend(name: str) -> None:
+    with (
+        pytest.raises(ValueError, match=f"^backend must be auto, composite, cpp, cuda, triton, got {name!r}$"),
+        quantlib.use_backend(name),
+    ):
+        pass
+
+
+def fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-c", f"import torch, quantlib\n{code}"]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+
+
+def test_environment_chooses_the_backend() -> None:
+    code = "from quantlib import backends; quantlib.cast(torch.ones(2), 'float16'); print(backends.serving('cpu'))"
+    done = fresh_process(code, QUANTLIB_BACKEND="composite")
+    assert (done.stdout, done.returncode) == ("composite\n", 0), done.stderr
+    done = fresh_process(code, QUANTLIB_BACKEND="cuda")
+    assert "NotImplementedError: quantlib::cast: backend 'cuda' refuses cpu tensors" in done.stderr
+    done = fresh_process(code, QUANTLIB_BACKEND="fast")
+    assert "ValueError: backend must be auto, composite, cpp, cuda, triton, got 'fast'" in done.stderr
+
+
+def test_a_forced_backend_says_why_it_refuses() -> None:
+    code = "with quantlib.use_backend('triton'): quantlib.cast(torch.ones(2), 'float16')"
+    if not torch.cuda.is_available():
+        done = fresh_process(code, TRITON_INTERPRET="0")
+        assert "NotImplementedError: quantlib::cast: backend 'triton' refuses cpu tensors: " in done.stderr
+    code = "with quantlib.use_backend('cpp'): quantlib.cast(torch.ones(2), 'float16')"
+    done = fresh_process(code, QUANTLIB_BUILD="0", QUANTLIB_CACHE="/nowhere")
+    if done.returncode:  # a wheel brings its library
+        assert "backend 'cpp' refuses cpu tensors: QUANTLIB_BUILD=0 forbids compiling" in done.stderr
+
+
+def test_the_switch_holds_for_every_thread() -> None:
+    seen = []
+    with quantlib.use_backend("composite"):
+        thread = threading.Thread(target=lambda: seen.append(which()))
+        thread.start()
+        thread.join()
+    assert seen == ["composite"]

@@ -1,0 +1,371 @@
+"""Bad calls: one clear error that names the argument, what was expected and what came; the same from Python and C++."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import quantlib
+from quantlib import backends, formats, reference
+from quantlib.testing import assert_same_bytes
+
+quant = torch.ops.quantlib
+f32, i32, i8, u8, f16, f64 = torch.float32, torch.int32, torch.int8, torch.uint8, torch.float16, torch.float64
+INPUTS = "float32, float16 or bfloat16"
+CASTS = "float32, float16, bfloat16, float8_e4m3fn or float8_e5m2"
+TARGETS = "float16, bfloat16, float8_e4m3fn, float8_e5m2, float4_e2m1fn, int8, uint8 or int4"
+INTEGERS = "int8, uint8 or int4"
+
+
+def ones(*shape: int, dtype: torch.dtype = f32, device: str = "cpu") -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+X, S, Z = ones(6, 35), ones(6, 5), ones(6, 5, dtype=i32)
+B = [1, 8]
+C8, C4 = ones(6, 35, dtype=i8), ones(6, 18, dtype=u8)
+
+# what is said after the name of the op, and the call
+CASTING: list[tuple[str, Callable[[], Any]]] = [
+    (f"format must be {CASTS}, got int8", lambda: quant.cast(X, "int8", False)),
+    (f"format must be {CASTS}, got float4_e2m1fn", lambda: quant.cast(X, "float4_e2m1fn", False)),
+    (f"format must be {CASTS}, got ", lambda: quant.cast(X, "", False)),
+    (f"format must be {CASTS}, got torch.float16", lambda: quant.cast(X, "torch.float16", False)),
+    (f"format must be {CASTS}, got {'x' * 5000}", lambda: quant.cast(X, "x" * 5000, False)),
+    (f"x must be {CASTS}, got float64", lambda: quant.cast(X.double(), "float16", False)),
+    (f"x must be {CASTS}, got int8", lambda: quant.cast(C8, "float16", False)),
+    (f"x must be {CASTS}, got bool", lambda: quant.cast(X.bool(), "float16", False)),
+    (f"x must be {CASTS}, got complex64", lambda: quant.cast(X.to(torch.complex64), "float16", False)),
+    (f"x must be {CASTS}, got float8_e4m3fnuz", lambda: quant.cast(X.to(torch.float8_e4m3fnuz), "float16", False)),
+    (
+        "out must be float16 [6, 35] on cpu, got float32 [6, 35] on cpu",
+        lambda: quant.cast.out(X, "float16", False, out=ones(6, 35)),
+    ),
+    (
+        "out must be float16 [6, 35] on cpu, got float16 [35, 6] on cpu",
+        lambda: quant.cast.out(X, "float16", False, out=ones(35, 6, dtype=f16)),
+    ),
+    (
+        "out must be float16 [6, 35] on cpu, got float16 [210] on cpu",
+        lambda: quant.cast.out(X, "float16", False, out=ones(210, dtype=f16)),
+    ),
+    (
+        "out must be float16 [] on cpu, got float16 [1] on cpu",
+        lambda: quant.cast.out(ones(), "float16", False, out=ones(1, dtype=f16)),
+    ),
+]
+SCALING = [
+    (f"format must be {TARGETS}, got float32", lambda: quant.compute_scale(X, "float32", B)),
+    (f"format must be {TARGETS}, got int2", lambda: quant.compute_scale(X, "int2", B)),
+    (f"format must be {INTEGERS}, got float16", lambda: quant.compute_scale.affine(X, "float16", B)),
+    (f"x must be {INPUTS}, got int32", lambda: quant.compute_scale(X.int(), "int8", B)),
+    (f"x must be {INPUTS}, got float8_e5m2", lambda: quant.compute_scale(X.to(torch.float8_e5m2), "int8", B)),
+    ("block must be two sizes >= 1, got [0, 8]", lambda: quant.compute_scale(X, "int8", [0, 8])),
+    ("block must be two sizes >= 1, got [1, -1]", lambda: quant.compute_scale(X, "int8", [1, -1])),
+    (
+        "block must be two sizes >= 1, got [-9223372036854775808, 8]",
+        lambda: quant.compute_scale(X, "int8", [-(2**63), 8]),
+    ),
+    ("block must be two sizes >= 1, got [8]", lambda: quant.compute_scale(X, "int8", [8])),
+    ("block must be two sizes >= 1, got [1, 8, 8]", lambda: quant.compute_scale(X, "int8", [1, 8, 8])),
+    ("block must be two sizes >= 1, got []", lambda: quant.compute_scale(X, "int8", [])),
+    (
+        "out must be float32 [6, 5] on cpu, got float32 [6, 4] on cpu",
+        lambda: quant.compute_scale.out(X, "int8", B, out=ones(6, 4)),
+    ),
+    (
+        "scale must be float32 [6, 5] on cpu, got float16 [6, 5] on cpu",
+        lambda: quant.compute_scale.affine_out(X, "int8", B, scale=S.half(), zero_point=Z.clone()),
+    ),
+    (
+        "zero_point must be int32 [6, 5] on cpu, got int64 [6, 5] on cpu",
+        lambda: quant.compute_scale.affine_out(X, "int8", B, scale=S.clone(), zero_point=Z.long()),
+    ),
+]
+QUANTIZING = [
+    (f"format must be {TARGETS}, got foo", lambda: quant.quantize(X, S, "foo", B)),
+    (f"x must be {INPUTS}, got float64", lambda: quant.quantize(X.double(), S, "int8", B)),
+    ("block must be two sizes >= 1, got [1, 0]", lambda: quant.quantize(X, S, "int8", [1, 0])),
+    (
+        "scale must be float32 [6, 5] on cpu, got float32 [6, 4] on cpu",
+        lambda: quant.quantize(X, ones(6, 4), "int8", B),
+    ),
+    ("scale must be float32 [6, 5] on cpu, got float32 [30] on cpu", lambda: quant.quantize(X, ones(30), "int8", B)),
+    ("scale must be float32 [1, 1] on cpu, got float32 [] on cpu", lambda: quant.quantize(X, ones(), "int8", [6, 35])),
+    (
+        "scale must be float32 [1, 1] on cpu, got float32 [1] on cpu",
+        lambda: quant.quantize(ones(), ones(1), "int8", [1, 1]),
+    ),
+    (
+        "scale must be float32 [6, 5] on cpu, got bfloat16 [6, 5] on cpu",
+        lambda: quant.quantize(X, S.bfloat16(), "int8", B),
+    ),
+    (
+        "scale must be float32 [6, 5] on cpu, got float64 [6, 5] on cpu",
+        lambda: quant.quantize(X, S.double(), "int8", B),
+    ),
+    ("zero_point must be None for float16, got a tensor", lambda: quant.quantize(X, S, "float16", B, Z)),
+    (
+        "zero_point must be int32 [6, 5] on cpu, got int8 [6, 5] on cpu",
+        lambda: quant.quantize(X, S, "int8", B, Z.to(i8)),
+    ),
+    ("zero_point must be int32 [6, 5] on cpu, got float32 [6, 5] on cpu", lambda: quant.quantize(X, S, "int8", B, S)),
+    (
+        "zero_point must be int32 [6, 5] on cpu, got int32 [6, 1] on cpu",
+        lambda: quant.quantize(X, S, "int8", B, Z[:, :1]),
+    ),
+    ("zero_point must be in -128..127, got 128", lambda: quant.quantize(X, S, "int8", B, Z + 127)),
+    ("zero_point must be in -128..127, got -129", lambda: quant.quantize(X, S, "int8", B, Z - 130)),
+    ("zero_point must be in 0..255, got -1", lambda: quant.quantize(X, S, "uint8", B, Z - 2)),
+    ("zero_point must be in -8..7, got 2147483647", lambda: quant.quantize(X, S, "int4", B, Z + (2**31 - 2))),
+    (
+        "out must be int8 [6, 35] on cpu, got uint8 [6, 35] on cpu",
+        lambda: quant.quantize.out(X, S, "int8", B, out=ones(6, 35, dtype=u8)),
+    ),
+    (
+        "out must be uint8 [6, 18] on cpu, got uint8 [6, 35] on cpu",
+        lambda: quant.quantize.out(X, S, "int4", B, out=ones(6, 35, dtype=u8)),
+    ),
+]
+DEQUANTIZING = [
+    (f"format must be {TARGETS}, got foo", lambda: quant.dequantize(C8, S, "foo", B)),
+    ("codes must be int8, got uint8", lambda: quant.dequantize(C8.to(u8), S, "int8", B)),
+    ("codes must be uint8, got int8", lambda: quant.dequantize(C8, S, "int4", B)),
+    ("codes must be float8_e4m3fn, got int8", lambda: quant.dequantize(C8, S, "float8_e4m3fn", B)),
+    (f"dtype must be {INPUTS}, got float64", lambda: quant.dequantize(C8, S, "int8", B, None, f64)),
+    (f"dtype must be {INPUTS}, got int8", lambda: quant.dequantize(C8, S, "int8", B, None, i8)),
+    ("size must be 35 or 36, got 34", lambda: quant.dequantize(C4, S, "int4", B, None, f32, 34)),
+    ("size must be 35 or 36, got 37", lambda: quant.dequantize(C4, S, "int4", B, None, f32, 37)),
+    ("size must be 35 or 36, got -1", lambda: quant.dequantize(C4, S, "int4", B, None, f32, -1)),
+    ("size must be 35, got 36", lambda: quant.dequantize(C8, S, "int8", B, None, f32, 36)),
+    (
+        "scale must be float32 [6, 5] on cpu, got float32 [5, 6] on cpu",
+        lambda: quant.dequantize(C8, S.mT, "int8", B),
+    ),
+    ("zero_point must be None for float4_e2m1fn, got a tensor", lambda: quant.dequantize(C4, S, "float4_e2m1fn", B, Z)),
+    ("zero_point must be in -128..127, got 200", lambda: quant.dequantize(C8, S, "int8", B, Z + 199)),
+    (
+        "out must be float32 [6, 35] on cpu, got float16 [6, 35] on cpu",
+        lambda: quant.dequantize.out(C8, S, "int8", B, out=ones(6, 35, dtype=f16)),
+    ),
+    (
+        "out must be bfloat16 [6, 35] on cpu, got bfloat16 [6, 36] on cpu",
+        lambda: quant.dequantize.out(C4, S, "int4", B, None, torch.bfloat16, 35, out=ones(6, 36, dtype=torch.bfloat16)),
+    ),
+]
+DYNAMIC = [
+    (f"format must be {TARGETS}, got float32", lambda: quant.quantize_dynamic(X, "float32", B)),
+    (f"format must be {INTEGERS}, got float8_e5m2", lambda: quant.quantize_dynamic.affine(X, "float8_e5m2", B)),
+    (f"x must be {INPUTS}, got int64", lambda: quant.quantize_dynamic(X.long(), "int8", B)),
+    ("block must be two sizes >= 1, got [-2, 8]", lambda: quant.quantize_dynamic(X, "int8", [-2, 8])),
+    (
+        "codes must be int8 [6, 35] on cpu, got int8 [6, 34] on cpu",
+        lambda: quant.quantize_dynamic.out(X, "int8", B, codes=ones(6, 34, dtype=i8), scale=S.clone()),
+    ),
+    (
+        "scale must be float32 [6, 5] on cpu, got float32 [6, 6] on cpu",
+        lambda: quant.quantize_dynamic.out(X, "int8", B, codes=C8.clone(), scale=ones(6, 6)),
+    ),
+    (
+        "zero_point must be int32 [6, 5] on cpu, got int32 [5, 6] on cpu",
+        lambda: quant.quantize_dynamic.affine_out(
+            X, "int8", B, codes=C8.clone(), scale=S.clone(), zero_point=ones(5, 6, dtype=i32)
+        ),
+    ),
+]
+BAD = {
+    "cast": CASTING,
+    "compute_scale": SCALING,
+    "quantize": QUANTIZING,
+    "dequantize": DEQUANTIZING,
+    "quantize_dynamic": DYNAMIC,
+}
+EVERY = [(f"quantlib::{op}: {said}", call) for op, table in BAD.items() for said, call in table]
+CPU = ["composite", "cpp"]
+
+
+@pytest.fixture(params=CPU)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Python's checks, and C++'s."""
+    if why := backends.refuses(request.param, "cpu"):
+        pytest.skip(f"{request.param}: {why}")
+    with quantlib.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize(("said", "call"), EVERY, ids=[said[:90] for said, _ in EVERY])
+def test_says_what_was_expected_and_what_came(said: str, call: Callable[[], Any], backend: str) -> None:
+    with pytest.raises(RuntimeError) as error:
+        call()
+    assert type(error.value) is RuntimeError
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda codes, scale: quant.quantize_dynamic.out(X, "int8", B, codes=codes, scale=scale[:, :4]),
+        lambda codes, scale: quant.quantize_dynamic.out(X, "int8", B, codes=codes[:5], scale=scale),
+        lambda codes, scale: quant.quantize_dynamic.out(X.double(), "int8", B, codes=codes, scale=scale),
+        lambda codes, scale: quant.quantize_dynamic.out(X, "int4", B, codes=codes, scale=scale),
+        lambda codes, scale: quant.quantize.out(X, S[:, :4], "int8", B, out=codes),
+        lambda codes, scale: quant.quantize.out(X, S, "int8", B, Z + 500, out=codes),
+        lambda codes, scale: quant.compute_scale.out(X, "int8", [1, 9], out=scale),
+        lambda codes, scale: quant.dequantize.out(C8, S, "int8", B, Z + 500, out=scale),
+    ],
+)  # fmt: skip
+def test_nothing_is_written_on_error(call: Callable[[Tensor, Tensor], Any], backend: str) -> None:
+    codes, scale = torch.full((6, 35), 99, dtype=i8), torch.full((6, 5), 99.0)
+    with pytest.raises(RuntimeError, match=r"^quantlib::"):
+        call(codes, scale)
+    assert bool((codes == 99).all())
+    assert bool((scale == 99).all())
+
+
+WRONG_TYPES: list[Callable[[], Any]] = [
+    lambda: quant.cast("x", "float16", False),
+    lambda: quant.cast(None, "float16", False),
+    lambda: quant.cast([1.0], "float16", False),
+    lambda: quant.cast(X, 16, False),
+    lambda: quant.cast(X, "float16", "no"),
+    lambda: quant.cast(X),
+    lambda: quant.cast(X, "float16", False, 1),
+    lambda: quant.quantize(X, 0.1, "int8", B),
+    lambda: quant.quantize(X, S, "int8", "row"),
+    lambda: quant.quantize(X, S, "int8", [1.5, 8]),
+    lambda: quant.quantize(X, S, "int8", B, 3),
+    lambda: quant.dequantize(C8, S, "int8", B, None, "float32"),
+    lambda: quant.dequantize(C8, S, "int8", B, None, f32, 3.5),
+    lambda: quant.quantize_dynamic(X, "int8", [2**70, 1]),
+    lambda: quant.cast.out(X, "float16", False, out=None),
+]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_TYPES)))
+def test_wrong_types_are_the_schemas_to_refuse(number: int, backend: str) -> None:
+    with pytest.raises((RuntimeError, TypeError, OverflowError, AttributeError)):
+        WRONG_TYPES[number]()
+
+
+# ---- the public functions -------------------------------------------------------------------------------------------
+
+PUBLIC: list[tuple[str, Callable[[], Any]]] = [
+    ("format must be one of float32, ", lambda: quantlib.cast(X, torch.float64)),
+    ("format must be one of float32, ", lambda: quantlib.quantize(X, S, None, block=B)),
+    ("quantlib::cast: format must be ", lambda: quantlib.cast(X, "nope")),
+    (
+        "quantlib::quantize: block must be two sizes >= 1, got [-2, 8]",
+        lambda: quantlib.quantize(X, S, "int8", block=(-2, 8)),
+    ),
+    (
+        "quantlib::quantize: block must be two sizes >= 1, got [-1]",
+        lambda: quantlib.quantize(X, S, "int8", block=(-1,)),
+    ),
+    ("quantlib::quantize: scale must be float32 [6, 1]", lambda: quantlib.quantize(X, S, "int8", block=(1, -1))),
+    (
+        "quantlib::quantize: x must not require a gradient",
+        lambda: quantlib.quantize(X.clone().requires_grad_(), S, "int8", block=B),
+    ),
+    (
+        "quantlib::quantize_dynamic: x must not require a gradient",
+        lambda: quantlib.quantize_dynamic(X.clone().requires_grad_(), "int8", block=B),
+    ),
+    (
+        "quantlib::compute_scale: x must not require a gradient",
+        lambda: quantlib.compute_scale(X.clone().requires_grad_(), "int8", B),
+    ),
+    (
+        "quantlib::dequantize: x must not require a gradient",
+        lambda: quantlib.dequantize(C8, S.clone().requires_grad_(), "int8", block=B),
+    ),
+    (
+        "quantlib::cast: x must not require a gradient",
+        lambda: quantlib.cast(X.clone().requires_grad_(), "float8_e4m3fn"),
+    ),
+    (
+        "quantlib::cast: out must be None where x requires a gradient",
+        lambda: quantlib.cast(X.clone().requires_grad_(), "float16", out=X.half()),
+    ),
+    ("quantlib::pack: format must be ", lambda: quantlib.pack(C8, "int8")),
+    ("quantlib::pack: codes must be integers [..., K], got ", lambda: quantlib.pack(X, "int4")),
+    ("quantlib::pack: codes must be in -8..7, got 99", lambda: quantlib.pack(C8 * 99, "int4")),
+    ("quantlib::unpack: packed must be uint8 [..., K / 2], got ", lambda: quantlib.unpack(C8, "int4")),
+    ("quantlib::unpack: size must be 35 or 36, got 12", lambda: quantlib.unpack(C4, "int4", 12)),
+]
+
+
+@pytest.mark.parametrize(("said", "call"), PUBLIC, ids=[said[:90] for said, _ in PUBLIC])
+def test_public_functions(said: str, call: Callable[[], Any]) -> None:
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        call()
+    assert said in str(error.value)
+
+
+NOT_TENSORS: list[Callable[[], Any]] = [
+    lambda: quantlib.cast("x", "float16"),
+    lambda: quantlib.cast([1.0], "float16"),
+    lambda: quantlib.quantize(3.0, S, "int8", block=(1, -1)),
+    lambda: quantlib.quantize(X, None, "int8", block=(1, -1)),
+    lambda: quantlib.quantize(X, S, "int8", block=1),
+    lambda: quantlib.quantize(X, S, "int8", block="row"),
+    lambda: quantlib.quantize(X, S, "int8", block=None),
+    lambda: quantlib.quantize_dynamic(X, "int8", block=(1, -1), out=S),
+    lambda: quantlib.quantize_dynamic(X, "int8", block=(1, -1), out=(S,)),
+    lambda: quantlib.compute_scale(X, "int8", B, symmetric=False, out=S),
+    lambda: quantlib.pack([1, 2], "int4"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(NOT_TENSORS)))
+def test_what_is_no_tensor_is_an_ordinary_error(number: int) -> None:
+    with pytest.raises((RuntimeError, TypeError, ValueError, AttributeError)) as error:
+        NOT_TENSORS[number]()
+    assert str(error.value)
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+
+def test_another_device() -> None:
+    """With no kernel between them torch's own word on mixed devices, or ours; never a read of foreign memory."""
+    meta = ones(6, 35, device="meta")
+    for call in (
+        lambda: quant.quantize(X, S.to("meta"), "int8", B),
+        lambda: quant.quantize(meta, S, "int8", B),
+        lambda: quant.quantize(X, S, "int8", B, Z.to("meta")),
+        lambda: quant.cast.out(X, "float16", False, out=ones(6, 35, dtype=f16, device="meta")),
+        lambda: quant.dequantize(C8, S.to("meta"), "int8", B),
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", ["composite", "triton", "cuda"])
+def test_a_scale_on_the_other_device(name: str) -> None:
+    if why := backends.refuses(name, "cuda"):
+        pytest.skip(f"{name}: {why}")
+    said = r"^quantlib::quantize: scale must be float32 \[6, 5\] on cuda:0, got float32 \[6, 5\] on cpu"
+    with quantlib.use_backend(name), pytest.raises(RuntimeError, match=said):
+        quant.quantize(X.cuda(), S, "int8", B)
+
+
+@pytest.mark.parametrize("name", ["composite", "triton"])
+def test_a_kernel_clamps_a_zero_point_that_nobody_looked_at(name: str) -> None:
+    """On a device the check would have to wait for its values; a kernel stays inside the format by itself."""
+    if why := backends.refuses(name, "cpu"):
+        pytest.skip(f"{name}: {why}")
+    kernel = importlib.import_module(f"quantlib.backends.{name}").KERNELS["quantize"]
+    f = formats.get("int8")
+    for z in (1000, -1000, 2**31 - 1, -(2**31)):
+        codes = torch.empty(6, 35, dtype=i8)
+        kernel(X, S, f, (1, 8), torch.full((6, 5), z, dtype=i32), codes)
+        inside = np.full((6, 5), min(max(z, -128), 127), np.int32)
+        assert_same_bytes(codes, reference.quantize(X.numpy(), S.numpy(), "int8", block=(1, 8), zero_point=inside))

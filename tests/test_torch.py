@@ -1,0 +1,283 @@
+"""Every overload inside what torch does to an op: checked, compiled, exported, traced, batched, under autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Served
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import quantlib
+from quantlib import backends
+from quantlib.testing import assert_same_bytes
+
+quant = torch.ops.quantlib
+M, K = 6, 35
+
+
+def x() -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(0))
+
+
+def scale() -> Tensor:
+    return torch.rand(M, 5, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+def zero_point() -> Tensor:
+    return torch.arange(M * 5, dtype=torch.int32).reshape(M, 5) % 7
+
+
+BLOCK = [1, 8]
+
+# name -> (overload, its arguments): what stays out has tests of its own
+CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "cast to 16": (quant.cast.default, (x(), "bfloat16", False)),
+    "cast to 8": (quant.cast.default, (x(), "float8_e4m3fn", True)),
+    "cast up": (quant.cast.default, (x().half(), "float32", False)),
+    "compute_scale": (quant.compute_scale.default, (x(), "int8", BLOCK)),
+    "compute_scale affine": (quant.compute_scale.affine, (x(), "int8", BLOCK)),
+    "quantize": (quant.quantize.default, (x(), scale(), "int8", BLOCK, None)),
+    "quantize packed": (quant.quantize.default, (x(), scale(), "int4", BLOCK, zero_point())),
+    "dequantize": (quant.dequantize.default, (x().to(torch.int8), scale(), "int8", BLOCK, zero_point())),
+    "dequantize packed": (
+        quant.dequantize.default,
+        (x()[:, :18].to(torch.uint8), scale(), "int4", BLOCK, None, torch.bfloat16, K),
+    ),
+    "quantize_dynamic": (quant.quantize_dynamic.default, (x(), "int8", BLOCK)),
+    "quantize_dynamic packed": (quant.quantize_dynamic.default, (x(), "float4_e2m1fn", BLOCK)),
+    "quantize_dynamic affine": (quant.quantize_dynamic.affine, (x(), "uint8", BLOCK)),
+}
+Call = tuple[Any, tuple[Any, ...]]
+
+
+def results(got: Any) -> tuple[Tensor, ...]:
+    return (got,) if isinstance(got, Tensor) else tuple(got)
+
+
+def out_form(function: Any) -> tuple[Any, list[str]]:
+    """The overload that writes into tensors, and the names of those."""
+    kind = function._overloadname
+    out = getattr(function.overloadpacket, "out" if kind == "default" else f"{kind}_out")
+    return out, [a.name for a in out._schema.arguments if a.kwarg_only]
+
+
+def into(call: Call, dirty: int = 77) -> tuple[Any, dict[str, Tensor]]:
+    """The out form of a call, and tensors for it."""
+    out, names = out_form(call[0])
+    given = [t.clone() for t in results(call[0](*call[1]))]
+    for t in given:
+        t.view(torch.uint8).fill_(dirty)
+    return out, dict(zip(names, given, strict=True))
+
+
+@pytest.fixture(params=CALLS.values(), ids=CALLS)
+def call(request: pytest.FixtureRequest) -> Call:
+    function, arguments = request.param
+    return function, arguments
+
+
+def test_every_overload_is_called_here() -> None:
+    called = {function._schema.name + "." + function._overloadname for function, _ in CALLS.values()}
+    called |= {out._schema.name + "." + out._overloadname for out in (out_form(f)[0] for f, _ in CALLS.values())}
+    ours = {f"quantlib::{name}" if "." in name else f"quantlib::{name}.default" for name in backends.SCHEMAS}
+    assert {name for name in ours if "fake_quantize" not in name} == called
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck(call: Call, on_cpu: Served) -> None:
+    if on_cpu.backend == "triton":
+        pytest.skip("triton: torch sees the same Python layer as composite's")
+    function, arguments = call
+    torch.library.opcheck(function, arguments)
+
+
+def test_opcheck_of_the_out_form(call: Call) -> None:
+    out, given = into(call)
+    utils = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not any(t.dtype.is_floating_point and t.itemsize == 1 for t in given.values()):
+        utils.append("test_schema")  # it multiplies what it is given, which torch cannot do in 8 bits
+    torch.library.opcheck(out, call[1], given, test_utils=utils)
+
+
+# ---- traced and compiled --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_shapes_without_data(call: Call, device: str) -> None:
+    function, arguments = call
+    want = results(function(*arguments))
+    if device == "meta":
+        got = results(function(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)))
+    else:
+        with FakeTensorMode() as mode:
+            got = results(function(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments)))
+    for a, b in zip(got, want, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert a.device.type == ("meta" if device == "meta" else "cpu")
+
+
+@pytest.fixture
+def fresh() -> Any:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compiled whole, by the partitioner and its traces; what Inductor writes around an op is tested once below."""
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(call: Call, dynamic: bool, fresh: None) -> None:
+    function, arguments = call
+    of_x, rest = arguments[0], arguments[1:]
+    # rows are free to vary: scale and zero_point have as many
+    graph = compiled(function, dynamic=dynamic)
+    for rows in (M, 3, 4):
+        given = [a[:rows] if isinstance(a, Tensor) else a for a in (of_x, *rest)]
+        for a, b in zip(results(graph(*given)), results(function(*given)), strict=True):
+            assert_same_bytes(a, b, f"{function} {rows}")
+
+
+def test_compile_of_the_out_form(call: Call, fresh: None) -> None:
+    out, given = into(call)
+
+    def run(*tensors: Any, **outs: Tensor) -> Any:
+        out(*tensors, **outs)
+        return [t.clone() for t in outs.values()]
+
+    got = compiled(run)(*call[1], **given)
+    for a, b, want in zip(got, given.values(), results(call[0](*call[1])), strict=True):
+        assert_same_bytes(a, want, "what the graph returns")
+        assert_same_bytes(b, want, "what it wrote")
+
+
+def everything(a: Tensor) -> tuple[Tensor, ...]:
+    """The public functions in one graph, with arithmetic around them."""
+    half = quantlib.cast(a * 2, "float16")
+    s = quantlib.compute_scale(a, "int8", (1, -1))
+    codes = quantlib.quantize(a + 1, s, "int8", block=(1, -1))
+    y = quantlib.dequantize(codes, s, "int8", block=(1, -1), dtype=torch.bfloat16)
+    packed, s4, z4 = quantlib.quantize_dynamic(a, torch.uint8, block=(2, 16), symmetric=False)
+    eight, s8 = quantlib.quantize_dynamic(a.half(), "int4", block=(-1, -1))
+    out = quantlib.cast(a, "bfloat16", out=torch.empty(a.shape, dtype=torch.bfloat16))
+    return half, s, codes, y + 1, packed, s4, z4, eight, s8, out
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_inductor(dynamic: bool, fresh: None) -> None:
+    graph = torch.compile(everything, fullgraph=True, dynamic=dynamic)
+    for shape in [(M, K), (5, 37)]:
+        a = torch.randn(shape)
+        for got, want in zip(graph(a), everything(a), strict=True):
+            assert_same_bytes(got, want)
+
+
+class Everything(torch.nn.Module):
+    def forward(self, a: Tensor) -> tuple[Tensor, ...]:
+        return everything(a)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_export_save_load(dynamic: bool, tmp_path: Path) -> None:
+    shapes = {"a": {0: torch.export.Dim("rows", min=3, max=64)}} if dynamic else None
+    program = torch.export.export(Everything(), (x(),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "program.pt2")
+    module = torch.export.load(tmp_path / "program.pt2").module()
+    for a in [x(), torch.randn(4, K)] if dynamic else [x()]:
+        for got, want in zip(module(a), everything(a), strict=True):
+            assert_same_bytes(got, want)
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path: Path) -> None:
+    """A compiled package calls the C++ kernels through the dispatcher, as anyone else does."""
+    if why := backends.refuses("cpp", "cpu"):
+        pytest.skip(f"cpp: {why}")
+    program = torch.export.export(Everything(), (x(),))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
+    for got, want in zip(torch._inductor.aoti_load_package(path)(x()), everything(x()), strict=True):
+        assert_same_bytes(got, want)
+
+
+# ---- batched --------------------------------------------------------------------------------------------------------
+
+
+def test_vmap(call: Call) -> None:
+    """One example at a time: no block spans two."""
+    function, arguments = call
+    batch = [torch.stack([a, a.flip(0), a]) if isinstance(a, Tensor) else a for a in arguments]
+    tensors = [n for n, a in enumerate(arguments) if isinstance(a, Tensor)]
+
+    def run(*given: Tensor) -> Any:
+        mixed = list(arguments)
+        for n, a in zip(tensors, given, strict=True):
+            mixed[n] = a
+        return function(*mixed)
+
+    got = results(torch.vmap(run)(*(batch[n] for n in tensors)))
+    for example in range(3):
+        want = results(run(*(batch[n][example] for n in tensors)))
+        for a, b in zip(got, want, strict=True):
+            assert_same_bytes(a[example], b)
+    along_last = results(torch.vmap(run, in_dims=2)(*(batch[n].movedim(0, 2) for n in tensors)))
+    for a, b in zip(along_last, got, strict=True):
+        assert_same_bytes(a, b)
+    in_dims = (0, *[None] * (len(tensors) - 1))
+    shared = results(torch.vmap(run, in_dims=in_dims)(batch[0], *(arguments[n] for n in tensors[1:])))
+    for a, b in zip(shared, results(function(*arguments)), strict=True):
+        assert_same_bytes(a[0], b)
+
+
+# ---- modes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode,
+        torch.no_grad,
+    ],
+    ids=["autocast", "inference_mode", "no_grad"],
+)
+def test_modes_change_no_byte(call: Call, mode: Callable[[], Any], on_cpu: Served) -> None:
+    function, arguments = call
+    want = results(function(*arguments))
+    out, given = into(call)
+    with mode():
+        got = results(function(*arguments))
+        out(*arguments, **given)
+    for a, b, c in zip(got, want, given.values(), strict=True):
+        assert a.dtype == b.dtype
+        assert_same_bytes(a, b)
+        assert_same_bytes(c, b)
+
+
+def test_default_dtype_changes_no_byte(call: Call, on_cpu: Served) -> None:
+    function, arguments = call
+    want = results(function(*arguments))
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = results(function(*arguments))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bytes(a, b)
+
+
+def test_cast_passes_the_gradient_straight_through(on_cpu: Served) -> None:
+    a = x().requires_grad_()
+    y = quantlib.cast(a, "bfloat16")
+    dy = torch.randn(M, K).bfloat16()
+    y.backward(dy)
+    assert a.grad is not None
+    assert_same_bytes(a.grad, dy.float())
