@@ -36,7 +36,8 @@ def read_blocks(x_ptr, K, rows, cols, exists, X: tl.constexpr, AFFINE: tl.conste
     chunks = ()
     for u in tl.static_range(CHUNKS):
         r, c = chunk_at(u, B)
-        chunks = chunks + (load(x_ptr + r * K + c, exists & (r < rows) & (c < cols), not B.exact),)
+        x = load(x_ptr + r * K + c, exists & (r < rows) & (c < cols), not B.exact)
+        chunks = chunks + (x,)  # noqa: RUF005 (Triton knows no starred tuple)
     lowest = tl.full((B.count, B.rows, B.cols), 0, tl.int32)
     highest = tl.full((B.count, B.rows, B.cols), 0, tl.int32)
     for u in tl.static_range(CHUNKS):
@@ -56,7 +57,7 @@ def compute_scale_kernel(
     b = tl.program_id(0).to(tl.int64) * B.count + tl.arange(0, B.count)
     i, j, rows, cols = block_at(b[:, None, None], M, K, br, bk, scale_cols, B)
     x_ptr = codes_at(x_ptr, X) + (i * K + j)
-    chunks, lowest, highest = read_blocks(x_ptr, K, rows, cols, b[:, None, None] < blocks, X, AFFINE, B)
+    _, lowest, highest = read_blocks(x_ptr, K, rows, cols, b[:, None, None] < blocks, X, AFFINE, B)
     s, z = range_scale(lowest, highest, X, F, AFFINE)
     store_scale(scale_ptr, zero_point_ptr, b, s, z, b < blocks, AFFINE)
 

@@ -9,15 +9,27 @@ import triton.language as tl
 from quantlib import formats
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.numerics import decode, encode_float
-from quantlib.backends.triton.tile import block_cols, block_rows, block_scale, codes_at, load, place, spread, store, unpack
+from quantlib.backends.triton.tile import (
+    block_cols,
+    block_rows,
+    block_scale,
+    codes_at,
+    load,
+    place,
+    spread,
+    store,
+    unpack,
+)
 from quantlib.formats import Format
 
 
 @triton.jit
 def dequantize_tile(
-    codes_ptr, y_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols, codes_stride,
+    codes_ptr, y_ptr, scale_ptr, zero_point_ptr, here, sizes,
     F: tl.constexpr, Y: tl.constexpr, AFFINE: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    rows, cols, block_i, block_j, edge = here
+    M, K, scale_cols, codes_stride = sizes
     i, j = tl.arange(0, T.rows)[:, None], tl.arange(0, T.cols)[None, :]
     codes_ptr += i.to(tl.int64) * codes_stride
     if F.packed:
@@ -45,16 +57,11 @@ def dequantize_kernel(
     j, cols, block_j, edge = block_cols(col_tile, K, bk, T)
     codes_ptr = codes_at(codes_ptr, F) + i * codes_stride + (j // 2 if F.packed else j)
     y_ptr = codes_at(y_ptr, Y) + i * K + j
+    here, sizes = (rows, cols, block_i, block_j, edge), (M, K, scale_cols, codes_stride)
     if rows >= T.rows and cols >= T.cols:
-        dequantize_tile(
-            codes_ptr, y_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols,
-            codes_stride, F, Y, AFFINE, T, ARCH, False,
-        )  # fmt: skip
+        dequantize_tile(codes_ptr, y_ptr, scale_ptr, zero_point_ptr, here, sizes, F, Y, AFFINE, T, ARCH, False)
     else:
-        dequantize_tile(
-            codes_ptr, y_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols,
-            codes_stride, F, Y, AFFINE, T, ARCH, True,
-        )  # fmt: skip
+        dequantize_tile(codes_ptr, y_ptr, scale_ptr, zero_point_ptr, here, sizes, F, Y, AFFINE, T, ARCH, True)
 
 
 def dequantize(

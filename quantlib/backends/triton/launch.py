@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +115,8 @@ def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> 
     fits = held <= HELD and (br == 1 or bk <= ELEMENTS)
     warps = 2 * WARPS if HELD // 4 < held <= HELD else WARPS
     elements = tile_elements(format) * warps // WARPS
+    if bk > elements and divisor(bk) == elements // 2:
+        elements //= 2  # then no chunk is ragged
     cols = min(elements, max(power_of_2(bk), 2))  # 2 codes make a byte
     rows = min(elements // cols, power_of_2(br))
     chunks = triton.cdiv(br, rows) * triton.cdiv(bk, cols)
@@ -124,9 +125,18 @@ def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> 
     exact = M % br == 0 and K % bk == 0 and br % rows == 0 and bk % cols == 0 and blocks % count == 0
     return shown(
         Blocks(
-            count, rows, cols, chunks if fits else 0, parts, exact, bk if count > 1 else 0, K % bk > 0,
-            bk == K, M == 1, max(1, warps * count * rows * cols // elements),
-        )  # fmt: skip
+            count=count,
+            rows=rows,
+            cols=cols,
+            chunks=chunks if fits else 0,
+            parts=parts,
+            exact=exact,
+            bk=bk if count > 1 else 0,
+            ragged=K % bk > 0,
+            across=bk == K,
+            flat=M == 1,
+            warps=max(1, warps * count * rows * cols // elements),
+        )
     )
 
 

@@ -82,7 +82,7 @@ def encode_float(x, F: tl.constexpr, SATURATE: tl.constexpr, ARCH: tl.constexpr)
             small = bits_of(float_of(a) + float_of(tl.full(a.shape, MAGIC, tl.uint32))) - MAGIC
             r = tl.where(a < ((128 - F.bias) << 23), small.to(tl.int32), r)
         # 4. too large: the largest finite value, or what the format has beyond it
-        r = tl.where(r > F.max_code, F.max_code if SATURATE else F.overflow_code, r)
+        r = tl.minimum(r, F.max_code) if SATURATE else tl.where(r > F.max_code, F.overflow_code, r)
         # 5. sign; NaN last
         code = r.to(tl.uint32) | ((bits >> 31) << (F.bits - 1))
     return tl.where(a > INFINITY, F.nan_code, code)

@@ -9,15 +9,27 @@ import triton.language as tl
 from quantlib import formats
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.numerics import decode_float, encode, reciprocal
-from quantlib.backends.triton.tile import block_cols, block_rows, block_scale, codes_at, load, pack, place, spread, store
+from quantlib.backends.triton.tile import (
+    block_cols,
+    block_rows,
+    block_scale,
+    codes_at,
+    load,
+    pack,
+    place,
+    spread,
+    store,
+)
 from quantlib.formats import Format
 
 
 @triton.jit
 def quantize_tile(
-    x_ptr, codes_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols, codes_stride,
+    x_ptr, codes_ptr, scale_ptr, zero_point_ptr, here, sizes,
     X: tl.constexpr, F: tl.constexpr, AFFINE: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    rows, cols, block_i, block_j, edge = here
+    M, K, scale_cols, codes_stride = sizes
     i, j = tl.arange(0, T.rows)[:, None], tl.arange(0, T.cols)[None, :]
     x = load(x_ptr + i.to(tl.int64) * K + j, (i < rows) & (j < cols), MASKED)
     s_eff, z = block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F, AFFINE)
@@ -45,16 +57,11 @@ def quantize_kernel(
     j, cols, block_j, edge = block_cols(col_tile, K, bk, T)
     x_ptr = codes_at(x_ptr, X) + i * K + j
     codes_ptr = codes_at(codes_ptr, F) + i * codes_stride + (j // 2 if F.packed else j)
+    here, sizes = (rows, cols, block_i, block_j, edge), (M, K, scale_cols, codes_stride)
     if rows >= T.rows and cols >= T.cols:
-        quantize_tile(
-            x_ptr, codes_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols,
-            codes_stride, X, F, AFFINE, T, ARCH, False,
-        )  # fmt: skip
+        quantize_tile(x_ptr, codes_ptr, scale_ptr, zero_point_ptr, here, sizes, X, F, AFFINE, T, ARCH, False)
     else:
-        quantize_tile(
-            x_ptr, codes_ptr, scale_ptr, zero_point_ptr, rows, cols, block_i, block_j, edge, M, K, scale_cols,
-            codes_stride, X, F, AFFINE, T, ARCH, True,
-        )  # fmt: skip
+        quantize_tile(x_ptr, codes_ptr, scale_ptr, zero_point_ptr, here, sizes, X, F, AFFINE, T, ARCH, True)
 
 
 def quantize(

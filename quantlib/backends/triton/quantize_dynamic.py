@@ -63,9 +63,10 @@ def quantize_dynamic(
         compute_scale(x, format, block, scale, zero_point)
         quantize(x, scale, format, block, zero_point, codes)
         return
+    scale_size = scale.shape[1], scale.numel()
     launch.launch(
         quantize_dynamic_kernel, triton.cdiv(scale.numel(), chosen.count), x.device,
-        x, launch.codes_of(codes), scale, zero_point, *shape, *flat_block, scale.shape[1], scale.numel(), codes.shape[1],
+        x, launch.codes_of(codes), scale, zero_point, *shape, *flat_block, *scale_size, codes.shape[1],
         formats.get(x.dtype), format, zero_point is not None, chosen, launch.arch(x.device),
         warps=chosen.warps,
     )  # fmt: skip
