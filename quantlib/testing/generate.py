@@ -119,22 +119,23 @@ def _dynamic_x(case: Case, rng: np.random.Generator) -> Array:
     def over(per_block: Array) -> Array:
         return spread(per_block, (M, K), block)
 
-    # ties: halves times a scale, the block's extremes at the extreme codes
+    # ties: halves times a scale, the block's extremes at the extreme codes; in some affine blocks it is the zero point
+    # that lies halfway between two codes
     s = over((np.exp2(rng.integers(-30, 30, grid)) * rng.uniform(1, 2, grid)).astype(np.float32))
     halves = values.midpoints(case.format, not case.symmetric)
     if isinstance(f, IntFormat):
-        lowest, highest = f.range(not case.symmetric)
-        z = 0 if case.symmetric else over(rng.integers(lowest, highest + 1, grid))
-        ends = np.array([lowest, highest])
+        ends = np.array(f.range(not case.symmetric))
     else:
-        z, ends = 0, np.array([-f.max, f.max])
+        ends = np.array([-f.max, f.max])
+    z = over(rng.integers(*ends, grid) + rng.choice([0, 0.5], grid)) if not case.symmetric else 0
     inside = halves[(halves > ends[0]) & (halves < ends[1])]
     with np.errstate(all="ignore"):
         ties = ((rng.choice(inside, (M, K)) - z) * s).astype(np.float32)
         ties = np.nextafter(ties, rng.choice(np.array([-np.inf, 0, np.inf], np.float32), (M, K)))
         i, j = np.arange(M)[:, None] % block[0], np.arange(K)[None, :] % block[1]
-        extreme = ((rng.choice(ends, (M, K)) - z) * s).astype(np.float32)
-        ties = np.where(i + j == 0, extreme, ties)
+        side = over(rng.integers(0, 2, grid))
+        for place, end in ((0, ends[side]), (1, ends[1 - side])):
+            ties = np.where(i + j == place, ((end - z) * s).astype(np.float32), ties)
         random = rng.integers(0, 2**32, (M, K), dtype=np.uint32).view(np.float32)
         finite = np.where(np.isfinite(random), random, np.float32(1))
         one = (i == over(rng.integers(0, block[0], grid))) & (j == over(rng.integers(0, block[1], grid)))
