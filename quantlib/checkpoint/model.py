@@ -177,7 +177,9 @@ class Skeleton:
         self.values: set[str] = set()  # weights whose layers cannot hold codes
         self.replacements = self._replacements()  # id of a float layer -> the QuantLinear that takes its place
         self.places = dict(self._places())
-        self.parts = {slot.name for name in self.values for slot in contents.weights[name].slots(name)[1:]}
+        self.unused = {slot.name for name in self.values for slot in contents.weights[name].slots(name)[1:]}
+        for prefix, module in self.modules.items():  # older checkpoints hold buffers that models now make themselves
+            self.unused |= {join(prefix, key) for key in module._non_persistent_buffers_set}
 
     def misfits(self, held: dict[str, Reader]) -> list[str]:
         """What keeps the tensors of the files from filling the model, a few words each."""
@@ -185,7 +187,7 @@ class Skeleton:
         problems = [f"no {name}" for name, place in self.places.items() if id_of(place) not in filled]
         for name, reader in held.items():
             slot = reader.slots[name]
-            if name in self.parts:
+            if name in self.unused:
                 continue
             if name not in self.places:
                 problems.append(f"{name}, which the model does not have")
@@ -222,7 +224,7 @@ class Skeleton:
             if id(module) in self.replacements:
                 put(self.replacements[id(module)], module, parents)
         for name, reader in held.items():
-            if name in self.parts:
+            if name in self.unused:
                 continue
             store, key = self.places[name]
             old = store[key]
