@@ -1,4 +1,4 @@
-"""Every CUDA kernel runs on this machine's CPU, compiled by g++ unchanged with sanitizers, and gives the right bytes."""
+"""Every CUDA kernel runs on this CPU, compiled by g++ unchanged and with sanitizers, and gives the right bytes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_no_order_of_threads_changes_a_byte(emulator: Emulator, shape: tuple[int
         for block in ((1, -1), (-1, -1), (1, 64))
         for symmetric in (True, False)
     ]
-    for seed in range(4):
+    for seed in range(3):
         check(emulator, chosen, [call_of(case, seed) for case in chosen])
 
 
@@ -118,8 +118,8 @@ FAULTS = (
     Fault("last chunk forgotten", "cuda/range.cuh", "right - j < V ? int(right - j) : V", "right - j < V ? 0 : V", ""),
     Fault("division for the reciprocal product", "cuda/vector.cuh", PRODUCT,
           "encode_int<F, AFFINE>(div(x, div(1.0f, r)), z)", "", "quantize"),
-    Fault("ties away from zero", "cuda/vector.cuh", PRODUCT, "encode_int<F, AFFINE>(__builtin_roundf(mul(x, r)), z)", "",
-          "quantize"),
+    Fault("ties away from zero", "cuda/vector.cuh", PRODUCT,
+          "encode_int<F, AFFINE>(__builtin_roundf(mul(x, r)), z)", "", "quantize"),
 )  # fmt: skip
 
 # A planted executable serves one op, int8 codes of float32 x, so that it compiles in seconds.
@@ -148,7 +148,8 @@ NO_FAULT = Fault("none", "cuda/range.cuh", "", "", "")
 
 @pytest.mark.parametrize("fault", [NO_FAULT, *FAULTS], ids=str)
 def test_a_planted_fault_is_caught(fault: Fault, cache: Path, tmp_path: Path) -> None:
-    emulator = build(cache, (fault.op,), planted(fault, tmp_path))
+    sanitize = fault is NO_FAULT or "address" in fault.caught or "overflow" in fault.caught
+    emulator = build(cache, (fault.op,), planted(fault, tmp_path), sanitize)
     chosen = [
         Case(fault.op, "int8", "float32", shape, block, symmetric=symmetric)
         for shape, block in (((4, 4099), (1, -1)), ((6, 35), (1, -1)), ((6, 35), (2, 3)))
