@@ -86,7 +86,7 @@ inline std::string one_of(Accepts accepts) {
   throw std::runtime_error("quantlib::" + std::string(op) + ": " + argument + " must be " + expected + ", got " + got);
 }
 
-inline std::string text_of(const Sizes& sizes) {
+inline std::string text_of(SizesView sizes) {
   std::string text = "[";
   for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
@@ -106,7 +106,7 @@ inline std::string text_of(Device device) {
   return numbered ? text + ":" + std::to_string(device.index) : text;
 }
 
-inline std::string described(const Sizes& sizes, int32_t dtype, Device device) {
+inline std::string described(SizesView sizes, int32_t dtype, Device device) {
   return name_of(dtype) + " " + text_of(sizes) + " on " + text_of(device);
 }
 
@@ -120,7 +120,7 @@ struct Result {
 
 inline void check_tensor(const char* op, const char* argument, const Tensor& got, const Result& expected,
                          Device device) {
-  if (got.dtype() != expected.dtype || !(got.device() == device) || got.sizes() != expected.sizes)
+  if (got.dtype() != expected.dtype || !(got.device() == device) || got.sizes() != SizesView(expected.sizes))
     fail(op, argument, described(expected.sizes, expected.dtype, device),
          described(got.sizes(), got.dtype(), got.device()));
 }
@@ -139,7 +139,7 @@ inline const Format& check_format(const char* op, const std::string& name, Accep
 }
 
 // [..., K] viewed as [M, K] in blocks of (br, bk); 0-d as [1, 1].
-inline Grid check_block(const char* op, const Sizes& sizes, const Sizes& block) {
+inline Grid check_block(const char* op, SizesView sizes, const Sizes& block) {
   if (block.size() != 2 || block[0] < 1 || block[1] < 1) fail(op, "block", "two sizes >= 1", text_of(block));
   Grid grid = {1, sizes.empty() ? 1 : sizes.back(), block[0], block[1]};
   for (size_t d = 0; d + 1 < sizes.size(); ++d) grid.M *= sizes[d];
@@ -168,15 +168,16 @@ inline void check_zero_point(const char* op, const int32_t* zero_point, int64_t 
 }
 
 // The shape of what `codes` stand for; `size` is K, which bytes that hold two codes cannot tell when it is odd.
-inline Sizes check_size(const char* op, Sizes codes, const Format& f, std::optional<int64_t> size) {
+inline Sizes check_size(const char* op, SizesView codes, const Format& f, std::optional<int64_t> size) {
   const int64_t last = codes.empty() ? 1 : codes.back(), K = f.packed() ? 2 * last : last, least = K - f.packed();
   if (size && (*size < std::max<int64_t>(least, 0) || *size > K))
     fail(op, "size", f.packed() ? std::to_string(least) + " or " + std::to_string(K) : std::to_string(K),
          std::to_string(*size));
-  if (!f.packed()) return codes;
-  if (codes.empty()) codes.push_back(1);
-  codes.back() = size.value_or(K);
-  return codes;
+  Sizes sizes = codes.vec();
+  if (!f.packed()) return sizes;
+  if (sizes.empty()) sizes.push_back(1);
+  sizes.back() = size.value_or(K);
+  return sizes;
 }
 
 }  // namespace quantlib

@@ -12,9 +12,9 @@ namespace quantlib {
 // A result: a tensor of ours, or one the caller gave.
 class Output {
  public:
-  Output(const char* op, const char* argument, std::optional<Tensor> given, const Result& result, Device device)
-      : given_(std::move(given)), result_(result), device_(device) {
-    if (given_) check_tensor(op, argument, *given_, result, device);
+  Output(const char* op, const char* argument, std::optional<Tensor> given, Result result, Device device)
+      : given_(std::move(given)), result_(std::move(result)), device_(device) {
+    if (given_) check_tensor(op, argument, *given_, result_, device);
   }
 
   // Where the kernel writes: contiguous, and over none of the inputs, which it is still reading.
@@ -47,7 +47,7 @@ inline Sizes scale_sizes(const Grid& grid) { return {grid.scale_rows(), grid.sca
 
 // x's codes: of x's shape, or [..., ceil(K / 2)] bytes where the format is packed.
 inline Result codes_of(const Tensor& x, const Grid& grid, const Format& f) {
-  Result codes = {x.sizes(), f.dtype};
+  Result codes = {x.sizes().vec(), f.dtype};
   if (!f.packed()) return codes;
   if (codes.sizes.empty()) codes.sizes.push_back(1);
   codes.sizes.back() = (grid.K + 1) / 2;
@@ -76,7 +76,7 @@ void cast(StableIValue* stack, uint64_t, uint64_t) {
 
   const Format& f = check_format(op, format, casts);
   const Format& x_format = check_dtype(op, "x", x.dtype(), casts);
-  Output y(op, "out", std::move(out), {x.sizes(), f.dtype}, x.device());
+  Output y(op, "out", std::move(out), {x.sizes().vec(), f.dtype}, x.device());
   x.make_contiguous();
   void* data = y.data({&x});
   if (x.numel()) Backend(x.device()).cast({x.data(), x_format.type, data, f.type, x.numel(), saturate});
@@ -157,7 +157,7 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   scale.make_contiguous();
   const int32_t* z = zero_points<Backend>(op, zero_point, f);
   void* data = y.data({&codes, &scale});
-  if (grid.M * grid.K)
+  if (grid.M && grid.K)
     Backend(codes.device())
         .dequantize({grid, codes.data(), f.type, static_cast<float*>(scale.data()), z, data, y_format.type});
   y.finish(stack[0]);

@@ -1,7 +1,7 @@
 // What the glue needs of torch, through its stable C interface alone: tensors, and the arguments of a call.
 //
 // torch/csrc/stable has classes for both, but its conversion of a string argument leaks the string, and its tensor asks
-// the library again for every size: an op call on 16 elements would take half as long again.
+// the library anew for every size.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -15,6 +15,7 @@
 namespace quantlib {
 
 using Sizes = std::vector<int64_t>;
+using SizesView = torch::headeronly::IntHeaderOnlyArrayRef;  // sizes that something else holds
 
 inline void check_torch(AOTITorchError status) {
   if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error("quantlib: a call of torch failed");
@@ -32,12 +33,12 @@ class Tensor {
     int64_t *sizes, dim;
     check_torch(aoti_torch_get_dim(handle, &dim));
     check_torch(aoti_torch_get_sizes(handle, &sizes));
+    sizes_ = SizesView(sizes, size_t(dim));
     check_torch(aoti_torch_get_dtype(handle, &dtype_));
     check_torch(aoti_torch_get_device_type(handle, &device_.type));
     check_torch(aoti_torch_get_device_index(handle, &device_.index));
-    sizes_.assign(sizes, sizes + dim);
   }
-  static Tensor empty(const Sizes& sizes, int32_t dtype, Device device) {
+  static Tensor empty(SizesView sizes, int32_t dtype, Device device) {
     Sizes strides(sizes.size(), 1);
     for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
     AtenTensorHandle handle;
@@ -47,7 +48,7 @@ class Tensor {
   }
   Tensor(Tensor&& other) noexcept
       : handle_(std::exchange(other.handle_, nullptr)),
-        sizes_(std::move(other.sizes_)),
+        sizes_(other.sizes_),
         dtype_(other.dtype_),
         device_(other.device_) {}
   Tensor& operator=(Tensor&&) = delete;
@@ -55,7 +56,7 @@ class Tensor {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
-  const Sizes& sizes() const { return sizes_; }
+  SizesView sizes() const { return sizes_; }
   int32_t dtype() const { return dtype_; }
   Device device() const { return device_; }
   int64_t numel() const {
@@ -81,6 +82,7 @@ class Tensor {
     Tensor copy = empty(sizes_, dtype_, device_);
     copy.copy_from(*this);
     std::swap(handle_, copy.handle_);
+    std::swap(sizes_, copy.sizes_);
   }
   // Whether two contiguous tensors share a byte.
   bool overlaps(const Tensor& other) const {
@@ -92,7 +94,7 @@ class Tensor {
 
  private:
   AtenTensorHandle handle_;
-  Sizes sizes_;
+  SizesView sizes_;
   int32_t dtype_;
   Device device_;
 };

@@ -15,10 +15,16 @@ QL_FN void decode_step(const void* codes, float* y) {
     for (int64_t j = 0; j < kStep; j += kLanes) store(y + j, canonical(load_half(in + j)));
     return;
   }
-  if constexpr (F::bits < 8)
-    for (int64_t j = 0; j < kStep; ++j) wide[j] = unpack<F>(in[j / 2], j % 2);
-  else
+  if constexpr (F::bits < 8) {
+    int8_t nibbles[kStep];
+    for (int64_t j = 0; j < kStep / 2; ++j) {
+      nibbles[2 * j] = int8_t(unpack<F>(in[j], 0));
+      nibbles[2 * j + 1] = int8_t(unpack<F>(in[j], 1));
+    }
+    for (int64_t j = 0; j < kStep; ++j) wide[j] = nibbles[j];
+  } else {
     for (int64_t j = 0; j < kStep; ++j) wide[j] = F::is_signed ? int8_t(in[j]) : in[j];
+  }
   for (int64_t j = 0; j < kStep; j += kLanes) {
     if constexpr (F::is_float) store(y + j, decode_float<F, Floats>(load<Bits<Floats>>(wide + j)));
     else store(y + j, Lanes<Floats>::of(load<Ints<Floats>>(wide + j)));
@@ -37,9 +43,9 @@ void decode(const void* __restrict__ codes, bool past_caches, float* __restrict_
   }
   if (j == n) return;
   char in_rest[kStep * 2] = {};
-  __builtin_memcpy(in_rest, in + j * F::bits / 8, size_t(((n - j) * F::bits + 7) / 8));
+  __builtin_memcpy(in_rest, in + j * F::bits / 8, ((n - j) * F::bits + 7) / 8);
   decode_step<F>(in_rest, step);
-  __builtin_memcpy(y + j, step, size_t(n - j) * 4);
+  __builtin_memcpy(y + j, step, (n - j) * 4);
 }
 
 }  // namespace

@@ -21,9 +21,11 @@ QL_FN void encode_step(const float* x, const float* r, const int32_t* zero_point
     else store(wide + j, encode_int<F, AFFINE>(t, AFFINE ? load<Ints<Floats>>(zero_point + j) : Ints<Floats>{}));
   }
   if constexpr (F::bits == 32) __builtin_memcpy(codes, wide, sizeof wide);
-  else if constexpr (F::bits < 8)
-    for (int64_t j = 0; j < kStep / 2; ++j) out[j] = pack(wide[2 * j], wide[2 * j + 1]);
-  else if (!in_hardware<F> || saturate)
+  else if constexpr (F::bits < 8) {
+    uint8_t nibbles[kStep];
+    for (int64_t j = 0; j < kStep; ++j) nibbles[j] = uint8_t(wide[j]);
+    for (int64_t j = 0; j < kStep / 2; ++j) out[j] = pack(nibbles[2 * j], nibbles[2 * j + 1]);
+  } else if (!in_hardware<F> || saturate)
     for (int64_t j = 0; j < kStep; ++j) out[j] = typename F::storage(wide[j]);
 }
 
@@ -49,7 +51,7 @@ void encode(const float* __restrict__ x, const float* __restrict__ r, const int3
     if (AFFINE) zero_point_rest[k] = zero_point[j + k];
   }
   encode_step<F, SCALED, AFFINE>(x_rest, r_rest, zero_point_rest, how.saturate, step);
-  __builtin_memcpy(out, step, size_t(((n - j) * F::bits + 7) / 8));
+  __builtin_memcpy(out, step, ((n - j) * F::bits + 7) / 8);
 }
 
 }  // namespace

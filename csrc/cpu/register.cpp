@@ -56,6 +56,7 @@ const Kernels& kernels() {
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (end - begin <= grain) return body(begin, end, context);
   check_torch(torch_parallel_for(begin, end, grain, body, context));
 }
 
