@@ -73,8 +73,18 @@ def library(name: str) -> Path:
     Raises
     ------
     BuildError
-        Where there is none and none can be made.
+        Where there is none and none can be made. A plain RuntimeError with ``QUANTLIB_BUILD=1``.
     """
+    try:
+        return find_or_build(name)
+    except BuildError as error:
+        if mode() != "1":
+            raise
+        raise RuntimeError(f"QUANTLIB_BUILD=1 asks for the {name} kernels: {error}") from error
+
+
+def find_or_build(name: str) -> Path:
+    """What `library` gives."""
     shipped = PACKAGE / FILES[name]
     if CSRC.parent == PACKAGE and shipped.exists():
         return shipped
@@ -260,7 +270,7 @@ def main(names: list[str]) -> int:
             return 2
         start = time.perf_counter()
         try:
-            path = library(name)
+            path = find_or_build(name)
         except BuildError as error:
             print(*filter(None, (error.log, f"{name}: {error}")), sep="\n", file=sys.stderr)
             if error.log or mode() == "1":  # a machine without a compiler is no failure unless a build was asked for

@@ -137,6 +137,12 @@ def test_build_0_compiles_nothing_and_says_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_build_1_makes_a_failed_build_an_error(tmp_path: Path) -> None:
+    done = import_quantlib(tmp_path, ROOT, QUANTLIB_BUILD="1", QUANTLIB_CACHE=str(tmp_path), CXX="/no/compiler")
+    assert done.returncode == 1
+    assert "RuntimeError: QUANTLIB_BUILD=1 asks for the cpu kernels: no compiler: /no/compiler is not" in done.stderr
+
+
 def test_build_must_be_one_of_three(tmp_path: Path) -> None:
     done = import_quantlib(tmp_path, ROOT, QUANTLIB_BUILD="yes")
     assert "QUANTLIB_BUILD must be auto, 0 or 1, got 'yes'" in done.stderr
