@@ -34,7 +34,7 @@ def _affine_results(x: Tensor, format: str, block: Block) -> list[Result]:
 def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, block: Block) -> None:
     M, K, block = matrices(x.shape, block)
     scale, zero_point = (*outs, None)[:2]
-    kernel(x.reshape(M, K), formats.get(format), block, scale, zero_point)
+    kernel(x.contiguous().view(M, K), formats.get(format), block, scale, zero_point)
 
 
 _symmetric, _symmetric_out = declare("compute_scale", _results, _launch)

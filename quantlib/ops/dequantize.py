@@ -59,7 +59,7 @@ def _launch(
     (out,) = outs
     M, K, block = matrices(out.shape, block)
     zero_point = None if zero_point is None else zero_point.contiguous()
-    kernel(codes.reshape(M, -1), scale.contiguous(), formats.get(format), block, zero_point, out.view(M, K))
+    kernel(codes.contiguous().view(M, -1), scale.contiguous(), formats.get(format), block, zero_point, out.view(M, K))
 
 
 _dequantize, _dequantize_out = declare("dequantize", _results, _launch)

@@ -38,7 +38,7 @@ def _launch(
 ) -> None:
     M, K, block = matrices(x.shape, block)
     zero_point = None if zero_point is None else zero_point.contiguous()
-    kernel(x.reshape(M, K), scale.contiguous(), formats.get(format), block, zero_point, outs[0].view(M, -1))
+    kernel(x.contiguous().view(M, K), scale.contiguous(), formats.get(format), block, zero_point, outs[0].view(M, -1))
 
 
 _quantize, _quantize_out = declare("quantize", _results, _launch)

@@ -37,7 +37,7 @@ def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, block: B
     M, K, block = matrices(x.shape, block)
     codes, scale, zero_point = (*outs, None)[:3]
     assert codes is not None
-    kernel(x.reshape(M, K), formats.get(format), block, codes.view(M, -1), scale, zero_point)
+    kernel(x.contiguous().view(M, K), formats.get(format), block, codes.view(M, -1), scale, zero_point)
 
 
 _symmetric, _symmetric_out = declare("quantize_dynamic", _results, _launch)
