@@ -6,7 +6,9 @@ import copy
 import gc
 import json
 import math
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,3 +296,17 @@ def test_a_trained_bias_and_a_compiled_model() -> None:
     assert torch.equal(compiled(x), model(x))
     model(x).sum().backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {"0.bias", "1.weight", "1.bias"}
+
+
+def test_the_code_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, scope)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model-int8.safetensors",
+        "float.safetensors",
+        "int4.safetensors",
+        "float-again.safetensors",
+    }
