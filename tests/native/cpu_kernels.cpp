@@ -1,0 +1,280 @@
+// Every op of csrc/cpu against the same functions of numerics.h called one element at a time, over awkward sizes and
+// buffers that end where the data ends. Linked with kernels that tests/test_cpu_sanitizers.py compiles; no torch.
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "packing.h"
+
+using namespace quantlib;
+
+namespace {
+
+// ---- the formula, element by element --------------------------------------------------------------------------------
+
+int bits_of_type(Type type) {
+  switch (type) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return NAME::bits;
+    QL_FLOATS(QL_CASE)
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      return 32;
+  }
+}
+
+bool is_int(Type type) { return type >= Type::int8; }
+
+// encode(x) of a float format, or encode(fl(x / s)) where scaled
+uint32_t encode_one(Type type, float t, bool saturate, bool affine, int32_t z) {
+  switch (type) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return encode_float<NAME>(t, saturate);
+    QL_FLOATS(QL_CASE)
+#undef QL_CASE
+#define QL_CASE(NAME, ...)                                                                      \
+  case Type::NAME:                                                                              \
+    return uint32_t(affine ? encode_int<NAME, true>(t, clamp_zero_point<NAME, true>(z)) \
+                           : encode_int<NAME, false>(t, 0));
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      return bits_of(canonical(t));
+  }
+}
+
+float decode_one(Type type, uint32_t code, bool affine, int32_t z) {
+  switch (type) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return decode_float<NAME>(code);
+    QL_FLOATS(QL_CASE)
+#undef QL_CASE
+#define QL_CASE(NAME, ...)                                                                            \
+  case Type::NAME: {                                                                                  \
+    const int32_t q = !NAME::is_signed ? int32_t(code) : NAME::bits == 8 ? int8_t(code) : unpack<NAME>(uint8_t(code), 0); \
+    return float(q - (affine ? clamp_zero_point<NAME, true>(z) : 0));                                 \
+  }
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      return canonical(float_of(code));
+  }
+}
+
+float scale_one(Type type, float s) {
+  switch (type) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return effective_scale<NAME>(s);
+    QL_FLOATS(QL_CASE)
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      return s;
+  }
+}
+
+Affine range_one(Type type, float lowest, float highest, bool affine) {
+  const uint32_t a = bits_of(lowest) & 0x7fffffffu, b = bits_of(highest) & 0x7fffffffu;
+  switch (type) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return {symmetric_scale<NAME>(a > b ? a : b), 0};
+    QL_FLOATS(QL_CASE)
+#undef QL_CASE
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return affine ? affine_scale<NAME>(lowest, highest) : Affine{symmetric_scale<NAME>(a > b ? a : b), 0};
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      return {};
+  }
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+// `size` bytes that begin `offset` bytes into an allocation and end with it.
+struct Buffer {
+  int64_t offset, size;
+  char* memory;
+  Buffer(int64_t size, int64_t offset) : offset(offset), size(size), memory(new char[size_t(size + offset)]) {
+    std::memset(memory, 0xa5, size_t(size + offset));
+  }
+  ~Buffer() { delete[] memory; }
+  Buffer(const Buffer&) = delete;
+  void* data() const { return memory + offset; }
+};
+
+int64_t row_bytes(int bits, int64_t K) { return bits == 4 ? (K + 1) / 2 : K * (bits / 8); }
+
+uint32_t code_at(const void* codes, int bits, int64_t K, int64_t i, int64_t j) {
+  const auto* row = static_cast<const uint8_t*>(codes) + i * row_bytes(bits, K);
+  uint32_t code = 0;
+  if (bits == 4) return j % 2 ? row[j / 2] >> 4 : row[j / 2] & 15u;
+  std::memcpy(&code, row + j * (bits / 8), size_t(bits / 8));
+  return code;
+}
+
+// ---- the cases ------------------------------------------------------------------------------------------------------
+
+void threads(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  const int64_t pieces = (end - begin) / grain >= 3 ? 3 : 1;
+  std::vector<std::thread> others;
+  for (int64_t k = 1; k < pieces; ++k)
+    others.emplace_back(body, begin + (end - begin) * k / pieces, begin + (end - begin) * (k + 1) / pieces, context);
+  if (end > begin) body(begin, begin + (end - begin) / pieces, context);
+  for (std::thread& other : others) other.join();
+}
+
+struct Ops {
+  const char* isa;
+#define QL_POINTER(OP, PROBLEM) void (*OP)(const PROBLEM&, ParallelFor);
+  QL_KERNELS(QL_POINTER)
+#undef QL_POINTER
+};
+
+std::mt19937 random_bits(1);
+int64_t compared = 0, wrong = 0;
+
+void compare(const std::string& where, int64_t i, int64_t j, uint32_t got, uint32_t want) {
+  ++compared;
+  if (got != want && wrong++ < 20)
+    std::printf("%s [%ld, %ld]: got 0x%x, expected 0x%x\n", where.c_str(), long(i), long(j), got, want);
+}
+
+// Any bits now and then, so that NaN, infinities and subnormals come up; moderate values mostly.
+uint32_t random_float(Type type) {
+  const uint32_t any = random_bits();
+  const float x = (float(int32_t(random_bits())) / 1e9f) * float(1 << (any % 9));
+  const uint32_t bits = any % 61 == 0 ? any : bits_of(x);
+  return type == Type::float32 ? bits : type == Type::bfloat16 ? bits >> 16 : any % 61 ? encode_float<float16>(x, false) : any >> 16;
+}
+
+void fill(Type type, void* x, int64_t n) {
+  const int bytes = bits_of_type(type) / 8;
+  for (int64_t e = 0; e < n; ++e) {
+    const uint32_t code = bytes >= 2 ? random_float(type) : random_bits();
+    std::memcpy(static_cast<char*>(x) + e * bytes, &code, size_t(bytes));
+  }
+}
+
+void check_cast(const Ops& ops, Type from, Type to, bool saturate, int64_t n) {
+  const int x_bits = bits_of_type(from), y_bits = bits_of_type(to);
+  const Buffer x(n * x_bits / 8, x_bits / 8), y(n * y_bits / 8, y_bits / 8);
+  fill(from, x.data(), n);
+  ops.cast({x.data(), from, y.data(), to, n, saturate}, threads);
+  for (int64_t j = 0; j < n; ++j)
+    compare(std::string(ops.isa) + " cast " + std::to_string(int(from)) + " to " + std::to_string(int(to)), 0, j,
+            code_at(y.data(), y_bits, n, 0, j),
+            encode_one(to, decode_one(from, code_at(x.data(), x_bits, n, 0, j), false, 0), saturate, false, 0));
+}
+
+void check_block(const Ops& ops, Type x_type, Type format, bool affine, Grid g) {
+  const std::string where = std::string(ops.isa) + " format " + std::to_string(int(format)) + " x " +
+                            std::to_string(int(x_type)) + (affine ? " affine" : "") + " block " + std::to_string(g.br) +
+                            " x " + std::to_string(g.bk) + " of " + std::to_string(g.M) + " x " + std::to_string(g.K);
+  const int x_bits = bits_of_type(x_type), bits = bits_of_type(format);
+  const int64_t rows = g.scale_rows(), cols = g.scale_cols(), code_bytes = g.M * row_bytes(bits, g.K);
+  const Buffer x(g.M * g.K * x_bits / 8, x_bits / 8), scale(rows * cols * 4, 4), zero_point(rows * cols * 4, 4);
+  fill(x_type, x.data(), g.M * g.K);
+  auto* s = static_cast<float*>(scale.data());
+  auto* z = affine ? static_cast<int32_t*>(zero_point.data()) : nullptr;
+  const auto x_at = [&](int64_t i, int64_t j) {
+    return decode_one(x_type, code_at(x.data(), x_bits, g.K, i, j), false, 0);
+  };
+
+  ops.compute_scale({g, x.data(), x_type, format, s, z}, threads);
+  for (int64_t I = 0; I < rows; ++I)
+    for (int64_t J = 0; J < cols; ++J) {
+      float lowest = 0, highest = 0;
+      bool is_nan = false;
+      for (int64_t i = I * g.br; i < std::min((I + 1) * g.br, g.M); ++i)
+        for (int64_t j = J * g.bk; j < std::min((J + 1) * g.bk, g.K); ++j) {
+          lowest = std::min(lowest, x_at(i, j)), highest = std::max(highest, x_at(i, j));
+          is_nan |= x_at(i, j) != x_at(i, j);
+        }
+      if (is_nan) lowest = highest = float_of(kNaN);
+      const Affine want = range_one(format, lowest, highest, affine);
+      compare("compute_scale " + where, I, J, bits_of(s[I * cols + J]), bits_of(want.scale));
+      if (affine) compare("zero_point " + where, I, J, uint32_t(z[I * cols + J]), uint32_t(want.zero_point));
+    }
+
+  const auto check_codes = [&](const char* op, const void* codes) {
+    for (int64_t i = 0; i < g.M; ++i)
+      for (int64_t j = 0; j < row_bytes(bits, g.K) * 8 / bits; ++j) {
+        const int64_t at = i / g.br * cols + j / g.bk;
+        uint32_t want = 0;  // the nibble past an odd row
+        if (j < g.K)
+          want = encode_one(format, x_at(i, j) * reciprocal(scale_one(format, s[at])), true, affine, affine ? z[at] : 0);
+        compare(op + where, i, j, code_at(codes, bits, row_bytes(bits, g.K) * 8 / bits, i, j),
+                want & (bits == 32 ? ~0u : (1u << bits) - 1));
+      }
+  };
+  {
+    const Buffer codes(code_bytes, 1 + bits / 16), again(rows * cols * 4, 0), again_z(rows * cols * 4, 0);
+    ops.quantize_dynamic({g, x.data(), x_type, format, codes.data(), static_cast<float*>(again.data()),
+                          affine ? static_cast<int32_t*>(again_z.data()) : nullptr},
+                         threads);
+    check_codes("quantize_dynamic ", codes.data());
+    compare("scale of quantize_dynamic " + where, 0, 0, uint32_t(std::memcmp(again.data(), s, size_t(again.size))), 0);
+    if (affine)
+      compare("zero_point of quantize_dynamic " + where, 0, 0,
+              uint32_t(std::memcmp(again_z.data(), z, size_t(again.size))), 0);
+  }
+  for (int64_t at = 0; at < rows * cols; ++at) {
+    s[at] = at % 7 ? s[at] : float_of(random_bits());
+    if (affine) z[at] = at % 5 ? z[at] : int32_t(random_bits());  // out of range: as good as the nearest inside
+  }
+  const Buffer codes(code_bytes, 1 + bits / 16);
+  ops.quantize({g, x.data(), x_type, format, s, z, codes.data()}, threads);
+  check_codes("quantize ", codes.data());
+
+  const Buffer y(g.M * g.K * x_bits / 8, x_bits / 8);
+  fill(Type::uint8, codes.data(), code_bytes);
+  ops.dequantize({g, codes.data(), format, s, z, y.data(), x_type}, threads);
+  for (int64_t i = 0; i < g.M; ++i)
+    for (int64_t j = 0; j < g.K; ++j) {
+      const int64_t at = i / g.br * cols + j / g.bk;
+      const float value = decode_one(format, code_at(codes.data(), bits, g.K, i, j), affine, affine ? z[at] : 0);
+      compare("dequantize " + where, i, j, code_at(y.data(), x_bits, g.K, i, j),
+              encode_one(x_type, canonical(value * scale_one(format, s[at])), false, false, 0));
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Ops all[] = {
+#define QL_ROW(OP, PROBLEM) TESTED_ISA::OP,
+      {argc > 1 ? argv[1] : "", QL_KERNELS(QL_ROW)},
+#undef QL_ROW
+  };
+  const Grid grids[] = {
+      {1, 1, 1, 1},      {7, 13, 1, 1},    {7, 13, 7, 13},     {5, 35, 1, 35},    {3, 1030, 3, 1030}, {6, 64, 1, 16},
+      {6, 37, 1, 16},    {9, 35, 1, 5},    {10, 18, 4, 4},     {20, 33, 20, 1},   {9, 70, 2, 3},      {9, 131, 4, 64},
+      {3, 2050, 2, 999}, {66, 129, 64, 7}, {2, 1500, 1, 1500}, {130, 5, 130, 5},
+  };
+  const Grid shared[] = {{2, 300001, 2, 300001}, {150001, 4, 150001, 2}};
+  for (const Ops& ops : all) {
+    for (Type from : {Type::float32, Type::float16, Type::bfloat16, Type::float8_e4m3fn, Type::float8_e5m2})
+      for (Type to : {Type::float32, Type::float16, Type::bfloat16, Type::float8_e4m3fn, Type::float8_e5m2})
+        for (int64_t n : {1, 3, 15, 64, 67, 1024, 2500}) check_cast(ops, from, to, n % 2, n);
+    for (int format = 1; format <= int(Type::int4); ++format)
+      for (Type x_type : {Type::float32, Type::float16, Type::bfloat16})
+        for (bool affine : {false, true})
+          if (!affine || is_int(Type(format)))
+            for (const Grid& grid : grids) check_block(ops, x_type, Type(format), affine, grid);
+    for (const Grid& grid : shared) check_block(ops, Type::bfloat16, Type::int4, true, grid);
+  }
+  std::printf("%ld values, %ld wrong\n", long(compared), long(wrong));
+  return wrong ? 1 : 0;
+}

@@ -1,0 +1,81 @@
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, one instruction set after the other.
+
+``native/cpu_kernels.cpp`` calls every op over awkward sizes, in memory that ends where the data ends, on three threads,
+and compares each value with the functions of ``csrc/numerics.h`` called one element at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from quantlib import _build
+
+NATIVE = Path(__file__).parent / "native"
+CXX = shlex.split(os.environ.get("CXX", "c++"))
+KERNELS = sorted(p for p in _build.CSRC.glob("cpu/*.cpp") if p.name != "register.cpp")
+FLAGS = ("-std=c++17", f"-I{_build.CSRC}", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
+
+pytestmark = pytest.mark.skipif(shutil.which(CXX[0]) is None, reason=f"no C++ compiler: {CXX[0]}")
+
+
+def run(*command: object, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+def compile_kernels(folder: Path, isa: str, *flags: str) -> Path:
+    """Every op in one object: the headers are read once."""
+    unity = folder / "kernels.cpp"
+    unity.write_text("".join(f'#include "{kernel}"\n' for kernel in KERNELS))
+    made = folder / f"kernels_{isa}.o"
+    run(*CXX, *FLAGS, *_build.ISAS[isa], f"-DQL_ISA={isa}", *flags, "-c", unity, "-o", made)
+    return made
+
+
+def runs_here(isa: str) -> bool:
+    try:
+        has = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    except (OSError, IndexError):
+        has = set()
+    return {flag.removeprefix("-m") for flag in _build.ISAS[isa] if "=" not in flag} <= has
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", _build.ISAS)
+def test_memory_and_arithmetic(isa: str, tmp_path: Path) -> None:
+    if not runs_here(isa):
+        pytest.skip(f"this machine has no {isa}")
+    (tmp_path / "probe.cpp").write_text("int main() {}\n")
+    probe = [*CXX, *SANITIZERS, str(tmp_path / "probe.cpp"), "-o", str(tmp_path / "probe")]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("the compiler has no sanitizers")
+    kernels = compile_kernels(tmp_path, isa, "-O1", *SANITIZERS)
+    program = tmp_path / "cpu_kernels"
+    driver = NATIVE / "cpu_kernels.cpp"
+    run(*CXX, *FLAGS, "-O1", *SANITIZERS, f"-DTESTED_ISA={isa}", driver, kernels, "-pthread", "-o", program)
+    assert re.fullmatch(r"\d{7} values, 0 wrong\n", run(program, isa, LD_PRELOAD=""))
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize("isa", _build.ISAS)
+def test_lends_no_code(isa: str, tmp_path: Path) -> None:
+    """A function that two instruction sets emit under one name is linked once: on an old machine, the wrong one.
+
+    Not optimised, so that nothing escapes by being inlined.
+    """
+    symbols = run("nm", "-C", "--defined-only", compile_kernels(tmp_path, isa, "-O0"))
+    mine = re.compile(rf"\S+ ([a-z] |\S .*quantlib::{isa}::|V DW\.ref)")  # local; of this namespace; how to unwind
+    shared = [line for line in symbols.splitlines() if not mine.match(line)]
+    assert not shared, "\n".join(shared)
+    assert f"quantlib::{isa}::quantize_dynamic(" in symbols
