@@ -123,11 +123,9 @@ def _dynamic_x(case: Case, rng: np.random.Generator) -> Array:
     # that lies halfway between two codes
     s = over((np.exp2(rng.integers(-30, 30, grid)) * rng.uniform(1, 2, grid)).astype(np.float32))
     halves = values.midpoints(case.format, not case.symmetric)
-    if isinstance(f, IntFormat):
-        ends = np.array(f.range(not case.symmetric))
-    else:
-        ends = np.array([-f.max, f.max])
-    z = over(rng.integers(*ends, grid) + rng.choice([0, 0.5], grid)) if not case.symmetric else 0
+    lowest, highest = f.range(not case.symmetric) if isinstance(f, IntFormat) else (-f.max, f.max)
+    ends = np.array([lowest, highest])
+    z = 0 if case.symmetric else over(rng.integers(int(lowest), int(highest), grid) + rng.choice([0, 0.5], grid))
     inside = halves[(halves > ends[0]) & (halves < ends[1])]
     with np.errstate(all="ignore"):
         ties = ((rng.choice(inside, (M, K)) - z) * s).astype(np.float32)
