@@ -46,7 +46,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 sanitize: export CXXFLAGS = $(SANITIZE)
 sanitize: kernels-test  ## the tests over C++ that is built with ASan and UBSan
 	LD_PRELOAD="$(foreach so,libasan.so libubsan.so libstdc++.so.6,$(shell c++ -print-file-name=$(so)))" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not slow and not network' $(WORKERS) $(ARGS)
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(RUN) -m pytest --capture=sys -m 'not slow and not network' $(WORKERS) $(ARGS)
 
 clean:  ## remove the environment and whatever was built in the checkout
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
