@@ -105,11 +105,10 @@ struct Divisor {
 
 // An [M, K] matrix of blocks (br, bk) that share a scale; `columns` scales a row of blocks.
 struct Blocks {
-  int64_t M, K, columns, rows;
+  int64_t M, K, columns;
   Divisor br, bk;
 
-  explicit Blocks(const Grid& g)
-      : M(g.M), K(g.K), columns(ceil_div(g.K, g.bk)), rows(ceil_div(g.M, g.br)), br(g.br), bk(g.bk) {}
+  explicit Blocks(const Grid& g) : M(g.M), K(g.K), columns(ceil_div(g.K, g.bk)), br(g.br), bk(g.bk) {}
 };
 
 // The same elements as one long row where every block is a contiguous run of them. It leaves alone a matrix whose rows
