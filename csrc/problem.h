@@ -11,8 +11,8 @@ enum class Type : uint8_t { float32, float16, bfloat16, float8_e4m3fn, float8_e5
 struct Grid {
   int64_t M, K, br, bk;
   // Always inlined: a file compiled for AVX-512 must not lend its copy to one compiled without.
-  __attribute__((always_inline)) int64_t scale_rows() const { return (M + br - 1) / br; }
-  __attribute__((always_inline)) int64_t scale_cols() const { return (K + bk - 1) / bk; }
+  __attribute__((always_inline)) int64_t scale_rows() const { return M / br + (M % br != 0); }
+  __attribute__((always_inline)) int64_t scale_cols() const { return K / bk + (K % bk != 0); }
 };
 
 // y[n] = encode(decode(x[n]))
