@@ -20,11 +20,11 @@ from quantlib.formats import Format
 Shape = tuple[int, int]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-ELEMENTS = 1 << 16 if INTERPRETED else 4096  # of a tile: 16 a thread on a device, as few programs as possible on none
+ELEMENTS = 1 << 18 if INTERPRETED else 4096  # of a tile: 16 a thread on a device, as few programs as possible on none
 WARPS = 8
 HELD = 1 << 17  # bytes of x that a program holds in registers
 PARTS = 1024  # programs that share the blocks of x where one is too large for that: no number of any device
-STRADDLE = 1024  # from this width of a block on, a tile holds no more than two of them
+STRADDLE = ELEMENTS if INTERPRETED else 1024  # from this width of a block on, a tile holds no more than two of them
 
 
 @dataclass(frozen=True)
