@@ -80,8 +80,8 @@ def _launch_affine(
     dx, dscale, dzero_point = (*outs, None)[:3]
     assert dx is not None
     kernel(
-        dy.reshape(M, K),
-        x.reshape(M, K),
+        dy.contiguous().view(M, K),
+        x.contiguous().view(M, K),
         scale.contiguous(),
         f,
         block,
