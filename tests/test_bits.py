@@ -92,12 +92,22 @@ def test_dynamic_is_the_two_steps(on_cpu: Served) -> None:
         testing.assert_same_bytes(codes, quantlib.quantize(x, scale, "int8", block=block, zero_point=zero_point))
 
 
-def test_denormals_survive_whatever_the_caller_has_set(on_cpu: Served) -> None:
-    """With flush-to-zero in the caller's thread the contract does not promise subnormals, and after it it does."""
-    torch.set_flush_denormal(True)
-    torch.set_flush_denormal(False)
-    x = torch.tensor([1e-40, -1e-45])
-    testing.assert_same_bytes(quantlib.cast(x, "bfloat16"), reference.cast(x.numpy(), "bfloat16"))
+def test_subnormals_survive_a_caller_who_flushes_them() -> None:
+    if why := backends.refuses("cpp", "cpu"):
+        pytest.skip(f"cpp: {why}")
+    table = [case for case in testing.cases("cast") if case.shape is None and case.dtype == "float32"]
+    table += [case for case in testing.cases(format="int8") if case.shape == (33, 130)]
+    given, want = [testing.tensors(case) for case in table], [testing.expected(case) for case in table]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        with quantlib.use_backend("cpp"):
+            got = [testing.call(case, arguments) for case, arguments in zip(table, given, strict=True)]
+    finally:
+        torch.set_flush_denormal(False)
+    for case, results, right in zip(table, got, want, strict=True):
+        for a, b in zip(results, right, strict=True):
+            testing.assert_same_bytes(a, b, str(case))
 
 
 def test_the_table_covers_what_it_says() -> None:
@@ -125,20 +135,32 @@ def test_the_comparison_names_the_first_mismatch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("QUANTLIB_LARGE") != "1", reason="QUANTLIB_LARGE=1 runs it: it takes 12 GB")
-def test_above_2_31_elements(on_cpu: Served) -> None:
-    if on_cpu.backend == "triton":
-        pytest.skip("triton: hours in its interpreter")
+@pytest.mark.skipif(os.environ.get("QUANTLIB_LARGE") != "1", reason="QUANTLIB_LARGE=1 runs it: it takes 7 GB")
+def test_above_2_31_elements() -> None:
+    if why := backends.refuses("cpp", "cpu"):
+        pytest.skip(f"cpp: {why}")
     n = 2**31 + 1234
-    pattern = torch.from_numpy(np.arange(65536, dtype=np.uint16).view(np.int16)).view(torch.float16)
+    finite = np.array([code for code in range(65536) if code & 0x7C00 != 0x7C00], np.uint16)
+    pattern = testing.tensor(finite, "float16")
+    values = reference.decode_float(finite, quantlib.formats.get("float16"))
+    step = len(pattern) * 1024
+
+    def fill(whole: torch.Tensor) -> None:
+        for part in whole.split(step):
+            part.copy_(pattern.repeat(1024)[: len(part)])
+
+    def compare(whole: torch.Tensor, right: np.ndarray) -> None:
+        repeated = torch.from_numpy(right).repeat(1024)
+        for number, part in enumerate(whole.view(torch.uint8).split(step)):
+            assert torch.equal(part, repeated[: len(part)]), f"after element {number * step}"
+
     x = torch.empty(n, dtype=torch.float16)
-    for start in range(0, n, 1 << 26):
-        part = x[start : start + (1 << 26)]
-        part.copy_(pattern.repeat(-(-len(part) // 65536))[: len(part)])
-    codes = quantlib.cast(x, "float8_e5m2", out=testing.poisoned((n,), torch.float8_e5m2)).view(torch.uint8)
-    want = torch.from_numpy(
-        reference.cast(reference.decode_float(testing.bits(pattern), quantlib.formats.get("float16")), "float8_e5m2")
-    )
-    for start in range(0, n, 1 << 26):
-        part = codes[start : start + (1 << 26)]
-        assert torch.equal(part, want.repeat(-(-len(part) // 65536))[: len(part)]), f"after element {start}"
+    fill(x)
+    with quantlib.use_backend("cpp"):
+        out = testing.poisoned((n,), torch.float8_e5m2)
+        compare(quantlib.cast(x, "float8_e5m2", out=out), reference.cast(values, "float8_e5m2"))
+        block = (1, len(values))
+        right, *_ = reference.quantize_dynamic(values[None], "int8", block=block)
+        into = out.view(torch.int8)[None], torch.empty(1, 1)
+        codes, _ = quantlib.quantize_dynamic(x[None], "int8", block=(1, -1), out=into)
+        compare(codes[0], right[0].view(np.uint8))
