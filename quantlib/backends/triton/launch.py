@@ -111,17 +111,18 @@ def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> 
     """The chunks of a reduction over the blocks of x [M, K]."""
     (M, K), (br, bk) = shape, block
     blocks = triton.cdiv(M, br) * triton.cdiv(K, bk)
-    held = (br * power_of_2(bk) if br > 1 else bk) * itemsize
+    width = max(power_of_2(bk), 4)  # a conversion takes four values
+    held = (br * width if br > 1 else bk) * itemsize
     fits = held <= HELD and (br == 1 or bk <= ELEMENTS)
     warps = 2 * WARPS if HELD // 4 < held <= HELD else WARPS
     elements = tile_elements(format) * warps // WARPS
     if bk > elements and divisor(bk) == elements // 2:
         elements //= 2  # then no chunk is ragged
-    cols = min(elements, max(power_of_2(bk), 2))  # 2 codes make a byte
+    cols = min(elements, width)
     rows = min(elements // cols, power_of_2(br))
     chunks = triton.cdiv(br, rows) * triton.cdiv(bk, cols)
     count = min(elements // (rows * cols), power_of_2(blocks)) if chunks == 1 else 1
-    parts = 1 if fits else min(PARTS // min(blocks, PARTS), power_of_2(chunks))
+    parts = 1 if fits else min(PARTS // power_of_2(min(blocks, PARTS)), power_of_2(chunks))
     exact = M % br == 0 and K % bk == 0 and br % rows == 0 and bk % cols == 0 and blocks % count == 0
     return shown(
         Blocks(
