@@ -28,9 +28,9 @@ inline const std::vector<Dtype>& dtypes() {
   static const std::vector<Dtype> all = {
 #define QL_DTYPE(NAME) {aoti_torch_dtype_##NAME(), #NAME},
       QL_DTYPE(float32) QL_DTYPE(float16) QL_DTYPE(bfloat16) QL_DTYPE(float8_e4m3fn) QL_DTYPE(float8_e5m2)
-      QL_DTYPE(float8_e4m3fnuz) QL_DTYPE(float8_e5m2fnuz) QL_DTYPE(float64) QL_DTYPE(uint8) QL_DTYPE(uint16)
-      QL_DTYPE(uint32) QL_DTYPE(uint64) QL_DTYPE(int8) QL_DTYPE(int16) QL_DTYPE(int32) QL_DTYPE(int64) QL_DTYPE(bool)
-      QL_DTYPE(complex32) QL_DTYPE(complex64) QL_DTYPE(complex128)
+          QL_DTYPE(float8_e4m3fnuz) QL_DTYPE(float8_e5m2fnuz) QL_DTYPE(float64) QL_DTYPE(uint8) QL_DTYPE(uint16)
+              QL_DTYPE(uint32) QL_DTYPE(uint64) QL_DTYPE(int8) QL_DTYPE(int16) QL_DTYPE(int32) QL_DTYPE(int64)
+                  QL_DTYPE(bool) QL_DTYPE(complex32) QL_DTYPE(complex64) QL_DTYPE(complex128)
 #undef QL_DTYPE
   };
   return all;
@@ -48,14 +48,13 @@ inline const std::vector<Format>& formats() {
       if (bits < 8) return aoti_torch_dtype_uint8();
       return std::find_if(dtypes().begin(), dtypes().end(), [&](const Dtype& d) { return d.name == name; })->dtype;
     };
-    return std::vector<Format>{
-        {"float32", Type::float32, 32, true, 0, 0, aoti_torch_dtype_float32()},
+    return std::vector<Format>{{"float32", Type::float32, 32, true, 0, 0, aoti_torch_dtype_float32()},
 #define QL_ROW(NAME, BITS, ...) {#NAME, Type::NAME, BITS, true, 0, 0, dtype(#NAME, BITS)},
-        QL_FLOATS(QL_ROW)
+                               QL_FLOATS(QL_ROW)
 #undef QL_ROW
 #define QL_ROW(NAME, BITS, ...) \
   {#NAME, Type::NAME, BITS, false, NAME::affine_qmin, NAME::affine_qmax, dtype(#NAME, BITS)},
-        QL_INTS(QL_ROW)
+                                   QL_INTS(QL_ROW)
 #undef QL_ROW
     };
   }();
@@ -101,8 +100,8 @@ inline std::string text_of(Device device) {
   std::string text = "device type " + std::to_string(device.type);
   for (const auto& [type, name] : types)
     if (type == device.type) text = name;
-  const bool numbered = device.index >= 0 && device.type != aoti_torch_device_type_cpu() &&
-                        device.type != aoti_torch_device_type_meta();
+  const bool numbered =
+      device.index >= 0 && device.type != aoti_torch_device_type_cpu() && device.type != aoti_torch_device_type_meta();
   return numbered ? text + ":" + std::to_string(device.index) : text;
 }
 

@@ -109,27 +109,27 @@ struct storage_of<4> {
   using type = uint8_t;
 };
 
-#define QL_FLOAT_TYPE(NAME, BITS, E, M, BIAS, MAX_CODE, OVERFLOW_CODE, NAN_CODE, MAX, SCALE_MAX)                 \
-  struct NAME {                                                                                                  \
-    using storage = storage_of<BITS>::type;                                                                      \
-    static constexpr bool is_float = true, is_signed = false; /* the sign bit is no part of a number */          \
-    static constexpr int bits = BITS, exponent_bits = E, fraction_bits = M, bias = BIAS;                         \
-    static constexpr uint32_t max_code = MAX_CODE, overflow_code = OVERFLOW_CODE, nan_code = NAN_CODE;           \
-    static constexpr uint32_t max = MAX, scale_max = SCALE_MAX; /* bits of an FP32 value */                      \
-    static constexpr bool has_inf = MAX_CODE + 1 == OVERFLOW_CODE && OVERFLOW_CODE != NAN_CODE;                  \
-    static constexpr bool has_nan = NAN_CODE != MAX_CODE;                                                        \
+#define QL_FLOAT_TYPE(NAME, BITS, E, M, BIAS, MAX_CODE, OVERFLOW_CODE, NAN_CODE, MAX, SCALE_MAX)        \
+  struct NAME {                                                                                         \
+    using storage = storage_of<BITS>::type;                                                             \
+    static constexpr bool is_float = true, is_signed = false; /* the sign bit is no part of a number */ \
+    static constexpr int bits = BITS, exponent_bits = E, fraction_bits = M, bias = BIAS;                \
+    static constexpr uint32_t max_code = MAX_CODE, overflow_code = OVERFLOW_CODE, nan_code = NAN_CODE;  \
+    static constexpr uint32_t max = MAX, scale_max = SCALE_MAX; /* bits of an FP32 value */             \
+    static constexpr bool has_inf = MAX_CODE + 1 == OVERFLOW_CODE && OVERFLOW_CODE != NAN_CODE;         \
+    static constexpr bool has_nan = NAN_CODE != MAX_CODE;                                               \
   };
 QL_FLOATS(QL_FLOAT_TYPE)
 #undef QL_FLOAT_TYPE
 
-#define QL_INT_TYPE(NAME, BITS, QMIN, QMAX, AFFINE_QMIN, AFFINE_QMAX, MAX, SCALE_MAX)                            \
-  struct NAME {                                                                                                  \
-    using storage = uint8_t;                                                                                     \
-    static constexpr bool is_float = false, is_signed = AFFINE_QMIN < 0;                                         \
-    static constexpr int bits = BITS, qmin = QMIN, qmax = QMAX;                                                  \
-    static constexpr int affine_qmin = AFFINE_QMIN, affine_qmax = AFFINE_QMAX;                                   \
-    static constexpr int max = MAX;                                                                              \
-    static constexpr uint32_t scale_max = SCALE_MAX; /* bits of an FP32 value */                                 \
+#define QL_INT_TYPE(NAME, BITS, QMIN, QMAX, AFFINE_QMIN, AFFINE_QMAX, MAX, SCALE_MAX) \
+  struct NAME {                                                                       \
+    using storage = uint8_t;                                                          \
+    static constexpr bool is_float = false, is_signed = AFFINE_QMIN < 0;              \
+    static constexpr int bits = BITS, qmin = QMIN, qmax = QMAX;                       \
+    static constexpr int affine_qmin = AFFINE_QMIN, affine_qmax = AFFINE_QMAX;        \
+    static constexpr int max = MAX;                                                   \
+    static constexpr uint32_t scale_max = SCALE_MAX; /* bits of an FP32 value */      \
   };
 QL_INTS(QL_INT_TYPE)
 #undef QL_INT_TYPE
@@ -205,7 +205,9 @@ QL_FN float effective_scale(float s, float scale_max) {
 }
 
 template <class F>
-QL_FN float effective_scale(float s) { return effective_scale(s, float_of(F::scale_max)); }
+QL_FN float effective_scale(float s) {
+  return effective_scale(s, float_of(F::scale_max));
+}
 
 // What x is multiplied by: r = fl(1 / s_eff). t = mul(x, r) is x in units of the scale (C5, C6).
 QL_FN float reciprocal(float s_eff) { return div(1.0f, s_eff); }

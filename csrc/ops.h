@@ -91,7 +91,7 @@ void compute_scale(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = in.tensor();
   const std::string format = in.text();
   const Sizes block = in.sizes();
-  auto scale_out = take_out<OUT>(in), zero_point_out = take_out<OUT && AFFINE>(in);
+  auto scale_out = take_out<OUT>(in), zero_point_out = take_out < OUT && AFFINE > (in);
 
   const Format& f = check_format(op, format, AFFINE ? integers : targets);
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
@@ -128,8 +128,7 @@ void quantize(StableIValue* stack, uint64_t, uint64_t) {
   const int32_t* z = zero_points<Backend>(op, zero_point, f);
   void* data = codes.data({&x, &scale});
   if (x.numel())
-    Backend(x.device())
-        .quantize({grid, x.data(), x_format.type, f.type, static_cast<float*>(scale.data()), z, data});
+    Backend(x.device()).quantize({grid, x.data(), x_format.type, f.type, static_cast<float*>(scale.data()), z, data});
   codes.finish(stack[0]);
 }
 
@@ -171,7 +170,7 @@ void quantize_dynamic(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = in.tensor();
   const std::string format = in.text();
   const Sizes block = in.sizes();
-  auto codes_out = take_out<OUT>(in), scale_out = take_out<OUT>(in), zero_point_out = take_out<OUT && AFFINE>(in);
+  auto codes_out = take_out<OUT>(in), scale_out = take_out<OUT>(in), zero_point_out = take_out < OUT && AFFINE > (in);
 
   const Format& f = check_format(op, format, AFFINE ? integers : targets);
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);

@@ -131,7 +131,8 @@ class Arguments {
     return result;
   }
   std::optional<Tensor> optional_tensor() {
-    return optional<Tensor>([](StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); });
+    return optional<Tensor>(
+        [](StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); });
   }
   std::optional<int64_t> optional_size() { return optional<int64_t>(torch::stable::detail::to<int64_t>); }
 

@@ -26,6 +26,7 @@ void widen_columns(const Bits* x, int64_t n, int32_t* __restrict__ highest, uint
   }
 }
 
+// The bits of x_type as a value; 16 bits or 32.
 float value(Type x_type, uint32_t bits) {
   return x_type == Type::float32   ? float_of(bits)
          : x_type == Type::float16 ? decode_float<float16>(bits)
@@ -33,11 +34,19 @@ float value(Type x_type, uint32_t bits) {
 }
 
 template <class F>
-Affine scale_of(float lowest, float highest, bool affine) {
+void scales_of(const float* lowest, const float* highest, int64_t n, float* scale, int32_t* zero_point) {
   if constexpr (!F::is_float)
-    if (affine) return affine_scale<F>(lowest, highest);
-  const uint32_t a = bits_of(lowest) & 0x7fffffffu, b = bits_of(highest) & 0x7fffffffu;
-  return {symmetric_scale<F>(a > b ? a : b), 0};
+    if (zero_point) {
+      for (int64_t k = 0; k < n; ++k) {
+        const Affine affine = affine_scale<F>(lowest[k], highest[k]);
+        scale[k] = affine.scale, zero_point[k] = affine.zero_point;
+      }
+      return;
+    }
+  for (int64_t k = 0; k < n; ++k) {
+    const uint32_t a = bits_of(lowest[k]) & 0x7fffffffu, b = bits_of(highest[k]) & 0x7fffffffu;
+    scale[k] = symmetric_scale<F>(a > b ? a : b);
+  }
 }
 
 }  // namespace
@@ -50,12 +59,12 @@ Range RangeRows::row(int64_t i, int64_t j, int64_t n) const {
 
 void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* out) const {
   if (i1 - i0 == 1 || grid.bk >= 64) {
-    for (int64_t J = J0; J < J1; ++J) {
-      const int64_t j = J * grid.bk, n = least(grid.bk, grid.K - j);
-      Range range = {0, 0};
-      for (int64_t i = i0; i < i1; ++i) range = widen(range, row(i, j, n));
-      out[J - J0] = range;
-    }
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t J = J0; J < J1; ++J) {
+        const int64_t j = J * grid.bk;
+        const Range range = row(i, j, least(grid.bk, grid.K - j));
+        out[J - J0] = i == i0 ? range : widen(out[J - J0], range);
+      }
     return;
   }
   // Narrow blocks of many rows: down the columns first, across each block once.
@@ -69,8 +78,7 @@ void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* ou
       const int64_t at = i * grid.K + j0;
       if (p.x_type == Type::float32)
         widen_columns<uint32_t, int32_t>(static_cast<const uint32_t*>(p.x) + at, n, highest, lowest);
-      else
-        widen_columns<uint16_t, int16_t>(static_cast<const uint16_t*>(p.x) + at, n, highest, lowest);
+      else widen_columns<uint16_t, int16_t>(static_cast<const uint16_t*>(p.x) + at, n, highest, lowest);
     }
     for (int64_t j = 0; j < n; ++j) {
       Range& range = out[J - J0 + j / grid.bk];
@@ -80,26 +88,26 @@ void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* ou
   }
 }
 
-void RangeRows::finish(int64_t I, int64_t J, Range range) const {
+void RangeRows::finish(int64_t I, int64_t J0, int64_t J1, const Range* range) const {
   const uint32_t sign = p.x_type == Type::float32 ? 0x80000000u : 0x8000u;
-  float highest = value(p.x_type, uint32_t(range.highest));
-  float lowest = range.lowest & sign ? value(p.x_type, range.lowest) : 0.0f;
-  if (highest != highest || lowest != lowest) highest = lowest = float_of(kNaN);
-  Affine result = {};
+  float lowest[kBlocks], highest[kBlocks];
+  const int64_t n = J1 - J0, at = I * grid.scale_cols() + J0;
+  for (int64_t k = 0; k < n; ++k) {
+    const float high = value(p.x_type, uint32_t(range[k].highest));
+    const float low = range[k].lowest & sign ? value(p.x_type, range[k].lowest) : 0.0f;
+    const bool is_nan = high != high || low != low;
+    highest[k] = is_nan ? float_of(kNaN) : high, lowest[k] = is_nan ? float_of(kNaN) : low;
+  }
   switch (p.format) {
-#define QL_CASE(NAME, ...)                                               \
-  case Type::NAME:                                                       \
-    result = scale_of<NAME>(lowest, highest, p.zero_point != nullptr); \
-    break;
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return scales_of<NAME>(lowest, highest, n, p.scale + at, p.zero_point ? p.zero_point + at : nullptr);
     QL_FLOATS(QL_CASE)
     QL_INTS(QL_CASE)
 #undef QL_CASE
     default:
-      break;
+      return;
   }
-  const int64_t at = I * grid.scale_cols() + J;
-  p.scale[at] = result.scale;
-  if (p.zero_point) p.zero_point[at] = result.zero_point;
 }
 
 void compute_scale(const ComputeScale& p, ParallelFor run) {
@@ -109,7 +117,7 @@ void compute_scale(const ComputeScale& p, ParallelFor run) {
     parallel_blocks(run, g, false, [&](int64_t I, int64_t J0, int64_t J1) {
       Range range[kBlocks];
       rows.blocks(I * g.br, least((I + 1) * g.br, g.M), J0, J1, range);
-      for (int64_t J = J0; J < J1; ++J) rows.finish(I, J, range[J - J0]);
+      rows.finish(I, J0, J1, range);
     });
     return;
   }
@@ -132,14 +140,13 @@ void compute_scale(const ComputeScale& p, ParallelFor run) {
         }
       }
     });
-    for (int64_t J = 0; J < cols; ++J) {
-      Range range = {0, 0};
-      for (int64_t part = 0; part < parts; ++part) {
-        range = widen(range, partial[part][J]);
+    Range range[64] = {};
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t J = 0; J < cols; ++J) {
+        range[J] = widen(range[J], partial[part][J]);
         partial[part][J] = {0, 0};
       }
-      rows.finish(I, J, range);
-    }
+    rows.finish(I, 0, cols, range);
   }
 }
 

@@ -1,7 +1,6 @@
 // codes[j] = encode(x[j] * r[j]), r = 1 / s_eff
 #include "lanes.h"
 #include "loops.h"
-#include <stdlib.h>
 
 namespace quantlib {
 namespace QL_ISA {
@@ -30,14 +29,16 @@ QL_FN void encode_step(const float* x, const float* r, const int32_t* zero_point
 }
 
 template <class F, bool SCALED, bool AFFINE>
-void encode(const float* __restrict__ x, const float* __restrict__ r, const int32_t* __restrict__ zero_point,
-            Store how, void* __restrict__ codes, int64_t n) {
+void encode(const float* __restrict__ x, const float* __restrict__ r, const int32_t* __restrict__ zero_point, Store how,
+            void* __restrict__ codes, int64_t n) {
   constexpr int64_t bytes = kStep * F::bits / 8;
   const bool past_caches = how.stream && F::bits >= 8 && uintptr_t(codes) % sizeof(Floats) == 0;
   alignas(64) char step[kStep * 4];
   auto* out = static_cast<char*>(codes);
   int64_t j = 0;
   for (; j + kStep <= n; j += kStep, out += bytes) {
+    for (int64_t k = 0; k < kStep * how.next_bytes; k += 64)
+      __builtin_prefetch(how.next + j * how.next_bytes + k, 0, 2);
     encode_step<F, SCALED, AFFINE>(x + j, r + j, zero_point + j, how.saturate, past_caches ? step : out);
     if (past_caches) stream(step, out, bytes);
   }

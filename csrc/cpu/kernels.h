@@ -10,17 +10,23 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*b
                              void* context);
 
 // X(op, what it is asked)
-#define QL_KERNELS(X)           \
-  X(cast, Cast)                 \
+#define QL_KERNELS(X)            \
+  X(cast, Cast)                  \
   X(compute_scale, ComputeScale) \
-  X(quantize, Quantize)         \
-  X(dequantize, Dequantize)     \
+  X(quantize, Quantize)          \
+  X(dequantize, Dequantize)      \
   X(quantize_dynamic, QuantizeDynamic)
 
 #define QL_DECLARE(OP, PROBLEM) void OP(const PROBLEM&, ParallelFor);
-namespace plain { QL_KERNELS(QL_DECLARE) }
-namespace avx2 { QL_KERNELS(QL_DECLARE) }
-namespace avx512 { QL_KERNELS(QL_DECLARE) }
+namespace plain {
+QL_KERNELS(QL_DECLARE)
+}
+namespace avx2 {
+QL_KERNELS(QL_DECLARE)
+}
+namespace avx512 {
+QL_KERNELS(QL_DECLARE)
+}
 #undef QL_DECLARE
 
 }  // namespace quantlib

@@ -12,7 +12,7 @@
 namespace quantlib {
 namespace QL_ISA {
 
-constexpr int64_t kChunk = 1024;  // elements: x, r and zero_point of a chunk and its codes take 13 KiB
+constexpr int64_t kChunk = 1024;   // elements: x, r and zero_point of a chunk and its codes take 13 KiB
 constexpr int64_t kGrain = 32768;  // elements a thread is worth waking for
 
 // ---- one chunk: encode.cpp and decode.cpp ---------------------------------------------------------------------------
@@ -20,7 +20,9 @@ constexpr int64_t kGrain = 32768;  // elements a thread is worth waking for
 // How codes are made and written.
 struct Store {
   bool saturate;
-  bool stream;  // past the caches
+  bool stream;                 // past the caches
+  const char* next = nullptr;  // fetched into the second-level cache meanwhile, next_bytes for each element
+  int next_bytes = 0;
 };
 
 // What a call writes is streamed when it is too large to be found in a cache later: that spares the memory a read.

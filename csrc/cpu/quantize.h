@@ -8,6 +8,7 @@ namespace QL_ISA {
 struct QuantizeRows {
   const Quantize& p;
   const Grid grid;
+  int64_t ahead = 0;  // elements from those encoded to those to be fetched meanwhile; 0: none
   const Row format = row_of(p.format);
   const Store how = {true, streams(p.grid.M * p.grid.K * format.bits / 8)};
   const int x_bits = row_of(p.x_type).bits;
@@ -42,7 +43,9 @@ struct QuantizeRows {
     void row(int64_t i, int64_t j, int64_t n) {
       const char* in = static_cast<const char*>(of.p.x) + byte_offset(of.x_bits, of.grid.K, i, j);
       if (of.decode) of.decode(in, false, x, n);
-      of.encode(of.decode ? x : reinterpret_cast<const float*>(in), r, zero_point, of.how,
+      Store how = of.how;
+      if (of.ahead) how.next = in + of.ahead * of.x_bits / 8, how.next_bytes = of.x_bits / 8;
+      of.encode(of.decode ? x : reinterpret_cast<const float*>(in), r, zero_point, how,
                 static_cast<char*>(of.p.codes) + byte_offset(of.format.bits, of.grid.K, i, j), n);
     }
   };

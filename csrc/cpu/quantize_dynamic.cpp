@@ -8,9 +8,11 @@ namespace QL_ISA {
 void quantize_dynamic(const QuantizeDynamic& p, ParallelFor run) {
   const ComputeScale scale_of = {p.grid, p.x, p.x_type, p.format, p.scale, p.zero_point};
   const Quantize codes_of = {p.grid, p.x, p.x_type, p.format, p.scale, p.zero_point, p.codes};
-  const QuantizeRows codes(codes_of);
+  QuantizeRows codes(codes_of);
   const RangeRows ranges{scale_of, codes.grid};
   const Grid& g = codes.grid;
+  // While codes are made, memory fetches the blocks whose range is looked for next.
+  if (g.M == 1 && g.bk <= kFetched) codes.ahead = most(kResident, g.bk);
   if (shared_blocks(g)) {
     compute_scale(scale_of, run);
     quantize(codes_of, run);
@@ -20,7 +22,7 @@ void quantize_dynamic(const QuantizeDynamic& p, ParallelFor run) {
     Range range[kBlocks];
     const int64_t i0 = I * g.br, i1 = least(i0 + g.br, g.M);
     ranges.blocks(i0, i1, J0, J1, range);
-    for (int64_t J = J0; J < J1; ++J) ranges.finish(I, J, range[J - J0]);
+    ranges.finish(I, J0, J1, range);
     codes(i0, i1, J0 * g.bk, least(J1 * g.bk, g.K));
   });
 }

@@ -39,8 +39,8 @@ uint32_t encode_one(Type type, float t, bool saturate, bool affine, int32_t z) {
     return encode_float<NAME>(t, saturate);
     QL_FLOATS(QL_CASE)
 #undef QL_CASE
-#define QL_CASE(NAME, ...)                                                                      \
-  case Type::NAME:                                                                              \
+#define QL_CASE(NAME, ...)                                                              \
+  case Type::NAME:                                                                      \
     return uint32_t(affine ? encode_int<NAME, true>(t, clamp_zero_point<NAME, true>(z)) \
                            : encode_int<NAME, false>(t, 0));
     QL_INTS(QL_CASE)
@@ -57,10 +57,12 @@ float decode_one(Type type, uint32_t code, bool affine, int32_t z) {
     return decode_float<NAME>(code);
     QL_FLOATS(QL_CASE)
 #undef QL_CASE
-#define QL_CASE(NAME, ...)                                                                            \
-  case Type::NAME: {                                                                                  \
-    const int32_t q = !NAME::is_signed ? int32_t(code) : NAME::bits == 8 ? int8_t(code) : unpack<NAME>(uint8_t(code), 0); \
-    return float(q - (affine ? clamp_zero_point<NAME, true>(z) : 0));                                 \
+#define QL_CASE(NAME, ...)                                                \
+  case Type::NAME: {                                                      \
+    const int32_t q = !NAME::is_signed  ? int32_t(code)                   \
+                      : NAME::bits == 8 ? int8_t(code)                    \
+                                        : unpack<NAME>(uint8_t(code), 0); \
+    return float(q - (affine ? clamp_zero_point<NAME, true>(z) : 0));     \
   }
     QL_INTS(QL_CASE)
 #undef QL_CASE
@@ -156,7 +158,10 @@ uint32_t random_float(Type type) {
   const uint32_t any = random_bits();
   const float x = (float(int32_t(random_bits())) / 1e9f) * float(1 << (any % 9));
   const uint32_t bits = any % 61 == 0 ? any : bits_of(x);
-  return type == Type::float32 ? bits : type == Type::bfloat16 ? bits >> 16 : any % 61 ? encode_float<float16>(x, false) : any >> 16;
+  return type == Type::float32    ? bits
+         : type == Type::bfloat16 ? bits >> 16
+         : any % 61               ? encode_float<float16>(x, false)
+                                  : any >> 16;
 }
 
 void fill(Type type, void* x, int64_t n) {
@@ -214,7 +219,8 @@ void check_block(const Ops& ops, Type x_type, Type format, bool affine, Grid g) 
         const int64_t at = i / g.br * cols + j / g.bk;
         uint32_t want = 0;  // the nibble past an odd row
         if (j < g.K)
-          want = encode_one(format, x_at(i, j) * reciprocal(scale_one(format, s[at])), true, affine, affine ? z[at] : 0);
+          want =
+              encode_one(format, x_at(i, j) * reciprocal(scale_one(format, s[at])), true, affine, affine ? z[at] : 0);
         compare(op + where, i, j, code_at(codes, bits, row_bytes(bits, g.K) * 8 / bits, i, j),
                 want & (bits == 32 ? ~0u : (1u << bits) - 1));
       }
@@ -259,9 +265,10 @@ int main(int argc, char** argv) {
 #undef QL_ROW
   };
   const Grid grids[] = {
-      {1, 1, 1, 1},      {7, 13, 1, 1},    {7, 13, 7, 13},     {5, 35, 1, 35},    {3, 1030, 3, 1030}, {6, 64, 1, 16},
-      {6, 37, 1, 16},    {9, 35, 1, 5},    {10, 18, 4, 4},     {20, 33, 20, 1},   {9, 70, 2, 3},      {9, 131, 4, 64},
-      {3, 2050, 2, 999}, {66, 129, 64, 7}, {2, 1500, 1, 1500}, {5, 9, INT64_MAX, INT64_MAX},
+      {1, 1, 1, 1},       {7, 13, 1, 1},    {7, 13, 7, 13},     {5, 35, 1, 35},
+      {3, 1030, 3, 1030}, {6, 64, 1, 16},   {6, 37, 1, 16},     {9, 35, 1, 5},
+      {10, 18, 4, 4},     {20, 33, 20, 1},  {9, 70, 2, 3},      {9, 131, 4, 64},
+      {3, 2050, 2, 999},  {66, 129, 64, 7}, {2, 1500, 1, 1500}, {5, 9, INT64_MAX, INT64_MAX},
   };
   const Grid shared[] = {{2, 300001, 2, 300001}, {150001, 4, 150001, 2}};
   for (const Ops& ops : all) {
