@@ -62,7 +62,7 @@ class FloatFormat:
 
     @cached_property
     def rounds_to_max_bits(self) -> int:
-        """FP32 bits of the largest magnitude that rounds to a finite value: up to half a step above it, ties to even."""
+        """FP32 bits of the largest magnitude that rounds to a finite value: half a step above, ties to even."""
         return self.max_bits + (1 << (22 - self.fraction_bits)) - (self.max_code & 1)
 
     @cached_property

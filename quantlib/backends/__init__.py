@@ -46,7 +46,7 @@ compiled.load("cuda")
 
 
 def refuses(backend: str, device: str, op: str | None = None) -> str | None:
-    """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or cannot run ``op`` there; None if it can."""
+    """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or run ``op`` there; None if it can."""
     if backend in COMPILED:
         serves = COMPILED[backend]
         why = f"serves {serves} tensors only" if device != serves else compiled.load(serves)

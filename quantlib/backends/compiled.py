@@ -26,7 +26,7 @@ def load(name: str) -> str | None:
         torch.ops.load_library(str(path))
         _loaded[name] = path
     except OSError as error:  # built for another platform or a newer libtorch
-        return f"{path} does not load: {error}"
+        return f"{path} does not load: {error.__cause__ or error}"
     return None
 
 

@@ -190,7 +190,8 @@ class Report:
         seconds = time.perf_counter() - self.started
         inputs, wrong = (sum(line[what] for line in self.lines) for what in ("inputs", "mismatches"))
         verdict = "differs from" if wrong else "equals" if kind is None else "was not finished against"
-        part = {0: ", those that decide", 1: ""}.get(self.share, f", {self.share} of all and those that decide")
+        some = ", those that decide" if self.share == 0 else f", {self.share} of all and those that decide"
+        part = "" if self.share == 1 else some
         found = f"{inputs:,} inputs{part}, {wrong:,} mismatches, {seconds:.0f} s"
         self.say(f"{self.candidate} {verdict} {self.authority}: {found}")
         if self.out is not None:

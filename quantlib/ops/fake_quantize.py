@@ -73,7 +73,14 @@ def _launch(
 ) -> None:
     M, K, block = matrices(x.shape, block)
     f = formats.get(format)
-    kernel(x.contiguous().view(M, K), scale.contiguous(), f, block, *codes_of_range(f, zero_point, limits), outs[0].view(M, K))
+    kernel(
+        x.contiguous().view(M, K),
+        scale.contiguous(),
+        f,
+        block,
+        *codes_of_range(f, zero_point, limits),
+        outs[0].view(M, K),
+    )
 
 
 _fake_quantize, _fake_quantize_out = declare("fake_quantize", _results, _launch)

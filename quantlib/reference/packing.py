@@ -36,6 +36,6 @@ def pack(codes: Array, f: Format) -> Array:
 
 
 def unpack(packed: Array, f: Format, size: int) -> Array:
-    """[..., ceil(size / 2)] uint8 -> [..., size] codes: int4's as int8 with the sign spread, a float format's as uint8."""
+    """[..., ceil(size / 2)] uint8 -> [..., size]: int4's codes as int8, sign spread; a float format's as uint8."""
     nibbles = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :size]
     return nibbles if f.is_float else ((nibbles ^ 8).astype(np.int8) - np.int8(8))
