@@ -6,7 +6,8 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-template <class Bits, class Signed> Range range_of(const Bits *x, int64_t n) {
+template <class Bits, class Signed>
+Range range_of(const Bits* x, int64_t n) {
   Signed highest = 0;
   Bits lowest = 0;
   for (int64_t j = 0; j < n; ++j) {
@@ -18,8 +19,7 @@ template <class Bits, class Signed> Range range_of(const Bits *x, int64_t n) {
 }
 
 template <class Bits, class Signed>
-void widen_columns(const Bits *x, int64_t n, int32_t *__restrict__ highest,
-                   uint32_t *__restrict__ lowest) {
+void widen_columns(const Bits* x, int64_t n, int32_t* __restrict__ highest, uint32_t* __restrict__ lowest) {
   for (int64_t j = 0; j < n; ++j) {
     const int32_t bits = Signed(x[j]);
     highest[j] = bits > highest[j] ? bits : highest[j];
@@ -35,8 +35,7 @@ float value(Type x_type, uint32_t bits) {
 }
 
 template <class F>
-void scales_of(const float *lowest, const float *highest, int64_t n,
-               float *scale, int32_t *zero_point) {
+void scales_of(const float* lowest, const float* highest, int64_t n, float* scale, int32_t* zero_point) {
   if constexpr (!F::is_float)
     if (zero_point) {
       for (int64_t k = 0; k < n; ++k) {
@@ -46,35 +45,28 @@ void scales_of(const float *lowest, const float *highest, int64_t n,
       return;
     }
   for (int64_t k = 0; k < n; ++k) {
-    const uint32_t a = bits_of(lowest[k]) & 0x7fffffffu,
-                   b = bits_of(highest[k]) & 0x7fffffffu;
+    const uint32_t a = bits_of(lowest[k]) & 0x7fffffffu, b = bits_of(highest[k]) & 0x7fffffffu;
     scale[k] = symmetric_scale<F>(a > b ? a : b);
   }
 }
 
-} // namespace
+}  // namespace
 
 Range RangeRows::row(int64_t i, int64_t j, int64_t n) const {
   const int64_t at = i * grid.K + j;
-  return p.x_type == Type::float32
-             ? range_of<uint32_t, int32_t>(
-                   static_cast<const uint32_t *>(p.x) + at, n)
-             : range_of<uint16_t, int16_t>(
-                   static_cast<const uint16_t *>(p.x) + at, n);
+  return p.x_type == Type::float32 ? range_of<uint32_t, int32_t>(static_cast<const uint32_t*>(p.x) + at, n)
+                                   : range_of<uint16_t, int16_t>(static_cast<const uint16_t*>(p.x) + at, n);
 }
 
-void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1,
-                       Range *out) const {
+void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* out) const {
   if (i1 - i0 == 1 || grid.bk >= 64) {
     const int64_t bytes = row_of(p.x_type).bits / 8;
     for (int64_t i = i0; i < i1; ++i)
       for (int64_t J = J0; J < J1; ++J) {
         const int64_t j = J * grid.bk, n = least(grid.bk, grid.K - j);
-        const char *below =
-            static_cast<const char *>(p.x) + ((i + 1) * grid.K + j) * bytes;
+        const char* below = static_cast<const char*>(p.x) + ((i + 1) * grid.K + j) * bytes;
         if (i + 1 < i1)
-          for (int64_t k = 0; k < n * bytes; k += 64)
-            __builtin_prefetch(below + k, 0, 2);
+          for (int64_t k = 0; k < n * bytes; k += 64) __builtin_prefetch(below + k, 0, 2);
         const Range range = row(i, j, n);
         out[J - J0] = i == i0 ? range : widen(out[J - J0], range);
       }
@@ -85,57 +77,47 @@ void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1,
   uint32_t lowest[kChunk];
   const int64_t step = kChunk / grid.bk;
   for (int64_t J = J0; J < J1; J += step) {
-    const int64_t j0 = J * grid.bk,
-                  n = least(least(J + step, J1) * grid.bk, grid.K) - j0;
-    for (int64_t j = 0; j < n; ++j)
-      highest[j] = 0, lowest[j] = 0;
+    const int64_t j0 = J * grid.bk, n = least(least(J + step, J1) * grid.bk, grid.K) - j0;
+    for (int64_t j = 0; j < n; ++j) highest[j] = 0, lowest[j] = 0;
     for (int64_t i = i0; i < i1; ++i) {
       const int64_t at = i * grid.K + j0;
       if (p.x_type == Type::float32)
-        widen_columns<uint32_t, int32_t>(
-            static_cast<const uint32_t *>(p.x) + at, n, highest, lowest);
-      else
-        widen_columns<uint16_t, int16_t>(
-            static_cast<const uint16_t *>(p.x) + at, n, highest, lowest);
+        widen_columns<uint32_t, int32_t>(static_cast<const uint32_t*>(p.x) + at, n, highest, lowest);
+      else widen_columns<uint16_t, int16_t>(static_cast<const uint16_t*>(p.x) + at, n, highest, lowest);
     }
     for (int64_t j = 0; j < n; ++j) {
-      Range &range = out[J - J0 + j / grid.bk];
-      if (j % grid.bk == 0)
-        range = {0, 0};
+      Range& range = out[J - J0 + j / grid.bk];
+      if (j % grid.bk == 0) range = {0, 0};
       range = widen(range, {highest[j], lowest[j]});
     }
   }
 }
 
-void RangeRows::finish(int64_t I, int64_t J0, int64_t J1,
-                       const Range *range) const {
+void RangeRows::finish(int64_t I, int64_t J0, int64_t J1, const Range* range) const {
   const uint32_t sign = p.x_type == Type::float32 ? 0x80000000u : 0x8000u;
   float lowest[kBlocks], highest[kBlocks];
   const int64_t n = J1 - J0, at = I * grid.scale_cols() + J0;
   for (int64_t k = 0; k < n; ++k) {
     const float high = value(p.x_type, uint32_t(range[k].highest));
-    const float low =
-        range[k].lowest & sign ? value(p.x_type, range[k].lowest) : 0.0f;
+    const float low = range[k].lowest & sign ? value(p.x_type, range[k].lowest) : 0.0f;
     const bool is_nan = high != high || low != low;
-    highest[k] = is_nan ? float_of(kNaN) : high,
-    lowest[k] = is_nan ? float_of(kNaN) : low;
+    highest[k] = is_nan ? float_of(kNaN) : high, lowest[k] = is_nan ? float_of(kNaN) : low;
   }
   switch (p.format) {
-#define QL_CASE(NAME, ...)                                                     \
-  case Type::NAME:                                                             \
-    return scales_of<NAME>(lowest, highest, n, p.scale + at,                   \
-                           p.zero_point ? p.zero_point + at : nullptr);
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return scales_of<NAME>(lowest, highest, n, p.scale + at, p.zero_point ? p.zero_point + at : nullptr);
     QL_FLOATS(QL_CASE)
     QL_INTS(QL_CASE)
 #undef QL_CASE
-  default:
-    return;
+    default:
+      return;
   }
 }
 
-void compute_scale(const ComputeScale &p, ParallelFor run) {
+void compute_scale(const ComputeScale& p, ParallelFor run) {
   const RangeRows rows{p, collapse(p.grid, false)};
-  const Grid &g = rows.grid;
+  const Grid& g = rows.grid;
   if (!shared_blocks(g)) {
     parallel_blocks(run, g, false, [&](int64_t I, int64_t J0, int64_t J1) {
       Range range[kBlocks];
@@ -148,21 +130,17 @@ void compute_scale(const ComputeScale &p, ParallelFor run) {
   Range partial[parts][64] = {};
   const DefaultFloats guard;
   for (int64_t I = 0; I < g.scale_rows(); ++I) {
-    const int64_t i0 = I * g.br, height = least(g.br, g.M - i0),
-                  cols = g.scale_cols();
+    const int64_t i0 = I * g.br, height = least(g.br, g.M - i0), cols = g.scale_cols();
     parallel(run, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         if (height > 1) {
-          const int64_t from = i0 + height * part / parts,
-                        to = i0 + height * (part + 1) / parts;
-          if (from < to)
-            rows.blocks(from, to, 0, cols, partial[part]);
+          const int64_t from = i0 + height * part / parts, to = i0 + height * (part + 1) / parts;
+          if (from < to) rows.blocks(from, to, 0, cols, partial[part]);
           continue;
         }
         for (int64_t J = 0; J < cols; ++J) {
           const int64_t j = J * g.bk, width = least(g.bk, g.K - j);
-          const int64_t from = j + width * part / parts,
-                        to = j + width * (part + 1) / parts;
+          const int64_t from = j + width * part / parts, to = j + width * (part + 1) / parts;
           partial[part][J] = rows.row(i0, from, to - from);
         }
       }
@@ -177,5 +155,5 @@ void compute_scale(const ComputeScale &p, ParallelFor run) {
   }
 }
 
-} // namespace QL_ISA
-} // namespace quantlib
+}  // namespace QL_ISA
+}  // namespace quantlib

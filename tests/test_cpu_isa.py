@@ -1,0 +1,76 @@
+"""One library, three instruction sets, one set of bytes, whatever the floats of the calling thread are set to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from quantlib import _build, backends
+from quantlib.testing import assert_same_bytes
+
+quant = torch.ops.quantlib
+pytestmark = pytest.mark.skipif(backends.refuses("cpp", "cpu") is not None, reason="there is no compiled library")
+
+
+def python(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "QUANTLIB_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", _build.ISAS)
+@pytest.mark.parametrize("op", ["cast", "quantize", "dequantize", "quantize_dynamic"])
+@pytest.mark.slow
+def test_bytes(isa: str, op: str) -> None:
+    formats = [] if op == "cast" else ["--format", {"dequantize": "int4", "quantize": "int8"}.get(op, "float8_e4m3fn")]
+    done = python(isa, "-m", "quantlib.testing", "cpp", "--op", op, *formats)
+    if "on this machine" in done.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_unknown() -> None:
+    call = "import torch, quantlib; quantlib.cast(torch.ones(2), 'float16')"
+    done = python("sse9", "-c", call)
+    assert done.returncode == 1
+    assert "quantlib: QUANTLIB_ISA must be one of plain" in done.stderr
+    assert "on this machine, got sse9" in done.stderr
+
+
+def test_flush_to_zero_of_the_caller() -> None:
+    """torch.set_flush_denormal must not reach the kernels: gradual underflow is in the contract (C0)."""
+    x = torch.arange(0, 1 << 24, 1 << 9, dtype=torch.int32).view(torch.float32)  # half of them subnormal
+    assert 0 < (x < 2.0**-126).sum() < len(x)
+    calls = [lambda f=f: quant.cast(x, f, False) for f in ("bfloat16", "float32", "float16")]
+    calls += [lambda s=s: quant.quantize(x, torch.tensor([[s]]), "bfloat16", [1, len(x)]) for s in (2.0**-100, 1.0)]
+    calls += [lambda: quant.compute_scale(x, "int8", [1, 16])]
+    tiny = torch.arange(1 << 15, dtype=torch.int16).view(torch.bfloat16)
+    calls += [lambda: quant.dequantize(tiny, torch.tensor([[0.5]]), "bfloat16", [1, len(tiny)])]
+    with backends.use_backend("cpp"):
+        want = [call() for call in calls]
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this machine cannot flush")
+        try:
+            got = [call() for call in calls]
+        finally:
+            torch.set_flush_denormal(False)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bytes(a, b)
+
+
+def test_out_over_the_input() -> None:
+    with backends.use_backend("cpp"):
+        for start in (0, 1, 1000):
+            x = torch.linspace(-3, 3, 1000)
+            want = quant.cast(x, "float16", False)
+            out = x.view(torch.float16)[start : start + 1000]
+            quant.cast.out(x, "float16", False, out=out)
+            assert_same_bytes(out, want)
