@@ -281,7 +281,7 @@ PUBLIC: list[tuple[str, Callable[[], Any]]] = [
         lambda: quantlib.compute_scale(X.clone().requires_grad_(), "int8", B),
     ),
     (
-        "quantlib::dequantize: x must not require a gradient",
+        "quantlib::dequantize: scale must not require a gradient",
         lambda: quantlib.dequantize(C8, S.clone().requires_grad_(), "int8", block=B),
     ),
     (

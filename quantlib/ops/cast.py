@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.check import CASTS, Result, check_dtype, check_format, dtype_of
+from quantlib.ops.check import CASTS, Result, check_dtype, check_format, dtype_of, wants_gradient
 from quantlib.ops.declare import Kernel, declare, format_name
 
 
@@ -58,7 +58,7 @@ def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, 
     """
     name = format_name(format)
     saturates = _SATURATES.get(name, False) if saturate is None else saturate
-    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+    if wants_gradient(x):
         result: Tensor = _StraightThrough.apply(x, name, saturates, out)  # type: ignore[no-untyped-call]
         return result
     if out is None:

@@ -109,7 +109,12 @@ def codes_of(shape: Sequence[int], f: Format) -> Result:
     return ([*shape[:-1], (matrix_shape(shape)[1] + 1) // 2] if f.packed else list(shape)), dtype_of(f)
 
 
-def no_gradient(op: str, x: Any, instead: str) -> None:
-    """A projection has no gradient: raise where one would vanish."""
-    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"quantlib::{op}: x must not require a gradient, which this op does not have: {instead}")
+def wants_gradient(x: Any) -> bool:
+    """Whether autograd is to follow what is done to ``x``."""
+    return getattr(x, "requires_grad", False) and torch.is_grad_enabled()
+
+
+def no_gradient(op: str, argument: str) -> NoReturn:
+    """A projection has no gradient: say so where one would vanish."""
+    way_out = "call it under torch.no_grad() or on a detached tensor"
+    raise RuntimeError(f"quantlib::{op}: {argument} must not require a gradient, the op has none: {way_out}")

@@ -15,6 +15,7 @@ from quantlib.ops.check import (
     check_dtype,
     check_format,
     no_gradient,
+    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
 
@@ -81,7 +82,8 @@ def compute_scale(
     -----
     Contract C4, ``docs/contract.md``.
     """
-    no_gradient("compute_scale", x, "call it under torch.no_grad() or on x.detach()")
+    if wants_gradient(x):
+        no_gradient("compute_scale", "x")
     name, block = format_name(format), whole_axes(x, block)
     if out is None:
         result: Tensor | tuple[Tensor, Tensor] = (_symmetric if symmetric else _affine)(x, name, block)

@@ -93,11 +93,14 @@ def format_name(format: Any) -> str:
 
 def whole_axes(x: Tensor, block: Block, size: int | None = None) -> Block:
     """``block`` with -1 replaced by the size of its axis of x viewed as [M, K]; ``size`` stands in for K."""
-    if len(block) == 2 and (block[0] == -1 or block[1] == -1):
-        M, K = matrix_shape(x.shape)
-        K = K if size is None else size
-        return [max(size, 1) if b == -1 else b for b, size in zip(block, (M, K), strict=True)]
-    return block
+    if -1 not in block or len(block) != 2:
+        return block
+    br, bk = block
+    if br == -1:
+        br = max(matrix_shape(x.shape)[0], 1)
+    if bk == -1:
+        bk = max((x.shape[-1] if x.dim() else 1) if size is None else size, 1)
+    return br, bk
 
 
 def _result(outs: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

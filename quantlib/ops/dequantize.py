@@ -17,6 +17,7 @@ from quantlib.ops.check import (
     fail,
     matrix_shape,
     no_gradient,
+    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
 
@@ -36,7 +37,7 @@ def _results(
     shape = list(codes.shape)
     K = matrix_shape(shape)[1]
     if f.packed:
-        if size is not None and size not in (2 * K - 1, 2 * K):
+        if size is not None and (size not in (2 * K - 1, 2 * K) or size < 0):
             fail("dequantize", "size", f"{2 * K - 1} or {2 * K}", size)
         shape[-1:] = [2 * K if size is None else size]
     elif size is not None and size != K:
@@ -110,17 +111,21 @@ def dequantize(
     -----
     Contract C7, ``docs/contract.md``: y = fl(fl32(q - z) * s).
     """
-    for x in (codes, scale):
-        no_gradient("dequantize", x, "call it under torch.no_grad() or on a detached tensor")
+    if wants_gradient(scale) or wants_gradient(codes):
+        no_gradient("dequantize", "scale" if wants_gradient(scale) else "codes")
     name = format_name(format)
-    if size is None and name in _PACKED:
+    if name in _PACKED and size is None:
         size = 2 * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
     block = whole_axes(codes, block, size)
-    if out is None:
-        y: Tensor = _dequantize(codes, scale, name, block, zero_point, dtype, size)
-        return y
-    _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
-    return out
+    if out is not None:
+        _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
+        return out
+    y: Tensor
+    if zero_point is None and size is None and dtype is torch.float32:
+        y = _dequantize(codes, scale, name, block)  # an argument left out is half a microsecond saved
+    else:
+        y = _dequantize(codes, scale, name, block, zero_point, dtype, size)
+    return y
 
 
 _PACKED = {f.name for f in formats.TABLE if f.packed}

@@ -16,6 +16,7 @@ from quantlib.ops.check import (
     check_scale,
     codes_of,
     no_gradient,
+    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
 
@@ -84,7 +85,8 @@ def quantize(
     -----
     Contract C5 and C6, ``docs/contract.md``: r = fl(1 / s), t = fl(x * r), q = clamp(RNE(t) + z, qmin, qmax).
     """
-    no_gradient("quantize", x, "call it under torch.no_grad() or on x.detach()")
+    if wants_gradient(x):
+        no_gradient("quantize", "x")
     name, block = format_name(format), whole_axes(x, block)
     if out is None:
         codes: Tensor = _quantize(x, scale, name, block, zero_point)

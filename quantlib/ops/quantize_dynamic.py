@@ -16,6 +16,7 @@ from quantlib.ops.check import (
     check_format,
     codes_of,
     no_gradient,
+    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
 
@@ -84,7 +85,8 @@ def quantize_dynamic(
     -----
     Contract C4, C5 and C6, ``docs/contract.md``.
     """
-    no_gradient("quantize_dynamic", x, "call it under torch.no_grad() or on x.detach()")
+    if wants_gradient(x):
+        no_gradient("quantize_dynamic", "x")
     name, block = format_name(format), whole_axes(x, block)
     if out is None:
         result: tuple[Tensor, ...] = (_symmetric if symmetric else _affine)(x, name, block)
