@@ -180,8 +180,8 @@ def checked_per(per: object) -> str:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """[..., K] viewed as [M, K]."""
+    """[..., K] viewed as [M, K]; 0-d as [1, 1]."""
     M = 1
     for size in shape[:-1]:
         M *= size
-    return M, shape[-1]
+    return M, (shape[-1] if len(shape) else 1)

@@ -268,6 +268,14 @@ PUBLIC: list[tuple[str, Callable[[], Any]]] = [
         lambda: quantlib.quantize(X, S, "int8", block=(-1,)),
     ),
     ("quantlib::quantize: scale must be float32 [6, 1]", lambda: quantlib.quantize(X, S, "int8", block=(1, -1))),
+    ("quantlib::quantize: block must be two sizes >= 1, got None", lambda: quantlib.quantize(X, S, "int8", block=None)),
+    ("quantlib::quantize: x must be a tensor, got list", lambda: quantlib.quantize([1.0], S, "int8", block=B)),
+    ("quantlib::quantize: scale must be a tensor, got NoneType", lambda: quantlib.quantize(X, None, "int8", block=B)),
+    ("quantlib::cast: x must be a tensor, got NoneType", lambda: quantlib.cast(None, "float16")),
+    (
+        "quantlib::quantize: scale must not require a gradient",
+        lambda: quantlib.quantize(X, S.clone().requires_grad_(), "int8", block=B),
+    ),
     (
         "quantlib::quantize: x must not require a gradient",
         lambda: quantlib.quantize(X.clone().requires_grad_(), S, "int8", block=B),

@@ -58,7 +58,7 @@ def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, 
     """
     name = format_name(format)
     saturates = _SATURATES.get(name, False) if saturate is None else saturate
-    if wants_gradient(x):
+    if wants_gradient("cast", "x", x):
         result: Tensor = _StraightThrough.apply(x, name, saturates, out)  # type: ignore[no-untyped-call]
         return result
     if out is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantlib import formats
 from quantlib.formats import FloatFormat, Format
+from quantlib.spec import matrix_shape
 
 Block = Sequence[int]
 Result = tuple[Sequence[int], torch.dtype]
@@ -96,25 +97,20 @@ def host_values(x: Tensor) -> tuple[float, float] | None:
     return least.item(), largest.item()
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """[..., K] viewed as [M, K]; 0-d as [1, 1]."""
-    M = 1
-    for size in shape[:-1]:
-        M *= size
-    return M, (shape[-1] if len(shape) else 1)
-
-
 def codes_of(shape: Sequence[int], f: Format) -> Result:
     """x's codes: of x's shape, or [..., ceil(K / 2)] bytes where the format is packed."""
     return ([*shape[:-1], (matrix_shape(shape)[1] + 1) // 2] if f.packed else list(shape)), dtype_of(f)
 
 
-def wants_gradient(x: Any) -> bool:
-    """Whether autograd is to follow what is done to ``x``."""
-    return getattr(x, "requires_grad", False) and torch.is_grad_enabled()
+def wants_gradient(op: str, argument: str, x: Any) -> bool:
+    """Whether autograd is to follow what is done to ``x``, which is a tensor."""
+    if not isinstance(x, Tensor):
+        fail(op, argument, "a tensor", type(x).__name__)
+    return x.requires_grad and torch.is_grad_enabled()
 
 
-def no_gradient(op: str, argument: str) -> NoReturn:
-    """A projection has no gradient: say so where one would vanish."""
-    way_out = "call it under torch.no_grad() or on a detached tensor"
-    raise RuntimeError(f"quantlib::{op}: {argument} must not require a gradient, the op has none: {way_out}")
+def no_gradient(op: str, argument: str, x: Any) -> None:
+    """A projection has no gradient: raise where one would vanish."""
+    if wants_gradient(op, argument, x):
+        way_out = "call it under torch.no_grad() or on a detached tensor"
+        raise RuntimeError(f"quantlib::{op}: {argument} must not require a gradient, the op has none: {way_out}")

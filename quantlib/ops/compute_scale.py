@@ -15,7 +15,6 @@ from quantlib.ops.check import (
     check_dtype,
     check_format,
     no_gradient,
-    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
 
@@ -82,9 +81,8 @@ def compute_scale(
     -----
     Contract C4, ``docs/contract.md``.
     """
-    if wants_gradient(x):
-        no_gradient("compute_scale", "x")
-    name, block = format_name(format), whole_axes(x, block)
+    no_gradient("compute_scale", "x", x)
+    name, block = format_name(format), whole_axes("compute_scale", x, block)
     if out is None:
         result: Tensor | tuple[Tensor, Tensor] = (_symmetric if symmetric else _affine)(x, name, block)
         return result

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quantlib import backends, formats
-from quantlib.ops.check import Block, Result, check_tensor, matrix_shape
+from quantlib.ops.check import Block, Result, check_tensor, fail
+from quantlib.spec import matrix_shape
 
 Kernel = Callable[..., None]
 
@@ -91,8 +92,10 @@ def format_name(format: Any) -> str:
     return format if type(format) is str else formats.get(format).name
 
 
-def whole_axes(x: Tensor, block: Block, size: int | None = None) -> Block:
+def whole_axes(op: str, x: Tensor, block: Block, size: int | None = None) -> Block:
     """``block`` with -1 replaced by the size of its axis of x viewed as [M, K]; ``size`` stands in for K."""
+    if not isinstance(block, (tuple, list)):
+        fail(op, "block", "two sizes >= 1", repr(block))
     if -1 not in block or len(block) != 2:
         return block
     br, bk = block

@@ -15,11 +15,10 @@ from quantlib.ops.check import (
     check_format,
     check_scale,
     fail,
-    matrix_shape,
     no_gradient,
-    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.spec import matrix_shape
 
 
 def _results(
@@ -111,12 +110,12 @@ def dequantize(
     -----
     Contract C7, ``docs/contract.md``: y = fl(fl32(q - z) * s).
     """
-    if wants_gradient(scale) or wants_gradient(codes):
-        no_gradient("dequantize", "scale" if wants_gradient(scale) else "codes")
+    no_gradient("dequantize", "codes", codes)
+    no_gradient("dequantize", "scale", scale)
     name = format_name(format)
     if name in _PACKED and size is None:
         size = 2 * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
-    block = whole_axes(codes, block, size)
+    block = whole_axes("dequantize", codes, block, size)
     if out is not None:
         _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
         return out

@@ -134,7 +134,11 @@ def fake_quantize(
     """
     if mask not in ("rounded", "lsq"):
         fail("fake_quantize", "mask", "rounded or lsq", repr(mask))
-    return _call(x, scale, format_name(format), whole_axes(x, block), zero_point, None, mask == "lsq", grad_factor, out)
+    for argument, value in (("x", x), ("scale", scale)):
+        if not isinstance(value, Tensor):
+            fail("fake_quantize", argument, "a tensor", type(value).__name__)
+    block = whole_axes("fake_quantize", x, block)
+    return _call(x, scale, format_name(format), block, zero_point, None, mask == "lsq", grad_factor, out)
 
 
 def fake_quantize_per_tensor_affine(

@@ -16,7 +16,6 @@ from quantlib.ops.check import (
     check_scale,
     codes_of,
     no_gradient,
-    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
 
@@ -85,9 +84,9 @@ def quantize(
     -----
     Contract C5 and C6, ``docs/contract.md``: r = fl(1 / s), t = fl(x * r), q = clamp(RNE(t) + z, qmin, qmax).
     """
-    if wants_gradient(x):
-        no_gradient("quantize", "x")
-    name, block = format_name(format), whole_axes(x, block)
+    no_gradient("quantize", "x", x)
+    no_gradient("quantize", "scale", scale)
+    name, block = format_name(format), whole_axes("quantize", x, block)
     if out is None:
         codes: Tensor = _quantize(x, scale, name, block, zero_point)
         return codes

@@ -16,7 +16,6 @@ from quantlib.ops.check import (
     check_format,
     codes_of,
     no_gradient,
-    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
 
@@ -85,9 +84,8 @@ def quantize_dynamic(
     -----
     Contract C4, C5 and C6, ``docs/contract.md``.
     """
-    if wants_gradient(x):
-        no_gradient("quantize_dynamic", "x")
-    name, block = format_name(format), whole_axes(x, block)
+    no_gradient("quantize_dynamic", "x", x)
+    name, block = format_name(format), whole_axes("quantize_dynamic", x, block)
     if out is None:
         result: tuple[Tensor, ...] = (_symmetric if symmetric else _affine)(x, name, block)
         return result
