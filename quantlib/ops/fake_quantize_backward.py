@@ -15,26 +15,11 @@ from quantlib.ops.fake_quantize import Limits, check_fake_quantize, codes_of_ran
 OP = "fake_quantize_backward"
 
 
-def _results(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    limits: Limits | None = None,
-    lsq_mask: bool = False,
-    grad_factor: float = 1.0,
-) -> list[Result]:
-    result = check_fake_quantize(OP, x, scale, format, block, None, limits)
-    check_tensor(OP, "dy", dy, result, x.device)
-    return [result, (list(scale.shape), torch.float32)]
-
-
 def _affine_results(
     dy: Tensor,
     x: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
+    zero_point: Tensor | None,
     format: str,
     block: Block,
     limits: Limits | None = None,
@@ -45,21 +30,6 @@ def _affine_results(
     check_tensor(OP, "dy", dy, result, x.device)
     shape = list(scale.shape)
     return [result, (shape, torch.float32), (shape, torch.float32)]
-
-
-def _launch(
-    kernel: Kernel,
-    outs: list[Tensor],
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    limits: Limits | None = None,
-    lsq_mask: bool = False,
-    grad_factor: float = 1.0,
-) -> None:
-    _launch_affine(kernel, outs, dy, x, scale, None, format, block, limits, lsq_mask, grad_factor)
 
 
 def _launch_affine(
@@ -92,6 +62,14 @@ def _launch_affine(
         dscale,
         dzero_point,
     )
+
+
+def _results(dy: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> list[Result]:
+    return _affine_results(dy, x, scale, None, *rest)[:2]
+
+
+def _launch(kernel: Kernel, outs: list[Tensor], dy: Tensor, x: Tensor, scale: Tensor, *rest: Any) -> None:
+    _launch_affine(kernel, outs, dy, x, scale, None, *rest)
 
 
 _symmetric, _ = declare(OP, _results, _launch)
