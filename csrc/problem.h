@@ -65,4 +65,55 @@ struct QuantizeDynamic {
   int32_t* zero_point;  // the same shape, or null: symmetric
 };
 
+// What a matmul multiplies by: values w[n, k] = (decode(codes[n, k]) - zero_point[n / br, k / bk]) * scale[n / br, k / bk]
+struct Weight {
+  Grid grid;          // M is N here: [N, K]
+  const void* codes;  // [N, K], or [N, ceil(K / 2)] bytes where the format is packed
+  Type format;
+  const float* scale;         // [ceil(N / br), ceil(K / bk)]
+  const int32_t* zero_point;  // the same shape, or null: symmetric
+};
+
+enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };
+
+// What becomes of a sum in FP32: y = activation(sum + bias[n]), rounded to y's type
+struct Epilogue {
+  const float* bias;  // [N], or null
+  Activation activation;
+};
+
+// y[m, n] = epilogue(sum over k of x[m, k] * w[n, k])
+struct DequantMatmul {
+  int64_t M;
+  const void* x;  // [M, K] float32, float16 or bfloat16; K may be 0
+  Type x_type;
+  Weight weight;
+  Epilogue epilogue;
+  bool batch_invariant;  // the bytes of a row of y depend on that row of x alone
+  void* y;               // [M, N] of x_type
+};
+
+// dx[m, k] = sum over n of dy[m, n] * w[n, k]
+struct DequantMatmulBackward {
+  int64_t M;
+  const void* dy;  // [M, N] float32, float16 or bfloat16; N may be 0
+  Type dy_type;
+  Weight weight;
+  void* dx;  // [M, K] of dy_type
+};
+
+// y[m, n] = epilogue(sum over k of (x_codes[m, k] - x_zero_point[m]) * x_scale[m] * w[n, k]), the integer sum exact
+struct ScaledMatmul {
+  int64_t M;
+  const void* x_codes;  // [M, K] int8 or uint8; K may be 0
+  Type x_format;
+  const float* x_scale;         // [M], or one for all rows
+  const int32_t* x_zero_point;  // the same shape, or null: symmetric
+  bool x_per_row;
+  Weight weight;  // int8, uint8 or int4
+  Epilogue epilogue;
+  void* y;  // [M, N] float32, float16 or bfloat16
+  Type y_type;
+};
+
 }  // namespace quantlib

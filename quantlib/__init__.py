@@ -21,23 +21,29 @@ if TYPE_CHECKING:
     from quantlib.backends import use_backend
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
+    from quantlib.ops.dequant_matmul import dequant_matmul
     from quantlib.ops.dequantize import dequantize
+    from quantlib.ops.dynamic_matmul import dynamic_matmul
     from quantlib.ops.fake_quantize import fake_quantize
     from quantlib.ops.packing import pack, unpack
     from quantlib.ops.quantize import quantize
     from quantlib.ops.quantize_dynamic import quantize_dynamic
+    from quantlib.ops.scaled_matmul import scaled_matmul
     from quantlib.spec import QuantSpec
 
 _HOME = {
     "cast": "ops",
     "compute_scale": "ops",
+    "dequant_matmul": "ops",
     "dequantize": "ops",
     "dequantize_": "api",
+    "dynamic_matmul": "ops",
     "fake_quantize": "ops",
     "pack": "ops",
     "quantize": "ops",
     "quantize_": "api",
     "quantize_dynamic": "ops",
+    "scaled_matmul": "ops",
     "QuantSpec": "spec",
     "unpack": "ops",
     "use_backend": "backends",
@@ -48,8 +54,10 @@ __all__ = [
     "QuantSpec",
     "cast",
     "compute_scale",
+    "dequant_matmul",
     "dequantize",
     "dequantize_",
+    "dynamic_matmul",
     "fake_quantize",
     "nn",
     "pack",
@@ -57,6 +65,7 @@ __all__ = [
     "quantize_",
     "quantize_dynamic",
     "reference",
+    "scaled_matmul",
     "unpack",
     "use_backend",
 ]

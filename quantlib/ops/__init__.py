@@ -3,7 +3,10 @@
 from quantlib import backends
 from quantlib.ops.cast import cast
 from quantlib.ops.compute_scale import compute_scale
+from quantlib.ops.dequant_matmul import dequant_matmul
+from quantlib.ops.dequant_matmul_backward import attach_gradients
 from quantlib.ops.dequantize import dequantize
+from quantlib.ops.dynamic_matmul import dynamic_matmul
 from quantlib.ops.fake_quantize import (
     fake_quantize,
     fake_quantize_per_channel_affine,
@@ -14,14 +17,19 @@ from quantlib.ops.fake_quantize_backward import attach_gradient
 from quantlib.ops.packing import pack, unpack
 from quantlib.ops.quantize import quantize
 from quantlib.ops.quantize_dynamic import quantize_dynamic
+from quantlib.ops.scaled_matmul import scaled_matmul
+from quantlib.ops.tile import tile, untile
 
 attach_gradient()
+attach_gradients()
 backends.start()
 
 __all__ = [
     "cast",
     "compute_scale",
+    "dequant_matmul",
     "dequantize",
+    "dynamic_matmul",
     "fake_quantize",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
@@ -29,5 +37,8 @@ __all__ = [
     "pack",
     "quantize",
     "quantize_dynamic",
+    "scaled_matmul",
+    "tile",
     "unpack",
+    "untile",
 ]

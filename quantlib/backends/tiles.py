@@ -1,0 +1,68 @@
+"""tiles[n // 16, k // columns, byte]: the codes of a weight in the order in which matrix instructions take them.
+
+A tile is 1024 bytes: 16 rows by 64 codes of eight bits, or by 128 of four, the first 64 in the low nibbles. Lane
+4 g + t of a warp finds the 32 bytes of its fragments of ``mma.sync.m16n8k16`` side by side: rows g and g + 8, and in
+each step of 16 columns the four at 4 t. The same tiles serve every tile size, Triton and CUDA C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.formats import Format
+
+# column of a tile = 32 s + 16 h + 4 t + e, row = 8 r + g
+CODES = ("r", "g", "s", "h", "t", "e")  # slowest first, as a matrix has them
+TILE = ("g", "t", "r", "s", "h", "e")  # as a tile has them: a lane, then its fragments
+SIZES = {"r": 2, "g": 8, "s": 2, "h": 2, "t": 4, "e": 4}
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """Codes [N, K] of a format to tiles and back; neither changes a code."""
+
+    format: Format
+    FORMATS: ClassVar[tuple[str, ...]] = tuple(f.name for f in formats.TABLE if f.bits <= 8)
+    ROWS: ClassVar[int] = 16
+    BYTES: ClassVar[int] = 1024
+
+    @property
+    def columns(self) -> int:
+        """Of a tile: 64, or 128 where a byte holds two codes."""
+        return 512 // self.format.bits
+
+    def shape(self, N: int, K: int) -> Sequence[int]:
+        """[ceil(N / 16), ceil(K / columns), 1024]"""
+        return [-(-N // self.ROWS), -(-K // self.columns), self.BYTES]
+
+    def pack(self, codes: Tensor, K: int) -> Tensor:
+        """[N, K] codes of the format, or [N, ceil(K / 2)] uint8 -> uint8 tiles; rows and columns past the end are 0."""
+        code = codes.view(torch.uint8)
+        if self.format.packed:
+            code = torch.stack([code & 15, code >> 4], -1).flatten(-2)[:, :K]
+        rows, columns, _ = self.shape(*code.shape)
+        code = torch.nn.functional.pad(code, (0, columns * self.columns - K, 0, rows * self.ROWS - len(code)))
+        halves = self.columns // 64
+        split = code.view(rows, 2, 8, columns, halves, 2, 2, 4, 4)  # [rows, r, g, columns, halves, s, h, t, e]
+        axes = dict(zip(CODES, (1, 2, 5, 6, 7, 8), strict=True))
+        tiles = split.permute(0, 3, 4, *(axes[a] for a in TILE)).reshape(rows, columns, halves, self.BYTES)
+        return (tiles[:, :, 0] | tiles[:, :, 1] << 4 if halves == 2 else tiles[:, :, 0]).contiguous()
+
+    def unpack(self, tiles: Tensor, N: int, K: int) -> Tensor:
+        """What `pack` took."""
+        rows, columns, _ = tiles.shape
+        halves = [tiles & 15, tiles >> 4] if self.format.packed else [tiles]
+        axes = {a: 3 + n for n, a in enumerate(TILE)}
+        split = torch.stack(halves, 2).view(rows, columns, len(halves), *(SIZES[a] for a in TILE))
+        r, g, s, h, t, e = (axes[a] for a in CODES)
+        code = split.permute(0, r, g, 1, 2, s, h, t, e).reshape(rows * self.ROWS, columns * self.columns)[:N, :K]
+        if self.format.packed:
+            code = torch.nn.functional.pad(code, (0, K % 2))
+            return code[:, 0::2] | code[:, 1::2] << 4
+        return code.contiguous().view(getattr(torch, self.format.dtype_name))

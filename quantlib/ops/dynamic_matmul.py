@@ -1,0 +1,115 @@
+"""x_codes, x_scale = quantize_dynamic(x) a row, y = scaled_matmul(x_codes, x_scale, codes, scale)"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlib import formats
+from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_dtype, no_gradient
+from quantlib.ops.declare import Kernel, declare, format_name
+from quantlib.ops.scaled_matmul import check_sum
+from quantlib.ops.weight import block_of_weight, check_epilogue, check_weight, float_bias, last_size, launched
+
+OP = "dynamic_matmul"
+
+
+def _results(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    format: str,
+    block: Block,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> list[Result]:
+    check_dtype(OP, "x", x.dtype, INPUTS)
+    K = last_size(OP, "x", x)
+    f, N = check_weight(OP, codes, scale, format, block, zero_point, K, x, INTEGERS)
+    check_sum(OP, K, block, formats.get("int8"), None, f, zero_point)
+    check_epilogue(OP, bias, activation, N, x)
+    return [([*x.shape[:-1], N], x.dtype)]
+
+
+def _launch(
+    kernel: Kernel,
+    outs: list[Tensor],
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    format: str,
+    block: Block,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> None:
+    K, N = x.shape[-1], outs[0].shape[-1]
+    M = outs[0].numel() // N
+    weight = launched(codes, scale, format, block, zero_point, (N, K))
+    kernel(x.contiguous().view(M, K), *weight, float_bias(bias), activation, outs[0].view(M, N))
+
+
+_dynamic_matmul, _dynamic_matmul_out = declare(OP, _results, _launch)
+
+
+def dynamic_matmul(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    format: str | torch.dtype = "int8",
+    *,
+    block: Block = (1, -1),
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Project each row of x to int8 and multiply the codes with those of a weight: W8A8.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        float32, float16 or bfloat16. May require a gradient, which passes straight through the rounding of x: nothing
+        of x is clipped.
+    codes : Tensor [N, K] of the format's dtype
+        [N, ceil(K / 2)] uint8 for int4.
+    scale : Tensor [ceil(N / br), ceil(K / bk)] float32
+        What codes are multiplied by. May require a gradient.
+    format : {"int8", "uint8", "int4"} or a torch.dtype
+        Of the weight.
+    block : (br, bk)
+        Rows and columns of the weight that share a scale, -1 for the whole axis; a row each by default.
+    zero_point : Tensor, int32 of scale's shape, optional
+        The code of zero.
+    bias : Tensor [N], optional
+        float32, float16 or bfloat16; added in float32. May require a gradient.
+    activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
+        Applied in float32 before the result is rounded.
+    out : Tensor [..., N] of x's dtype, optional
+        Written to and returned, without a gradient.
+
+    Returns
+    -------
+    Tensor [..., N] of x's dtype
+        The bytes of ``scaled_matmul(*quantize_dynamic(x, "int8", block=(1, -1)), codes, scale, ...)``.
+
+    Raises
+    ------
+    RuntimeError
+        For an argument that is not as above, or one that requires a gradient and has none.
+
+    Notes
+    -----
+    Contract C11, ``docs/contract.md``.
+    """
+    for argument, value in (("codes", codes), ("zero_point", zero_point), ("out", out)):
+        if value is not None:
+            no_gradient(OP, argument, value)
+    block = block_of_weight(OP, codes, block, last_size(OP, "x", x))
+    args = (x, codes, scale, format_name(format), block, zero_point, bias, activation)
+    if out is not None:
+        _dynamic_matmul_out(*args, out=out)
+        return out
+    y: Tensor = _dynamic_matmul(*args)
+    return y

@@ -1,0 +1,68 @@
+"""tiles[n // 16, k // columns, byte] = codes[n, k]: a weight in the order in which matrix instructions take it"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantlib.backends.tiles import TileLayout
+from quantlib.ops.check import check_format, check_tensor, described, dtype_of, fail, no_gradient
+from quantlib.ops.declare import format_name
+
+
+def tile(codes: Tensor, format: str | torch.dtype, *, size: int | None = None) -> Tensor:
+    """The codes of a weight as tiles of 1024 bytes, which `dequant_matmul` on a GPU reads without a shuffle.
+
+    Parameters
+    ----------
+    codes : Tensor [N, K] of the format's dtype
+        [N, ceil(K / 2)] uint8 for a format of four bits.
+    format : str or torch.dtype
+        A row of ``quantlib.formats`` of at most eight bits.
+    size : int, optional
+        K, for packed codes whose last byte holds one code only; twice the bytes by default.
+
+    Returns
+    -------
+    Tensor [ceil(N / 16), ceil(K / columns), 1024] uint8
+        ``columns`` is 64, or 128 for a format of four bits. Codes past the end are 0.
+
+    Raises
+    ------
+    RuntimeError
+        For an argument that is not as above.
+    """
+    no_gradient("tile", "codes", codes)
+    f = check_format("tile", format_name(format), TileLayout.FORMATS)
+    if codes.dim() != 2 or codes.dtype != dtype_of(f):
+        got = described(codes.shape, codes.dtype, codes.device)
+        fail("tile", "codes", f"{f.dtype_name} [N, {'ceil(K / 2)' if f.packed else 'K'}]", got)
+    K = codes.shape[1] * (2 if f.packed else 1)
+    if size is not None and (size not in (K - 1, K) if f.packed else size != K):
+        fail("tile", "size", f"{K - 1} or {K}" if f.packed else K, size)
+    return TileLayout(f).pack(codes.contiguous(), K if size is None else size)
+
+
+def untile(tiles: Tensor, format: str | torch.dtype, shape: tuple[int, int]) -> Tensor:
+    """The codes that `tile` was given.
+
+    Parameters
+    ----------
+    tiles : Tensor [ceil(N / 16), ceil(K / columns), 1024] uint8
+    format : str or torch.dtype
+        A row of ``quantlib.formats`` of at most eight bits.
+    shape : (N, K)
+
+    Returns
+    -------
+    Tensor [N, K] of the format's dtype, or [N, ceil(K / 2)] uint8
+
+    Raises
+    ------
+    RuntimeError
+        For an argument that is not as above.
+    """
+    no_gradient("untile", "tiles", tiles)
+    f = check_format("untile", format_name(format), TileLayout.FORMATS)
+    check_tensor("untile", "tiles", tiles, (TileLayout(f).shape(*shape), torch.uint8), tiles.device)
+    return TileLayout(f).unpack(tiles.contiguous(), *shape)
