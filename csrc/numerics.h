@@ -43,8 +43,14 @@ template <class V>
 QL_FN V add(V a, V b) {
   return a + b;
 }
-QL_FN float div(float a, float b) { return a / b; }
-QL_FN float sub(float a, float b) { return a - b; }
+template <class V>
+QL_FN V div(V a, V b) {
+  return a / b;
+}
+template <class V>
+QL_FN V sub(V a, V b) {
+  return a - b;
+}
 #endif
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
