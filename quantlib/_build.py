@@ -44,11 +44,12 @@ CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compu
 # csrc/cpu/<op>.cpp is compiled once for each of these; csrc/cpu/register.cpp picks one when the library is loaded.
 ISAS: dict[str, tuple[str, ...]] = {"plain": ()}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["avx2"] = ("-mavx2", "-mf16c")
+    ISAS["avx2"] = ("-mavx2", "-mfma", "-mf16c")
     ISAS["avx512"] = (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c"),
         "-mprefer-vector-width=512",
     )
+    ISAS["avx512_bf16"] = (*ISAS["avx512"], "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
 
 
 class BuildError(RuntimeError):

@@ -45,7 +45,8 @@ def compile_kernels(folder: Path, isa: str, *flags: str) -> Path:
 
 def runs_here(isa: str) -> bool:
     try:
-        has = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+        flags = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0]
+        has = set(flags.replace("_", "").split())
     except (OSError, IndexError):
         has = set()
     return {flag.removeprefix("-m") for flag in _build.ISAS[isa] if "=" not in flag} <= has

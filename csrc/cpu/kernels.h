@@ -1,5 +1,5 @@
-// The ops of this folder. Every <op>.cpp is compiled once per instruction set, with -DQL_ISA=plain|avx2|avx512 naming
-// the namespace; register.cpp, compiled once, includes no code of theirs and chooses among them at run time.
+// The ops of this folder. Every <op>.cpp is compiled once per instruction set, with -DQL_ISA=<name> naming the namespace;
+// register.cpp, compiled once, includes no code of theirs and chooses among them at run time.
 #pragma once
 #include "../problem.h"
 
@@ -25,6 +25,9 @@ namespace avx2 {
 QL_KERNELS(QL_DECLARE)
 }
 namespace avx512 {
+QL_KERNELS(QL_DECLARE)
+}
+namespace avx512_bf16 {
 QL_KERNELS(QL_DECLARE)
 }
 #undef QL_DECLARE

@@ -22,6 +22,7 @@ struct Kernels {
 #define QL_PLAIN(OP, PROBLEM) plain::OP,
 #define QL_AVX2(OP, PROBLEM) avx2::OP,
 #define QL_AVX512(OP, PROBLEM) avx512::OP,
+#define QL_AVX512_BF16(OP, PROBLEM) avx512_bf16::OP,
 
 // What this machine can run, the best last. __builtin_cpu_supports asks the operating system for the registers too.
 std::vector<Kernels> supported() {
@@ -30,10 +31,14 @@ std::vector<Kernels> supported() {
   unsigned eax, ebx, ecx = 0, edx;
   __builtin_cpu_init();
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
-  if (f16c && __builtin_cpu_supports("avx2")) all.push_back({"avx2", QL_KERNELS(QL_AVX2)});
+  if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    all.push_back({"avx2", QL_KERNELS(QL_AVX2)});
   if (all.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     all.push_back({"avx512", QL_KERNELS(QL_AVX512)});
+  if (all.size() == 3 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi"))
+    all.push_back({"avx512_bf16", QL_KERNELS(QL_AVX512_BF16)});
 #endif
   return all;
 }

@@ -18,7 +18,7 @@ from quantlib.cli.text import style, table
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tqdm", "transformers")
 VARIABLES = {
     "QUANTLIB_BACKEND": "auto, composite, cpp, triton or cuda: the only backend to use",
-    "QUANTLIB_ISA": "plain, avx2 or avx512: the instruction set of the C++ kernels",
+    "QUANTLIB_ISA": "plain, avx2, avx512 or avx512_bf16: the instruction set of the C++ kernels",
     "QUANTLIB_BUILD": "0: never compile the kernels; 1: a build that fails is an error",
     "QUANTLIB_CACHE": "where compiled kernels are kept",
     "QUANTLIB_SHOW_LAUNCH": "1: print the tile that each Triton launch chose",
