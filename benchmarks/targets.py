@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.case import OURS, Row, seconds
+from benchmarks.matmul import ROWS, SHAPES
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,18 @@ TARGETS = (
     Target("quantize float32 -> int8 tensor", "speedup", 2, ("torch.quantize_per_tensor", "torch.compile")),
     Target("quantize_dynamic float32 -> int8 row", "speedup", 3, COMPILE),
     Target("quantize_dynamic float32 -> int8 row", "of_copy", 0.6),
+    *(
+        Target(f"matmul {N}x{K} M={M} {conversion} row", "speedup", bound, (peer,))
+        for N, K in SHAPES
+        for M in ROWS
+        for conversion, bound, peer in (
+            ("bfloat16 x int8", 1, "torch._weight_int8pack_mm"),
+            ("bfloat16 x int8", 1.7 if M == 1 else 1 if M <= 16 else 0.9, "F.linear bfloat16"),
+            ("int8 x int8", 1, "torch quantize_dynamic"),
+            ("int8 x int8", 1.2, "torchao compiled"),
+        )
+    ),
+    *(Target(f"matmul {N}x{K} M=1 bfloat16 x int4 group:128", "speedup", 1.5, ("quantlib W8A16",)) for N, K in SHAPES),
     Target("call cast float32 -> bfloat16", "above", 3e-6, EMPTY),
     Target("call compute_scale float32 -> int8", "above", 3e-6, EMPTY),
     Target("call quantize float32 -> int8", "above", 3e-6, EMPTY),
