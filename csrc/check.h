@@ -67,6 +67,7 @@ inline bool inputs(const Format& f) { return f.is_float && f.bits >= 16; }
 inline bool casts(const Format& f) { return f.is_float && !f.packed(); }
 inline bool targets(const Format& f) { return f.type != Type::float32; }
 inline bool integers(const Format& f) { return !f.is_float; }
+inline bool bytes(const Format& f) { return !f.is_float && !f.packed(); }
 
 inline std::string one_of(Accepts accepts) {
   std::string text, last;
@@ -177,6 +178,46 @@ inline Sizes check_size(const char* op, SizesView codes, const Format& f, std::o
   if (sizes.empty()) sizes.push_back(1);
   sizes.back() = size.value_or(K);
   return sizes;
+}
+
+// ---- the matmuls: quantlib/ops/weight.py and scaled_matmul.py -------------------------------------------------------
+
+// K of x [..., K]
+inline int64_t check_last_size(const char* op, const char* argument, const Tensor& x) {
+  if (x.sizes().empty()) fail(op, argument, "[..., K]", described(x.sizes(), x.dtype(), x.device()));
+  return x.sizes().back();
+}
+
+// N of codes [N, K] of the format
+inline int64_t check_codes(const char* op, const Tensor& codes, const Format& f, int64_t K, Device device) {
+  const int64_t columns = f.packed() ? (K + 1) / 2 : K;
+  if (codes.sizes().size() != 2 || codes.sizes()[1] != columns || codes.dtype() != f.dtype ||
+      !(codes.device() == device))
+    fail(op, "codes", name_of(f.dtype) + " [N, " + std::to_string(columns) + "] on " + text_of(device),
+         described(codes.sizes(), codes.dtype(), codes.device()));
+  return codes.sizes()[0];
+}
+
+inline Activation check_activation(const char* op, const std::optional<std::string>& name) {
+  if (!name) return Activation::none;
+  const std::pair<const char*, Activation> all[] = {{"relu", Activation::relu},
+                                                    {"gelu", Activation::gelu},
+                                                    {"gelu_tanh", Activation::gelu_tanh},
+                                                    {"silu", Activation::silu}};
+  for (const auto& [known, activation] : all)
+    if (*name == known) return activation;
+  fail(op, "activation", "None, relu, gelu, gelu_tanh or silu", *name);
+}
+
+// An int32 holds the sum of as many products as share a scale.
+inline void check_sum(const char* op, const Grid& weight, const Format& x_format, bool x_affine, const Format& f,
+                      bool affine) {
+  // the largest magnitude of a code less its zero point
+  const auto widest = [](const Format& f, bool affine) { return affine ? f.qmax - f.qmin : std::max(-f.qmin, f.qmax); };
+  const int most = INT32_MAX / (widest(x_format, x_affine) * widest(f, affine));
+  const int64_t terms = std::min(weight.K, weight.bk);
+  if (terms > most)
+    fail(op, "K", "at most " + std::to_string(most) + ", so that an int32 holds the sum", std::to_string(terms));
 }
 
 }  // namespace quantlib

@@ -1,4 +1,5 @@
-// From a call of torch to a problem for a device, for every op: take the arguments, check, allocate, launch.
+// From a call of torch to a problem for a device, for every op: take the arguments, check, allocate, launch. The
+// matmuls follow in matmul_ops.h.
 //
 // Backend is what cpu/register.cpp and cuda/register.cpp define, one object a call:
 //   explicit Backend(Device);              makes the device of x current
@@ -17,10 +18,10 @@ class Output {
     if (given_) check_tensor(op, argument, *given_, result_, device);
   }
 
-  // Where the kernel writes: contiguous, and over none of the inputs, which it is still reading.
+  // Where the kernel writes: contiguous, and over none of the inputs (null: not given), which it is still reading.
   void* data(std::initializer_list<const Tensor*> inputs) {
     const bool direct = given_ && given_->is_contiguous() &&
-                        std::none_of(inputs.begin(), inputs.end(), [&](auto x) { return given_->overlaps(*x); });
+                        std::none_of(inputs.begin(), inputs.end(), [&](auto x) { return x && given_->overlaps(*x); });
     if (!direct) own_.emplace(Tensor::empty(result_.sizes, result_.dtype, device_));
     return (direct ? *given_ : *own_).data();
   }

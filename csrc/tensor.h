@@ -51,7 +51,13 @@ class Tensor {
         sizes_(other.sizes_),
         dtype_(other.dtype_),
         device_(other.device_) {}
-  Tensor& operator=(Tensor&&) = delete;
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    std::swap(sizes_, other.sizes_);
+    std::swap(dtype_, other.dtype_);
+    std::swap(device_, other.device_);
+    return *this;
+  }
   ~Tensor() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
@@ -76,13 +82,13 @@ class Tensor {
     return data;
   }
   void copy_from(const Tensor& other) const { check_torch(aoti_torch_copy_(handle_, other.handle_, 0)); }
+  void fill_with_zeros() const { check_torch(aoti_torch_zero_(handle_)); }
   // Where it is not contiguous it becomes a copy of itself that is.
   void make_contiguous() {
     if (is_contiguous()) return;
     Tensor copy = empty(sizes_, dtype_, device_);
     copy.copy_from(*this);
-    std::swap(handle_, copy.handle_);
-    std::swap(sizes_, copy.sizes_);
+    *this = std::move(copy);
   }
   // Whether two contiguous tensors share a byte.
   bool overlaps(const Tensor& other) const {
@@ -107,16 +113,7 @@ class Arguments {
   Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
   bool flag() { return take<bool>(); }
   int32_t dtype() { return take<int32_t>(); }
-  std::string text() {
-    const auto handle = take<StringHandle>();
-    const char* data;
-    size_t length;
-    check_torch(torch_string_c_str(handle, &data));
-    check_torch(torch_string_length(handle, &length));
-    std::string result(data, length);
-    check_torch(torch_delete_string(handle));
-    return result;
-  }
+  std::string text() { return text_of(take<StringHandle>()); }
   Sizes sizes() {
     const auto handle = take<StableListHandle>();
     size_t length;
@@ -134,11 +131,24 @@ class Arguments {
     return optional<Tensor>(
         [](StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); });
   }
+  std::optional<std::string> optional_text() {
+    return optional<std::string>(
+        [](StableIValue value) { return text_of(torch::stable::detail::to<StringHandle>(value)); });
+  }
   std::optional<int64_t> optional_size() { return optional<int64_t>(torch::stable::detail::to<int64_t>); }
 
  private:
   const StableIValue* next_;
 
+  static std::string text_of(StringHandle handle) {
+    const char* data;
+    size_t length;
+    check_torch(torch_string_c_str(handle, &data));
+    check_torch(torch_string_length(handle, &length));
+    std::string result(data, length);
+    check_torch(torch_delete_string(handle));
+    return result;
+  }
   template <class T>
   T take() {
     return torch::stable::detail::to<T>(*next_++);

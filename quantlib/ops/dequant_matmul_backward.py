@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantlib import backends, formats
 from quantlib.backends.tiles import TileLayout
-from quantlib.ops.check import INPUTS, Block, Result, check_dtype, check_tensor, fail
+from quantlib.ops.check import INPUTS, Block, Result, check_dtype, check_format, check_tensor, fail
 from quantlib.ops.declare import Kernel, declare
 from quantlib.ops.weight import check_weight, last_size, launched
 from quantlib.spec import matrix_shape
@@ -29,7 +29,7 @@ def _results(
 ) -> list[Result]:
     check_dtype(OP, "dy", dy.dtype, INPUTS)
     K = codes.shape[1] if codes.dim() == 2 else 0
-    if format in _PACKED:
+    if check_format(OP, format).packed:
         if size is not None and size not in (2 * K - 1, 2 * K):
             fail(OP, "size", f"{2 * K - 1} or {2 * K}", size)
         K = 2 * K if size is None else size
@@ -175,6 +175,3 @@ def attach_gradients() -> None:
     backends.autograd("dynamic_matmul", _gradients, _setup_dynamic)
     for overload in (OP, f"{OP}_scale"):
         backends.autograd(overload, _no_second_derivative)
-
-
-_PACKED = {f.name for f in formats.TABLE if f.packed}
