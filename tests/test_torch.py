@@ -32,6 +32,14 @@ def zero_point() -> Tensor:
     return torch.arange(M * 5, dtype=torch.int32).reshape(M, 5) % 7
 
 
+def codes(columns: int = K) -> Tensor:
+    return torch.randint(-9, 10, (M, columns), generator=torch.Generator().manual_seed(2), dtype=torch.int8)
+
+
+def bias() -> Tensor:
+    return torch.linspace(-3, 3, M)
+
+
 BLOCK = [1, 8]
 
 # name -> (overload, its arguments): what stays out has tests of its own
@@ -51,8 +59,50 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "quantize_dynamic": (quant.quantize_dynamic.default, (x(), "int8", BLOCK)),
     "quantize_dynamic packed": (quant.quantize_dynamic.default, (x(), "float4_e2m1fn", BLOCK)),
     "quantize_dynamic affine": (quant.quantize_dynamic.affine, (x(), "uint8", BLOCK)),
+    "dequant_matmul": (
+        quant.dequant_matmul.default,
+        (x(), codes(), scale(), "int8", BLOCK, zero_point(), bias(), "gelu"),
+    ),
+    "dequant_matmul tiled": (
+        quant.dequant_matmul.tiled,
+        (x(), quantlib.ops.tile(codes(), "int8"), scale(), "int8", BLOCK, M, None, bias().half(), "silu", True),
+    ),
+    "dequant_matmul_backward": (
+        quant.dequant_matmul_backward.default,
+        (x()[:, :M], codes(18).view(torch.uint8), scale(), "int4", BLOCK, None, K),
+    ),
+    "dequant_matmul_backward_scale": (
+        quant.dequant_matmul_backward_scale.default,
+        (x()[:, :M], x(), codes(), scale(), "int8", BLOCK),
+    ),
+    "scaled_matmul": (
+        quant.scaled_matmul.default,
+        (
+            codes(),
+            scale()[:, :1].clone(),
+            codes(),
+            scale(),
+            "int8",
+            BLOCK,
+            None,
+            zero_point(),
+            bias(),
+            "relu",
+            torch.half,
+        ),
+    ),
+    "dynamic_matmul": (quant.dynamic_matmul.default, (x(), codes(), scale(), "int8", BLOCK, None, bias(), "gelu_tanh")),
 }
 Call = tuple[Any, tuple[Any, ...]]
+
+# op -> how many of its arguments have the rows of x; the others are a weight
+WITH_ROWS = {
+    "quantlib::dequant_matmul": 1,
+    "quantlib::dequant_matmul_backward": 1,
+    "quantlib::dequant_matmul_backward_scale": 2,
+    "quantlib::dynamic_matmul": 1,
+    "quantlib::scaled_matmul": 2,
+}
 
 
 def results(got: Any) -> tuple[Tensor, ...]:
@@ -91,10 +141,20 @@ def test_every_overload_is_called_here() -> None:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def test_opcheck(call: Call, on_cpu: Served) -> None:
+@pytest.fixture
+def served_call(call: Call, on_cpu: Served) -> Call:
+    """A call, and a backend that is forced; not every backend has every op."""
+    name = call[0]._schema.name.removeprefix("quantlib::")
+    overload = f"{name}.{call[0]._overloadname}".removesuffix(".default")
+    if why := backends.refuses(on_cpu.backend, "cpu", overload):
+        pytest.skip(f"{on_cpu}: {why}")
+    return call
+
+
+def test_opcheck(served_call: Call, on_cpu: Served) -> None:
     if on_cpu.backend == "triton":
         pytest.skip("triton: torch sees the same Python layer as composite's")
-    function, arguments = call
+    function, arguments = served_call
     torch.library.opcheck(function, arguments)
 
 
@@ -138,11 +198,11 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(call: Call, dynamic: bool, fresh: None) -> None:
     function, arguments = call
-    of_x, rest = arguments[0], arguments[1:]
-    # rows are free to vary: scale and zero_point have as many
+    # rows are free to vary: scale and zero_point have as many, unless they are a weight's
+    varying = WITH_ROWS.get(function._schema.name, len(arguments))
     graph = compiled(function, dynamic=dynamic)
     for rows in (M, 3, 4):
-        given = [a[:rows] if isinstance(a, Tensor) else a for a in (of_x, *rest)]
+        given = [a[:rows] if isinstance(a, Tensor) and n < varying else a for n, a in enumerate(arguments)]
         for a, b in zip(results(graph(*given)), results(function(*given)), strict=True):
             assert_same_bytes(a, b, f"{function} {rows}")
 
@@ -228,7 +288,7 @@ def test_vmap(call: Call) -> None:
         want = results(run(*(batch[n][example] for n in tensors)))
         for a, b in zip(got, want, strict=True):
             assert_same_bytes(a[example], b)
-    along_last = results(torch.vmap(run, in_dims=2)(*(batch[n].movedim(0, 2) for n in tensors)))
+    along_last = results(torch.vmap(run, in_dims=-1)(*(batch[n].movedim(0, -1) for n in tensors)))
     for a, b in zip(along_last, got, strict=True):
         assert_same_bytes(a, b)
     in_dims = (0, *[None] * (len(tensors) - 1))
@@ -249,10 +309,10 @@ def test_vmap(call: Call) -> None:
     ],
     ids=["autocast", "inference_mode", "no_grad"],
 )
-def test_modes_change_no_byte(call: Call, mode: Callable[[], Any], on_cpu: Served) -> None:
-    function, arguments = call
+def test_modes_change_no_byte(served_call: Call, mode: Callable[[], Any]) -> None:
+    function, arguments = served_call
     want = results(function(*arguments))
-    out, given = into(call)
+    out, given = into(served_call)
     with mode():
         got = results(function(*arguments))
         out(*arguments, **given)
@@ -262,8 +322,8 @@ def test_modes_change_no_byte(call: Call, mode: Callable[[], Any], on_cpu: Serve
         assert_same_bytes(c, b)
 
 
-def test_default_dtype_changes_no_byte(call: Call, on_cpu: Served) -> None:
-    function, arguments = call
+def test_default_dtype_changes_no_byte(served_call: Call) -> None:
+    function, arguments = served_call
     want = results(function(*arguments))
     torch.set_default_dtype(torch.float64)
     try:

@@ -45,16 +45,16 @@ if not _loaded:
 compiled.load("cuda")
 
 
-def refuses(backend: str, device: str, op: str | None = None) -> str | None:
-    """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or run ``op`` there; None if it can."""
+def refuses(backend: str, device: str, overload: str | None = None) -> str | None:
+    """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or run ``overload`` there; None if it can."""
     if backend in COMPILED:
         serves = COMPILED[backend]
         why = f"serves {serves} tensors only" if device != serves else compiled.load(serves)
-        lacks = op is not None and (op, DEVICES[serves]) not in _compiled
+        lacks = overload is not None and (overload, DEVICES[serves]) not in _compiled
     else:
         why = _python_backend(backend).refuses(torch.device(device))
-        lacks = why is None and op is not None and op not in _python_backend(backend).KERNELS
-    return why or (f"has no kernel of {op}" if lacks else None)
+        lacks = why is None and overload is not None and _op(overload) not in _python_backend(backend).KERNELS
+    return why or (f"has no kernel of {overload}" if lacks else None)
 
 
 def current() -> str:
@@ -155,11 +155,11 @@ def serving_layer(name: str, overload: str, device: str) -> str | None:
 
 def _launcher(backend: str, overload: str, device: str = "cpu") -> Callable[..., None]:
     """The kernel of ``backend`` for the op of ``overload``, found at the first call; a refusal where it has none."""
-    op = overload.partition(".")[0]
+    op = _op(overload)
 
     @functools.cache
     def find() -> Callable[..., None]:
-        why = refuses(backend, device, op)
+        why = refuses(backend, device, overload)
         if why is not None:
             raise NotImplementedError(f"quantlib::{op}: backend {backend!r} refuses {device} tensors: {why}")
         kernel: Callable[..., None] = _python_backend(backend).KERNELS[op]
@@ -169,6 +169,11 @@ def _launcher(backend: str, overload: str, device: str = "cpu") -> Callable[...,
         find()(*args)
 
     return launch
+
+
+def _op(overload: str) -> str:
+    """ "quantize" of "quantize.out": the stem of its files."""
+    return overload.partition(".")[0]
 
 
 @functools.cache

@@ -37,9 +37,9 @@ def dequant_matmul(
     for n, w in weight_slabs(codes, scale, format, block, zero_point, K):
         if batch_invariant:  # a GEMM may sum in another order for another M
             for m in range(M):
-                total[m, n] = w @ rows[m]
+                total[m, n] = product(w, rows[m])
         else:
-            total[:, n] = rows @ w.T
+            total[:, n] = product(rows, w.T)
     total += 0  # a sum starts at +0
     epilogue(total, bias, activation, y)
 
@@ -59,6 +59,12 @@ def weight_slabs(
         z = None if zero_point is None else zero_point[blocks]
         dequantize(codes[n], scale[blocks], format, (min(br, len(w)), bk), z, w)
         yield n, w
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the dtype that they have, under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def epilogue(total: Tensor, bias: Tensor | None, activation: str | None, y: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantlib.backends.composite.dequant_matmul import epilogue, weight_slabs
+from quantlib.backends.composite.dequant_matmul import epilogue, product, weight_slabs
 from quantlib.backends.composite.numerics import Block
 from quantlib.formats import Format
 
@@ -15,5 +15,5 @@ def dequant_matmul_backward(
 ) -> None:
     total = torch.zeros(dx.shape, dtype=torch.float32, device=dx.device)
     for n, w in weight_slabs(codes, scale, format, block, zero_point, dx.shape[1]):
-        total += dy[:, n].float() @ w
+        total += product(dy[:, n].float(), w)
     epilogue(total, None, None, dx)

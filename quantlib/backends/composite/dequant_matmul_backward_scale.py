@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantlib.backends.composite.dequant_matmul import weight_slabs
+from quantlib.backends.composite.dequant_matmul import product, weight_slabs
 from quantlib.backends.composite.numerics import Block, canonical
 from quantlib.formats import Format
 
@@ -25,7 +25,7 @@ def dequant_matmul_backward_scale(
     sums = torch.zeros(dscale.shape, dtype=torch.float32, device=x.device)
     ones = torch.ones_like(scale)
     for n, w in weight_slabs(codes, ones, format, block, zero_point, K):
-        terms = (dy[:, n].float().T @ rows).mul_(w)
+        terms = product(dy[:, n].float().T, rows).mul_(w)
         terms = torch.nn.functional.pad(terms, (0, -K % bk)).unflatten(1, (-1, bk)).sum(2)
         block_row = torch.arange(n.start, n.stop, device=x.device).div(br, rounding_mode="floor")
         for row in block_row.unique().tolist():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.backends.composite.dequant_matmul import epilogue, weight_slabs
+from quantlib.backends.composite.dequant_matmul import epilogue, product, weight_slabs
 from quantlib.backends.composite.numerics import Block, effective_scale, spread
 from quantlib.formats import Format, IntFormat
 
@@ -37,9 +37,9 @@ def scaled_matmul(
         # integers below 2^53: float64 is exact in any order
         w, s_n = values.double(), (s if len(s) == 1 else s[n])
         if scale.shape[1] == 1:
-            total[:, n] = (a @ w.T).float() * s_x * s_n.T
+            total[:, n] = product(a, w.T).float() * s_x * s_n.T
             continue
         for J in range(scale.shape[1]):
             k = slice(J * bk, (J + 1) * bk)
-            total[:, n] += (a[:, k] @ w[:, k].T).float() * s_n[:, J]
+            total[:, n] += product(a[:, k], w[:, k].T).float() * s_n[:, J]
     epilogue(total if scale.shape[1] == 1 else total * s_x, bias, activation, y)
