@@ -1,5 +1,5 @@
-// The ops of this folder. Every <op>.cpp is compiled once per instruction set, with -DQL_ISA=<name> naming the namespace;
-// register.cpp, compiled once, includes no code of theirs and chooses among them at run time.
+// The ops of this folder. Every <op>.cpp is compiled once per instruction set, with -DQL_ISA=<name> naming the
+// namespace; register.cpp, compiled once, includes no code of theirs and chooses among them at run time.
 #pragma once
 #include "../problem.h"
 
@@ -10,12 +10,13 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*b
                              void* context);
 
 // X(op, what it is asked)
-#define QL_KERNELS(X)            \
-  X(cast, Cast)                  \
-  X(compute_scale, ComputeScale) \
-  X(quantize, Quantize)          \
-  X(dequantize, Dequantize)      \
-  X(quantize_dynamic, QuantizeDynamic)
+#define QL_KERNELS(X)                  \
+  X(cast, Cast)                        \
+  X(compute_scale, ComputeScale)       \
+  X(quantize, Quantize)                \
+  X(dequantize, Dequantize)            \
+  X(quantize_dynamic, QuantizeDynamic) \
+  X(scaled_matmul, ScaledMatmul)
 
 #define QL_DECLARE(OP, PROBLEM) void OP(const PROBLEM&, ParallelFor);
 namespace plain {

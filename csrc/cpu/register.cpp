@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../ops.h"
+#include "../matmul_ops.h"
 #include "kernels.h"
 
 #ifdef __x86_64__
@@ -86,4 +86,7 @@ extern "C" __attribute__((visibility("default"))) const char* quantlib_isa() {
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) { quantlib::register_ops<quantlib::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
+  quantlib::register_ops<quantlib::Cpu>(m);
+  quantlib::register_scaled_matmuls<quantlib::Cpu>(m);
+}
