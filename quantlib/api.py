@@ -1,19 +1,20 @@
-"""The verbs of a model: `quantize_` puts `QuantLinear` where ``nn.Linear`` was, `dequantize_` puts it back."""
+"""The verbs of a model: `quantize_` puts modules of codes where float ones were, `dequantize_` puts those back."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from quantlib import ops
-from quantlib.nn import QuantLinear
-from quantlib.nn.functional import Weight, dequantize_weight
-from quantlib.nn.linear import FROZEN
+from quantlib.nn import QUANTIZED, QuantModule
+from quantlib.nn.functional import SOURCES, Weight, dequantize_weight
+from quantlib.nn.module import FROZEN
+from quantlib.ops.check import one_of
 from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
 
@@ -25,13 +26,17 @@ READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
-SOURCES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def quantize_(
-    model: nn.Module, spec: Any, filter_fn: Filter | None = None, *, on_nonfinite: OnNonfinite = "raise"
+    model: nn.Module,
+    spec: Any,
+    filter_fn: Filter | None = None,
+    *,
+    types: Sequence[type[nn.Module]] = (nn.Linear,),
+    on_nonfinite: OnNonfinite = "raise",
 ) -> Report:
-    """Project the weights of the ``nn.Linear`` layers of ``model``, in place.
+    """Project the weights of the ``nn.Linear`` layers of ``model``, or of the layers of ``types``, in place.
 
     Every layer is looked at before the first is changed, so that an error leaves the model as it was. Then one layer
     at a time is replaced: the memory in use never exceeds that of the model and one layer.
@@ -42,9 +47,13 @@ def quantize_(
         On any device; on ``meta`` it becomes the skeleton that `load_quantized` or ``load_state_dict(assign=True)``
         fills.
     spec : QuantSpec or what `QuantSpec.parse` takes
-        ``"W8A16"``, ``"W8A8"``, ``"W4A16"``, ``"int4:group:32"``, ``torch.bfloat16`` ...
+        ``"W8A16"``, ``"W8A8"``, ``"W4A16"``, ``"int4:group:32"``, ``torch.bfloat16`` ... Activations are those of
+        linear layers; of other types the weights alone are projected.
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
+    types : sequence of {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d}
+        What is a layer here. An embedding and a linear layer that share a weight share its codes where both are
+        asked for, and stay as they are where one is not.
     on_nonfinite : {"raise", "propagate"}
         What to do about a weight that is infinite, NaN, or too large for a 16-bit float without a scale: raise, or
         follow the numeric contract, by which a NaN makes a NaN of all that share its scale.
@@ -60,8 +69,8 @@ def quantize_(
     TypeError
         For a model that is not a module, and for a weight that is not float32, float16 or bfloat16.
     ValueError
-        For an unknown spec, a model without a layer to quantize, or a weight that is not finite, naming the layer and
-        the row.
+        For an unknown spec or type, a model without a layer to quantize, or a weight that is not finite, naming the
+        layer and the row.
 
     Examples
     --------
@@ -73,55 +82,56 @@ def quantize_(
     spec = QuantSpec.parse(spec)
     check_on_nonfinite(on_nonfinite)
     check_root(model)
-    skipped = reasons_to_skip(model, filter_fn)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in skipped}
+    types = checked_types(types)
+    skipped = reasons_to_skip(model, filter_fn, types)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, types) and n not in skipped}
     if not layers and filter_fn is None:
         found = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "none"
-        raise ValueError(f"model must have an nn.Linear to quantize, got {found}")
-    for name, linear in layers.items():
-        check_weight(f"weight of layer {name}", linear.weight, spec, on_nonfinite)
+        raise ValueError(f"model must have an {one_of([f'nn.{t.__name__}' for t in types])} to quantize, got {found}")
+    for name, layer in layers.items():
+        check_weight(f"weight of layer {name}", weight_of(layer).flatten(1), spec, on_nonfinite)
 
     report, places = Report(skipped=skipped), places_of(model)
-    done: dict[int, QuantLinear] = {}  # id of a float weight -> what it became
+    done: dict[int, QuantModule] = {}  # id of a float weight -> what it became
     for name in list(layers):
-        linear = layers.pop(name)  # the last reference to a layer that is replaced: its memory is free for the next
-        tied = id(linear.weight)
-        if tied in done:
-            new = share_weight(done[tied], linear)
+        layer = layers.pop(name)  # the last reference to a layer that is replaced: its memory is free for the next
+        weight = weight_of(layer)
+        new: QuantModule
+        if id(weight) in done:
+            new = share_weight(done[id(weight)], layer, spec)
         else:
-            done[tied] = new = QuantLinear.from_float(linear, spec)
-            weight = Weight(new.weight, new.weight_scale, new.weight_zero_point)
-            report.layers.append(describe(name, linear.weight, weight, spec))
-        put(new, linear, places)
+            done[id(weight)] = new = quantized_type(layer).from_float(layer, spec)
+            report.layers.append(describe(name, weight, new.plain, new.spec))
+        del weight
+        put(new, layer, places)
     return report
 
 
 def dequantize_(model: nn.Module) -> list[str]:
-    """Put an ``nn.Linear`` with the values of the codes where each `QuantLinear` of ``model`` is, in place.
+    """Put a float module with the values of the codes where each module of codes of ``model`` is, in place.
 
     Returns
     -------
     list of str
-        The names of the layers. Weights that were tied are tied again.
+        The names of the modules. Weights that were tied are tied again.
     """
     check_root(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     names, places = list(layers), places_of(model)
-    done: dict[int, nn.Linear] = {}  # id of the codes -> what they became
+    done: dict[int, nn.Parameter] = {}  # id of the codes -> the weight that they became
     for name in names:
         quantized = layers.pop(name)
         tied = id(quantized.weight)
-        if tied in done:
-            new = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
-            new.weight, new.bias = done[tied].weight, quantized.bias
-        else:
-            done[tied] = new = quantized.dequantize()
+        new = quantized.with_weight(done[tied]) if tied in done else quantized.dequantize()
+        done[tied] = weight_of(new)
         put(new, quantized, places)
     return names
 
 
-def reasons_to_skip(model: nn.Module, filter_fn: Filter | None = None) -> dict[str, str]:
-    """name -> why, for each ``nn.Linear`` of ``model`` that cannot or shall not be quantized."""
+def reasons_to_skip(
+    model: nn.Module, filter_fn: Filter | None = None, types: tuple[type[nn.Module], ...] = (nn.Linear,)
+) -> dict[str, str]:
+    """name -> why, for each layer of ``types`` of ``model`` that cannot or shall not be quantized."""
     readers = {
         id(getattr(owner, child)): f"nn.{cls.__name__} reads its weight directly"
         for owner in model.modules()
@@ -131,51 +141,72 @@ def reasons_to_skip(model: nn.Module, filter_fn: Filter | None = None) -> dict[s
     }
     skipped: dict[str, str] = {}
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)  # id of a parameter -> (module, name in it)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             holders[id(parameter)].append((name, key))
-        if isinstance(module, nn.Linear):
-            why = readers.get(id(module)) or reason_to_skip(module)
-            if why is None and filter_fn is not None and not filter_fn(module, name):
-                why = "filter_fn said no"
-            if why is not None:
-                skipped[name] = why
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in skipped:
-            others = (f"{h}.{k}" for h, k in holders[id(module.weight)] if k != "weight" or stays(model, h, skipped))
-            if other := next(others, None):
+    for name, layer in layers.items():
+        why = readers.get(id(layer)) or reason_to_skip(layer)
+        if why is None and filter_fn is not None and not filter_fn(layer, name):
+            why = "filter_fn said no"
+        if why is not None:
+            skipped[name] = why
+    for name, layer in layers.items():
+        if name not in skipped:
+            kept = (
+                f"{h}.{k}" for h, k in holders[id(layer.weight)] if k != "weight" or h in skipped or h not in layers
+            )
+            if other := next(kept, None):
                 skipped[name] = f"shares its weight with {other.removeprefix('.')}, which stays as it is"
     return skipped
 
 
-def stays(model: nn.Module, name: str, skipped: dict[str, str]) -> bool:
-    """Whether the module of this name keeps its weight."""
-    return name in skipped or not isinstance(model.get_submodule(name), nn.Linear)
-
-
-def reason_to_skip(linear: nn.Linear) -> str | None:
+def reason_to_skip(layer: nn.Module) -> str | None:
     """What about a layer itself keeps it from being replaced."""
-    if isinstance(linear, QuantLinear):
-        return f"already quantized to {linear.spec}"
-    if type(linear) is not nn.Linear:
-        return f"{type(linear).__name__}, a subclass of nn.Linear, may compute something else"
-    if "forward" in vars(linear):
+    if isinstance(layer, QuantModule):
+        return f"already quantized to {layer.spec}"
+    if type(layer) not in QUANTIZED:
+        base = next(t for t in QUANTIZED if isinstance(layer, t))
+        return f"{type(layer).__name__}, a subclass of nn.{base.__name__}, may compute something else"
+    if "forward" in vars(layer):
         return "its forward has been replaced"
-    if linear._parameters.get("weight") is None:
+    weight = layer._parameters.get("weight")
+    if weight is None:
         return "its weight is computed from other parameters"
-    if type(linear.weight) is not nn.Parameter:
-        return f"its weight is of {type(linear.weight).__name__}"
-    return None
+    if type(weight) is not nn.Parameter:
+        return f"its weight is of {type(weight).__name__}"
+    why = QUANTIZED[type(layer)].refuses(layer)
+    return None if why is None else f"an nn.{type(layer).__name__} {why}"
+
+
+def quantized_type(layer: nn.Module) -> type[QuantModule]:
+    """The module of codes that stands for ``layer``, which `reason_to_skip` has found nothing against."""
+    return QUANTIZED[type(layer)]
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    assert isinstance(layer.weight, nn.Parameter)
+    return layer.weight
+
+
+def checked_types(types: Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    """``types`` as isinstance takes them."""
+    for t in types:
+        if t not in QUANTIZED:
+            known = one_of([f"nn.{known.__name__}" for known in QUANTIZED])
+            raise ValueError(f"types must be {known}, got {getattr(t, '__name__', t)}")
+    return tuple(types)
 
 
 def check_root(model: nn.Module) -> None:
     """``model`` is a module whose layers can be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.Linear):
+    if isinstance(model, tuple(QUANTIZED)):
+        quantized = next(q for t, q in QUANTIZED.items() if isinstance(model, t)).__name__
         raise ValueError(
             f"model must contain the layers to replace, got a single {type(model).__name__}: "
-            "use QuantLinear.from_float(layer, spec) and QuantLinear.dequantize()"
+            f"use {quantized}.from_float(layer, spec) and {quantized}.dequantize()"
         )
 
 
@@ -207,10 +238,11 @@ def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinit
 
 
 def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerReport:
-    """What became of x [N, K]."""
+    """What became of x [N, ...]."""
     ratio = math.nan
     if not x.is_meta:
-        ratio = snr_db(x.detach(), dequantize_weight(weight, spec, x.shape[-1], torch.float32))
+        matrix = x.detach().flatten(1)
+        ratio = snr_db(matrix, dequantize_weight(weight, spec, matrix.shape[1], torch.float32))
     size = sum(t.numel() * t.element_size() for t in weight if t is not None)
     return LayerReport(name, tuple(x.shape), str(spec), x.numel() * x.element_size(), size, ratio)
 
@@ -243,12 +275,9 @@ def put(new: nn.Module, old: nn.Module, places: dict[int, list[tuple[nn.Module, 
         parent._modules[child] = new
 
 
-def share_weight(first: QuantLinear, linear: nn.Linear) -> QuantLinear:
-    """The quantized form of ``linear``, whose weight is the one that ``first`` was made of."""
-    new = QuantLinear(
-        linear.in_features, linear.out_features, False, device="meta", dtype=linear.weight.dtype, spec=first.spec
-    )
+def share_weight(first: QuantModule, layer: nn.Module, spec: QuantSpec) -> QuantModule:
+    """The quantized form of ``layer``, whose weight is the one that ``first`` was made of."""
+    new = quantized_type(layer).like(layer, spec)
     for name in FROZEN:
         new.register_parameter(name, first._parameters[name])
-    new.bias = linear.bias
     return new

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlib.api import SOURCES, OnNonfinite, check_on_nonfinite, check_weight, describe
+from quantlib.api import OnNonfinite, check_on_nonfinite, check_weight, describe
 from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
 from quantlib.checkpoint.stored import KEY, Contents, Stored, as_stored
-from quantlib.nn.functional import quantize_weight
+from quantlib.nn.functional import SOURCES, quantize_weight
 from quantlib.report import Report
 from quantlib.spec import QuantSpec
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlib.api import places_of, put, reasons_to_skip, share_weight
+from quantlib.api import places_of, put, quantized_type, reasons_to_skip, share_weight, weight_of
 from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
 from quantlib.checkpoint.stored import Contents, Stored, words
-from quantlib.nn import QuantLinear
+from quantlib.nn import QUANTIZED, QuantModule
 from quantlib.spec import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def save_quantized(
     Parameters
     ----------
     model : nn.Module
-        Of which some layers are `QuantLinear`.
+        Of which some modules are of codes: `QuantLinear` and the like.
     path : path
         A ``.safetensors`` file, or a folder for ``model.safetensors``, which appears whole or not at all.
     max_shard_bytes : int
@@ -73,8 +73,8 @@ def save_quantized(
 def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) -> nn.Module:
     """Fill ``model`` from what `save_quantized` or `quantize_file` wrote.
 
-    Where the file holds codes, ``nn.Linear`` becomes `QuantLinear`. Parameters take the dtypes of the file. Everything
-    is checked, from the headers alone, before the model is touched.
+    Where the file holds codes, ``nn.Linear`` becomes `QuantLinear`, ``nn.Embedding`` `QuantEmbedding`, and so on.
+    Parameters take the dtypes of the file. Everything is checked, from the headers alone, before the model is touched.
 
     Parameters
     ----------
@@ -102,8 +102,8 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
 
     Notes
     -----
-    A layer that cannot hold codes, because it is no linear layer or its owner reads its weight directly, gets the
-    values that the codes stand for, with a warning in the log.
+    A layer that cannot hold codes, because there is no module of codes for it or its owner reads its weight directly,
+    gets the values that the codes stand for, with a warning in the log.
     """
     with ExitStack() as stack:
         readers = [stack.enter_context(Reader(p)) for p in files.weights_of(Path(path))]
@@ -139,11 +139,13 @@ def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
     for name, tensor in objects.items():
         if (known := first.setdefault(id(tensor), name)) != name:
             tied[name] = known
-    weights = {
-        name: Stored(str(module.spec), (module.out_features, module.in_features))
-        for prefix, module in model.named_modules()
-        if isinstance(module, QuantLinear) and (name := join(prefix, "weight")) in state and name not in tied
-    }
+    weights: dict[str, Stored] = {}
+    for prefix, module in model.named_modules():
+        name = join(prefix, "weight")
+        if isinstance(module, QuantModule) and name in state:
+            known = tied.get(name, name)  # of those that share it, an embedding's spec tells nothing of activations
+            if known not in weights or module.spec.activation is not None:
+                weights[known] = Stored(str(module.spec), module.weight_shape)
     parts = {slot.name for name, stored in weights.items() for slot in stored.slots(name)[1:]}
     batches = []
     for name, tensor in state.items():
@@ -175,7 +177,7 @@ class Skeleton:
         self.model, self.contents = model, contents
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.values: set[str] = set()  # weights whose layers cannot hold codes
-        self.replacements = self._replacements()  # id of a float layer -> the QuantLinear that takes its place
+        self.replacements = self._replacements()  # id of a float layer -> what takes its place
         self.places = dict(self._places())
         self.unused = {slot.name for name in self.values for slot in contents.weights[name].slots(name)[1:]}
         for prefix, module in self.modules.items():  # older checkpoints hold buffers that models now make themselves
@@ -195,7 +197,7 @@ class Skeleton:
             store, key = self.places[name]
             stored = self.contents.weights.get(name)
             if stored is not None and tuple(store[key].shape) != slot.shape:
-                slot = replace(slot, shape=QuantSpec.parse(stored.spec).codes_shape(stored.shape))
+                slot = replace(slot, shape=QuantSpec.parse(stored.spec).codes_shape(stored.matrix))
             if name in self.values:
                 slot = replace(slot, shape=self.contents.weights[name].shape, dtype=store[key].dtype)
             same_kind = slot.dtype == store[key].dtype or slot.dtype.is_floating_point == store[key].is_floating_point()
@@ -205,7 +207,7 @@ class Skeleton:
         for prefix, module in self.modules.items():
             spec = self.contents.weights.get(join(prefix, "weight"), None)
             if (
-                isinstance(module, QuantLinear)
+                isinstance(module, QuantModule)
                 and spec
                 and QuantSpec.parse(spec.spec).weight_only != module.spec.weight_only
             ):
@@ -231,38 +233,36 @@ class Skeleton:
             if name in self.values:
                 tensor = self.contents.weights[name].values(reader, name, old.dtype)
             else:
-                tensor = reader.read(name)
-                tensor = tensor.squeeze(-1) if tensor.dim() > old.dim() else tensor
+                tensor = reader.read(name).reshape(old.shape)  # codes have more axes in a file
             tensor = tensor.to(there if old.is_meta else old.device)
             new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
             for store, key in self.targets[name]:
                 store[key] = new  # one object in all of them: what is tied stays tied
 
-    def _replacements(self) -> dict[int, QuantLinear]:
+    def _replacements(self) -> dict[int, QuantModule]:
         stored = dict(self.contents.weights)
         stored.update({alias: stored[name] for alias, name in self.contents.tied.items() if name in stored})
-        skipped = {id(self.modules[name]) for name in reasons_to_skip(self.model)}
+        types = tuple(QUANTIZED)
+        skipped = {id(self.modules[name]) for name in reasons_to_skip(self.model, types=types)}
         specs: dict[int, QuantSpec] = {}  # id of a float weight -> what it becomes
         for name, weight in stored.items():
             module = self.modules.get(name.rpartition(".")[0])
-            if isinstance(module, QuantLinear):
+            if isinstance(module, QuantModule):
                 continue
-            if isinstance(module, nn.Linear) and module.weight.shape == weight.shape and id(module) not in skipped:
+            if isinstance(module, types) and weight_of(module).shape == weight.shape and id(module) not in skipped:
                 specs[id(module.weight)] = QuantSpec.parse(weight.spec)
             elif name in self.contents.weights:
                 self.values.add(name)
-        done: dict[int, QuantLinear] = {}
-        replacements: dict[int, QuantLinear] = {}
+        done: dict[int, QuantModule] = {}
+        replacements: dict[int, QuantModule] = {}
         for module in self.modules.values():
-            if not isinstance(module, nn.Linear) or id(module) in replacements or id(module.weight) not in specs:
+            if not isinstance(module, types) or id(module) in replacements or id(module.weight) not in specs:
                 continue
             tied = id(module.weight)
             if tied in done:
-                new = share_weight(done[tied], module)
+                new = share_weight(done[tied], module, specs[tied])
             else:
-                shape, dtype = (module.in_features, module.out_features), module.weight.dtype
-                done[tied] = new = QuantLinear(*shape, bias=False, device="meta", dtype=dtype, spec=specs[tied])
-                new.bias = module.bias
+                done[tied] = new = quantized_type(module).like(module, specs[tied])
             replacements[id(module)] = new
         return replacements
 

@@ -1,18 +1,20 @@
 """How a quantized weight lies in a safetensors file.
 
-A weight ``w`` of [N, K] is stored as its codes under its own name, ``w_scale`` and, where affine, ``w_zero_point``.
-The file's metadata says under ``quantlib`` what each of them is::
+A weight ``w`` of [N, K] is stored as its codes under its own name, ``w_scale`` and, where affine, ``w_zero_point``;
+the weight of a convolution as that of the matrix [out, in / groups * kernel]. The file's metadata says under
+``quantlib`` what each of them is::
 
     {"version": 1, "weights": {"encoder.0.weight": {"spec": "int4:group:32", "shape": [384, 384]}}, "tied": {}}
 
-Codes that need their scale have one axis more than the weight, [N, K, 1]: a program that knows nothing of the scale
-finds a tensor of the wrong shape and stops, where it would otherwise take the codes for weights. A 16-bit float
-without a scale is a float weight like any other, and keeps its shape.
+Codes that need their scale have one axis more than the weight, [N, K, 1], all but two of them ones: a program that
+knows nothing of the scale finds a tensor of the wrong shape and stops, where it would otherwise take the codes for
+weights. A 16-bit float without a scale is a float weight like any other, and keeps its shape.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from quantlib.checkpoint.files import NAMES, Reader, Slot
 from quantlib.nn.functional import Weight, dequantize_weight
+from quantlib.nn.module import stored_shape
 from quantlib.ops.check import dtype_of
 from quantlib.spec import QuantSpec
 
@@ -33,22 +36,27 @@ class Stored:
     """A quantized weight of a file, as the metadata describes it."""
 
     spec: str
-    shape: tuple[int, ...]  # [N, K]
+    shape: tuple[int, ...]  # of the float weight
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[N, K]"""
+        return self.shape[0], math.prod(self.shape[1:])
 
     def slots(self, name: str) -> list[Slot]:
         """Codes, scale, zero point: the tensors of the file that hold weight ``name``."""
         spec = QuantSpec.parse(self.spec)
-        codes = Slot(name, dtype_of(spec.row), (*spec.codes_shape(self.shape), *((1,) if spec.scaled else ())))
-        scale = Slot(f"{name}_scale", torch.float32, spec.scale_shape(self.shape))
+        codes = Slot(name, dtype_of(spec.row), stored_shape(spec, self.shape))
+        scale = Slot(f"{name}_scale", torch.float32, spec.scale_shape(self.matrix))
         zero_point = Slot(f"{name}_zero_point", torch.int32, scale.shape)
         return [codes, scale, zero_point][: 1 if not spec.scaled else 2 if spec.symmetric else 3]
 
     def values(self, reader: Reader, name: str, dtype: torch.dtype) -> Tensor:
-        """[N, K] of ``dtype``: what the codes stand for."""
+        """What the codes stand for, of ``dtype`` and in the shape of the float weight."""
         spec = QuantSpec.parse(self.spec)
         codes, *rest = (reader.read(slot.name) for slot in self.slots(name))
-        weight = Weight(codes.squeeze(-1) if spec.scaled else codes, *rest)
-        return dequantize_weight(weight, spec, self.shape[-1], dtype)
+        weight = Weight(codes.reshape(spec.codes_shape(self.matrix)), *rest)
+        return dequantize_weight(weight, spec, self.matrix[1], dtype).view(self.shape)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,19 @@
 """Modules whose weights are codes."""
 
-from quantlib.nn.linear import QuantLinear
+from __future__ import annotations
 
-__all__ = ["QuantLinear"]
+from torch import nn
+
+from quantlib.nn.conv import QuantConv1d, QuantConv2d
+from quantlib.nn.embedding import QuantEmbedding
+from quantlib.nn.linear import QuantLinear
+from quantlib.nn.module import QuantModule
+
+QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
+    nn.Linear: QuantLinear,
+    nn.Embedding: QuantEmbedding,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+}  # float module -> the one of codes that stands for it
+
+__all__ = ["QUANTIZED", "QuantConv1d", "QuantConv2d", "QuantEmbedding", "QuantLinear", "QuantModule"]

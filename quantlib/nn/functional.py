@@ -10,6 +10,8 @@ from torch import Tensor
 from quantlib import ops
 from quantlib.spec import QuantSpec
 
+SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # what the ops take, and what is quantized
+
 
 class Weight(NamedTuple):
     """A weight as it is kept: codes, and what turns them back into values."""
@@ -35,13 +37,49 @@ def quantize_weight(x: Tensor, spec: QuantSpec) -> Weight:
 
 def dequantize_weight(weight: Weight, spec: QuantSpec, size: int, dtype: torch.dtype) -> Tensor:
     """y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk], of ``dtype``; ``size`` is K."""
+    block = spec.block((*weight.codes.shape[:-1], size))
+    return _values(weight, spec.format, block, size, dtype)
+
+
+def dequantize_rows(
+    weight: Weight, rows: Tensor | slice, format: str, block: tuple[int, int], size: int, dtype: torch.dtype
+) -> Tensor:
+    """y[r, j] = decode(codes[i, j]) * scale[i // br, j // bk], i = rows[r]: of a weight [M, K] only these rows.
+
+    Parameters
+    ----------
+    rows : Tensor [R] of integers, or slice with a start and a stop
+    block : (br, bk)
+    size : int
+        K
+    """
+    codes, scale, zero_point = weight
+    if isinstance(rows, slice):
+        found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
+    else:
+        found = codes.view(torch.uint8).index_select(0, rows).view(codes.dtype)  # which not every dtype has
+    if scale is None:
+        return found.to(dtype)
+    of_row = torch.div(rows, block[0], rounding_mode="floor") if block[0] > 1 else rows
+    z = None if zero_point is None else zero_point.index_select(0, of_row)
+    return _values(Weight(found, scale.index_select(0, of_row), z), format, (1, block[1]), size, dtype)
+
+
+def _values(weight: Weight, format: str, block: tuple[int, int], size: int, dtype: torch.dtype) -> Tensor:
     codes, scale, zero_point = weight
     if scale is None:
         return codes.to(dtype)
     narrow = torch.float32 if dtype == torch.float64 else dtype  # float64 holds what C7 gives, in float32, exactly
-    block = spec.block((*codes.shape[:-1], size))
-    y = ops.dequantize(codes, scale, spec.format, block=block, zero_point=zero_point, dtype=narrow, size=size)
+    y = ops.dequantize(codes, scale, format, block=block, zero_point=zero_point, dtype=narrow, size=size)
     return y.to(dtype)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast has its device multiply in; the ops themselves follow their arguments only."""
+    device = x.device.type
+    if device != "meta" and x.dtype in SOURCES and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def project(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -67,3 +105,79 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy, None
+
+
+def integer_matmul(
+    x: Tensor,
+    activation: QuantSpec,
+    codes: Tensor,
+    scale: Tensor,
+    format: str,
+    block: tuple[int, int],
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """y = scaled_matmul(quantize_dynamic(x), codes), of x's dtype.
+
+    Gradients of x, scale and bias are those of the product with the values of the codes; through the projection of x
+    they pass straight.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        float32, float16 or bfloat16.
+    activation : QuantSpec
+        int8 or uint8, a scale for each row or for all of x.
+    codes, scale, format, block, zero_point, bias
+        As for `quantlib.scaled_matmul`.
+    """
+    y: Tensor = _IntegerMatmul.apply(x, scale, bias, codes, zero_point, activation, format, block)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _IntegerMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        zero_point: Tensor | None,
+        activation: QuantSpec,
+        format: str,
+        block: tuple[int, int],
+    ) -> Tensor:
+        x_codes, x_scale, x_zero_point = quantize_weight(x, activation)
+        assert x_scale is not None
+        return ops.scaled_matmul(
+            x_codes,
+            x_scale,
+            codes,
+            scale,
+            format,
+            block=block,
+            x_zero_point=x_zero_point,
+            zero_point=zero_point,
+            bias=bias,
+            dtype=x.dtype,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, bias, codes, zero_point, ctx.activation, ctx.format, ctx.block = inputs
+        ctx.K, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, codes, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, codes, zero_point = ctx.saved_tensors
+        weight = (codes, scale, ctx.format, ctx.block, zero_point)
+        dx = dscale = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight, ctx.K)
+        if ctx.needs_input_grad[1]:
+            values = project(x, ctx.activation)
+            dscale = torch.ops.quantlib.dequant_matmul_backward_scale(dy, values, *weight)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dscale, dbias, None, None, None, None, None

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlib.nn.functional import Weight, dequantize_weight, project, quantize_weight
-from quantlib.ops.check import dtype_of
+from quantlib import ops
+from quantlib.nn.functional import SOURCES, Weight, autocast, integer_matmul, project
+from quantlib.nn.module import QuantModule
+from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.spec import QuantSpec
 
-FROZEN = {"weight": "codes", "weight_scale": "scale", "weight_zero_point": "zero_point"}  # parameter -> Weight's field
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Product = Literal["whole", "floats", "rows", "integers"]
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(QuantModule, nn.Linear):
     """``nn.Linear`` whose weight is codes and their scales.
 
     Parameters
@@ -29,33 +33,33 @@ class QuantLinear(nn.Linear):
     dtype : torch.dtype, optional
         Of the bias, and of the layer that `dequantize` gives.
     spec : QuantSpec or what `QuantSpec.parse` takes
-        What the weight is projected to.
+        What the weight is projected to, and the input where the spec has an activation.
+    batch_invariant : bool
+        Give a row of the input the same bytes whatever rows come with it. May be set at any time.
 
     Attributes
     ----------
-    weight : nn.Parameter [N, K] of the format's dtype, or [N, ceil(K / 2)] uint8
-        The codes, frozen.
-    weight_scale : nn.Parameter [ceil(N / br), ceil(K / bk)] float32, or None
-        What codes are multiplied by, frozen. None for a 16-bit float format without a scale.
-    weight_zero_point : nn.Parameter, int32 of weight_scale's shape, or None
-        The code of zero, frozen; None unless the spec is affine.
+    weight, weight_scale, weight_zero_point, spec, block, dtype
+        As in `QuantModule`.
     bias : nn.Parameter [N], or None
 
     Notes
     -----
-    ``forward`` multiplies by the dequantized weight, in the dtype of its input; the bias follows. With an activation
-    in the spec (W8A8) the input is projected first, so that the result is that of the projected operands.
+    The weight is multiplied by as codes: no float copy of it is made, forward or backward.
 
-    ``.to(dtype)``, ``.half()`` and the like change the bias and leave the codes, scales and zero points alone, whose
-    dtypes are part of the format. ``.to(device)`` moves all of them.
+    - Without an activation (W8A16, W4A16): `quantlib.dequant_matmul`.
+    - Activations of ``int8:row`` on an integer weight (W8A8): `quantlib.dynamic_matmul`. Other int8 and uint8
+      activations with a scale for each row or for all of the input: `quantlib.scaled_matmul`. The sums are exact
+      integers, and what is too long for an int32 is that op's error.
+    - Any other activation: the input is projected, then multiplied as without one.
+    - Codes without a scale, and a float64 input, for which there is no kernel: ``F.linear`` with the whole weight in
+      the dtype of the input.
 
-    ``state_dict`` holds plain tensors under the names of the parameters. Codes that need a scale have a trailing axis
-    of one there, [N, K, 1], so that no float layer can load them as if they were its weight: shapes do not match.
+    Gradients reach the input, the bias and, where it is made to require one, ``weight_scale``; through the projection
+    of an input they pass straight.
     """
 
-    _version = 1  # of the state: what `load_state_dict` of this and every later version reads
-    weight_scale: nn.Parameter | None
-    weight_zero_point: nn.Parameter | None
+    FLOAT = nn.Linear
 
     def __init__(
         self,
@@ -66,122 +70,133 @@ class QuantLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         spec: Any,
+        batch_invariant: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.spec = QuantSpec.parse(spec)
-        self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        shape = (out_features, in_features)
-        blocks = self.spec.scale_shape(shape)
-        codes = torch.zeros(self.spec.codes_shape(shape), dtype=dtype_of(self.spec.row), device=device)
-        scale = torch.ones(blocks, dtype=torch.float32, device=device) if self.spec.scaled else None
-        zero_point = None if self.spec.symmetric else torch.zeros(blocks, dtype=torch.int32, device=device)
-        self._freeze(Weight(codes, scale, zero_point))
+        self.batch_invariant = batch_invariant
+        self._allocate(QuantSpec.parse(spec), dtype, device)
+        self.product = product_of(self.spec, in_features)
         zeros = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device)) if bias else None
         self.register_parameter("bias", zeros)
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
     @classmethod
-    def from_float(cls, linear: nn.Linear, spec: Any) -> QuantLinear:
-        """``linear`` with its weight projected; the bias is the same parameter, not a copy.
+    def like(cls, layer: nn.Linear, spec: QuantSpec) -> Self:
+        sizes = (layer.in_features, layer.out_features)
+        new = cls(*sizes, bias=False, device="meta", dtype=layer.weight.dtype, spec=spec)
+        new.bias = layer.bias
+        return new
 
-        Parameters
-        ----------
-        linear : nn.Linear
-            Its weight is float32, float16 or bfloat16. Left as it is.
-        spec : QuantSpec or what `QuantSpec.parse` takes
-
-        Raises
-        ------
-        TypeError
-            For a module that is not an ``nn.Linear`` with float weights.
-        ValueError
-            For an unknown spec.
-        """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantLinear):
-            raise TypeError(f"linear must be an nn.Linear with float weights, got {type(linear).__name__}")
-        new = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            device="meta",
-            dtype=linear.weight.dtype,
-            spec=spec,
-        )
-        new._freeze(quantize_weight(linear.weight, new.spec))
-        new.bias = linear.bias
-        return new.train(linear.training)
-
-    def dequantize(self) -> nn.Linear:
-        """An ``nn.Linear`` of ``self.dtype`` with the values that the codes stand for; the bias is the same object."""
+    def with_weight(self, weight: nn.Parameter) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype)
-        linear.weight = nn.Parameter(self.values(self.dtype))
-        linear.bias = self.bias
+        linear.weight = weight
+        linear.bias = self.bias  # type: ignore[assignment]
         return linear.train(self.training)
-
-    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K] of ``dtype``: the weight that the codes stand for."""
-        weight = Weight(self.weight, self.weight_scale, self.weight_zero_point)
-        return dequantize_weight(weight, self.spec, self.in_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] of any float dtype -> [..., N] of the same."""
-        if self.spec.activation is not None:
-            x = project(x, self.spec.activation)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.values(x.dtype), bias)
+        x, spec, activation = autocast(x), self.spec, self.spec.activation
+        codes, scale, zero_point, bias = self.weight, self.weight_scale, self.weight_zero_point, self.bias
+        if self.batch_invariant:
+            self._check_batch_invariant(x)
+        if scale is None or x.dtype == torch.float64:
+            x = x if activation is None else project(x, activation)
+            return F.linear(x, self.values(x.dtype), None if bias is None else bias.to(x.dtype))
+        bias = bias if bias is None or bias.dtype in SOURCES else bias.float()
+        if self.product == "rows":
+            return ops.dynamic_matmul(x, codes, scale, spec.format, block=self.block, zero_point=zero_point, bias=bias)
+        if activation is not None:
+            if self.product == "integers":
+                return integer_matmul(x, activation, codes, scale, spec.format, self.block, zero_point, bias)
+            x = project(x, activation)
+        return ops.dequant_matmul(
+            x,
+            codes,
+            scale,
+            spec.format,
+            block=self.block,
+            zero_point=zero_point,
+            bias=bias,
+            batch_invariant=self.batch_invariant,
+            size=self.out_features if self.tiled else None,
+        )
 
-    def reset_parameters(self) -> None:
-        """All zeros: a layer of codes has nothing to draw at random."""
-        with torch.no_grad():
-            for parameter in self.parameters(recurse=False):
-                parameter.zero_()
+    @property
+    def tiled(self) -> bool:
+        """Whether ``weight`` is tiles, as `tile_` makes them."""
+        return self.weight.dim() == 3
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, spec={self.spec}"
+    def tile_(self) -> Self:
+        """Keep the codes as tiles [ceil(N / 16), ceil(K / columns), 1024], the order in which a GPU multiplies them.
 
-    def _freeze(self, weight: Weight) -> None:
-        for name, field in FROZEN.items():
-            tensor = getattr(weight, field)
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        The layer gives the same results. ``state_dict`` still holds plain codes, and ``load_state_dict`` takes them.
+        A weight that is shared with another module is shared no longer: the other keeps its codes.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        frozen = [p for name in FROZEN if (p := self._parameters[name]) is not None]
+        Returns
+        -------
+        QuantLinear
+            The layer itself.
 
-        def keep_dtype(t: Tensor) -> Tensor:
-            y = fn(t)
-            return t.to(y.device) if y.dtype != t.dtype and any(t is p for p in frozen) else y
-
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        Raises
+        ------
+        ValueError
+            For codes without a scale, and for a weight that is multiplied by as integers (W8A8): those are not read
+            as tiles.
+        RuntimeError
+            For a format of 16 bits.
+        """
+        if self.product != "floats":
+            raise ValueError(f"spec must be of codes that are multiplied by as floats to be tiled, got {self.spec}")
+        if not self.tiled:
+            size = self.in_features if self.spec.row.packed else None
+            tiles = ops.tile(self.weight, self.spec.format, size=size)
+            self.weight = nn.Parameter(tiles, requires_grad=False)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.spec.scaled and not keep_vars:
-            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].unsqueeze(-1)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["spec"] = str(self.spec)
+    def untile_(self) -> Self:
+        """Keep the codes as [N, K] again: the inverse of `tile_`."""
+        if self.tiled:
+            self.weight = nn.Parameter(self.plain.codes, requires_grad=False)
+        return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        error_msgs: list[str] = args[-1]
-        version, spec = local_metadata.get("version") or 0, QuantSpec.parse(local_metadata.get("spec", self.spec))
-        if version > self._version:
-            error_msgs.append(f"{prefix}weight must be of version {self._version} or older, got version {version}")
-        elif spec.weight_only != self.spec.weight_only:
-            error_msgs.append(f"{prefix}weight must be codes of {self.spec.weight_only}, got {spec.weight_only}")
-        elif wrong := [name for name in FROZEN if not self._same_dtype(name, state_dict.get(prefix + name))]:
-            for name in wrong:
-                expected, got = self._parameters[name], state_dict[prefix + name]
-                expected_dtype = "absent" if expected is None else expected.dtype
-                error_msgs.append(f"{prefix}{name} must be {expected_dtype} for {self.spec}, got {got.dtype}")
-        else:
-            codes = state_dict.get(f"{prefix}weight")
-            if codes is not None and codes.dim() == 3 and codes.shape[-1] == 1:
-                state_dict[f"{prefix}weight"] = codes.squeeze(-1)
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    @property
+    def plain(self) -> Weight:
+        codes: Tensor = self.weight
+        if self.tiled:
+            codes = ops.untile(codes, self.spec.format, self.weight_shape)
+        return Weight(codes, self.weight_scale, self.weight_zero_point)
 
-    def _same_dtype(self, name: str, got: Tensor | None) -> bool:
-        expected = self._parameters[name]
-        return got is None or expected is None or got.dtype == expected.dtype
+    def extra_repr(self) -> str:
+        words = [name for name in ("batch_invariant", "tiled") if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *(f"{word}=True" for word in words)])
+
+    def _check_batch_invariant(self, x: Tensor) -> None:
+        activation = self.spec.activation
+        if not self.spec.scaled or x.dtype == torch.float64:
+            what = f"an input of {x.dtype}" if self.spec.scaled else f"codes of {self.spec}, which have no scale"
+            raise RuntimeError(f"batch_invariant must be False for F.linear to multiply, got {what}")
+        if activation is not None and (activation.per or "").partition(":")[0] in ("tensor", "tile"):
+            raise RuntimeError(f"batch_invariant must be False where rows share a scale, got activations {activation}")
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        tiled = self.tiled
+        self.untile_()
+        super()._load_from_state_dict(*args)
+        if tiled:
+            self.tile_()
+
+
+def product_of(spec: QuantSpec, K: int) -> Product:
+    """How a layer multiplies: by the whole weight in floating point, by codes with floats, or by codes with codes."""
+    activation = spec.activation
+    if not spec.scaled:
+        return "whole"
+    if activation is None or not K or spec.row.is_float or activation.format not in X_FORMATS:
+        return "floats"
+    if activation == QuantSpec("int8", "row"):
+        return "rows"
+    return "integers" if activation.per in ("row", "tensor") else "floats"

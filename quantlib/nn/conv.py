@@ -1,0 +1,195 @@
+"""y[b, n, ...] = bias[n] + x[b] convolved with w[n], w[n, k] = decode(weight[n, k]) * weight_scale[n // br, k // bk]"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_input, conv2d_input
+
+from quantlib.nn.functional import SOURCES, Weight, autocast, dequantize_rows
+from quantlib.nn.module import QuantModule
+from quantlib.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SLAB = 1 << 20  # weights that are floats at a time
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d}
+GRADIENT_OF_X = {1: conv1d_input, 2: conv2d_input}
+
+
+class QuantConv(QuantModule, nn.modules.conv._ConvNd):
+    """What `QuantConv1d` and `QuantConv2d` have in common.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        As for the float module.
+    device : torch.device, optional
+    dtype : torch.dtype, optional
+        Of the bias, and of the module that `dequantize` gives.
+    spec : QuantSpec or what `QuantSpec.parse` takes
+        What the weight [out, in / groups, *kernel], viewed as [out, in / groups * kernel], is projected to. An
+        activation is left out of it: only weights are quantized here.
+
+    Attributes
+    ----------
+    weight, weight_scale, weight_zero_point, spec, block, dtype
+        As in `QuantModule`.
+    bias : nn.Parameter [out], or None
+
+    Notes
+    -----
+    The weight is dequantized a slab of output channels at a time, forward and backward, never as a whole; the
+    convolution is torch's own, in the dtype of the input. Gradients reach the input and the bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        spec: Any,
+    ) -> None:
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        self.FLOAT.__init__(self, *sizes, bias=False, padding_mode=padding_mode, device="meta")
+        self._allocate(QuantSpec.parse(spec).weight_only, dtype, device)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels, dtype=self.dtype, device=device))
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    @classmethod
+    def like(cls, layer: Any, spec: QuantSpec) -> Self:
+        new = cls(**sizes_of(layer), bias=False, device="meta", dtype=layer.weight.dtype, spec=spec)
+        new.bias = layer.bias
+        return new
+
+    def with_weight(self, weight: nn.Parameter) -> nn.Module:
+        conv: Any = self.FLOAT(**sizes_of(self), bias=False, device="meta", dtype=self.dtype)
+        conv.weight, conv.bias = weight, self.bias
+        return conv.train(self.training)  # type: ignore[no-any-return]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [batch, in, ...] or [in, ...] of any float dtype -> [batch, out, ...] of the same."""
+        x = autocast(input)
+        spatial = len(self.kernel_size)
+        x = x.unsqueeze(0) if input.dim() == spatial + 1 else x
+        padding = self.padding
+        if self.padding_mode != "zeros" or padding == "same":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode)
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            padding = (0,) * spatial
+        how = Convolution(self.weight_shape, self.stride, padding, self.dilation, self.groups)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = _Convolve.apply(x, bias, *self.plain, self.spec.format, self.block, how)  # type: ignore[no-untyped-call]
+        return y.squeeze(0) if input.dim() == spatial + 1 else y
+
+
+class QuantConv1d(QuantConv, nn.Conv1d):
+    """``nn.Conv1d`` whose weight is codes and their scales: see `QuantConv`."""
+
+    FLOAT = nn.Conv1d
+
+
+class QuantConv2d(QuantConv, nn.Conv2d):
+    """``nn.Conv2d`` whose weight is codes and their scales: see `QuantConv`."""
+
+    FLOAT = nn.Conv2d
+
+
+class Convolution(NamedTuple):
+    """A convolution but for its weight: what torch's functions take, and how a slab of output channels fits in."""
+
+    weight_shape: tuple[int, ...]  # [out, in / groups, *kernel]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def slabs(self) -> Iterator[tuple[slice, slice, int]]:
+        """Output channels, the input channels that they see, and the groups in them: some of one, or several whole."""
+        out, inside, *kernel = self.weight_shape
+        of_group = out // self.groups
+        at_once = max(SLAB // max(inside * math.prod(kernel), 1), 1)
+        if at_once < of_group:
+            for n in range(0, out, of_group):
+                k = n // of_group * inside
+                for start in range(n, n + of_group, at_once):
+                    yield slice(start, min(start + at_once, n + of_group)), slice(k, k + inside), 1
+        else:
+            several = at_once // max(of_group, 1)
+            for g in range(0, self.groups, several):
+                stop = min(g + several, self.groups)
+                yield slice(g * of_group, stop * of_group), slice(g * inside, stop * inside), stop - g
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        format: str,
+        block: tuple[int, int],
+        how: Convolution,
+    ) -> Tensor:
+        convolve, parts = CONVOLVE[len(how.stride)], []
+        for n, k, groups in how.slabs():
+            w = slab(Weight(codes, scale, zero_point), n, format, block, how, x.dtype)
+            b = None if bias is None else bias[n]
+            parts.append(convolve(x[:, k], w, b, how.stride, how.padding, how.dilation, groups))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, codes, scale, zero_point, ctx.format, ctx.block, ctx.how = inputs
+        ctx.shape = x.shape
+        ctx.save_for_backward(codes, scale, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        how, dx, dbias = ctx.how, None, None
+        if ctx.needs_input_grad[0]:
+            total = torch.float32 if dy.dtype in SOURCES else dy.dtype
+            dx = torch.zeros(ctx.shape, dtype=total, device=dy.device)
+            for n, k, groups in how.slabs():
+                w = slab(Weight(*ctx.saved_tensors), n, ctx.format, ctx.block, how, dy.dtype)
+                shape, rest = dx[:, k].shape, (how.stride, how.padding, how.dilation, groups)
+                dx[:, k] += GRADIENT_OF_X[len(how.stride)](shape, w, dy[:, n], *rest)  # type: ignore[no-untyped-call]
+            dx = dx.to(dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.sum([d for d in range(dy.dim()) if d != 1])
+        return dx, dbias, None, None, None, None, None, None
+
+
+def slab(weight: Weight, n: slice, format: str, block: tuple[int, int], how: Convolution, dtype: torch.dtype) -> Tensor:
+    """[n, in / groups, *kernel] of ``dtype``: the values of these output channels."""
+    shape = how.weight_shape[1:]
+    return dequantize_rows(weight, n, format, block, math.prod(shape), dtype).view(-1, *shape)
+
+
+def sizes_of(conv: Any) -> dict[str, Any]:
+    """The arguments that make another of the sizes of ``conv``."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names}
