@@ -10,12 +10,14 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*b
                              void* context);
 
 // X(op, what it is asked)
-#define QL_KERNELS(X)                  \
-  X(cast, Cast)                        \
-  X(compute_scale, ComputeScale)       \
-  X(quantize, Quantize)                \
-  X(dequantize, Dequantize)            \
-  X(quantize_dynamic, QuantizeDynamic) \
+#define QL_KERNELS(X)                               \
+  X(cast, Cast)                                     \
+  X(compute_scale, ComputeScale)                    \
+  X(quantize, Quantize)                             \
+  X(dequantize, Dequantize)                         \
+  X(quantize_dynamic, QuantizeDynamic)              \
+  X(dequant_matmul, DequantMatmul)                  \
+  X(dequant_matmul_backward, DequantMatmulBackward) \
   X(scaled_matmul, ScaledMatmul)
 
 #define QL_DECLARE(OP, PROBLEM) void OP(const PROBLEM&, ParallelFor);

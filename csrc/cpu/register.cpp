@@ -88,5 +88,6 @@ extern "C" __attribute__((visibility("default"))) const char* quantlib_isa() {
 
 STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
   quantlib::register_ops<quantlib::Cpu>(m);
+  quantlib::register_dequant_matmuls<quantlib::Cpu>(m);
   quantlib::register_scaled_matmuls<quantlib::Cpu>(m);
 }

@@ -1,0 +1,102 @@
+// What the matmuls share: registers that multiply and add, rows of x as they are multiplied, rows of a decoded weight.
+#pragma once
+#include <new>
+
+#include "lanes.h"
+#include "loops.h"
+
+namespace quantlib {
+namespace QL_ISA {
+
+constexpr int64_t kRows = 128;  // rows of x that meet one decoded piece of the weight
+
+// a * b + c, rounded once where the instruction set can
+QL_FN Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Memory for one call, aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : data_(::operator new(size_t(bytes), std::align_val_t(64))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+// Row m of x is data[m * stride .. + K), zeros behind it up to a whole register.
+template <class E>
+struct Rows {
+  const E* data;
+  int64_t stride;
+};
+
+// out[r, k] = x[rows[r], k] in FP32, for r < n and k < stride; rows r are m0 + r where there is no list
+static inline void gather_rows(ParallelFor run, const void* x, Type type, int64_t K, const int64_t* rows, int64_t m0,
+                               int64_t n, float* out, int64_t stride) {
+  const Decode decode = decoder(type);
+  const int bits = row_of(type).bits;
+  parallel(run, n, most(1, kGrain / most(1, stride)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const char* in = static_cast<const char*>(x) + byte_offset(bits, K, rows ? rows[r] : m0 + r, 0);
+      float* to = out + r * stride;
+      if (decode) decode(in, false, to, K);
+      else __builtin_memcpy(to, in, size_t(K) * 4);
+      for (int64_t k = K; k < stride; ++k) to[k] = 0.0f;
+    }
+  });
+}
+
+// ---- the weight -----------------------------------------------------------------------------------------------------
+
+// A weight [N, K] with what its type says looked up.
+struct WeightRows {
+  const Weight& w;
+  const Row format = row_of(w.format);
+  const Decode decode = decoder(w.format);
+  const int64_t K = w.grid.K, br = most(1, least(w.grid.br, w.grid.M)), bk = most(1, least(w.grid.bk, K));
+  const int64_t cols = (K + bk - 1) / bk;
+
+  explicit WeightRows(const Weight& w) : w(w) {}
+
+  float scale(int64_t n, int64_t J) const {
+    return effective_scale(w.scale[n / br * cols + J], float_of(format.scale_max));
+  }
+  int32_t zero_point(int64_t n, int64_t J) const {
+    return w.zero_point ? clamp_zero_point(w.zero_point[n / br * cols + J], format) : 0;
+  }
+
+  // Calls body(begin, end, J) for the parts of columns k0 .. k0 + n that have one scale, counted from k0.
+  template <class Body>
+  void blocks(int64_t k0, int64_t n, const Body& body) const {
+    for (int64_t J = k0 / bk, begin = 0; begin < n; ++J) {
+      const int64_t end = least(n, (J + 1) * bk - k0);
+      body(begin, end, J);
+      begin = end;
+    }
+  }
+
+  // out[k] = w[n, k0 + k] for k < count
+  void row(int64_t n, int64_t k0, int64_t count, float* out) const {
+    decode(static_cast<const char*>(w.codes) + byte_offset(format.bits, K, n, k0), false, out, count);
+    blocks(k0, count, [&](int64_t begin, int64_t end, int64_t J) {
+      const float s = scale(n, J), z = float(zero_point(n, J));
+      for (int64_t k = begin; k < end; ++k) out[k] = canonical(mul(sub(out[k], z), s));
+    });
+  }
+};
+
+}  // namespace QL_ISA
+}  // namespace quantlib
