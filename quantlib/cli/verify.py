@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantlib.testing.implementations import Backend
     from quantlib.testing.sweep import Implementation, Suite
 
-OPS = ("cast", "quantize", "dequantize")
+OPS = ("cast", "quantize", "dequantize", "activation")
 AUTHORITIES = ("reference", "cpp", "composite", "cuda-headers", "ml_dtypes")
 
 

@@ -43,6 +43,9 @@ class Reference:
         if case.op == "dequantize":
             return self.dequantize(case, codes.view(case.projection.storage))
         x = decoded(case, codes)
+        if case.op == "activation":
+            with np.errstate(all="ignore"):
+                return reference.activate(x + np.float32(0), case.activation)  # a sum starts at +0
         if case.op == "cast":
             return reference.cast(x, case.format, saturate=case.saturate)
         scale, zero_point = case.scale_and_zero_point()
@@ -81,6 +84,12 @@ class Backend:
         return contextlib.nullcontext() if already else backends.use_backend(self.backend)
 
     def run(self, case: Case, x: torch.Tensor) -> torch.Tensor:
+        if case.op == "activation":  # the epilogue of a product with 1
+            one = torch.ones(1, 1, device=x.device)
+            y = ops.dequant_matmul(
+                x.view(-1, 1), one.to(torch.int8), one, "int8", block=(1, 1), activation=case.activation
+            )
+            return y.view(-1)
         if case.op == "cast":
             return ops.cast(x, case.format, saturate=case.saturate)
         scale, zero_point = (v if v is None else torch.from_numpy(v).to(x.device) for v in case.scale_and_zero_point())
@@ -144,7 +153,7 @@ class CudaHeaders:
         self.library, self.missing = _compile_cuda_casts()
 
     def refuses(self, case: Case) -> str | None:
-        scaled = case.op == "dequantize" or (case.op == "quantize" and case.scale != 1)
+        scaled = case.op in ("dequantize", "activation") or (case.op == "quantize" and case.scale != 1)
         if scaled or case.source != "float32":
             return "they cast float32 without a scale, nothing else"
         return None if hasattr(self.library, self._function(case)) else f"they have no {self._function(case)}"

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from quantlib import formats, reference
 from quantlib.formats import FLOAT32, FloatFormat, Format, IntFormat
 from quantlib.reference import numerics
+from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing.values import edges, midpoints, neighbours, zero_points
 
 Array = NDArray[Any]
@@ -35,12 +36,13 @@ FLOATS = tuple(f.name for f in (FLOAT32, *formats.TABLE) if f.is_float and not f
 class Case:
     """An op with everything but its first argument fixed; None where the op has no such argument."""
 
-    op: str  # cast, quantize or dequantize
+    op: str  # cast, quantize, dequantize or activation
     source: str  # the format whose codes are the inputs
     format: str  # the format of the result
     saturate: bool | None = None
     scale: float | None = None
     zero_point: int | None = None
+    activation: str | None = None
 
     @property
     def inputs(self) -> int:
@@ -58,6 +60,8 @@ class Case:
         return np.full((1, 1), self.scale, np.float32), z
 
     def __str__(self) -> str:
+        if self.activation is not None:
+            return self.activation
         options = {"saturate": self.saturate, "scale": self.scale, "zero_point": self.zero_point}
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
         return f"{self.op} {self.source} to {self.format}{given}"
@@ -89,6 +93,8 @@ def suites() -> Iterator[Suite]:
     for name in names:
         widths = (case for y in ("float32", "float16", "bfloat16") for case in _scaled("dequantize", name, y))
         yield Suite(f"dequantize {name}", tuple(widths))
+    for name in ACTIVATIONS:
+        yield Suite(f"activation {name}", (Case("activation", "float32", "float32", activation=name),))
 
 
 def _scaled(op: str, source: str, target: str) -> Iterator[Case]:
@@ -152,6 +158,8 @@ class Inputs:
 def deciding(case: Case) -> Array:
     """[n] float32: the adversarial inputs of a case (contract C12), each with the floats around it."""
     f = case.projection
+    if case.op == "activation":
+        return np.concatenate([edges(), np.linspace(-110, 110, 1 << 16, dtype=np.float32)])
     if isinstance(f, FloatFormat):
         t = midpoints(f.name)
     else:
