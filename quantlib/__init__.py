@@ -29,17 +29,22 @@ if TYPE_CHECKING:
     from quantlib.ops.quantize import quantize
     from quantlib.ops.quantize_dynamic import quantize_dynamic
     from quantlib.ops.scaled_matmul import scaled_matmul
+    from quantlib.qat import convert_, prepare_qat_, qat_mode_, qat_parameters
     from quantlib.spec import QuantSpec
 
 _HOME = {
     "cast": "ops",
     "compute_scale": "ops",
+    "convert_": "qat",
     "dequant_matmul": "ops",
     "dequantize": "ops",
     "dequantize_": "api",
     "dynamic_matmul": "ops",
     "fake_quantize": "ops",
     "pack": "ops",
+    "prepare_qat_": "qat",
+    "qat_mode_": "qat",
+    "qat_parameters": "qat",
     "quantize": "ops",
     "quantize_": "api",
     "quantize_dynamic": "ops",
@@ -54,6 +59,7 @@ __all__ = [
     "QuantSpec",
     "cast",
     "compute_scale",
+    "convert_",
     "dequant_matmul",
     "dequantize",
     "dequantize_",
@@ -61,6 +67,9 @@ __all__ = [
     "fake_quantize",
     "nn",
     "pack",
+    "prepare_qat_",
+    "qat_mode_",
+    "qat_parameters",
     "quantize",
     "quantize_",
     "quantize_dynamic",

@@ -23,6 +23,7 @@ FLOORS = [
     {"nn"},
     {"memory", "report"},
     {"api"},
+    {"qat"},
     {"checkpoint", "integrations"},
     {"cli", "examples"},
     {"__main__"},

@@ -1,4 +1,4 @@
-"""Modules whose weights are codes."""
+"""Modules whose weights are codes, or are trained to become codes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from torch import nn
 
 from quantlib.nn.conv import QuantConv1d, QuantConv2d
 from quantlib.nn.embedding import QuantEmbedding
+from quantlib.nn.fake_quantize import FakeQuantize
 from quantlib.nn.linear import QuantLinear
 from quantlib.nn.module import QuantModule
+from quantlib.nn.observers import MinMaxObserver, MovingAverageObserver, MSEObserver, PercentileObserver
+from quantlib.nn.qat import QATConv1d, QATConv2d, QATEmbedding, QATLinear
 
 QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     nn.Linear: QuantLinear,
@@ -16,4 +19,20 @@ QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     nn.Conv2d: QuantConv2d,
 }  # float module -> the one of codes that stands for it
 
-__all__ = ["QUANTIZED", "QuantConv1d", "QuantConv2d", "QuantEmbedding", "QuantLinear", "QuantModule"]
+__all__ = [
+    "QUANTIZED",
+    "FakeQuantize",
+    "MSEObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "PercentileObserver",
+    "QATConv1d",
+    "QATConv2d",
+    "QATEmbedding",
+    "QATLinear",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantModule",
+]

@@ -7,6 +7,7 @@ from quantlib.ops.dequant_matmul import dequant_matmul
 from quantlib.ops.dequant_matmul_backward import attach_gradients
 from quantlib.ops.dequantize import dequantize
 from quantlib.ops.dynamic_matmul import dynamic_matmul
+from quantlib.ops.fake_cast import fake_cast
 from quantlib.ops.fake_quantize import (
     fake_quantize,
     fake_quantize_per_channel_affine,
@@ -30,6 +31,7 @@ __all__ = [
     "dequant_matmul",
     "dequantize",
     "dynamic_matmul",
+    "fake_cast",
     "fake_quantize",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",

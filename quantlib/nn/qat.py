@@ -1,0 +1,199 @@
+"""y = F(fake_quantize(x), fake_quantize(weight)): float modules that compute with the values their codes will have"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantlib.nn.conv import QuantConv1d, QuantConv2d
+from quantlib.nn.embedding import QuantEmbedding
+from quantlib.nn.fake_quantize import FakeQuantize, Source
+from quantlib.nn.functional import Weight
+from quantlib.nn.linear import QuantLinear
+from quantlib.nn.module import QuantModule
+from quantlib.nn.observers import Initial
+from quantlib.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class QATModule(nn.Module):
+    """A float module whose weight is trained as the codes that it will become.
+
+    The weight [N, ...] is a float parameter under its own name, viewed as a matrix [N, K] and projected at each
+    forward. A subclass derives from this and from a float module, and says which module of codes it becomes, `QUANT`.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for the float module.
+    spec : QuantSpec or what `QuantSpec.parse` takes
+        What the weight is projected to, and the input of a linear layer where the spec has an activation.
+    scale : {"learned", "dynamic"}
+        Whether the scale of the weight is a parameter, or follows the weight at each forward, as `quantize_` takes it.
+    initial : {"minmax", "mse", "lsq"}
+        Where a learned scale starts: see `quantlib.prepare_qat_`.
+    mask : {"rounded", "lsq"}
+        Where the weight passes its gradient on: where its rounded code is in range, or where weight / scale itself is.
+
+    Attributes
+    ----------
+    weight_quantizer : FakeQuantize
+        Holds the scale of the weight: ``weight_quantizer.scale``.
+    input_quantizer : FakeQuantize, or None
+        Follows the input, as `QuantLinear` does; None without an activation in the spec.
+    spec : QuantSpec
+    """
+
+    QUANT: ClassVar[type[QuantModule]]
+    PROJECTS_INPUT: ClassVar[bool] = False
+    weight: Any
+    weight_quantizer: FakeQuantize
+    input_quantizer: FakeQuantize | None
+    spec: QuantSpec
+
+    def __init__(
+        self,
+        *args: Any,
+        spec: Any,
+        scale: Source = "learned",
+        initial: Initial = "minmax",
+        mask: str = "rounded",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._fake_quantize(spec, scale, initial, mask)
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: nn.Module,
+        spec: Any,
+        *,
+        scale: Source = "learned",
+        initial: Initial = "minmax",
+        mask: str = "rounded",
+    ) -> Self:
+        """``layer``, prepared: the weight and the bias are the same parameters, not copies.
+
+        Raises
+        ------
+        TypeError
+            For another module than the float one that this stands for.
+        ValueError
+            For an unknown spec or option, and for what `QUANT` cannot serve.
+        """
+        if type(layer) is not cls.QUANT.FLOAT:
+            raise TypeError(f"layer must be an nn.{cls.QUANT.FLOAT.__name__}, got {type(layer).__name__}")
+        if why := cls.QUANT.refuses(layer):
+            raise ValueError(f"layer must be an nn.{type(layer).__name__} that {cls.__name__} can serve, got one {why}")
+        new = cls.__new__(cls)
+        vars(new).update({name: copy.copy(value) for name, value in vars(layer).items()})
+        new._fake_quantize(spec, scale, initial, mask)
+        return new.train(layer.training)
+
+    def fake_weight(self) -> Tensor:
+        """The weight as its codes will have it, in its own shape and dtype, with the gradients of training."""
+        y: Tensor = self.weight_quantizer(self.weight.flatten(1))
+        return y.view(self.weight.shape)
+
+    def codes(self) -> Weight:
+        """What the weight becomes: codes [N, K] or their bytes, scales and zero points, of this moment.
+
+        Raises
+        ------
+        ValueError
+            For a scale that is not above 0.
+        """
+        return self.weight_quantizer.codes(self.weight.flatten(1))
+
+    def convert(self) -> QuantModule:
+        """The module of codes: what it computes is what this one does in evaluation.
+
+        Raises
+        ------
+        RuntimeError
+            Where no forward has projected the weight yet: there is nothing to land on.
+        ValueError
+            For a scale that is not above 0, and a weight that is not finite.
+        """
+        quantizer = self.weight_quantizer
+        if not quantizer.forwards.is_meta and not int(quantizer.forwards):
+            raise RuntimeError(
+                "convert_ must come after a forward with fake quantization on, got none: "
+                "train the prepared model, or use quantize_ on the float one"
+            )
+        if not self.weight.is_meta and not self.weight.isfinite().all():
+            raise ValueError(f"weight must be finite, got {self.weight[~self.weight.isfinite()][0]:g}")
+        new = self.QUANT.like(self, self.spec)
+        new._freeze(self.codes())
+        return new.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, spec={self.spec}"
+
+    def _fake_quantize(self, spec: Any, scale: Source, initial: Initial, mask: str) -> None:
+        if scale == "observed":
+            raise ValueError("scale must be learned or dynamic for a weight, got 'observed'")
+        spec = QuantSpec.parse(spec)
+        self.spec = spec if self.PROJECTS_INPUT else spec.weight_only
+        weight = self.weight.detach().flatten(1)
+        self.weight_quantizer = FakeQuantize(weight.shape, self.spec, scale=scale, mask=mask, device=weight.device)
+        self.weight_quantizer.initialize(weight, initial)
+        activation, size = self.spec.activation, weight.shape[1:]
+        self.input_quantizer = None
+        if activation is not None:
+            self.input_quantizer = FakeQuantize(size, activation, scale="dynamic", device=weight.device)
+
+
+class QATLinear(QATModule, nn.Linear):
+    """``nn.Linear``, trained as the codes it becomes: see `QATModule`."""
+
+    QUANT = QuantLinear
+    PROJECTS_INPUT = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]"""
+        x = input if self.input_quantizer is None else self.input_quantizer(input)
+        return F.linear(x, self.fake_weight(), self.bias)
+
+
+class QATEmbedding(QATModule, nn.Embedding):
+    """``nn.Embedding``, trained as the codes it becomes: see `QATModule`."""
+
+    QUANT = QuantEmbedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids [...] -> [..., K]"""
+        return F.embedding(input, self.fake_weight(), self.padding_idx)
+
+
+class QATConv1d(QATModule, nn.Conv1d):
+    """``nn.Conv1d``, trained as the codes it becomes: see `QATModule`. Batch norm is not folded into it."""
+
+    QUANT = QuantConv1d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [batch, in, length] -> [batch, out, length]"""
+        y: Tensor = self._conv_forward(input, self.fake_weight(), self.bias)
+        return y
+
+
+class QATConv2d(QATModule, nn.Conv2d):
+    """``nn.Conv2d``, trained as the codes it becomes: see `QATModule`. Batch norm is not folded into it."""
+
+    QUANT = QuantConv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [batch, in, height, width] -> [batch, out, height, width]"""
+        y: Tensor = self._conv_forward(input, self.fake_weight(), self.bias)
+        return y
+
+
+QAT: dict[type[nn.Module], type[QATModule]] = {
+    cls.QUANT.FLOAT: cls for cls in (QATLinear, QATEmbedding, QATConv1d, QATConv2d)
+}  # float module -> the one that trains it

@@ -1,0 +1,226 @@
+"""Training towards codes: `prepare_qat_` has a model compute with the values of codes, `convert_` leaves the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from quantlib.api import (
+    Filter,
+    check_root,
+    check_weight,
+    checked_types,
+    describe,
+    places_of,
+    put,
+    reasons_to_skip,
+    weight_of,
+)
+from quantlib.nn.fake_quantize import FakeQuantize, Source
+from quantlib.nn.module import FROZEN, QuantModule
+from quantlib.nn.observers import Initial
+from quantlib.nn.qat import QAT, QATModule
+from quantlib.ops.check import one_of
+from quantlib.report import Report
+from quantlib.spec import QuantSpec
+
+
+def prepare_qat_(
+    model: nn.Module,
+    spec: Any,
+    filter_fn: Filter | None = None,
+    *,
+    types: Sequence[type[nn.Module]] = (nn.Linear,),
+    scale: Source = "learned",
+    initial: Initial = "minmax",
+    mask: str = "rounded",
+) -> Report:
+    """Make the layers of ``model`` compute with the values that their codes will have, in place, to be trained so.
+
+    Weights and biases stay the parameters that they are, under their names, so that an optimizer which holds them
+    still does; the gains of learned scales are new ones: see `qat_parameters`. Every layer is looked at before the
+    first is changed, so that an error leaves the model as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With float32, float16 or bfloat16 weights.
+    spec : QuantSpec or what `QuantSpec.parse` takes
+        The one that `quantize_` would be given: what is trained is what is deployed.
+    filter_fn : callable (module, name) -> bool, optional
+        Which of the layers; all of them by default.
+    types : sequence of {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d}
+        What is a layer here.
+    scale : {"learned", "dynamic"}
+        Whether the scales of weights are parameters (LSQ), or follow the weights at each forward as `quantize_` takes
+        them. Activations are always projected with the scales of the moment, as they will be when deployed.
+    initial : {"minmax", "mse", "lsq"}
+        Where learned scales start: at those of `quantize_` (C4), so that training starts from exactly what
+        quantizing without training gives; at those of least squared error, which is better at 4 bits and takes 64
+        passes over the weights; or at LSQ's 2 mean|w| / sqrt(Q).
+    mask : {"rounded", "lsq"}
+        Where a weight passes its gradient on: where its rounded code is in range, or where weight / scale itself is.
+
+    Returns
+    -------
+    Report
+        Each layer with the bytes that it will have and its signal-to-noise ratio at the start, and the layers that
+        were left alone with the reason.
+
+    Raises
+    ------
+    TypeError
+        For a model that is not a module, and for a weight that is not float32, float16 or bfloat16.
+    ValueError
+        For an unknown spec, type or option, a model without a layer to prepare, or a weight that is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> report = prepare_qat_(model, "W8A8")
+    >>> optimizer = torch.optim.AdamW(qat_parameters(model), lr=1e-3)
+    >>> loss = model(torch.randn(16, 64)).square().mean()
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> report = convert_(model)
+    >>> model[0]
+    QuantLinear(in_features=64, out_features=64, bias=True, spec=int8:row@int8:row)
+    """
+    spec = QuantSpec.parse(spec)
+    check_root(model)
+    types = checked_types(types)
+    skipped = reasons_to_skip(model, filter_fn, types)
+    for name, module in model.named_modules():
+        if isinstance(module, QATModule) and name in skipped:
+            skipped[name] = f"already prepared for {module.spec}"
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, types) and n not in skipped}
+    if not layers and filter_fn is None:
+        found = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "none"
+        raise ValueError(f"model must have an {one_of([f'nn.{t.__name__}' for t in types])} to prepare, got {found}")
+    for name, layer in layers.items():
+        check_weight(f"weight of layer {name}", weight_of(layer).flatten(1), spec, "raise")
+
+    report, prepared = Report(skipped=skipped), dict[str, QATModule]()
+    quantizers: dict[int, FakeQuantize] = {}  # id of a weight -> what projects it
+    for name, layer in layers.items():
+        prepared[name] = new = QAT[type(layer)].from_float(layer, spec, scale=scale, initial=initial, mask=mask)
+        if id(new.weight) in quantizers:
+            new.weight_quantizer = quantizers[id(new.weight)]
+        else:
+            quantizers[id(new.weight)] = new.weight_quantizer
+            report.layers.append(describe(name, new.weight, new.codes(), new.spec))
+    places = places_of(model)
+    for name, new in prepared.items():
+        put(new, layers[name], places)
+    return report
+
+
+def convert_(model: nn.Module) -> Report:
+    """Put modules of codes where the prepared ones of ``model`` are, in place: the end of training.
+
+    The codes are those that the next forward would project the weights to, the scales are the trained ones. Every
+    layer is looked at before the first is changed, so that an error leaves the model as it was.
+
+    Returns
+    -------
+    Report
+        Each layer's bytes, and the signal-to-noise ratio of its codes beside the trained float weight.
+
+    Raises
+    ------
+    ValueError
+        For a model without a prepared layer, a scale that is not above 0, or a weight that is not finite.
+    RuntimeError
+        Where no forward has projected a weight yet, naming the layer.
+    """
+    if isinstance(model, QATModule):
+        raise ValueError(
+            f"model must contain the layers to replace, got a single {type(model).__name__}: use .convert()"
+        )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QATModule)}
+    if not layers:
+        raise ValueError("model must have been prepared by prepare_qat_, got one without a prepared layer")
+    report, converted = Report(), dict[str, QuantModule]()
+    done: dict[int, QuantModule] = {}  # id of a weight -> what it became
+    for name, layer in layers.items():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None and quantizer.observer is not None:
+                quantizer.observer.report()
+        first = done.get(id(layer.weight))
+        try:
+            converted[name] = new = layer.convert() if first is None else layer.QUANT.like(layer, layer.spec)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"layer {name}: {error}") from None
+        if first is None:
+            done[id(layer.weight)] = new
+            report.layers.append(describe(name, layer.weight, new.plain, new.spec))
+        else:
+            for key in FROZEN:
+                new.register_parameter(key, first._parameters[key])
+    places = places_of(model)
+    for name, new in converted.items():
+        put(new, layers[name], places)
+    return report
+
+
+def qat_mode_(
+    model: nn.Module,
+    *,
+    fake_quantize: bool | None = None,
+    observers: bool | None = None,
+    learn_scales: bool | None = None,
+) -> None:
+    """Switch what `prepare_qat_`, or a `FakeQuantize` of one's own, put into ``model``; None leaves it as it is.
+
+    Parameters
+    ----------
+    fake_quantize : bool
+        Whether weights and activations are projected: off, the model is the float one.
+    observers : bool
+        Whether observers see what passes, and set the scales that they are asked for.
+    learn_scales : bool
+        Whether learned scales and zero points require a gradient. Frozen they lose the one they have, so that no
+        optimizer moves them. Under DDP, freeze before wrapping or wrap again.
+
+    Examples
+    --------
+    A schedule: floats, then codes with learned scales, then weights alone for the last part.
+
+    >>> def at_epoch(model, epoch):
+    ...     qat_mode_(model, fake_quantize=epoch >= 1)
+    ...     if epoch >= 2:
+    ...         qat_mode_(model, observers=False)
+    ...     if epoch >= 8:
+    ...         qat_mode_(model, learn_scales=False)
+    """
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            module.enabled = module.enabled if fake_quantize is None else bool(fake_quantize)
+            if observers is not None and module.observer is not None:
+                module.observing = bool(observers)
+                module.observer.report()
+            if learn_scales is not None and module.source == "learned":
+                for parameter in (p for p in (module.gain, module.zero_point) if p is not None):
+                    parameter.requires_grad_(learn_scales)
+                    parameter.grad = parameter.grad if learn_scales else None
+
+
+def qat_parameters(model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters of ``model`` that require a gradient, in two groups for an optimizer.
+
+    Returns
+    -------
+    list of dict
+        Weights, biases and the like, in the optimizer's own settings; then the gains of learned scales and the zero
+        points, without weight decay, which would pull them to 0, where a scale means nothing.
+    """
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    learned = {id(p) for q in quantizers for p in (q.gain, q.zero_point) if p is not None}
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[id(parameter) in learned].append(parameter)
+    return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
