@@ -65,6 +65,33 @@ struct QuantizeDynamic {
   int32_t* zero_point;  // the same shape, or null: symmetric
 };
 
+// y[i, j] = c * scale[i / br, j / bk], c the code of x[i, j] less its zero point
+struct FakeQuantize {
+  Grid grid;
+  const void* x;  // [M, K] float32, float16 or bfloat16
+  Type x_type, format;
+  const float* scale;       // [ceil(M / br), ceil(K / bk)]
+  const float* zero_point;  // the same shape, or null: symmetric
+  int32_t qmin, qmax;       // the codes of an integer format
+  void* y;                  // [M, K] of x_type
+};
+
+// dx[i, j] = inside ? dy[i, j] : 0, and what each block's scale and zero point get
+struct FakeQuantizeBackward {
+  Grid grid;
+  const void* dy;  // [M, K] of x_type
+  const void* x;   // [M, K] float32, float16 or bfloat16
+  Type x_type, format;
+  const float* scale;       // [ceil(M / br), ceil(K / bk)]
+  const float* zero_point;  // the same shape, or null: symmetric
+  int32_t qmin, qmax;       // the codes of an integer format
+  bool lsq_mask;            // inside by x / scale itself, not by its rounded code
+  float grad_factor;
+  void* dx;            // [M, K] of x_type
+  float* dscale;       // [ceil(M / br), ceil(K / bk)]
+  float* dzero_point;  // the same shape, or null: symmetric
+};
+
 // What a matmul multiplies by: values w[n, k] = (decode(codes[n, k]) - zero_point[n / br, k / bk]) * scale[n / br, k / bk]
 struct Weight {
   Grid grid;          // M is N here: [N, K]
@@ -91,6 +118,7 @@ struct DequantMatmul {
   Epilogue epilogue;
   bool batch_invariant;  // the bytes of a row of y depend on that row of x alone
   void* y;               // [M, N] of x_type
+  bool tiled = false;    // weight.codes are the tiles of quantlib/backends/tiles.py
 };
 
 // dx[m, k] = sum over n of dy[m, n] * w[n, k]

@@ -5,6 +5,10 @@
 #pragma once
 #include <torch/csrc/stable/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
@@ -19,6 +23,15 @@ using SizesView = torch::headeronly::IntHeaderOnlyArrayRef;  // sizes that somet
 
 inline void check_torch(AOTITorchError status) {
   if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error("quantlib: a call of torch failed");
+}
+
+// Large memory that nobody has touched: in pages of 2 MiB, because to fault in small ones costs more than most ops.
+inline void in_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr int64_t page = int64_t(2) << 20;
+  const int64_t first = (int64_t(data) + page - 1) / page * page, end = (int64_t(data) + bytes) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), size_t(end - first), MADV_HUGEPAGE);  // as good without
+#endif
 }
 
 struct Device {
@@ -44,7 +57,9 @@ class Tensor {
     AtenTensorHandle handle;
     check_torch(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device.type,
                                          device.index, &handle));
-    return Tensor(handle);
+    Tensor made(handle);
+    if (device.type == aoti_torch_device_type_cpu()) in_huge_pages(made.data(), made.nbytes());
+    return made;
   }
   Tensor(Tensor&& other) noexcept
       : handle_(std::exchange(other.handle_, nullptr)),
@@ -113,9 +128,27 @@ class Arguments {
   Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
   bool flag() { return take<bool>(); }
   int32_t dtype() { return take<int32_t>(); }
+  double number() { return take<double>(); }
   std::string text() { return text_of(take<StringHandle>()); }
-  Sizes sizes() {
-    const auto handle = take<StableListHandle>();
+  Sizes sizes() { return sizes_of(take<StableListHandle>()); }
+  std::optional<Tensor> optional_tensor() {
+    return optional<Tensor>(
+        [](StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); });
+  }
+  std::optional<std::string> optional_text() {
+    return optional<std::string>(
+        [](StableIValue value) { return text_of(torch::stable::detail::to<StringHandle>(value)); });
+  }
+  std::optional<Sizes> optional_sizes() {
+    return optional<Sizes>(
+        [](StableIValue value) { return sizes_of(torch::stable::detail::to<StableListHandle>(value)); });
+  }
+  std::optional<int64_t> optional_size() { return optional<int64_t>(torch::stable::detail::to<int64_t>); }
+
+ private:
+  const StableIValue* next_;
+
+  static Sizes sizes_of(StableListHandle handle) {
     size_t length;
     check_torch(torch_list_size(handle, &length));
     Sizes result(length);
@@ -127,19 +160,6 @@ class Arguments {
     check_torch(torch_delete_list(handle));
     return result;
   }
-  std::optional<Tensor> optional_tensor() {
-    return optional<Tensor>(
-        [](StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); });
-  }
-  std::optional<std::string> optional_text() {
-    return optional<std::string>(
-        [](StableIValue value) { return text_of(torch::stable::detail::to<StringHandle>(value)); });
-  }
-  std::optional<int64_t> optional_size() { return optional<int64_t>(torch::stable::detail::to<int64_t>); }
-
- private:
-  const StableIValue* next_;
-
   static std::string text_of(StringHandle handle) {
     const char* data;
     size_t length;

@@ -65,7 +65,7 @@ def test_memory_and_arithmetic(isa: str, tmp_path: Path) -> None:
     program = tmp_path / "cpu_kernels"
     driver = NATIVE / "cpu_kernels.cpp"
     run(*CXX, *FLAGS, "-O1", *SANITIZERS, f"-DTESTED_ISA={isa}", driver, kernels, "-pthread", "-o", program)
-    assert re.fullmatch(r"\d{7} values, 0 wrong\n", run(program, isa, LD_PRELOAD=""))
+    assert re.fullmatch(r"\d{8} values, 0 wrong\n", run(program, isa, LD_PRELOAD=""))
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")

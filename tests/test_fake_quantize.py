@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import quantlib
-from quantlib import backends, formats, ops, testing
-from quantlib.reference import fake_quantize as reference
+from quantlib import backends, formats, ops, reference, testing
 from quantlib.reference.numerics import Array
 from quantlib.reference.ops import reduce_blocks
 from quantlib.testing import values

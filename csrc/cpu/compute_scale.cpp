@@ -68,7 +68,7 @@ void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* ou
         if (i + 1 < i1)
           for (int64_t k = 0; k < n * bytes; k += 64) __builtin_prefetch(below + k, 0, 2);
         const Range range = row(i, j, n);
-        out[J - J0] = i == i0 ? range : widen(out[J - J0], range);
+        out[J - J0] = i == i0 ? range : merge(out[J - J0], range);
       }
     return;
   }
@@ -88,7 +88,7 @@ void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* ou
     for (int64_t j = 0; j < n; ++j) {
       Range& range = out[J - J0 + j / grid.bk];
       if (j % grid.bk == 0) range = {0, 0};
-      range = widen(range, {highest[j], lowest[j]});
+      range = merge(range, {highest[j], lowest[j]});
     }
   }
 }
@@ -116,43 +116,7 @@ void RangeRows::finish(int64_t I, int64_t J0, int64_t J1, const Range* range) co
 }
 
 void compute_scale(const ComputeScale& p, ParallelFor run) {
-  const RangeRows rows{p, collapse(p.grid, false)};
-  const Grid& g = rows.grid;
-  if (!shared_blocks(g)) {
-    parallel_blocks(run, g, false, [&](int64_t I, int64_t J0, int64_t J1) {
-      Range range[kBlocks];
-      rows.blocks(I * g.br, least((I + 1) * g.br, g.M), J0, J1, range);
-      rows.finish(I, J0, J1, range);
-    });
-    return;
-  }
-  constexpr int64_t parts = 64;
-  Range partial[parts][64] = {};
-  const DefaultFloats guard;
-  for (int64_t I = 0; I < g.scale_rows(); ++I) {
-    const int64_t i0 = I * g.br, height = least(g.br, g.M - i0), cols = g.scale_cols();
-    parallel(run, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        if (height > 1) {
-          const int64_t from = i0 + height * part / parts, to = i0 + height * (part + 1) / parts;
-          if (from < to) rows.blocks(from, to, 0, cols, partial[part]);
-          continue;
-        }
-        for (int64_t J = 0; J < cols; ++J) {
-          const int64_t j = J * g.bk, width = least(g.bk, g.K - j);
-          const int64_t from = j + width * part / parts, to = j + width * (part + 1) / parts;
-          partial[part][J] = rows.row(i0, from, to - from);
-        }
-      }
-    });
-    Range range[64] = {};
-    for (int64_t part = 0; part < parts; ++part)
-      for (int64_t J = 0; J < cols; ++J) {
-        range[J] = widen(range[J], partial[part][J]);
-        partial[part][J] = {0, 0};
-      }
-    rows.finish(I, 0, cols, range);
-  }
+  reduce_blocks(run, RangeRows{p, collapse(p.grid, false)});
 }
 
 }  // namespace QL_ISA

@@ -16,6 +16,8 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*b
   X(quantize, Quantize)                             \
   X(dequantize, Dequantize)                         \
   X(quantize_dynamic, QuantizeDynamic)              \
+  X(fake_quantize, FakeQuantize)                    \
+  X(fake_quantize_backward, FakeQuantizeBackward)   \
   X(dequant_matmul, DequantMatmul)                  \
   X(dequant_matmul_backward, DequantMatmulBackward) \
   X(scaled_matmul, ScaledMatmul)

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../fake_quantize_ops.h"
 #include "../matmul_ops.h"
 #include "kernels.h"
 
@@ -88,6 +89,7 @@ extern "C" __attribute__((visibility("default"))) const char* quantlib_isa() {
 
 STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
   quantlib::register_ops<quantlib::Cpu>(m);
+  quantlib::register_fake_quantize<quantlib::Cpu>(m);
   quantlib::register_dequant_matmuls<quantlib::Cpu>(m);
   quantlib::register_scaled_matmuls<quantlib::Cpu>(m);
 }

@@ -1,5 +1,6 @@
 // Every op of csrc/cpu against the same functions of numerics.h called one element at a time, over awkward sizes and
 // buffers that end where the data ends. Linked with kernels that tests/test_cpu_sanitizers.py compiles; no torch.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "fake_quantize.h"
 #include "packing.h"
 
 using namespace quantlib;
@@ -256,6 +258,83 @@ void check_block(const Ops& ops, Type x_type, Type format, bool affine, Grid g) 
     }
 }
 
+void one_thread(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  body(begin, end, context);
+}
+
+// Elements exactly, sums within n * 2^-24 * sum|terms|, and the same with three threads as with one.
+template <class F, bool LSQ>
+void check_fake(const Ops& ops, Type x_type, Type format, bool affine, Limits q, Grid g) {
+  const std::string where = std::string(ops.isa) + " fake_quantize " + std::to_string(int(format)) + " x " +
+                            std::to_string(int(x_type)) + (affine ? " affine" : "") + (LSQ ? " lsq" : "") + " block " +
+                            std::to_string(g.br) + " x " + std::to_string(g.bk) + " ";
+  const int bits = bits_of_type(x_type);
+  const int64_t n = g.M * g.K, blocks = g.scale_rows() * g.scale_cols();
+  const Buffer x(n * bits / 8, bits / 8), dy(n * bits / 8, bits / 8), y(n * bits / 8, bits / 8), dx(n * bits / 8, 0);
+  const Buffer scale(blocks * 4, 4), zero_point(blocks * 4, 4), dscale(blocks * 8, 4), dzero_point(blocks * 8, 4);
+  fill(x_type, x.data(), n), fill(x_type, dy.data(), n);
+  auto *s = static_cast<float*>(scale.data()), *z = static_cast<float*>(zero_point.data());
+  for (int64_t k = 0; k < blocks; ++k) s[k] = std::exp2(float(k % 9) - 5), z[k] = float(k % 11) * 3.3f - 9;
+  auto *ds = static_cast<float*>(dscale.data()), *dz = static_cast<float*>(dzero_point.data());
+  ops.fake_quantize({g, x.data(), x_type, format, s, affine ? z : nullptr, int32_t(q.qmin), int32_t(q.qmax), y.data()},
+                    threads);
+  for (const ParallelFor run : {one_thread, threads}) {
+    ops.fake_quantize_backward({g, dy.data(), x.data(), x_type, format, s, affine ? z : nullptr, int32_t(q.qmin),
+                                int32_t(q.qmax), LSQ, 1.0f, dx.data(), ds, affine ? dz : nullptr},
+                               run);
+    if (run == one_thread)
+      std::memcpy(ds + blocks, ds, size_t(blocks * 4)), std::memcpy(dz + blocks, dz, size_t(blocks * 4));
+  }
+  std::vector<double> sums[2] = {std::vector<double>(blocks), std::vector<double>(blocks)},
+                      sizes[2] = {sums[0], sums[0]};
+  const auto value = [&](uint32_t code) { return decode_one(x_type, code, false, 0); };
+  for (int64_t i = 0; i < g.M; ++i)
+    for (int64_t j = 0; j < g.K; ++j) {
+      const int64_t at = i / g.br * g.scale_cols() + j / g.bk;
+      const float s_eff = scale_one(format, s[at]);
+      const Shared<float> of = {reciprocal(s_eff), s_eff, affine ? code_of(z[at], q) : 0.0f};
+      const uint32_t dy_code = code_at(dy.data(), bits, g.K, i, j);
+      const float xij = value(code_at(x.data(), bits, g.K, i, j));
+      const Gradients<float> want = gradients<F, LSQ>(value(dy_code), xij, of, q);
+      compare("y " + where, i, j, code_at(y.data(), bits, g.K, i, j),
+              encode_one(x_type, fake_quantized<F>(xij, of, q), false, false, 0));
+      compare("dx " + where, i, j, code_at(dx.data(), bits, g.K, i, j), want.inside ? dy_code : 0);
+      sums[0][at] += want.scale, sizes[0][at] += std::fabs(want.scale);
+      sums[1][at] += want.zero_point, sizes[1][at] += std::fabs(want.zero_point);
+    }
+  for (int64_t at = 0; at < blocks; ++at) {
+    const double terms = double(std::min(g.br, g.M)) * double(std::min(g.bk, g.K)) * 0x1p-24;
+    const auto sum = [&](const char* of, const float* got, int k) {
+      compare(of + where, at, 0, bits_of(got[at]), bits_of(got[at + blocks]));
+      const bool representable = sizes[k][at] < 0x1p127;  // a NaN is not
+      compare(of + where, at, 1, !representable || std::fabs(got[at] - sums[k][at]) <= terms * sizes[k][at], 1);
+    };
+    sum("dscale ", ds, 0);
+    if (affine) sum("dzero_point ", dz, 1);
+  }
+}
+
+void check_fake(const Ops& ops, Type x_type, Type format, bool affine, Grid g) {
+  switch (format) {
+#define QL_CASE(NAME, ...)                                     \
+  case Type::NAME:                                             \
+    check_fake<NAME, true>(ops, x_type, format, false, {}, g); \
+    return check_fake<NAME, false>(ops, x_type, format, false, {}, g);
+    QL_FLOATS(QL_CASE)
+#undef QL_CASE
+#define QL_CASE(NAME, ...)                                                                \
+  case Type::NAME: {                                                                      \
+    const Limits q = {float(affine ? NAME::affine_qmin : NAME::qmin), float(NAME::qmax)}; \
+    check_fake<Integer, true>(ops, x_type, format, affine, q, g);                         \
+    return check_fake<Integer, false>(ops, x_type, format, affine, q, g);                 \
+  }
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      return;
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -279,8 +358,14 @@ int main(int argc, char** argv) {
       for (Type x_type : {Type::float32, Type::float16, Type::bfloat16})
         for (bool affine : {false, true})
           if (!affine || is_int(Type(format)))
-            for (const Grid& grid : grids) check_block(ops, x_type, Type(format), affine, grid);
-    for (const Grid& grid : shared) check_block(ops, Type::bfloat16, Type::int4, true, grid);
+            for (const Grid& grid : grids) {
+              check_block(ops, x_type, Type(format), affine, grid);
+              check_fake(ops, x_type, Type(format), affine, grid);
+            }
+    for (const Grid& grid : shared) {
+      check_block(ops, Type::bfloat16, Type::int4, true, grid);
+      check_fake(ops, Type::bfloat16, Type::int4, true, grid);
+    }
   }
   std::printf("%ld values, %ld wrong\n", long(compared), long(wrong));
   return wrong ? 1 : 0;
