@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 
-OPS = ("cast", "compute_scale", "quantize", "dequantize", "quantize_dynamic")
+OPS = (
+    "cast",
+    "compute_scale",
+    "quantize",
+    "dequantize",
+    "quantize_dynamic",
+    "dequant_matmul",
+    "dequant_matmul_backward",
+    "scaled_matmul",
+    "dynamic_matmul",
+)
 
 
 def refuses(device: torch.device) -> str | None:

@@ -163,13 +163,29 @@ def arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: int) -> None:
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """What a table of measurements calls the device, "" in the interpreter."""
+    return "" if INTERPRETED else torch.cuda.get_device_name(device)
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: int, **options: int) -> None:
     """Start ``programs`` programs on the current stream of ``device``; nothing waits for them.
 
     Products are never contracted into sums (C0).
     """
     with context(device):
-        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False)
+        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
+
+
+def workspace(
+    shape: tuple[int, int, int], dtype: torch.dtype, tiles: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Sums of the splits of a matmul, [splits, M, N], and a ticket for each tile of it, 0; None without splits."""
+    if shape[0] == 1:
+        return None, None
+    partial = torch.empty(shape, dtype=dtype, device=device)
+    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
 def codes_of(t: torch.Tensor) -> torch.Tensor:

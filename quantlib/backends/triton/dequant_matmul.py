@@ -1,0 +1,143 @@
+"""y[m, n] = activation(sum over k of x[m, k] * w[n, k] + bias[n]), w = dequantize(codes)
+
+The weight lies on the left of the dot, so that a batch of eight fills a matrix instruction, and its codes become
+operands in the registers they were loaded to. A scale of a row multiplies the sum; one of a group the sum of a step,
+or, from a batch of 64 on, bfloat16 weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quantlib import formats
+from quantlib.backends.triton import launch, tuning
+from quantlib.backends.triton.matmul import (
+    COLUMNS,
+    arrive,
+    finish,
+    in_order,
+    load_operands,
+    load_scale,
+    load_x,
+    operand_type,
+    split_tiles,
+    subtract_zero_point,
+    sum_splits,
+    tile_rows,
+)
+from quantlib.formats import Format
+
+
+@triton.jit
+def dequant_matmul_kernel(
+    x_ptr,  # [M, K] of row X
+    codes_ptr,  # [N, K] of row F, [N, ceil(K / 2)] bytes, or tiles [ceil(N / 16), stride, 1024]
+    scale_ptr,  # [ceil(N / br), scale_cols] float32
+    zero_point_ptr,  # the same shape, int32, or None
+    bias_ptr,  # [N] float32, or None
+    y_ptr,  # [M, N] of row X
+    partial_ptr,  # [T.splits, M, N] float32, or None
+    ticket_ptr,  # [tiles of y] int32, all 0, or None
+    M, N, K, br, bk, scale_cols, stride,
+    X: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr,
+    MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = operand_type(X, F, SCALES != "element", ARCH)
+    HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
+    HALVES: tl.constexpr = 2 if TILED and F.packed else 1
+    SPLITS: tl.constexpr = T.splits
+    # 1. where this program's sums lie: rows of x change fastest, they share the weight
+    across = tl.cdiv(M, T.tile_m)
+    tile, split = tl.program_id(0) // T.splits, tl.program_id(0) % T.splits
+    n_first, m_first = (tile // across).to(tl.int64) * T.tile_n, (tile % across).to(tl.int64) * T.tile_m
+    n, m = n_first + tl.arange(0, T.tile_n), m_first + tl.arange(0, T.tile_m)
+    x_ptr += m[None, :] * K
+    rows, batch = (n < N)[:, None], (m < M)[None, :]
+    at = (n // br * scale_cols)[:, None]
+    in_tile = tile_rows(n_first, T)
+    at_in_tile, rows_in_tile = in_tile // br * scale_cols, in_tile < N
+    # 2. sums over this split's steps of K
+    steps = tl.cdiv(K, T.tile_k)
+    each = tl.cdiv(steps, SPLITS)
+    total = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
+    for step in range(split * each, tl.minimum(split * each + each, steps)):
+        operands = load_operands(codes_ptr, n_first, step, stride, N, K, F, D, T, TILED, MASKED, ARCH)
+        for half in tl.static_range(HALVES):
+            k = step * T.tile_k + half * HALF
+            column = k + tl.arange(0, HALF)
+            x = load_x(x_ptr + column[:, None], batch & (column < K)[:, None] if MASKED else batch, X, D, ARCH)
+            w = operands[half]
+            if SCALES == "element":
+                J, exists = (column // bk)[None, :], rows & (column < K)[None, :]
+            else:
+                J, exists = 0 if SCALES == "row" else k // bk, rows & (k < K)
+            if TILED:
+                w = split_tiles(w, T)
+                if SCALES != "element":  # before a thread's values are put in order: then they need not leave it
+                    w = subtract_zero_point(w, zero_point_ptr, at_in_tile + J, rows_in_tile & (k < K), F)
+                w = in_order(w, T)
+            if SCALES == "element" or not TILED:
+                w = subtract_zero_point(w, zero_point_ptr, at + J, exists, F)
+            if SCALES == "row":
+                total = tl.dot(w, x, total, input_precision="ieee")
+            elif SCALES == "sum":
+                total += tl.dot(w, x, input_precision="ieee") * load_scale(scale_ptr + at + J, exists, F)
+            else:
+                w = (w.to(tl.float32) * load_scale(scale_ptr + at + J, exists, F)).to(D)
+                total = tl.dot(w, x, total, input_precision="ieee")
+    if SCALES == "row":
+        total = total * load_scale(scale_ptr + at, rows & (scale_cols > 0), F)
+    # 3. the last program of a tile adds the splits in order
+    y_at = m[None, :] * N + n[:, None]
+    inside = rows & batch
+    if SPLITS > 1:
+        size = tl.cast(M, tl.int64) * N
+        partial_ptr += y_at
+        if arrive(total, partial_ptr + split * size, ticket_ptr + tile, inside, SPLITS):
+            total = sum_splits(partial_ptr, size, inside, SPLITS)
+            finish(total + 0.0, y_ptr + y_at, bias_ptr, n[:, None], inside, N, X, ACTIVATION, ARCH)
+    else:
+        finish(total + 0.0, y_ptr + y_at, bias_ptr, n[:, None], inside, N, X, ACTIVATION, ARCH)
+
+
+def dequant_matmul(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    format: Format,
+    block: launch.Shape,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    batch_invariant: bool,
+    tiled: bool,
+    y: torch.Tensor,
+) -> None:
+    (M, K), N = x.shape, y.shape[1]
+    tile = tuning.choose_matmul(
+        (M, N, K), format, x.dtype, block[1], tiled, batch_invariant, launch.device_name(x.device)
+    )
+    tiles = triton.cdiv(N, tile.tile_n) * triton.cdiv(M, tile.tile_m)
+    partial, ticket = launch.workspace((tile.splits, M, N), torch.float32, tiles, x.device)
+    launch.launch(
+        dequant_matmul_kernel, tiles * tile.splits, x.device,
+        x, launch.codes_of(codes), scale, zero_point, bias, y, partial, ticket,
+        M, N, K, *block, scale.shape[1], codes.shape[1], formats.get(x.dtype), format, activation,
+        scales(x, scale, block, tiled, tile), tiled, K % tile.tile_k > 0, tile, launch.arch(x.device),
+        warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def scales(x: torch.Tensor, scale: torch.Tensor, block: launch.Shape, tiled: bool, tile: tuning.MatmulTile) -> str:
+    """What a scale multiplies: the sum of a row, the sum of a step, the weights of a step, or each weight its own.
+
+    A weight times its scale is rounded to x's type, for which it may be too large where that is float16.
+    """
+    if scale.shape[1] <= 1:
+        return "row"
+    if block[1] % (COLUMNS.value if tiled else tile.tile_k):
+        return "element"
+    few = len(x) < 64 or tile.tile_m <= tuning.FEW
+    return "sum" if few or x.dtype == torch.float16 else "weights"

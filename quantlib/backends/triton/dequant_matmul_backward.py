@@ -1,0 +1,68 @@
+"""dx[m, k] = sum over n of dy[m, n] * w[n, k], w = dequantize(codes)
+
+Scales lie along the sum, so that they multiply the weights: float32, or rounded to dy's type where dy has the rows to
+fill tensor cores.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quantlib import formats
+from quantlib.backends.triton import launch, tuning
+from quantlib.backends.triton.matmul import finish, load_operands, load_scale, load_x, operand_type, subtract_zero_point
+from quantlib.formats import Format
+
+
+@triton.jit
+def dequant_matmul_backward_kernel(
+    dy_ptr,  # [M, N] of row X
+    codes_ptr,  # [N, K] of row F, or [N, ceil(K / 2)] bytes
+    scale_ptr,  # [ceil(N / br), scale_cols] float32
+    zero_point_ptr,  # the same shape, int32, or None
+    dx_ptr,  # [M, K] of row X
+    M, N, K, br, bk, scale_cols, stride,
+    X: tl.constexpr, F: tl.constexpr, ROUNDED: tl.constexpr, ONE_BLOCK: tl.constexpr, T: tl.constexpr,
+    ARCH: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = operand_type(X, X, ROUNDED, ARCH)
+    across = tl.cdiv(K, T.tile_k)
+    m_tile, k_tile = tl.program_id(0) // across, tl.program_id(0) % across
+    m = (m_tile.to(tl.int64) * T.tile_m + tl.arange(0, T.tile_m))[:, None]
+    k = k_tile.to(tl.int64) * T.tile_k + tl.arange(0, T.tile_k)[None, :]
+    total = tl.full((T.tile_m, T.tile_k), 0.0, tl.float32)
+    for step in range(tl.cdiv(N, T.tile_n)):
+        n_first = tl.cast(step, tl.int64) * T.tile_n
+        n = n_first + tl.arange(0, T.tile_n)
+        dy = load_x(dy_ptr + m * N + n[None, :], (m < M) & (n < N)[None, :], X, D, ARCH)
+        w = load_operands(codes_ptr, n_first, k_tile, stride, N, K, F, tl.float32, T, False, True, ARCH)[0]
+        if ONE_BLOCK:
+            at, exists = (n // br * scale_cols)[:, None] + k_tile * T.tile_k // bk, (n < N)[:, None]
+        else:
+            at, exists = (n // br * scale_cols)[:, None] + k // bk, (n < N)[:, None] & (k < K)
+        w = subtract_zero_point(w, zero_point_ptr, at, exists, F) * load_scale(scale_ptr + at, exists, F)
+        total = tl.dot(dy, w.to(D), total, input_precision="ieee")
+    finish(total, dx_ptr + m * K + k, None, k, (m < M) & (k < K), K, X, None, ARCH)
+
+
+def dequant_matmul_backward(
+    dy: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    format: Format,
+    block: launch.Shape,
+    zero_point: torch.Tensor | None,
+    dx: torch.Tensor,
+) -> None:
+    (M, N), K = dy.shape, dx.shape[1]
+    tile = tuning.choose_backward((M, N, K), dy.dtype)
+    rounded = M >= 64 and dy.dtype != torch.float32
+    launch.launch(
+        dequant_matmul_backward_kernel, triton.cdiv(M, tile.tile_m) * triton.cdiv(K, tile.tile_k), dy.device,
+        dy, launch.codes_of(codes), scale, zero_point, dx,
+        M, N, K, *block, scale.shape[1], codes.shape[1], formats.get(dy.dtype), format, rounded,
+        scale.shape[1] == 1 or block[1] % tile.tile_k == 0, tile, launch.arch(dy.device),
+        warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,265 @@
+"""What the matmuls share: codes of a weight as operands of a dot, where they lie, and what follows the sum.
+
+A dot takes values of type D: float32, or x's own 16-bit type where that holds every q - z exactly, which all formats
+of at most eight bits do. Integers are read as signed, uint8 less 128, its zero point too.
+"""
+
+import triton
+import triton.language as tl
+
+from quantlib.backends.tiles import TileLayout
+from quantlib.backends.triton.activation import activate
+from quantlib.backends.triton.numerics import (
+    clamp_zero_point,
+    decode_float,
+    effective_scale,
+    encode_float,
+    int_to_float,
+)
+from quantlib.backends.triton.tile import codes_at, unpack
+
+ROWS: tl.constexpr = tl.constexpr(TileLayout.ROWS)
+BYTES: tl.constexpr = tl.constexpr(TileLayout.BYTES)
+COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are side by side: all, or those of one nibble
+
+
+@triton.constexpr_function
+def operand_type(X, F, EXACT, ARCH):
+    """D: float32 in the interpreter, whose 16-bit dots are wrong, and where w itself has more bits than x's type.
+
+    EXACT says that codes are operands, not codes times a scale.
+    """
+    holds = F.bits <= 8 or F.name == X.name
+    if ARCH == 0 or X.bits == 32 or not (EXACT and holds):
+        return tl.float32
+    return tl.float16 if X.fraction_bits == 10 else tl.bfloat16
+
+
+@triton.constexpr_function
+def offset(F):
+    """What is taken from a code to make it signed."""
+    return 0 if F.is_float or F.signed else 128
+
+
+# ---- codes to operands -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_x(ptr, mask, X: tl.constexpr, D: tl.constexpr, ARCH: tl.constexpr):
+    """Values of row X as D; 0 where the mask is not set, or None."""
+    if tl.float32 != D:
+        return tl.load(ptr) if mask is None else tl.load(ptr, mask, 0.0)
+    else:
+        ptr = codes_at(ptr, X)
+        return decode_float(tl.load(ptr) if mask is None else tl.load(ptr, mask, 0), X, ARCH)
+
+
+@triton.jit
+def operand(code, F: tl.constexpr, D: tl.constexpr, ARCH: tl.constexpr):
+    """[...] code of F, one an element -> [...] D, exact: its value, less 128 for uint8"""
+    if F.is_float:
+        if F.bits == 16 and tl.float32 != D:
+            return code.to(D, bitcast=True)
+        return decode_float(code, F, ARCH).to(D)
+    elif F.bits == 8 and tl.float32 != D:
+        return int8_operand(code, F, D)
+    else:
+        return int_to_float(code.to(tl.int32) - offset(F)).to(D)
+
+
+@triton.jit
+def int8_operand(code, F: tl.constexpr, D: tl.constexpr):
+    """Four codes at a time beside the upper byte of a float whose last place is one, less what that adds."""
+    if tl.bfloat16 == D:  # 128 + the seven low bits, less 128 or 256
+        FLIP: tl.constexpr = "xor.b32 x, $2, 0x80808080;" if offset(F) else "mov.b32 x, $2;"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 x, a, b, c, d, minus; mov.b32 minus, 0xBF80BF80; " + FLIP +
+            "prmt.b32 a, x, 0x43434343, 0x4140; prmt.b32 b, x, 0x43434343, 0x4342;"
+            "and.b32 c, a, 0xFF80FF80; and.b32 d, b, 0xFF80FF80; and.b32 a, a, 0xFF7FFF7F; and.b32 b, b, 0xFF7FFF7F;"
+            "fma.rn.bf16x2 $0, c, minus, a; fma.rn.bf16x2 $1, d, minus, b; }",
+            "=r,=r,r", [code], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:  # 1024 + the code's distance from the lowest, less 1152
+        FLIP: tl.constexpr = "mov.b32 x, $2;" if offset(F) else "xor.b32 x, $2, 0x80808080;"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 x, a, b, magic; mov.b32 magic, 0x64806480; " + FLIP +
+            "prmt.b32 a, x, 0x64646464, 0x4140; prmt.b32 b, x, 0x64646464, 0x4342;"
+            "sub.f16x2 $0, a, magic; sub.f16x2 $1, b, magic; }",
+            "=r,=r,r", [code], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def int4_operands(byte, D: tl.constexpr):
+    """[...] bytes -> the values of their low and of their high nibbles, as for int8_operand"""
+    if tl.bfloat16 == D:  # 128 + the code's distance from the lowest, less 136
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 x, y, a, b, c, d, one, magic; mov.b32 one, 0x3F803F80; mov.b32 magic, 0xC308C308;"
+            "xor.b32 x, $4, 0x88888888; shr.u32 y, x, 4;"
+            "prmt.b32 a, x, 0x43434343, 0x4140; prmt.b32 b, x, 0x43434343, 0x4342;"
+            "prmt.b32 c, y, 0x43434343, 0x4140; prmt.b32 d, y, 0x43434343, 0x4342;"
+            "and.b32 a, a, 0xFF0FFF0F; and.b32 b, b, 0xFF0FFF0F; and.b32 c, c, 0xFF0FFF0F; and.b32 d, d, 0xFF0FFF0F;"
+            "fma.rn.bf16x2 $0, a, one, magic; fma.rn.bf16x2 $1, b, one, magic;"
+            "fma.rn.bf16x2 $2, c, one, magic; fma.rn.bf16x2 $3, d, one, magic; }",
+            "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:  # 1024 + the distance less 1032, and a sixteenth of 1024 + 16 times the distance less 72
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 x, a, b, c, d, low, part, high; mov.b32 low, 0x64086408;"
+            "mov.b32 part, 0x2C002C00; mov.b32 high, 0xD480D480; xor.b32 x, $4, 0x88888888;"
+            "prmt.b32 a, x, 0x64646464, 0x4140; prmt.b32 b, x, 0x64646464, 0x4342;"
+            "and.b32 c, a, 0xFFF0FFF0; and.b32 d, b, 0xFFF0FFF0; and.b32 a, a, 0xFF0FFF0F; and.b32 b, b, 0xFF0FFF0F;"
+            "sub.f16x2 $0, a, low; sub.f16x2 $1, b, low;"
+            "fma.rn.f16x2 $2, c, part, high; fma.rn.f16x2 $3, d, part, high; }",
+            "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr):
+    """[tile_n / 16, 1024] bytes -> the operands of their halves, one or two, each [tile_n / 16, 1024] D"""
+    if not F.packed:
+        code = tiles if F.is_float or not F.signed else tiles.to(tl.int8, bitcast=True)
+        return (operand(code, F, D, ARCH),)
+    elif F.is_float or tl.float32 == D:
+        low, high = (tiles & 15).to(tl.int32), (tiles >> 4).to(tl.int32)
+        if not F.is_float:
+            low, high = (low ^ 8) - 8, (high ^ 8) - 8
+        return operand(low, F, D, ARCH), operand(high, F, D, ARCH)
+    else:
+        return int4_operands(tiles, D)
+
+
+@triton.jit
+def split_tiles(values, T: tl.constexpr):
+    """[tile_n / 16, 1024] -> [tile, g, t, r, s, h, e], the axes of backends/tiles.py"""
+    return values.reshape(T.tile_n // ROWS, 8, 4, 2, 2, 2, 4)
+
+
+@triton.jit
+def tile_rows(n_first, T: tl.constexpr):
+    """The row of every element of split_tiles, [tile, g, 1, r, 1, 1, 1]"""
+    tile = tl.arange(0, T.tile_n // ROWS)[:, None, None, None, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None, None, None, None]
+    r = tl.arange(0, 2)[None, None, None, :, None, None, None]
+    return n_first + tile * ROWS + r * 8 + g
+
+
+@triton.jit
+def in_order(values, T: tl.constexpr):
+    """[tile, g, t, r, s, h, e] -> [tile_n, 64]; a thread keeps its own"""
+    return values.permute(0, 3, 1, 4, 5, 2, 6).reshape(T.tile_n, COLUMNS)
+
+
+@triton.jit
+def load_operands(
+    codes_ptr, n_first, step, stride, N, K, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, TILED: tl.constexpr,
+    MASKED: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """Rows n_first.. of the weight, step ``step`` of K -> [tile_n, T.tile_k] D, in two halves for tiles of four bits"""
+    if TILED:
+        row = n_first // ROWS + tl.arange(0, T.tile_n // ROWS)[:, None]
+        byte = (row * stride + step) * BYTES + tl.arange(0, BYTES)[None, :]
+        return tile_operands(tl.load(codes_ptr + byte, row * ROWS < N, 0), F, D, T, ARCH)
+    else:
+        row = n_first + tl.arange(0, T.tile_n)[:, None]
+        ptr = codes_at(codes_ptr, F) + row * stride
+        return (operand(load_codes(ptr, row < N, step * T.tile_k, K, F, T, MASKED), F, D, ARCH),)
+
+
+@triton.jit
+def load_codes(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
+    """Codes of the rows that ptr [tile_n, 1] points to, T.tile_k of them from column k, which is even where a byte
+    holds two; 0 past ``end`` and where there is no row"""
+    column = k + tl.arange(0, T.tile_k)[None, :]
+    if F.packed:
+        byte = k // 2 + tl.arange(0, T.tile_k // 2)[None, :]
+        code = unpack(tl.load(ptr + byte, rows & (2 * byte < end) if MASKED else rows, 0), F)
+        return tl.where(column < end, code, 0) if MASKED else code
+    else:
+        return tl.load(ptr + column, rows & (column < end) if MASKED else rows, 0)
+
+
+@triton.jit
+def load_byte(ptr, mask, F: tl.constexpr):
+    """Codes of eight bits as signed bytes, less 128 for uint8; 0 where there is none"""
+    if offset(F):
+        return (tl.load(ptr, mask, 128) ^ 128).to(tl.int8, bitcast=True)
+    else:
+        return tl.load(ptr, mask, 0)
+
+
+@triton.jit
+def load_nibbles(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
+    """Codes of four bits from column k on as signed bytes. Where a group may begin inside a byte, MASKED, each code is
+    read by itself."""
+    if MASKED:
+        column = k + tl.arange(0, T.tile_k)[None, :]
+        byte = tl.load(ptr + column // 2, rows & (column < end), 0).to(tl.int32)
+        return ((((byte >> (column % 2 * 4).to(tl.int32)) & 15) ^ 8) - 8).to(tl.int8)
+    else:
+        return unpack(tl.load(ptr + (k // 2 + tl.arange(0, T.tile_k // 2)[None, :]), rows, 0), F).to(tl.int8)
+
+
+# ---- scales and zero points ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_scale(ptr, exists, F: tl.constexpr):
+    """[...] effective float32 scale; 2^-100 where there is none"""
+    return effective_scale(tl.load(ptr, exists, 0.0), F)
+
+
+@triton.jit
+def zero_points(ptr, at, exists, F: tl.constexpr):
+    """[...] int32: what is subtracted from a signed byte"""
+    if ptr is not None:
+        return clamp_zero_point(tl.load(ptr + at, exists, 0), F) - offset(F)
+    else:
+        return tl.full((1, 1), -offset(F), tl.int32)
+
+
+@triton.jit
+def subtract_zero_point(w, zero_point_ptr, at, exists, F: tl.constexpr):
+    """[...] D less the zero points at ``at``, exact: a magnitude of 255 needs eight bits"""
+    if zero_point_ptr is not None:
+        return w - int_to_float(zero_points(zero_point_ptr, at, exists, F)).to(w.dtype)
+    elif offset(F):
+        return w + tl.full((1, 1), offset(F), w.dtype)
+    else:
+        return w
+
+
+# ---- sums of several programs ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def arrive(total, partial_ptr, ticket_ptr, inside, SPLITS: tl.constexpr):
+    """Leave the sum of a split at its pointers; whether it was the last of its tile to come"""
+    tl.store(partial_ptr, total, inside)
+    tl.debug_barrier()  # the ticket of one thread stands for the stores of all
+    return tl.atomic_add(ticket_ptr, 1) == SPLITS - 1
+
+
+@triton.jit
+def sum_splits(partial_ptr, size, inside, SPLITS: tl.constexpr):
+    """The sums of all splits, in their order, past the cache that other programs do not write to"""
+    total = tl.load(partial_ptr, inside, 0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partial_ptr + split * size, inside, 0, cache_modifier=".cg")
+    return total
+
+
+# ---- after the sum ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def finish(
+    total, y_ptr, bias_ptr, n, inside, N, Y: tl.constexpr, ACTIVATION: tl.constexpr, ARCH: tl.constexpr
+):  # fmt: skip
+    """y = encode(activation(fl(total + bias[n]))) at y_ptr, for what is inside"""
+    if bias_ptr is not None:
+        total = total + tl.load(bias_ptr + n, n < N, 0.0)
+    code = encode_float(activate(total, ACTIVATION), Y, False, ARCH)
+    ptr = codes_at(y_ptr, Y)
+    tl.store(ptr, code.to(ptr.dtype.element_ty), inside)

@@ -1,0 +1,131 @@
+"""y[m, n] = activation(fl(fl(d[m, n] * x_scale[m]) * scale[n]) + bias[n]), d the exact integer product of the codes
+
+Codes are multiplied as signed bytes q; of (q_x - z_x) * (q_w - z_w) the three terms with a zero point follow from the
+sums of a row, exact in int32 as long as the whole is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quantlib import formats
+from quantlib.backends.triton import launch, tuning
+from quantlib.backends.triton.matmul import (
+    arrive,
+    finish,
+    load_byte,
+    load_nibbles,
+    load_scale,
+    offset,
+    sum_splits,
+    zero_points,
+)
+from quantlib.backends.triton.tile import codes_at
+from quantlib.formats import Format
+
+
+@triton.jit
+def scaled_matmul_kernel(
+    x_ptr,  # [M, K] of row X
+    x_scale_ptr,  # [M] float32, or one for all rows
+    x_zero_point_ptr,  # the same shape, int32, or None
+    codes_ptr,  # [N, K] of row F, or [N, ceil(K / 2)] bytes
+    scale_ptr,  # [ceil(N / br), groups] float32
+    zero_point_ptr,  # the same shape, int32, or None
+    bias_ptr,  # [N] float32, or None
+    y_ptr,  # [M, N] of row Y
+    partial_ptr,  # [T.splits, M, N] int32, or None
+    ticket_ptr,  # [tiles of y] int32, all 0, or None
+    M, N, K, br, bk, groups, stride,
+    X: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, ACTIVATION: tl.constexpr, PER_ROW: tl.constexpr,
+    MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    SPLITS: tl.constexpr = T.splits
+    X_SHIFTED: tl.constexpr = x_zero_point_ptr is not None or offset(X) > 0
+    W_SHIFTED: tl.constexpr = zero_point_ptr is not None or offset(F) > 0
+    # 1. where this program's sums lie: rows of x change fastest, they share the weight
+    across = tl.cdiv(M, T.tile_m)
+    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    n = (tile // across).to(tl.int64) * T.tile_n + tl.arange(0, T.tile_n)[:, None]
+    m = (tile % across).to(tl.int64) * T.tile_m + tl.arange(0, T.tile_m)[None, :]
+    rows, batch = n < N, m < M
+    x_ptr = codes_at(x_ptr, X) + m * K
+    codes_ptr = codes_at(codes_ptr, F) + n * stride
+    s_x = load_scale(x_scale_ptr + (m if PER_ROW else m * 0), batch, X)
+    z_x = zero_points(x_zero_point_ptr, m if PER_ROW else m * 0, batch, X)
+    at = n // br * groups
+    # 2. groups in ascending order, or this split's steps of the only one
+    total = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
+    d = tl.full((T.tile_n, T.tile_m), 0, tl.int32)
+    for J in range(groups):
+        first, end = J * bk, tl.minimum(J * bk + bk, K)
+        steps = tl.cdiv(end - first, T.tile_k)
+        each = tl.cdiv(steps, SPLITS)
+        first, end = first + split * each * T.tile_k, tl.minimum(end, first + (split + 1) * each * T.tile_k)
+        d = tl.full((T.tile_n, T.tile_m), 0, tl.int32)
+        w_sum, x_sum = tl.full((T.tile_n, 1), 0, tl.int32), tl.full((1, T.tile_m), 0, tl.int32)
+        for k in range(first, end, T.tile_k):
+            column = k + tl.arange(0, T.tile_k)
+            x = load_byte(x_ptr + column[:, None], batch & (column < end)[:, None] if MASKED else batch, X)
+            if F.packed:
+                w = load_nibbles(codes_ptr, rows, k, end, F, T, MASKED)
+            else:
+                w = load_byte(codes_ptr + column[None, :], rows & (column < end)[None, :] if MASKED else rows, F)
+            d = tl.dot(w, x, d, out_dtype=tl.int32)
+            if X_SHIFTED:
+                w_sum += tl.sum(w.to(tl.int32), 1, keep_dims=True)
+            if W_SHIFTED:
+                x_sum += tl.sum(x.to(tl.int32), 0, keep_dims=True)
+        z = zero_points(zero_point_ptr, at + J, rows, F)
+        if X_SHIFTED:
+            d -= z_x * w_sum
+        if W_SHIFTED:
+            d -= z * x_sum
+        if X_SHIFTED and W_SHIFTED:
+            d += tl.maximum(end - first, 0).to(tl.int32) * z * z_x
+        if SPLITS == 1 and groups > 1:
+            total += d.to(tl.float32) * load_scale(scale_ptr + at + J, rows, F)
+    # 3. the last program of a tile adds the splits; the scales follow
+    y_at, inside = m * N + n, rows & batch
+    if SPLITS > 1:
+        size = tl.cast(M, tl.int64) * N
+        partial_ptr += y_at
+        if arrive(d, partial_ptr + split * size, ticket_ptr + tile, inside, SPLITS):
+            d = sum_splits(partial_ptr, size, inside, SPLITS)
+            total = d.to(tl.float32) * s_x * load_scale(scale_ptr + at, rows, F)
+            finish(total, y_ptr + y_at, bias_ptr, n, inside, N, Y, ACTIVATION, ARCH)
+    else:
+        if groups > 1:
+            total = total * s_x
+        else:
+            total = d.to(tl.float32) * s_x * load_scale(scale_ptr + at, rows & (groups > 0), F)
+        finish(total, y_ptr + y_at, bias_ptr, n, inside, N, Y, ACTIVATION, ARCH)
+
+
+def scaled_matmul(
+    x_codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    format: Format,
+    block: launch.Shape,
+    x_zero_point: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    y: torch.Tensor,
+) -> None:
+    (M, K), N, groups = x_codes.shape, y.shape[1], scale.shape[1]
+    tile = tuning.choose_scaled((M, N, K), format, block[1], launch.device_name(y.device))
+    tiles = triton.cdiv(N, tile.tile_n) * triton.cdiv(M, tile.tile_m)
+    partial, ticket = launch.workspace((tile.splits, M, N), torch.int32, tiles, y.device)
+    masked = min(block[1], K) % tile.tile_k > 0 or K % block[1] % tile.tile_k > 0
+    launch.launch(
+        scaled_matmul_kernel, tiles * tile.splits, y.device,
+        x_codes, x_scale, x_zero_point, codes, scale, zero_point, bias, y, partial, ticket,
+        M, N, K, *block, groups, codes.shape[1], formats.get(x_codes.dtype), format, formats.get(y.dtype), activation,
+        x_scale.numel() > 1, masked, tile, launch.arch(y.device),
+        warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

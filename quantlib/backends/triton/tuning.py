@@ -1,0 +1,113 @@
+"""How a matmul is cut: one frozen dataclass, chosen by one function of shapes, formats and device.
+
+What was measured on a device stands in MEASURED and comes first; nothing is timed at a call. The rest follows from
+what the compiler makes of the kernels (tests/test_triton_matmul_static.py). ``QUANTLIB_SHOW_LAUNCH=1`` prints every
+choice.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from quantlib.backends.tiles import TileLayout
+from quantlib.backends.triton.launch import divisor, power_of_2, shown
+from quantlib.formats import Format
+
+FEW = 32  # rows of x up to which a group's scale multiplies its sum, and two warps share a tile
+PROGRAMS = 512  # enough to fill a device: a number of no device, so that the bytes are those of every device
+LONGEST = 8  # steps at least of a split, so that its loads overlap
+
+
+@dataclass(frozen=True)
+class MatmulTile:
+    """What one program multiplies: tile_n rows of the weight by tile_m rows of x, tile_k columns at a time."""
+
+    tile_n: int
+    tile_m: int
+    tile_k: int
+    splits: int  # of K; the last program to arrive adds their sums in order
+    warps: int
+    stages: int  # of loads in flight
+
+
+Shape = tuple[int, int, int]  # M, N, K
+
+# device name -> (N, K, bucket of M, format, type of x) -> what was fastest; tile_k must suit tiles and blocks
+Key = tuple[int, int, int, str, str]
+MEASURED: dict[str, dict[Key, MatmulTile]] = {}
+
+
+def bucket(M: int) -> int:
+    """The M of a table: the next power of two, at most 4096."""
+    return min(power_of_2(max(M, 1)), 4096)
+
+
+def measured(device: str, shape: Shape, names: tuple[str, str]) -> MatmulTile | None:
+    M, N, K = shape
+    return MEASURED.get(device, {}).get((N, K, bucket(M), *names))
+
+
+@functools.lru_cache(4096)
+def choose_matmul(
+    shape: Shape, format: Format, dtype: torch.dtype, bk: int, tiled: bool, invariant: bool, device: str
+) -> MatmulTile:
+    """The tile of dequant_matmul of x [M, K] with codes [N, K]; ``invariant``: the same for every M."""
+    M, N, K = (FEW, *shape[1:]) if invariant else shape
+    found = measured(device, (M, N, K), (format.name, str(dtype).removeprefix("torch.")))
+    if found:
+        return shown(found)
+    tile_k = TileLayout(format).columns if tiled else step_of(bk, 64) if bk < K else 64
+    wide = dtype == torch.float32  # multiplied without tensor cores
+    if M <= FEW:
+        tile_n, tile_m, warps, stages = 64, max(8, power_of_2(M)), 2, 4
+    elif M <= 64 or wide:
+        tile_n, tile_m, warps, stages = 64, 64, 4, 3
+    else:
+        tile_n, tile_m, warps, stages = 128, 128, 8, 3
+    splits = splits_of((M, N, K), tile_n, tile_m, tile_k)
+    return shown(MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages))
+
+
+@functools.lru_cache(4096)
+def choose_backward(shape: Shape, dtype: torch.dtype) -> MatmulTile:
+    """The tile of dequant_matmul_backward of dy [M, N] with codes [N, K]: tile_n is what its steps take of N."""
+    M = shape[0]
+    if M < 64 or dtype == torch.float32:
+        return shown(MatmulTile(32, 16 if M <= 16 else 32, 64, 1, 4, 2))
+    return shown(MatmulTile(32, 64 if M <= 64 else 128, 64, 1, 4, 3))
+
+
+@functools.lru_cache(4096)
+def choose_scaled(shape: Shape, format: Format, bk: int, device: str) -> MatmulTile:
+    """The tile of scaled_matmul of x_codes [M, K] with codes [N, K]."""
+    M, _, K = shape
+    found = measured(device, shape, (format.name, "int8"))
+    if found:
+        return shown(found)
+    if M <= FEW:
+        tile_n, tile_m, tile_k, warps, stages = 64, max(8, power_of_2(M)), 128, 2, 4
+    elif M <= 64:
+        tile_n, tile_m, tile_k, warps, stages = 64, 64, 128, 4, 4
+    else:
+        tile_n, tile_m, tile_k, warps, stages = 128, 128, 128, 8, 3
+    if bk < K:  # two sums are held, of a group and of all
+        tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
+    splits = splits_of(shape, tile_n, tile_m, tile_k) if bk >= K else 1
+    return shown(MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages))
+
+
+def step_of(bk: int, most: int) -> int:
+    """Columns of a step that lie inside one block, where a power of two from 16 on divides it."""
+    return min(most, max(divisor(bk), 16))
+
+
+def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int) -> int:
+    """How many programs share K where the tiles of y are few; a power of two."""
+    M, N, K = shape
+    tiles, steps = triton.cdiv(N, tile_n) * triton.cdiv(M, tile_m), triton.cdiv(K, tile_k)
+    splits = min(PROGRAMS // tiles, steps // LONGEST, 16) if M <= 64 else 1
+    return 1 << max(splits, 1).bit_length() - 1
