@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from quantlib.api import places_of, put, quantized_type, reasons_to_skip, share_
 from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
 from quantlib.checkpoint.stored import Contents, Stored, words
-from quantlib.nn import QUANTIZED, QuantModule
+from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
 from quantlib.spec import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     gets the values that the codes stand for, with a warning in the log.
     """
     with ExitStack() as stack:
+        stack.enter_context(untiled(model))
         readers = [stack.enter_context(Reader(p)) for p in files.weights_of(Path(path))]
         held = {name: reader for reader in readers for name in reader.slots}
         contents = Contents()
@@ -168,6 +169,19 @@ def cut(batches: list[Batch], size: int) -> Iterator[list[Batch]]:
             run = []
         run.append(batch)
     yield run
+
+
+@contextmanager
+def untiled(model: nn.Module) -> Iterator[None]:
+    """Inside the block no weight of ``model`` is tiles, which are in no file; after it those are again that were."""
+    tiled = [module for module in model.modules() if isinstance(module, QuantLinear) and module.tiled]
+    for module in tiled:
+        module.untile_()
+    try:
+        yield
+    finally:
+        for module in tiled:
+            module.tile_()
 
 
 class Skeleton:
