@@ -8,6 +8,7 @@ from quantlib.nn.conv import QuantConv1d, QuantConv2d
 from quantlib.nn.embedding import QuantEmbedding
 from quantlib.nn.fake_quantize import FakeQuantize
 from quantlib.nn.linear import QuantLinear
+from quantlib.nn.lora import LoRALinear
 from quantlib.nn.module import QuantModule
 from quantlib.nn.observers import MinMaxObserver, MovingAverageObserver, MSEObserver, PercentileObserver
 from quantlib.nn.qat import QATConv1d, QATConv2d, QATEmbedding, QATLinear
@@ -22,6 +23,7 @@ QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
 __all__ = [
     "QUANTIZED",
     "FakeQuantize",
+    "LoRALinear",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageObserver",

@@ -120,6 +120,8 @@ class FakeQuantize(KeepsDtype):
         self.forwards += 1
         if base is None:
             return project(x, self.spec)
+        if not x.numel():
+            return x
         scale = (base if self.gain is None else base * self.gain).view(self.blocks)
         zero_point = None if zero_point is None else zero_point.view(self.blocks)
         block = self.spec.block(x.shape)

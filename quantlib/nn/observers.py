@@ -72,17 +72,18 @@ class Observer(KeepsDtype):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> x itself, seen."""
+        if not x.numel():
+            return x
         if self.spec.scale_shape(x.shape) != self.blocks:
             expected = " x ".join(map(str, self.blocks))
             raise ValueError(f"x must have {expected} scales, got {list(x.shape)} with {self.spec}")
-        if x.numel():
-            watched = x.detach().float().reshape(matrix_shape(x.shape))
-            finite = watched.isfinite()
-            self.nonfinite += finite.numel() - finite.sum()
-            self.batches += finite.any()
-            self.update(torch.where(finite, watched, 0), finite, self.spec.block(x.shape))
-            if x.device.type == "cpu" and not torch.compiler.is_compiling():
-                self.report()
+        watched = x.detach().float().reshape(matrix_shape(x.shape))
+        finite = watched.isfinite()
+        self.nonfinite += finite.numel() - finite.sum()
+        self.batches += finite.any()
+        self.update(torch.where(finite, watched, 0), finite, self.spec.block(x.shape))
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.report()
         return x
 
     def update(self, x: Tensor, finite: Tensor, block: tuple[int, int]) -> None:
