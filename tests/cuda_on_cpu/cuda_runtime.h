@@ -8,6 +8,7 @@
 // names no thread that has left. Nothing else is checked here: that is what -fsanitize=address,undefined is for.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -61,8 +62,8 @@ struct Thread {
   std::unique_ptr<Fiber> fiber;  // null before it starts and after it has left
   bool left = false;
   Meeting at;
-  int shuffles = 0;
-  uint32_t shown[2];  // what this lane gave to its last two shuffles
+  int exchanges = 0;
+  uint32_t shown[2][6];  // what this lane gave to its last two shuffles or products
 };
 
 class ThreadBlock {
@@ -84,16 +85,26 @@ class ThreadBlock {
     threads_[current_].fiber->suspend();
   }
 
+  // Shows `values` to the lanes in `mask` and waits for theirs; the turn at which they lie.
+  template <size_t N>
+  int exchange(const uint32_t (&values)[N], uint32_t mask, int line) {
+    Thread& me = threads_[current_];
+    const int turn = me.exchanges++ % 2;  // a lane is at most one exchange ahead of the others
+    std::copy_n(values, N, me.shown[turn]);
+    wait({Meeting::warp, line, mask});
+    return turn;
+  }
+
   uint32_t shuffle(uint32_t value, unsigned distance, uint32_t mask, int line) {
     const unsigned from = current_ ^ distance;
-    Thread& me = threads_[current_];
     if (!(mask >> (from % 32) & 1))
       fail("a shuffle reads a lane that is not in its mask, line " + std::to_string(line));
-    const int turn = me.shuffles++ % 2;  // a lane is at most one shuffle ahead of the others
-    me.shown[turn] = value;
-    wait({Meeting::warp, line, mask});
-    return threads_[from].shown[turn];
+    return threads_[from].shown[exchange({value}, mask, line)][0];
   }
+
+  // What lane `lane` of this thread's warp showed at `turn`.
+  const uint32_t* shown(int lane, int turn) const { return threads_[current_ / 32 * 32 + unsigned(lane)].shown[turn]; }
+  int lane() const { return int(current_ % 32); }
 
   static inline ThreadBlock* running = nullptr;
 
@@ -138,8 +149,13 @@ class ThreadBlock {
       if (meet(named, Meeting::warp)) complete.push_back(named);
     }
     if (complete.empty()) fail("deadlock: " + waiting(present));
-    std::shuffle(complete.begin(), complete.end(), random_order);
-    complete.resize(1 + random_order() % complete.size());  // the others are late
+    if (hurry_) {
+      std::swap(complete[0], complete[favourite_ % complete.size()]);
+      complete.resize(1);
+    } else {
+      std::shuffle(complete.begin(), complete.end(), random_order);
+      complete.resize(1 + random_order() % complete.size());  // the others are late
+    }
     std::vector<unsigned> ready;
     for (const auto& threads : complete) ready.insert(ready.end(), threads.begin(), threads.end());
     return ready;
@@ -172,6 +188,34 @@ class ThreadBlock {
   std::vector<Thread> threads_;
   static inline std::vector<std::unique_ptr<Fiber>> spare_;
   unsigned current_ = 0;
+  // In every other block one warp at a time goes as far as it gets: what overtakes by a step must be seen, and by a
+  // lap.
+  const bool hurry_ = random_order() % 2;
+  const unsigned favourite_ = unsigned(random_order());
+};
+
+// The registers of a and b that the lanes of a warp bring to c[16, 8] += a * b^T. Lane 4 g + t has rows g and g + 8 of
+// a, row g of b, and of each row words t and t + 4; of c the rows of a and columns 2 t and 2 t + 1.
+class Fragments {
+ public:
+  Fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], int line) : block_(*ThreadBlock::running) {
+    const dim3 me = threadIdx;
+    turn_ = block_.exchange({a[0], a[1], a[2], a[3], b[0], b[1]}, 0xffffffffu, line);
+    threadIdx = me;
+  }
+  uint32_t a(int row, int t, int half) const { return word(row, t, 2 * half + row / 8); }
+  uint32_t b(int row, int t, int half) const { return word(row, t, 4 + half); }
+  // run(row, column, e) for the four elements of c that this lane has
+  template <class Run>
+  void each(Run run) const {
+    const int g = block_.lane() / 4, t = block_.lane() % 4;
+    for (int e = 0; e < 4; ++e) run(g + e / 2 * 8, 2 * t + e % 2, e);
+  }
+
+ private:
+  uint32_t word(int row, int t, int k) const { return block_.shown(row % 8 * 4 + t, turn_)[k]; }
+  ThreadBlock& block_;
+  int turn_;
 };
 
 }  // namespace cuda_on_cpu
@@ -197,6 +241,7 @@ inline int32_t __shfl_xor_sync(uint32_t mask, int32_t value, int distance, int l
   return int32_t(other);
 }
 
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline int32_t atomicMax(int32_t* p, int32_t value) { return std::exchange(*p, std::max(*p, value)); }
 inline int32_t atomicMin(int32_t* p, int32_t value) { return std::exchange(*p, std::min(*p, value)); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }

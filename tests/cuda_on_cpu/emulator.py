@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from quantlib import formats
+from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing import Case, bits, expected, inputs
 from quantlib.testing.bytes import Array
 from quantlib.testing.generate import matrix_shape, resolved
@@ -28,6 +29,7 @@ COMPILER = (*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17")
 FLAGS = ("-O1", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off")
 # Of the checks for undefined behaviour those that a kernel can meet: all of them take half as long again to compile.
 SANITIZERS = ("-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all")
+MATMULS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul")
 TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum class Type of csrc/problem.h
 
 
@@ -91,14 +93,20 @@ class Call:
     op: str
     source: str
     target: str
-    saturate: bool
+    flag: bool  # saturate, tiled or x_per_row
     seed: int  # of the order in which threads run
     grid: tuple[int, int, int, int]
     buffers: tuple[Buffer | None, ...]
+    result: str = "float32"
+    activation: str | None = None
+    M: int = 0  # of a matmul
 
     def packed(self) -> bytes:
-        op, types = OPS.index(self.op), (TYPES[self.source], TYPES[self.target])
-        call = struct.pack("<iBBBBII4q", op, *types, self.saturate, 0, self.seed, len(self.buffers), *self.grid)
+        op = 16 + MATMULS.index(self.op) if self.op in MATMULS else OPS.index(self.op)
+        types = (TYPES[self.source], TYPES[self.target], TYPES[self.result])
+        activation = (None, *ACTIVATIONS).index(self.activation)
+        counts = (self.seed, len(self.buffers), *self.grid, self.M)
+        call = struct.pack("<iBBBBB3xII4x5q", op, *types, self.flag, activation, *counts)
         return call + b"".join(struct.pack("<qqq", -1, 0, 0) if b is None else b.packed() for b in self.buffers)
 
 

@@ -20,15 +20,20 @@ ABSENT(compute_scale, ComputeScale)
 ABSENT(quantize, Quantize)
 ABSENT(dequantize, Dequantize)
 ABSENT(quantize_dynamic, QuantizeDynamic)
+ABSENT(dequant_matmul, DequantMatmul)
+ABSENT(dequant_matmul_backward, DequantMatmulBackward)
+ABSENT(scaled_matmul, ScaledMatmul)
 }  // namespace cuda
 }  // namespace quantlib
 
 struct Call {
-  int32_t op;  // in the order of ops.def
-  Type from, to;
-  uint8_t saturate, unused;
+  int32_t op;  // in the order of ops.def; a matmul's is 16 more
+  Type from, to, result;
+  uint8_t flag;  // saturate, tiled or x_per_row
+  Activation activation;
   uint32_t seed, buffers;
   Grid grid;
+  int64_t M;  // of a matmul
 };
 
 struct Header {
@@ -77,7 +82,7 @@ static void run(const Call& c, const std::vector<Buffer>& buffers) {
   const auto zero_point = [&](int k) { return reinterpret_cast<int32_t*>(buffers.at(k).data()); };
   switch (c.op) {
     case 0:
-      return cuda::cast({p(0), c.from, p(1), c.to, c.grid.K, c.saturate != 0}, nullptr);
+      return cuda::cast({p(0), c.from, p(1), c.to, c.grid.K, c.flag != 0}, nullptr);
     case 1:
       return cuda::compute_scale({c.grid, p(0), c.from, c.to, scale(1), zero_point(2)}, nullptr);
     case 2:
@@ -86,6 +91,19 @@ static void run(const Call& c, const std::vector<Buffer>& buffers) {
       return cuda::dequantize({c.grid, p(0), c.from, scale(1), zero_point(2), p(3), c.to}, nullptr);
     case 4:
       return cuda::quantize_dynamic({c.grid, p(0), c.from, c.to, p(1), scale(2), zero_point(3)}, nullptr);
+    case 16: {
+      const Weight w = {c.grid, p(1), c.to, scale(2), zero_point(3)};
+      return cuda::dequant_matmul({c.M, p(0), c.from, w, {scale(4), c.activation}, false, p(5), c.flag != 0}, nullptr);
+    }
+    case 17:
+      return cuda::dequant_matmul_backward({c.M, p(0), c.from, {c.grid, p(1), c.to, scale(2), zero_point(3)}, p(4)},
+                                           nullptr);
+    case 18: {
+      const Weight w = {c.grid, p(3), c.to, scale(4), zero_point(5)};
+      return cuda::scaled_matmul(
+          {c.M, p(0), c.from, scale(1), zero_point(2), c.flag != 0, w, {scale(6), c.activation}, p(7), c.result},
+          nullptr);
+    }
   }
 }
 

@@ -1,0 +1,239 @@
+// y[m, n] = activation(sum over k of x[m, k] * w[n, k] + bias[n]), w = dequantize(codes)
+//
+// A few rows of x wait for memory to bring the codes, so what counts is that a code costs few instructions. The weight
+// stands on the left of mma.sync: a warp takes 32 rows of it and 16 rows of x, and a lane reads its codes 16 bytes at a
+// time, as they lie, into fragments. Which column is which in an instruction is free as long as x follows.
+// More rows of x are as many thread blocks, which read the weight from the cache; each row's sum is the same in all.
+#include "matmul.cuh"
+#include "operand.cuh"
+
+namespace quantlib {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 8;  // of a thread block: each sums its share of the columns
+constexpr int kBands = 2;  // of 16 rows of the weight
+constexpr int kRows = 16 * kBands;
+constexpr int kBatch = 16;  // rows of x
+
+template <class X>
+struct DecodeArgs {
+  const uint8_t* codes;       // [N, row_bytes], or tiles
+  const Unit<X>* x;           // [M, K]
+  const float* scale;         // [ceil(N / br), groups]
+  const int32_t* zero_point;  // the same shape, or null
+  void* y;                    // [M, N]
+  Type y_type;
+  Epilogue epilogue;
+  int64_t M, N, K, row_bytes;
+  int groups;
+  Divisor br;
+  int tiles, per_group, chunks;  // tiles of 64 bytes a row; of them that share a scale; chunks of x's rows
+  uint32_t flip;                 // see Operand
+  int32_t lowest, highest;       // zero point
+};
+
+// Where a lane's codes stand in a row: four words of four codes, or of two times four.
+template <class F, bool TILED>
+struct Columns {
+  static constexpr int halves = 8 / F::bits, tile = 64 * halves;
+  static constexpr int lane = TILED ? 4 : 16 * halves, word = TILED ? 16 : 4 * halves, half = TILED ? 64 : 4;  // steps
+  // In a tile the four codes of a half are in neighbouring bytes, else in both nibbles of two.
+  static constexpr QL_DEVICE uint32_t selector(int pair) {
+    return TILED ? 0x0100 + 0x0202 * pair : 0x0400 + 0x0101 * pair;
+  }
+};
+
+// The codes of a lane in a tile of each band: rows g and g + 8.
+struct Codes {
+  Vector<uint32_t, 4> of[kBands][2];
+};
+
+QL_DEVICE int at_most(int64_t n, int most) { return n < most ? int(n) : most; }
+
+template <class F, class X, bool TILED>
+__global__ void __launch_bounds__(32 * kWarps, F::bits == 4 && !TILED ? 1 : 2)  // an SM has room for two, if it can be
+    dequant_matmul_kernel(const DecodeArgs<X> a) {
+  using Order = Columns<F, TILED>;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int64_t n0 = blockIdx.x / unsigned(a.chunks) * int64_t(kRows), m0 = blockIdx.x % unsigned(a.chunks) * kBatch;
+  const int begin = int(int64_t(a.tiles) * warp / kWarps), end = int(int64_t(a.tiles) * (warp + 1) / kWarps);
+
+  // A lane has rows n0 + 16 i + 8 r + g of the weight and m0 + 8 b + g of x; zeros where one, or its end, is missing.
+  const int rows = at_most(a.N - n0 - g, kRows), batch = at_most(a.M - m0 - g, kBatch);
+  const int K = int(a.K) - t * Order::lane, ends[2] = {0 < batch ? K : 0, 8 < batch ? K : 0};
+  const int last = TILED ? end : at_most((a.row_bytes - t * 16 + 63) / 64, end);  // tile past its codes
+  const uint8_t* codes = a.codes + n0 * a.row_bytes + (TILED ? lane * 32 : g * a.row_bytes + t * 16);
+  const Unit<X>* x = a.x + (m0 + g) * a.K + t * Order::lane;
+
+  Codes next;  // on their way while those before them are multiplied
+  const auto load_codes = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < kBands; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        next.of[i][r] = tile < last && 16 * i + (TILED ? 0 : 8 * r) < rows
+                            ? load_once(codes + 16 * i * a.row_bytes + r * (TILED ? 16 : 8 * a.row_bytes) +
+                                        int64_t(tile) * (TILED ? 1024 : 64))
+                            : Vector<uint32_t, 4>::zero();
+  };
+  load_codes(begin);
+
+  int row[kBands][2];  // of scale, its first index
+  float scale[kBands][2];
+  uint32_t zero[kBands][2];
+#pragma unroll
+  for (int i = 0; i < kBands; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      row[i][r] = 16 * i + 8 * r < rows ? int(a.br.divide(n0 + 16 * i + 8 * r + g)) * a.groups : 0;
+  const auto load_scale = [&](int group) {
+#pragma unroll
+    for (int i = 0; i < kBands; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        scale[i][r] = effective_scale<F>(a.scale[row[i][r] + group]);
+        const int32_t z = a.zero_point ? a.zero_point[row[i][r] + group] : 0;
+        zero[i][r] = uint32_t((z < a.lowest ? a.lowest : z > a.highest ? a.highest : z) - a.lowest);
+      }
+  };
+
+  int group = begin / a.per_group, remaining = (group + 1) * a.per_group - begin;  // tiles until the scale changes
+  if (begin < end) load_scale(group);
+  float total[kBands][2][4] = {}, sum[kBands][2][4] = {};
+  for (int tile = begin; tile < end; ++tile) {
+    const Codes now = next;
+    load_codes(tile + 1);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int h = 0; h < Order::halves; ++h) {
+        uint32_t right[2][2];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const int k = tile * Order::tile + j * Order::word + h * Order::half;
+          const auto four = k < ends[b] ? Vector<Unit<X>, 4>::load(x + 8 * b * a.K + k) : Vector<Unit<X>, 4>::zero();
+          right[b][0] = four.word[0], right[b][1] = four.word[1];
+        }
+#pragma unroll
+        for (int i = 0; i < kBands; ++i) {
+          uint32_t left[4];
+#pragma unroll
+          for (int f = 0; f < 4; ++f) {
+            const int r = f % 2, pair = 2 * h + f / 2;
+            left[f] = Operand<F, X>(zero[i][r])(now.of[i][r].word[j], pair, Order::selector(pair), a.flip);
+          }
+#pragma unroll
+          for (int b = 0; b < 2; ++b) mma(X{}, sum[i][b], left, right[b]);
+        }
+      }
+    if (--remaining > 0 && tile + 1 < end) continue;
+#pragma unroll
+    for (int i = 0; i < kBands; ++i)
+#pragma unroll
+      for (int b = 0; b < 2; ++b)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          total[i][b][c] = add(total[i][b][c], mul(sum[i][b][c], scale[i][c / 2]));
+          sum[i][b][c] = 0.0f;
+        }
+    remaining = a.per_group;
+    if (tile + 1 < end) load_scale(++group);
+  }
+
+  // The warps' sums, in their order.
+  __shared__ float sums[kWarps][kBatch][kRows + 4];
+#pragma unroll
+  for (int i = 0; i < kBands; ++i)
+#pragma unroll
+    for (int b = 0; b < 2; ++b)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sums[warp][8 * b + 2 * t + c % 2][16 * i + 8 * (c / 2) + g] = total[i][b][c];
+  __syncthreads();
+#pragma unroll 1
+  for (int e = int(threadIdx.x); e < kBatch * kRows; e += 32 * kWarps) {
+    const int64_t m = m0 + e / kRows, n = n0 + e % kRows;
+    float y = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) y = add(y, sums[w][e / kRows][e % kRows]);
+    if (m < a.M && n < a.N) finish(a.y, a.y_type, m * a.N + n, y, a.epilogue, n);
+  }
+}
+
+// Whether lanes find their codes and values of x at whole vectors, and no scale changes inside of a tile.
+bool has_operands(const DequantMatmul& p) {
+  const Grid& g = p.weight.grid;
+  const Type f = p.weight.format;
+  const bool packed = f == Type::int4 || f == Type::float4_e2m1fn, byte = f >= Type::float8_e4m3fn;
+  return p.x_type != Type::float32 && byte && g.K > 0 && g.K % 4 == 0 && g.K <= INT32_MAX - 512 &&
+         (p.tiled || g.K % (packed ? 32 : 16) == 0) && (g.bk >= g.K || g.bk % (packed ? 128 : 64) == 0) &&
+         g.scale_rows() * g.scale_cols() <= INT32_MAX && is_aligned(p.weight.codes, 16) && is_aligned(p.x, 8);
+}
+
+template <class F, class X, bool TILED>
+void run(const DequantMatmul& p, Stream stream) {
+  static_assert(int8::scale_max == uint8::scale_max, "one kernel serves both");
+  const Weight& w = p.weight;
+  const Grid& g = w.grid;
+  const bool is_signed = p.weight.format != Type::uint8;
+  constexpr int columns = Columns<F, TILED>::tile;
+  DecodeArgs<X> a{static_cast<const uint8_t*>(w.codes),
+                  static_cast<const Unit<X>*>(p.x),
+                  w.scale,
+                  w.zero_point,
+                  p.y,
+                  p.x_type,
+                  p.epilogue,
+                  p.M,
+                  g.M,
+                  g.K,
+                  TILED ? ceil_div(g.K, columns) * 64 : g.K * F::bits / 8,
+                  int(g.scale_cols()),
+                  Divisor(g.br),
+                  int(ceil_div(g.K, columns)),
+                  int(ceil_div(g.bk, columns)),
+                  int(ceil_div(p.M, kBatch)),
+                  Operand<F, X>::flip(is_signed),
+                  0,
+                  0};
+  if constexpr (!F::is_float) {
+    a.lowest = is_signed ? F::affine_qmin : 0;
+    a.highest = a.lowest + (1 << F::bits) - 1;
+  }
+  const auto kernel = dequant_matmul_kernel<F, X, TILED>;
+  launch("dequant_matmul", kernel, ceil_div(a.N, kRows) * a.chunks, 32 * kWarps, stream, a);
+}
+
+template <class X, bool TILED>
+void visit_codes(const DequantMatmul& p, Stream stream) {
+  switch (p.weight.format) {
+    case Type::int8:
+    case Type::uint8:
+      return run<int8, X, TILED>(p, stream);
+    case Type::int4:
+      return run<int4, X, TILED>(p, stream);
+    case Type::float8_e4m3fn:
+      return run<float8_e4m3fn, X, TILED>(p, stream);
+    case Type::float8_e5m2:
+      return run<float8_e5m2, X, TILED>(p, stream);
+    case Type::float4_e2m1fn:
+      return run<float4_e2m1fn, X, TILED>(p, stream);
+    default:
+      unknown_type();
+  }
+}
+
+}  // namespace
+
+void dequant_matmul(const DequantMatmul& p, Stream stream) {
+  if (!has_operands(p))
+    return product<false>(
+        "dequant_matmul",
+        {p.M, p.weight.grid.M, p.weight.grid.K, p.x, p.x_type, Values(p.weight, p.tiled), p.epilogue, p.y, 0}, stream);
+  if (p.x_type == Type::float16)
+    return p.tiled ? visit_codes<float16, true>(p, stream) : visit_codes<float16, false>(p, stream);
+  return p.tiled ? visit_codes<bfloat16, true>(p, stream) : visit_codes<bfloat16, false>(p, stream);
+}
+
+}  // namespace cuda
+}  // namespace quantlib

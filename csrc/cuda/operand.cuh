@@ -1,0 +1,84 @@
+// Codes of a weight to operands of matrix instructions, exactly: float16 and bfloat16 hold every float of at most eight
+// bits, and every code - zero_point too. No conversion instruction: four codes take about ten others.
+#pragma once
+#include "intrinsics.cuh"
+
+namespace quantlib {
+namespace cuda {
+
+// The same 16 bits in both halves of a register.
+QL_FN constexpr uint32_t both(uint32_t half) { return half | half << 16; }
+
+// 2^e in both halves.
+template <class X>
+QL_FN constexpr uint32_t two_to(int e) {
+  return both(uint32_t(X::bias + e) << X::fraction_bits);
+}
+
+constexpr uint32_t kSigns = both(0x8000);
+
+// decode(code) - zero_point of two of the codes in a word, in the 16-bit type X: a register of a matrix operand. Of
+// codes of eight bits, bytes 2 p and 2 p + 1; of four, what `selector` picks from the bytes of word (0 to 3) and word
+// >> 4 (4 to 7), in the low nibbles of both halves. `flip` turns sign bits.
+template <class F, class X, bool FLOAT = F::is_float>
+struct Operand;
+
+template <class F, class X>
+struct Operand<F, X, false> {
+  // The power of two whose last place in X is 1, with a code in its low bits, is their sum.
+  static constexpr uint32_t magic = two_to<X>(X::fraction_bits);
+  static constexpr bool fits = F::bits <= X::fraction_bits;  // 8 bits do not, in bfloat16: its top bit is subtracted
+  // Codes come unsigned, less affine_qmin, where they fit, and signed where they do not.
+  static constexpr uint32_t flip(bool is_signed) { return is_signed == fits ? both(F::bits == 8 ? 0x8080 : 8) : 0; }
+  uint32_t minus_zero;
+
+  // z less the lowest code: 0 .. 2^bits - 1
+  QL_DEVICE explicit Operand(uint32_t z) : minus_zero(kSigns | magic | both(z)) {
+    if constexpr (!fits) minus_zero = minus(magic | both(z ^ 0x80), both(0x80), both(0x7f));
+  }
+  QL_DEVICE uint32_t operator()(uint32_t word, int p, uint32_t selector, uint32_t flip) const {
+    uint32_t value;
+    if constexpr (F::bits == 4) value = (permute(word, word >> 4, selector) & both(0xf)) ^ (magic | flip);
+    else value = permute(word ^ flip, magic, p == 0 ? 0x5150 : 0x5352);
+    if constexpr (!fits) value = minus(value, both(0x7f), both(0x80));
+    return fma2(X{}, value, two_to<X>(0), minus_zero);
+  }
+
+ private:
+  // `value` without bits a less `value` without bits b: of magic + code, without 0x7f and 0x80, +- the code as signed.
+  QL_DEVICE static uint32_t minus(uint32_t value, uint32_t a, uint32_t b) {
+    return fma2(X{}, value & ~a, two_to<X>(0) | kSigns, value & ~b);
+  }
+};
+
+template <class F, class X>
+struct Operand<F, X, true> {
+  static constexpr uint32_t flip(bool) { return 0; }
+  static constexpr int shift = X::fraction_bits - F::fraction_bits;  // of a magnitude, from a half's low end
+  static constexpr uint32_t magnitudes = both(((1u << (F::bits - 1)) - 1) << shift);
+
+  QL_DEVICE explicit Operand(uint32_t) {}
+  QL_DEVICE uint32_t operator()(uint32_t word, int p, uint32_t selector, uint32_t) const {
+    // 1. sign, exponent and fraction to their places in X
+    uint32_t bits;
+    if constexpr (F::bits == 4) {
+      const uint32_t code = permute(word, word >> 4, selector);
+      bits = (code << 12 & kSigns) | (code << shift & magnitudes);
+    } else {
+      const uint32_t code = permute(word, 0, p == 0 ? 0x1404 : 0x3424);  // << 8
+      bits = (code & kSigns) | (code >> (8 - shift) & magnitudes);
+    }
+    if constexpr (F::bias == X::bias) return bits;
+    // 2. where a byte is an infinity or NaN, its top bit, then X's highest exponent
+    uint32_t beyond = 0;
+    if constexpr (F::has_nan) {
+      const uint32_t special = (word & 0x7f7f7f7f) + (0x80 - F::overflow_code) * 0x01010101;
+      beyond = (bits | both(X::overflow_code)) & permute(special, special, p == 0 ? 0x9988 : 0xbbaa);
+    }
+    // 3. exponents count from another bias
+    return fma2(X{}, bits, two_to<X>(X::bias - F::bias), beyond);
+  }
+};
+
+}  // namespace cuda
+}  // namespace quantlib

@@ -1,0 +1,229 @@
+// y[m, n] = activation(fl(fl(d[m, n] * x_scale[m]) * scale[n]) + bias[n]), d the exact integer product of the codes
+//
+// Everything is int8 to the matrix instructions: uint8 codes and their zero points less 128, int4 codes widened. Zeros
+// fill what is missing on every side. With zero points, d = sum a q - z_x sum q - z sum a + K z_x z, modulo 2^32, where
+// a product with ones gives the sums, in the registers that have d.
+#include "intrinsics.cuh"
+#include "matmul.cuh"
+
+namespace quantlib {
+namespace cuda {
+namespace {
+
+constexpr int kTile = 64;            // rows of x, rows of the weight, columns of both: 64 bytes
+constexpr int kStride = 20;          // words from a row to the next: no two of a fragment's in one bank
+constexpr int kScaledThreads = 128;  // four warps, each 32 by 32 of a tile of y
+constexpr uint32_t kOnes = 0x01010101;
+
+// Codes [rows, K] of eight bits, or of four.
+struct CodesArgs {
+  const uint8_t* codes;
+  int64_t rows, row_bytes;
+  bool packed, vector;  // 16 codes may be read at once
+  uint8_t flip;         // the sign bit of uint8
+};
+
+struct ScaledArgs {
+  CodesArgs x, w;
+  const float *x_scale, *scale;
+  const int32_t *x_zero_point, *zero_point;
+  bool x_per_row;
+  int x_lowest, lowest, highest;  // of zero points
+  float x_scale_max, scale_max;
+  int64_t K, bk, groups;
+  Divisor br;
+  Epilogue epilogue;
+  void* y;
+  Type y_type;
+  int64_t row_blocks;
+};
+
+// Four codes of four bits, in the low halves of bytes, to int8.
+QL_DEVICE uint32_t widen(uint32_t nibbles) { return nibbles | (nibbles & 0x08080808u) * 30; }
+
+// Codes [k, k + 16) of a row as int8, zero from `end` on.
+QL_DEVICE Vector<uint32_t, 4> load_codes(const CodesArgs& c, int64_t row, int64_t k, int64_t end) {
+  auto codes = Vector<uint32_t, 4>::zero();
+  if (row >= c.rows || k >= end) return codes;
+  const uint8_t* p = c.codes + row * c.row_bytes;
+  if (!c.vector || k % 16 || k + 16 > end) {
+#pragma unroll 1
+    for (int e = 0; e < 16; ++e) {
+      if (k + e >= end) continue;
+      const uint32_t code = c.packed ? unpack<int4>(p[(k + e) / 2], int(k + e) % 2) : p[k + e] ^ c.flip;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) codes.word[w] |= w == e / 4 ? (code & 0xff) << (8 * (e % 4)) : 0;
+    }
+  } else if (c.packed) {
+    const auto bytes = Vector<uint32_t, 2>::load(reinterpret_cast<const uint32_t*>(p + k / 2));
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const uint32_t even = bytes.word[w] & 0x0f0f0f0fu, odd = bytes.word[w] >> 4 & 0x0f0f0f0fu;
+      codes.word[2 * w] = widen(permute(even, odd, 0x5140));
+      codes.word[2 * w + 1] = widen(permute(even, odd, 0x7362));
+    }
+  } else {
+    codes = Vector<uint32_t, 4>::load(reinterpret_cast<const uint32_t*>(p + k));
+#pragma unroll
+    for (uint32_t& word : codes.word) word ^= c.flip * kOnes;
+  }
+  return codes;
+}
+
+QL_DEVICE int32_t clamp(int32_t z, int lowest, int highest) { return z < lowest ? lowest : z > highest ? highest : z; }
+
+template <bool AFFINE>
+__global__ void __launch_bounds__(kScaledThreads) scaled_matmul_kernel(const ScaledArgs a) {
+  alignas(16) __shared__ uint32_t x[kTile][kStride], w[kTile][kStride];
+  __shared__ float sums[kTile][kTile + 1];
+  const int thread = int(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int row = thread / 64 * 32, column = thread / 32 % 2 * 32;  // of this warp in the tile of y
+  const int64_t m0 = blockIdx.x % a.row_blocks * kTile, n0 = blockIdx.x / a.row_blocks * kTile;
+
+  // A thread brings two times 16 codes of either side, from rows r and r + 32.
+  const int r = thread / 4, word = thread % 4 * 4;
+  Vector<uint32_t, 4> x_next[2], w_next[2];
+  const auto load = [&](int64_t k, int64_t end) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      x_next[h] = load_codes(a.x, m0 + r + 32 * h, k + 4 * word, end);
+      w_next[h] = load_codes(a.w, n0 + r + 32 * h, k + 4 * word, end);
+    }
+  };
+
+  int32_t d[2][4][4] = {}, x_sum[2][4] = {}, w_sum[4][4] = {};
+  float total[2][4][4] = {};
+  int64_t k = 0, end = a.bk < a.K ? a.bk : a.K, first = 0, group = 0;  // of a tile's columns; of those of one scale
+  load(k, end);
+  while (k < a.K) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      x_next[h].store(&x[r + 32 * h][word]);
+      w_next[h].store(&w[r + 32 * h][word]);
+    }
+    __syncthreads();
+    k = k + kTile < end ? k + kTile : end;
+    const bool last = k == end;  // of its scale
+    const int64_t size = end - first;
+    if (last) first = end, end = end + a.bk < a.K ? end + a.bk : a.K;
+    load(k, end);
+#pragma unroll
+    for (int s = 0; s < 16; s += 8) {
+      uint32_t left[2][4], right[4][2];
+#pragma unroll
+      for (int f = 0; f < 4; ++f) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) left[i][f] = x[row + 16 * i + f % 2 * 8 + g][s + f / 2 * 4 + t];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) right[f][h] = w[column + 8 * f + g][s + 4 * h + t];
+      }
+      constexpr uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mma(int8{}, d[i][j], left[i], right[j]);
+        if constexpr (AFFINE) mma(int8{}, w_sum[j], ones, right[j]);
+      }
+      if constexpr (AFFINE)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mma(int8{}, x_sum[i], left[i], {kOnes, kOnes});
+    }
+    __syncthreads();
+    if (!last) continue;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int64_t n = n0 + column + 8 * j + 2 * t + c % 2;
+        const int64_t block = n < a.w.rows ? a.br.divide(n) * a.groups + group : 0;
+        const float scale = effective_scale(a.scale[block], a.scale_max);
+        const int32_t z = clamp(a.zero_point ? a.zero_point[block] : 0, a.lowest, a.highest) - a.w.flip;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t exact = uint32_t(d[i][j][c]);
+          const int64_t m =
+              a.x_per_row && m0 + row + 16 * i + c / 2 * 8 + g < a.x.rows ? m0 + row + 16 * i + c / 2 * 8 + g : 0;
+          if constexpr (AFFINE) {
+            const int32_t z_x = clamp(a.x_zero_point ? a.x_zero_point[m] : 0, a.x_lowest, a.x_lowest + 255) - a.x.flip;
+            exact -= uint32_t(z_x) * uint32_t(w_sum[j][c]) + uint32_t(z) * uint32_t(x_sum[i][c]);
+            exact += uint32_t(size) * uint32_t(z_x * z);
+          }
+          const float product = float(int32_t(exact));
+          if (a.groups == 1) total[i][j][c] = mul(mul(product, effective_scale(a.x_scale[m], a.x_scale_max)), scale);
+          else total[i][j][c] = add(total[i][j][c], mul(product, scale));
+          d[i][j][c] = 0;
+        }
+        w_sum[j][c] = 0;
+      }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int32_t& sum : x_sum[i]) sum = 0;
+    ++group;
+  }
+
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sums[row + 16 * i + c / 2 * 8 + g][column + 8 * j + 2 * t + c % 2] = total[i][j][c];
+  __syncthreads();
+#pragma unroll 1
+  for (int e = thread; e < kTile * kTile; e += kScaledThreads) {
+    const int64_t m = m0 + e / kTile, n = n0 + e % kTile;
+    if (m >= a.x.rows || n >= a.w.rows) continue;
+    float y = sums[e / kTile][e % kTile];
+    if (a.groups != 1) y = mul(y, effective_scale(a.x_scale[a.x_per_row ? m : 0], a.x_scale_max));
+    finish(a.y, a.y_type, m * a.w.rows + n, y, a.epilogue, n);
+  }
+}
+
+CodesArgs codes_of(const void* codes, Type format, int64_t rows, int64_t K) {
+  const bool packed = format == Type::int4;
+  const int64_t row_bytes = packed ? (K + 1) / 2 : K;
+  const int bytes = packed ? 8 : 16;
+  return {static_cast<const uint8_t*>(codes),
+          rows,
+          row_bytes,
+          packed,
+          is_aligned(codes, bytes) && row_bytes % bytes == 0,
+          uint8_t(format == Type::uint8 ? 128 : 0)};
+}
+
+}  // namespace
+
+void scaled_matmul(const ScaledMatmul& p, Stream stream) {
+  const Grid& g = p.weight.grid;
+  const auto lowest = [](Type t) {
+    return t == Type::int8 ? int8::affine_qmin : t == Type::int4 ? int4::affine_qmin : 0;
+  };
+  const bool packed = p.weight.format == Type::int4;
+  const int z = lowest(p.weight.format);
+  const ScaledArgs a{codes_of(p.x_codes, p.x_format, p.M, g.K),
+                     codes_of(p.weight.codes, p.weight.format, g.M, g.K),
+                     p.x_scale,
+                     p.weight.scale,
+                     p.x_zero_point,
+                     p.weight.zero_point,
+                     p.x_per_row,
+                     lowest(p.x_format),
+                     z,
+                     z + (packed ? 15 : 255),
+                     float_of(int8::scale_max),
+                     float_of(packed ? int4::scale_max : int8::scale_max),
+                     g.K,
+                     g.bk,
+                     g.scale_cols(),
+                     Divisor(g.br),
+                     p.epilogue,
+                     p.y,
+                     p.y_type,
+                     ceil_div(p.M, kTile)};
+  const bool affine = p.x_zero_point || p.weight.zero_point || a.x.flip || a.w.flip;
+  launch("scaled_matmul", affine ? scaled_matmul_kernel<true> : scaled_matmul_kernel<false>,
+         a.row_blocks * ceil_div(g.M, kTile), kScaledThreads, stream, a);
+}
+
+}  // namespace cuda
+}  // namespace quantlib

@@ -1,0 +1,335 @@
+"""The CUDA matmuls on this CPU: g++ compiles them unchanged, a warp's fibers meet in every product of a matrix."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_on_cpu.emulator import COMPILER, CSRC, MATMULS, Buffer, Call, Emulator, KernelError, build
+
+from quantlib import formats, reference
+from quantlib.backends.tiles import TileLayout
+from quantlib.formats import IntFormat
+from quantlib.reference import numerics
+from quantlib.reference.matmul import bound
+from quantlib.testing import assert_same_bytes, bits, tensor
+from quantlib.testing.bytes import Array
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no {COMPILER[0]}")
+
+EIGHT, ALL = [f.name for f in formats.TABLE if f.bits <= 8], [f.name for f in formats.TABLE]
+FINITE = [f.name for f in formats.TABLE if f.bits <= 8 and "float8" not in f.name]
+INTEGERS = [f.name for f in formats.TABLE if isinstance(f, IntFormat)]
+ACTIVATIONS = (None, "gelu", "relu", "silu", "gelu_tanh")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product. ``exact`` operands are small integers times powers of two, others every code there is."""
+
+    op: str
+    format: str
+    shape: tuple[int, int, int]  # M, N, K
+    block: tuple[int, int] = (1, -1)
+    dtype: str = "bfloat16"  # of x and y, or of y where x is codes
+    affine: bool = False
+    exact: bool = True
+    tiled: bool = False
+    shift: int = 0  # elements past an aligned address
+    seed: int = 0
+    activation: str | None = None
+    x_format: str = "int8"  # of scaled_matmul
+
+    @property
+    def resolved(self) -> tuple[int, int]:
+        br, bk = (max(n, 1) if b == -1 else min(b, max(n, 1)) for n, b in zip(self.shape[1:], self.block, strict=True))
+        return br, bk
+
+    def random(self) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *self.shape])
+
+    def weight(self) -> tuple[Array, Array, Array | None]:
+        """codes [N, K] or [N, ceil(K / 2)], scale, zero_point"""
+        (_, N, K), (br, bk), f, random = self.shape, self.resolved, formats.get(self.format), self.random()
+        blocks = (-(-N // br), -(-K // bk))
+        z = None
+        if self.affine:
+            assert isinstance(f, IntFormat)
+            z = random.integers(*f.range(affine=True), blocks, np.int32, endpoint=True)
+        if not self.exact:
+            codes = random.integers(0, 256, (N, (K + 1) // 2 if f.packed else K * f.bits // 8), np.uint8)
+            if f.packed and K % 2:
+                codes[:, -1] &= 15
+            scale = random.uniform(0.5, 2, blocks).astype(np.float32)
+            return codes.view(f.storage), scale, z
+        z = None if z is None else random.integers(0, 4, blocks, np.int32)
+        scale = np.exp2(random.integers(-3, 4, blocks)).astype(np.float32)
+        w = random.integers(0 if self.format == "uint8" and z is None else -3, 4, (N, K)).astype(np.float32)
+        w *= np.repeat(np.repeat(scale, br, 0)[:N], bk, 1)[:, :K]
+        return reference.quantize(w, scale, self.format, block=(br, bk), zero_point=z), scale, z
+
+    def values(self, rows: int, columns: int) -> tuple[Array, Array]:
+        """x or dy, as codes of its type and as float32"""
+        random = self.random()
+        x = random.integers(-8, 9, (rows, columns)) if self.exact else random.standard_normal((rows, columns))
+        codes = reference.cast(x.astype(np.float32), self.dtype) if self.dtype != "float32" else x.astype(np.float32)
+        if self.dtype == "float32":
+            return codes, codes
+        return codes, reference.decode_float(codes, formats.get(self.dtype))
+
+
+def given(values: Array | None, shift: int = 0) -> Buffer | None:
+    return None if values is None else Buffer(bits(values), True, shift * values.itemsize)
+
+
+def expected(case: Case) -> tuple[Call, Array, Array]:
+    """The call, what it gives, and how far a sum may be off."""
+    (M, N, K), (codes, scale, z), f = case.shape, case.weight(), formats.get(case.format)
+    options = {"block": case.resolved, "zero_point": z}
+    w = reference.dequantize(codes, scale, case.format, **options, size=K).view(np.float32)
+    bias = case.random().integers(-4, 4, N).astype(np.float32)
+    shared = (given(codes), given(scale), given(z))
+    grid = (N, K, *case.resolved)
+    kept = {"seed": case.seed, "grid": grid, "result": case.dtype, "activation": case.activation, "M": M}
+    if case.op == "scaled_matmul":
+        x = case.random().integers(0, 256, (M, K), np.uint8).view(case.x_format)
+        per_row = case.seed % 2 == 0
+        x_scale = case.random().uniform(0.01, 2, (M if per_row else 1, 1)).astype(np.float32)
+        x_range = formats.get(case.x_format).range(affine=True)
+        x_z = case.random().integers(*x_range, x_scale.shape, np.int32, endpoint=True) if case.affine else None
+        y = reference.scaled_matmul(
+            x, x_scale, codes, scale, case.format, **options, x_zero_point=x_z, bias=bias, activation=case.activation,
+            dtype=case.dtype,
+        )  # fmt: skip
+        buffers = (given(x, case.shift), given(x_scale), given(x_z), *shared, given(bias))
+        out = Buffer(np.empty_like(bits(y)), False)
+        return Call(case.op, case.x_format, case.format, per_row, buffers=(*buffers, out), **kept), y, np.zeros(y.shape)
+    if case.op == "dequant_matmul_backward":
+        x_codes, x = case.values(M, N)
+        y = reference.dequant_matmul_backward(x, codes, scale, case.format, **options, dtype=case.dtype, size=K)
+        out = Buffer(np.empty_like(bits(y)), False)
+        off = bound(x, w.T)
+        return Call(case.op, case.dtype, case.format, False, buffers=(given(x_codes), *shared, out), **kept), y, off
+    x_codes, x = case.values(M, K)
+    y = reference.dequant_matmul(
+        x, codes, scale, case.format, **options, bias=bias, activation=case.activation, dtype=case.dtype
+    )
+    if case.tiled:
+        shared = (given(TileLayout(f).pack(tensor(bits(codes), case.format), K).numpy()), *shared[1:])
+    out = Buffer(np.empty_like(bits(y)), False, case.shift * y.itemsize)
+    buffers = (given(x_codes, case.shift), *shared, given(bias), out)
+    off = bound(x, w) + 2.0**-22 * np.abs(bias)
+    return Call(case.op, case.dtype, case.format, case.tiled, buffers=buffers, **kept), y, off
+
+
+def check(emulator: Emulator, cases: list[Case]) -> None:
+    wanted = [expected(case) for case in cases]
+    for case, (_, want, off), buffers in zip(cases, wanted, emulator.run([w[0] for w in wanted]), strict=True):
+        got = buffers[-1]
+        if case.exact or case.op == "scaled_matmul":
+            assert_same_bytes(got, bits(want), str(case))
+            continue
+        f = formats.FORMATS[case.dtype]
+        y, exact = (numerics.decode_float(codes, f).astype(np.float64) for codes in (got, bits(want)))
+        beyond = np.abs(y - exact) - off - np.abs(exact) * 2.0**-f.fraction_bits  # both are rounded to y's type
+        assert np.max(beyond) <= 0, f"{case}: {np.max(beyond)} beyond the bound"
+
+
+@pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest) -> Path:
+    return request.config.cache.mkdir("cuda_on_cpu")
+
+
+@pytest.fixture(scope="session")
+def emulator(cache: Path) -> Emulator:
+    return build(cache, MATMULS)
+
+
+def affines(format: str) -> tuple[bool, ...]:
+    return (False, True) if format in INTEGERS else (False,)
+
+
+# (M, N, K), block: whole tiles and ragged ones, a scale a row, a matrix, a group or a tile; K = 36: rows of no vectors
+SMALL = (
+    ((1, 16, 128), (1, -1)),
+    ((3, 40, 256), (1, 128)),
+    ((16, 33, 160), (-1, -1)),
+    ((17, 7, 1312), (3, 128)),
+    ((9, 20, 36), (1, -1)),
+)
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
+@pytest.mark.parametrize("format", EIGHT)
+def test_matrix_instructions_give_the_bytes_of_exact_sums(emulator: Emulator, format: str, tiled: bool) -> None:
+    check(emulator, [
+        Case("dequant_matmul", format, shape, block, dtype, affine, True, tiled, 0, seed, ACTIVATIONS[seed % 5])
+        for seed, (dtype, (shape, block), affine) in
+        enumerate(itertools.product(("bfloat16", "float16"), SMALL, affines(format)))
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
+@pytest.mark.parametrize("format", FINITE)
+def test_matrix_instructions_with_every_code_stay_within_the_bound(
+    emulator: Emulator, format: str, tiled: bool
+) -> None:
+    check(emulator, [
+        Case("dequant_matmul", format, shape, block, dtype, affine, False, tiled, 0, seed)
+        for seed, (dtype, (shape, block), affine) in
+        enumerate(itertools.product(("bfloat16", "float16"), SMALL[2:4], affines(format)))
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", EIGHT)
+def test_every_code_becomes_its_value(emulator: Emulator, format: str, dtype: str) -> None:
+    """x has a one a row, so that y is the weight: infinities, NaN and subnormals of float codes too."""
+    f = formats.get(format)
+    n, K = 1 << f.bits, 64 if f.bits == 8 else 128
+    rows = n // 16
+    codes = np.zeros((rows, K), np.uint8)
+    codes[:, :16] = np.arange(n, dtype=np.uint8).reshape(rows, 16)
+    if f.packed:
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    codes = codes.view(f.storage)
+    scale = np.full((rows, 1), 2.0**-3, np.float32)
+    x = reference.cast(np.eye(16, K, dtype=np.float32), dtype)
+    for z in (None,) if f.is_float else (None, *(np.full((rows, 1), edge, np.int32) for edge in f.range(True))):
+        w = reference.dequantize(codes, scale, format, block=(1, K), zero_point=z, size=K)
+        want = reference.cast(w.view(np.float32)[:, :16].T + np.float32(0), dtype, saturate=False)
+        with np.errstate(invalid="ignore"):
+            other = ~np.isfinite(w.view(np.float32)).all(1)  # 0 * infinity in the row's other sums
+        want[:, other] = formats.FORMATS[dtype].nan_code
+        for tiled in (False, True):
+            laid = TileLayout(f).pack(tensor(bits(codes), format), K).numpy() if tiled else codes
+            buffers = (given(x), given(laid), given(scale), given(z), None, Buffer(np.empty_like(want), False))
+            call = Call("dequant_matmul", dtype, format, tiled, 0, (rows, K, 1, K), buffers, dtype, M=16)
+            assert_same_bytes(emulator.run([call])[0][-1], want, f"{format} in {dtype}, zero point {z}")
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_ordinary_instructions_serve_everything_else(emulator: Emulator, format: str) -> None:
+    shapes = (((5, 9, 37), (1, -1)), ((65, 70, 21), (3, 7)), ((2, 5, 128), (1, 32)), ((3, 4, 0), (1, -1)))
+    cases = [
+        Case("dequant_matmul", format, shape, block, dtype, affine, exact, False, seed % 3, seed)
+        for seed, ((shape, block), (dtype, exact), affine) in enumerate(itertools.product(
+            shapes, (("float32", False), ("bfloat16", True)), affines(format)
+        ))
+    ]  # fmt: skip
+    tiled = [replace(c, tiled=True, shape=(3, 20, 131), exact=True) for c in cases if format in EIGHT][:4]
+    check(emulator, [c for c in cases if c.exact or format in FINITE] + tiled)
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_backward(emulator: Emulator, format: str) -> None:
+    shapes = (((5, 9, 37), (1, -1)), ((66, 70, 65), (3, 7)), ((2, 33, 128), (-1, 32)))
+    check(emulator, [
+        Case("dequant_matmul_backward", format, shape, block, dtype, affine, True, False, 0, seed)
+        for seed, ((shape, block), dtype, affine) in
+        enumerate(itertools.product(shapes, ("float32", "float16"), affines(format)))
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("format", INTEGERS)
+def test_scaled_matmul_is_exact(emulator: Emulator, format: str, affine: bool) -> None:
+    shapes = (
+        ((1, 1, 1), (1, -1)),
+        ((3, 5, 37), (1, -1)),
+        ((66, 70, 200), (-1, -1)),
+        ((5, 66, 192), (1, 64)),
+        ((17, 9, 70), (3, 5)),
+        ((4, 8, 128), (1, 48)),
+        ((2, 3, 0), (1, -1)),
+    )
+    dtypes = itertools.cycle(("float32", "bfloat16", "float16"))
+    check(emulator, [
+        Case("scaled_matmul", format, shape, block, next(dtypes), affine, False, False, seed % 3, seed,
+             ACTIVATIONS[seed % 5], x_format)
+        for seed, ((shape, block), x_format) in enumerate(itertools.product(shapes, ("int8", "uint8")))
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_row_has_the_same_bytes_in_every_batch(emulator: Emulator, format: str) -> None:
+    case = Case("dequant_matmul", format, (37, 40, 256), (1, 128), affine=True, exact=False, tiled=True)
+    call, _, _ = expected(case)
+    x, *weight, out = call.buffers
+    whole = emulator.run([call])[0][-1]
+    for rows in (slice(0, 1), slice(3, 20), slice(16, 37)):
+        part, y = Buffer(x.values[rows], True), Buffer(out.values[rows], False)
+        got = emulator.run([replace(call, M=rows.stop - rows.start, buffers=(part, *weight, y), seed=7)])[0][-1]
+        assert_same_bytes(got, whole[rows], f"rows {rows}")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Text of a file of csrc/cuda, what stands there instead, and what says so; "" for wrong bytes."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    caught: str
+    case: Case
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ROWS = Case("dequant_matmul", "int8", (5, 40, 1024))
+TILES = replace(ROWS, tiled=True)
+CODES = Case("scaled_matmul", "int8", (70, 66, 200), (1, 80), affine=True)
+FAULTS = (
+    Fault("sums read before they are there", "dequant_matmul.cu", "  __syncthreads();\n", "", "", TILES),
+    Fault("a lane that left", "dequant_matmul.cu", "  Codes next;", "  if (lane == 31) return;\n  Codes next;",
+          "names a lane that has left", TILES),
+    Fault("codes past the last row", "dequant_matmul.cu", "8 * r) < rows\n", "8 * r) < rows + 16\n",
+          "heap-buffer-overflow", ROWS),
+    Fault("x past the last row", "dequant_matmul.cu", "k < ends[b]", "k < ends[0]", "heap-buffer-overflow", TILES),
+    Fault("fragments in another order", "dequant_matmul.cu", "r = f % 2, pair = 2 * h + f / 2",
+          "r = f / 2, pair = 2 * h + f % 2", "", TILES),
+    Fault("a code in too few bits", "operand.cuh", "F::bits <= X::fraction_bits;", "true;", "", TILES),
+    Fault("terms multiplied before all are there", "matmul.cuh", "    __syncthreads();\n#pragma unroll\n    for (int l",
+          "#pragma unroll\n    for (int l", "", replace(ROWS, shape=(70, 70, 37))),
+    Fault("codes multiplied before all are there", "scaled_matmul.cu", "    __syncthreads();\n    k = k",
+          "    k = k", "", CODES),
+    Fault("codes overwritten while read", "scaled_matmul.cu", "    __syncthreads();\n    if (!last)", "    if (!last)",
+          "", CODES),
+    Fault("codes past the last row of all", "scaled_matmul.cu", "row >= c.rows ||", "row > c.rows ||",
+          "heap-buffer-overflow", CODES),
+    Fault("a zero point for columns that are not there", "scaled_matmul.cu", "uint32_t(size) *",
+          "uint32_t(0 * size + a.bk) *", "",
+          CODES),
+)  # fmt: skip
+
+# A planted executable has int8 codes and bfloat16 alone in the kernel of matrix instructions: it compiles in seconds.
+NARROW = (
+    r"    case Type::(int4|float\w+):\n      return run<\1, X, TILED>\(p, stream\);\n"
+    r"|  if \(p.x_type == .*\n.*float16, false.*\n"
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_caught(fault: Fault, cache: Path, tmp_path: Path) -> None:
+    csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
+    kernel, place = csrc / "cuda/dequant_matmul.cu", csrc / "cuda" / fault.file
+    narrow, n = re.subn(NARROW, "", kernel.read_text())
+    assert n == 5, "the formats stand elsewhere"
+    kernel.write_text(narrow)
+    assert place.read_text().count(fault.right) == 1, "the fault's place has changed"
+    place.write_text(place.read_text().replace(fault.right, fault.wrong))
+    emulator = build(cache, (fault.case.op,), csrc, sanitize="address" in fault.caught or "overflow" in fault.caught)
+    cases = [replace(fault.case, seed=seed) for seed in range(4)]
+    if fault.caught:
+        with pytest.raises(KernelError, match=fault.caught):
+            check(emulator, cases)
+    else:
+        with pytest.raises(AssertionError, match="differ, first at"):
+            check(emulator, cases)
