@@ -66,6 +66,7 @@ using Accepts = bool (*)(const Format&);
 inline bool inputs(const Format& f) { return f.is_float && f.bits >= 16; }
 inline bool casts(const Format& f) { return f.is_float && !f.packed(); }
 inline bool targets(const Format& f) { return f.type != Type::float32; }
+inline bool in_tiles(const Format& f) { return f.bits <= 8; }
 inline bool integers(const Format& f) { return !f.is_float; }
 inline bool bytes(const Format& f) { return !f.is_float && !f.packed(); }
 

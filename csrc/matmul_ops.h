@@ -35,7 +35,21 @@ struct WeightArguments {
   template <class Backend>
   Weight check(const char* op, int64_t K, Device device, Accepts accepted) {
     format = &check_format(op, format_name, accepted);
-    const int64_t N = check_codes(op, codes, *format, K, device);
+    return check_scales<Backend>(op, check_codes(op, codes, *format, K, device), K, device);
+  }
+  // The same where codes are tiles, which do not tell N.
+  template <class Backend>
+  Weight check_tiles(const char* op, int64_t N, int64_t K, Device device) {
+    const int64_t columns = 512 / format->bits;
+    check_tensor(op, "tiles", codes, {{ceil_div(N, 16), ceil_div(K, columns), 1024}, aoti_torch_dtype_uint8()}, device);
+    return check_scales<Backend>(op, N, K, device);
+  }
+
+ private:
+  static int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d > 0); }
+
+  template <class Backend>
+  Weight check_scales(const char* op, int64_t N, int64_t K, Device device) {
     const Sizes shape = {N, K};
     Grid grid = check_block(op, shape, block);
     check_scale(op, scale, zero_point, *format, scale_sizes(grid), device);
@@ -78,21 +92,24 @@ struct EpilogueArguments {
   }
 };
 
-// y[m, n] = activation(sum over k of x[m, k] * w[n, k] + bias[n])
-template <class Backend, bool OUT>
+// y[m, n] = activation(sum over k of x[m, k] * w[n, k] + bias[n]), codes as they are or in tiles
+template <class Backend, bool OUT, bool TILED>
 void dequant_matmul(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "dequant_matmul";
   Arguments in(stack);
   Tensor x = in.tensor();
   WeightArguments w(in);
+  const int64_t size = TILED ? in.size() : 0;
   w.zero_point = in.optional_tensor();
   EpilogueArguments e(in);
   const bool batch_invariant = in.flag();
   auto out = take_out<OUT>(in);
 
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
+  if constexpr (TILED) w.format = &check_format(op, w.format_name, in_tiles);
   const int64_t K = check_last_size(op, "x", x), M = rows_of(x);
-  const Weight weight = w.check<Backend>(op, K, x.device(), targets);
+  const Weight weight =
+      TILED ? w.check_tiles<Backend>(op, size, K, x.device()) : w.check<Backend>(op, K, x.device(), targets);
   const int64_t N = weight.grid.M;
   e.check(op, N, x.device());
   Output y(op, "out", std::move(out), product_of(x, N, x.dtype()), x.device());
@@ -100,7 +117,7 @@ void dequant_matmul(StableIValue* stack, uint64_t, uint64_t) {
   const Backend backend(x.device());
   const Epilogue epilogue = e.on(backend);
   void* data = y.data({&x, &w.codes, &w.scale, address(w.zero_point), address(e.bias)});
-  if (M && N) backend.dequant_matmul({M, x.data(), x_format.type, weight, epilogue, batch_invariant, data});
+  if (M && N) backend.dequant_matmul({M, x.data(), x_format.type, weight, epilogue, batch_invariant, data, TILED});
   y.finish(stack[0]);
 }
 
@@ -209,10 +226,16 @@ void dynamic_matmul(StableIValue* stack, uint64_t, uint64_t) {
 
 template <class Backend>
 void register_dequant_matmuls(torch::stable::detail::StableLibrary& m) {
-  m.impl("dequant_matmul", dequant_matmul<Backend, false>);
-  m.impl("dequant_matmul.out", dequant_matmul<Backend, true>);
+  m.impl("dequant_matmul", dequant_matmul<Backend, false, false>);
+  m.impl("dequant_matmul.out", dequant_matmul<Backend, true, false>);
   m.impl("dequant_matmul_backward", dequant_matmul_backward<Backend, false>);
   m.impl("dequant_matmul_backward.out", dequant_matmul_backward<Backend, true>);
+}
+
+template <class Backend>
+void register_tiled_matmul(torch::stable::detail::StableLibrary& m) {
+  m.impl("dequant_matmul.tiled", dequant_matmul<Backend, false, true>);
+  m.impl("dequant_matmul.tiled_out", dequant_matmul<Backend, true, true>);
 }
 
 template <class Backend>

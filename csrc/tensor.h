@@ -127,6 +127,7 @@ class Arguments {
 
   Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
   bool flag() { return take<bool>(); }
+  int64_t size() { return take<int64_t>(); }
   int32_t dtype() { return take<int32_t>(); }
   double number() { return take<double>(); }
   std::string text() { return text_of(take<StringHandle>()); }

@@ -1,7 +1,7 @@
 // The ops on CUDA tensors: on the device of x, in the caller's current stream.
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../ops.h"
+#include "../matmul_ops.h"
 #include "kernels.h"
 
 namespace quantlib {
@@ -24,6 +24,9 @@ class Cuda {
   QL_FORWARD(quantize, Quantize)
   QL_FORWARD(dequantize, Dequantize)
   QL_FORWARD(quantize_dynamic, QuantizeDynamic)
+  QL_FORWARD(dequant_matmul, DequantMatmul)
+  QL_FORWARD(dequant_matmul_backward, DequantMatmulBackward)
+  QL_FORWARD(scaled_matmul, ScaledMatmul)
 #undef QL_FORWARD
 
  private:
@@ -34,4 +37,9 @@ class Cuda {
 }  // namespace
 }  // namespace quantlib
 
-STABLE_TORCH_LIBRARY_IMPL(quantlib, CUDA, m) { quantlib::register_ops<quantlib::Cuda>(m); }
+STABLE_TORCH_LIBRARY_IMPL(quantlib, CUDA, m) {
+  quantlib::register_ops<quantlib::Cuda>(m);
+  quantlib::register_dequant_matmuls<quantlib::Cuda>(m);
+  quantlib::register_tiled_matmul<quantlib::Cuda>(m);
+  quantlib::register_scaled_matmuls<quantlib::Cuda>(m);
+}
