@@ -1,0 +1,225 @@
+"""The Triton matmuls in Triton's interpreter: bytes where the contract has bytes, its bound elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quantlib import formats, quantize_dynamic, reference
+from quantlib.backends import triton as backend
+from quantlib.backends.tiles import TileLayout
+from quantlib.reference.activation import ACTIVATIONS
+from quantlib.reference.matmul import bound
+from quantlib.testing import assert_same_bytes, poisoned
+
+triton = pytest.importorskip("triton")
+if not backend.interpreted():
+    pytest.skip("TRITON_INTERPRET is not set", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+
+from quantlib.backends.triton import tuning  # noqa: E402
+from quantlib.backends.triton.activation import activate  # noqa: E402
+
+BLOCKS = ((1, -1), (-1, -1), (1, 64), (1, 32), (3, 10))
+WEIGHTS = [
+    (format, block, affine)
+    for format, block, affine in itertools.product(("int8", "uint8", "int4"), BLOCKS, (False, True))
+    if affine or format != "uint8"
+]
+WEIGHTS += [(f, block, False) for f in ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn") for block in BLOCKS[::2]]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Weight:
+    """A weight [N, K] as launchers and as the reference take it; small: codes, or scales that are powers of two."""
+
+    def __init__(self, N: int, K: int, format: str, block: tuple[int, int], affine: bool, exact: bool = True) -> None:
+        self.N, self.K, self.format = N, K, formats.get(format)
+        self.block = (N if block[0] == -1 else min(block[0], N), K if block[1] == -1 else min(block[1], K))
+        w = torch.randint(-8, 9, (N, K)).float() if self.format.is_float else torch.randn(N, K)
+        made = quantize_dynamic(w, format, block=self.block, symmetric=not affine)
+        self.codes, self.scale = made[0], made[1]
+        self.zero_point = made[2] if affine else None
+        if exact:
+            self.scale = torch.exp2(torch.randint(-3, 3, self.scale.shape).float())
+            if self.format.is_float and self.format.bits == 8:  # -8..8
+                self.codes = w.to(self.codes.dtype)
+
+    def launched(self, tiled: bool = False) -> tuple[Any, ...]:
+        codes = TileLayout(self.format).pack(self.codes, self.K) if tiled else self.codes
+        return codes, self.scale, self.format, self.block, self.zero_point
+
+    def described(self) -> dict[str, Any]:
+        z = None if self.zero_point is None else self.zero_point.numpy()
+        return {"block": self.block, "zero_point": z}
+
+    def arrays(self) -> tuple[Any, ...]:
+        return numpy_codes(self.codes), self.scale.numpy(), self.format.name
+
+
+def numpy_codes(t: Tensor) -> Any:
+    if t.dtype.is_floating_point:
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.dtype.itemsize]
+        return t.view(integer).numpy().view({1: np.uint8, 2: np.uint16, 4: np.uint32}[t.dtype.itemsize])
+    return t.numpy()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize(("format", "block", "affine"), WEIGHTS, ids=str)
+def test_dequant_matmul_of_exact_operands(format: str, block: tuple[int, int], affine: bool, tiled: bool) -> None:
+    for n, (M, N, K) in enumerate(((3, 37, 150), (66, 20, 70), (1, 16, 64))):
+        weight, dtype = Weight(N, K, format, block, affine), DTYPES[n]
+        x, bias = torch.randint(-8, 9, (M, K)).to(dtype), torch.randint(-4, 5, (N,)).float()
+        y = poisoned((M, N), dtype)
+        kernel = backend.KERNELS["dequant_matmul"]
+        kernel(x, *weight.launched(tiled), bias, "gelu", False, tiled, y)
+        options = {"bias": bias.numpy(), "activation": "gelu", "dtype": name_of(dtype)}
+        want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **weight.described(), **options)
+        assert_same_bytes(y, want, f"dequant_matmul {format} {block} M={M}")
+
+
+@pytest.mark.parametrize("M", [2, 65])
+@pytest.mark.parametrize(("format", "block"), [("int8", (1, -1)), ("int4", (1, 64)), ("bfloat16", (1, 32))])
+def test_dequant_matmul_is_within_the_bound(format: str, block: tuple[int, int], M: int) -> None:
+    weight = Weight(24, 1200, format, block, False, exact=False)
+    x, y = torch.randn(M, 1200).bfloat16(), poisoned((M, 24), torch.bfloat16)
+    backend.KERNELS["dequant_matmul"](x, *weight.launched(), None, None, False, False, y)
+    codes, scale, name = weight.arrays()
+    w = reference.dequantize(codes, scale, name, block=weight.block).view(np.float32)
+    exact = x.double().numpy() @ w.T.astype(np.float64)
+    allowed = bound(x.float().numpy(), w)
+    low, high = (torch.tensor(exact + sign * allowed).bfloat16().double().numpy() for sign in (-1, 1))
+    found = y.double().numpy()
+    assert ((found >= low) & (found <= high)).all()
+
+
+def test_splits_of_k_are_summed_in_order() -> None:
+    weight = Weight(20, 2100, "int8", (1, -1), True)
+    choice = tuning.choose_matmul((2, 20, 2100), weight.format, torch.float32, 2100, True, False, "")
+    assert choice.splits == 4
+    x, y = torch.randint(-8, 9, (2, 2100)).float(), poisoned((2, 20), torch.float32)
+    backend.KERNELS["dequant_matmul"](x, *weight.launched(True), None, None, False, True, y)
+    assert_same_bytes(y, reference.dequant_matmul(x.numpy(), *weight.arrays(), **weight.described()), "four splits")
+
+
+@pytest.mark.parametrize(("format", "block"), [("int8", (1, -1)), ("int4", (1, 64))])
+def test_a_row_alone_has_the_bytes_it_has_in_a_batch(format: str, block: tuple[int, int]) -> None:
+    weight = Weight(40, 640, format, block, False, exact=False)
+    x = torch.randn(70, 640).bfloat16()
+    y, alone = poisoned((70, 40), torch.bfloat16), poisoned((1, 40), torch.bfloat16)
+    kernel = backend.KERNELS["dequant_matmul"]
+    kernel(x, *weight.launched(), None, None, True, False, y)
+    for m in (0, 37, 69):
+        kernel(x[m : m + 1], *weight.launched(), None, None, True, False, alone)
+        assert torch.equal(alone.view(torch.int16)[0], y.view(torch.int16)[m])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_infinities_nan_and_subnormals_of_x(dtype: torch.dtype) -> None:
+    weight = Weight(17, 64, "int8", (1, -1), False)
+    x = torch.zeros(5, 64, dtype=dtype)
+    x[0, 0], x[1, 1], x[2, 2] = float("inf"), float("nan"), -float("inf")
+    x[3] = torch.finfo(dtype).smallest_normal / 4
+    y = poisoned((5, 17), dtype)
+    backend.KERNELS["dequant_matmul"](x, *weight.launched(True), None, None, False, True, y)
+    want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **weight.described(), dtype=name_of(dtype))
+    assert_same_bytes(y, want, "what is not normal")
+
+
+@pytest.mark.parametrize(("format", "block", "affine"), WEIGHTS, ids=str)
+def test_dequant_matmul_backward_of_exact_operands(format: str, block: tuple[int, int], affine: bool) -> None:
+    for n, (M, N, K) in enumerate(((3, 37, 75), (66, 20, 70), (17, 16, 64))):
+        weight, dtype = Weight(N, K, format, block, affine), DTYPES[n]
+        dy, dx = torch.randint(-8, 9, (M, N)).to(dtype), poisoned((M, K), dtype)
+        backend.KERNELS["dequant_matmul_backward"](dy, *weight.launched(), dx)
+        want = reference.dequant_matmul_backward(
+            dy.float().numpy(), *weight.arrays(), **weight.described(), dtype=name_of(dtype), size=K
+        )
+        assert_same_bytes(dx, want, f"dequant_matmul_backward {format} {block} M={M}")
+
+
+@pytest.mark.parametrize("shape", [(3, 37, 150), (66, 20, 75), (2, 18, 2100)], ids=str)
+@pytest.mark.parametrize("x_format", ["int8", "int8 affine", "uint8 affine", "uint8"])
+def test_scaled_matmul(x_format: str, shape: tuple[int, int, int]) -> None:
+    M, N, K = shape
+    name, affine = x_format.split(maxsplit=1)[0], "affine" in x_format
+    dtype = getattr(torch, name)
+    info = torch.iinfo(dtype)
+    per_row = (M, 1) if affine else (1, 1)
+    x = torch.randint(info.min, info.max + 1, (M, K)).to(dtype)
+    x_scale, z = torch.rand(per_row), torch.randint(info.min, info.max + 1, per_row).int() if affine else None
+    kernel = backend.KERNELS["scaled_matmul"]
+    for format, block, w_affine in WEIGHTS[:: 5 if K > 1000 else 2]:
+        if formats.get(format).is_float:
+            continue
+        weight, bias = Weight(N, K, format, block, w_affine, exact=False), torch.randn(N)
+        y = poisoned((M, N), torch.bfloat16)
+        codes, scale, f, clamped, zero_point = weight.launched()
+        kernel(x, x_scale, codes, scale, f, clamped, z, zero_point, bias, "silu", y)
+        want = reference.scaled_matmul(
+            x.numpy(), x_scale.numpy(), *weight.arrays(), **weight.described(), bias=bias.numpy(), activation="silu",
+            x_zero_point=None if z is None else z.numpy(), dtype="bfloat16",
+        )  # fmt: skip
+        assert_same_bytes(y, want, f"scaled_matmul {x_format} {format} {block} {shape}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_dynamic_matmul(dtype: torch.dtype) -> None:
+    for format, block, affine in (("int8", (1, -1), False), ("int4", (1, 32), True)):
+        weight, x = Weight(21, 130, format, block, affine, exact=False), torch.randn(9, 130).to(dtype)
+        y = poisoned((9, 21), dtype)
+        backend.KERNELS["dynamic_matmul"](x, *weight.launched(), None, "gelu_tanh", y)
+        want = reference.dynamic_matmul(
+            x.float().numpy(), *weight.arrays(), **weight.described(), activation="gelu_tanh", dtype=name_of(dtype)
+        )
+        assert_same_bytes(y, want, f"dynamic_matmul {format} {block}")
+
+
+@pytest.mark.parametrize("op", ["dequant_matmul", "dynamic_matmul"])
+def test_no_columns_leave_the_bias(op: str) -> None:
+    codes, scale, bias = torch.empty(6, 0, dtype=torch.int8), torch.empty(6, 0), torch.randn(6)
+    x, y = torch.empty(3, 0), poisoned((3, 6), torch.float32)
+    rest = (False, False, y) if op == "dequant_matmul" else (y,)
+    backend.KERNELS[op](x, codes, scale, formats.get("int8"), (1, 1), None, bias, None, *rest)
+    assert torch.equal(y, bias.expand(3, 6))
+
+
+@triton.jit
+def activate_kernel(x_ptr, y_ptr, ACTIVATION: tl.constexpr, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(y_ptr + i, activate(tl.load(x_ptr + i), ACTIVATION))
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_activations(activation: str | None) -> None:
+    n = 1 << 17
+    edges = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38])
+    bits = torch.randint(-(2**31), 2**31 - 1, (n // 2,)).int().view(torch.float32)
+    x = torch.cat([edges, bits, torch.linspace(-120, 120, n - n // 2 - len(edges))])
+    y = torch.empty(n)
+    with np.errstate(all="ignore"):
+        activate_kernel[(1,)](x, y, activation, n)
+    assert_same_bytes(y, reference.activate(x.numpy(), activation).view(np.uint32), f"activate {activation}")
+
+
+def test_a_choice_is_shown_and_what_was_measured_comes_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QUANTLIB_SHOW_LAUNCH", "1")
+    found = tuning.MatmulTile(32, 8, 64, 2, 2, 5)
+    monkeypatch.setitem(tuning.MEASURED, "a device", {(4096, 4096, 4, "int8", "bfloat16"): found})
+    arguments = ((3, 4096, 4096), formats.get("int8"), torch.bfloat16, 4096, True, False)
+    tuning.choose_matmul.cache_clear()
+    assert tuning.choose_matmul(*arguments, "a device") == found
+    assert tuning.choose_matmul(*arguments, "another").splits == 8
+    assert capsys.readouterr().err.startswith("MatmulTile(tile_n=32, tile_m=8, tile_k=64, splits=2, warps=2, stages=5)")
