@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import dequantize_, quantize_
-from quantlib.nn import QuantLinear
+from quantlib.nn import QuantConv1d, QuantEmbedding, QuantLinear
 from quantlib.spec import QuantSpec
 
 
@@ -100,7 +100,7 @@ def test_dequantize_restores_the_values() -> None:
     quantized, x = copy.deepcopy(model), torch.randn(5, 40)
     assert dequantize_(model) == ["0", "3.0"]
     assert [type(m) for m in model.modules()].count(nn.Linear) == 2
-    assert torch.equal(model(x), quantized(x))
+    torch.testing.assert_close(model(x), quantized(x))  # the values, in the order of another sum
     assert dequantize_(model) == []
 
 
@@ -202,7 +202,7 @@ def test_tied_weights_stay_tied() -> None:
     assert dequantize_(model) == ["first", "second"]
     assert model.second.weight is model.first.weight
     assert model.again is model.first
-    assert torch.equal(model(ids), quantized)
+    torch.testing.assert_close(model(ids), quantized)
 
 
 def test_a_weight_shared_with_a_layer_that_is_left_out_stays() -> None:
@@ -263,10 +263,10 @@ def test_float_layers_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
     counts: list[int] = []
     from_float = QuantLinear.from_float
 
-    def counting(linear: nn.Linear, spec: object) -> QuantLinear:
+    def counting(layer: nn.Linear, spec: object) -> QuantLinear:
         gc.collect()
         counts.append(sum(ref() is not None for ref in alive))
-        return from_float(linear, spec)
+        return from_float(layer, spec)
 
     monkeypatch.setattr(QuantLinear, "from_float", counting)
     quantize_(model, "int8")
@@ -296,6 +296,108 @@ def test_a_trained_bias_and_a_compiled_model() -> None:
     assert torch.equal(compiled(x), model(x))
     model(x).sum().backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {"0.bias", "1.weight", "1.bias"}
+
+
+class Mixed(nn.Module):
+    """A layer of every type, one of them refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(10, 16)
+        self.bounded = nn.Embedding(10, 16, max_norm=1.0)
+        self.line = nn.Conv1d(16, 16, 3, padding=1, groups=4)
+        self.plane = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.line((self.table(ids) + self.bounded(ids)).mT)
+        y: Tensor = self.head(self.plane(x.unsqueeze(-1)).flatten(2).mT)
+        return y
+
+
+TYPES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+
+
+def test_types_that_are_asked_for() -> None:
+    report = quantize_(Mixed(), "W8A8")
+    assert [layer.name for layer in report.layers] == ["head"]
+    assert report.skipped == {}
+    model, ids = Mixed(), torch.arange(10).reshape(2, 5)
+    expected = model(ids)
+    report = quantize_(model, "W8A8", types=TYPES)
+    assert [(layer.name, layer.spec, layer.shape) for layer in report.layers] == [
+        ("table", "int8:row", (10, 16)),
+        ("line", "int8:row", (16, 4, 3)),
+        ("plane", "int8:row", (16, 16, 1, 1)),
+        ("head", "int8:row@int8:row", (10, 16)),
+    ]
+    assert report.skipped == {"bounded": "an nn.Embedding with max_norm=1.0"}
+    assert all(layer.snr_db > 35 for layer in report.layers)
+    y = model(ids)
+    assert (y - expected).norm() < 0.03 * expected.norm()
+    assert dequantize_(model) == ["table", "line", "plane", "head"]
+    assert [type(m) for m in model.children()] == [nn.Embedding, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Linear]
+    assert (model(ids) - y).norm() < 0.02 * y.norm()
+
+
+def test_types_in_several_calls() -> None:
+    model = Mixed()
+    quantize_(model, "int4:group:8", types=[nn.Embedding])
+    report = quantize_(model, "W8A16", types=[nn.Embedding, nn.Conv1d])
+    assert [layer.name for layer in report.layers] == ["line"]
+    assert report.skipped["table"] == "already quantized to int4:group:8"
+    assert isinstance(model.table, QuantEmbedding)
+    assert isinstance(model.line, QuantConv1d)
+    assert type(model.plane) is nn.Conv2d
+
+
+def test_types_that_there_are_not() -> None:
+    known = "nn.Linear, nn.Embedding, nn.Conv1d or nn.Conv2d"
+    with pytest.raises(ValueError, match=rf"types must be {known}, got Conv3d"):
+        quantize_(Mixed(), "int8", types=[nn.Linear, nn.Conv3d])
+    with pytest.raises(ValueError, match=r"model must have an nn.Embedding or nn.Conv1d to quantize, got none"):
+        quantize_(mlp(), "int8", types=[nn.Embedding, nn.Conv1d])
+    with pytest.raises(ValueError, match=r"got a single Embedding: use QuantEmbedding\.from_float"):
+        quantize_(nn.Embedding(3, 3), "int8", types=[nn.Embedding])
+
+
+@pytest.mark.parametrize("words", ["W8A16", "W8A8", "bf16"])
+def test_an_embedding_and_its_head_share_their_codes(words: str) -> None:
+    model, ids = Tied(), torch.arange(10)
+    report = quantize_(model, words, types=[nn.Linear, nn.Embedding])
+    assert [layer.name for layer in report.layers] == ["embedding", "first"]
+    assert isinstance(model.embedding, QuantEmbedding)
+    assert isinstance(model.head, QuantLinear)
+    assert model.head.spec == QuantSpec.parse(words)
+    for name in ("weight", "weight_scale"):
+        assert getattr(model.head, name) is getattr(model.embedding, name)
+    assert torch.equal(model.embedding(ids), model.head.values())
+    assert {name for name in model.state_dict() if "weight" in name and "scale" not in name} == {
+        "embedding.weight", "first.weight", "second.weight", "again.weight", "head.weight"
+    }  # fmt: skip
+    assert dequantize_(model) == ["embedding", "first", "second", "head"]
+    assert model.head.weight is model.embedding.weight
+
+
+def test_an_embedding_whose_head_stays_stays() -> None:
+    model = Tied()
+    report = quantize_(model, "int8", lambda module, name: name != "head", types=[nn.Linear, nn.Embedding])
+    assert report.skipped == {
+        "head": "filter_fn said no",
+        "embedding": "shares its weight with head.weight, which stays as it is",
+    }
+    assert model.head.weight is model.embedding.weight
+
+
+def test_a_weight_of_any_type_is_checked_first() -> None:
+    model = Mixed()
+    with torch.no_grad():
+        model.plane.weight[3, 2] = math.nan
+    before = state(model)
+    with pytest.raises(ValueError, match=r"weight of layer plane must be finite, .* got nan in row 3"):
+        quantize_(model, "int8", types=TYPES)
+    assert unchanged(model, before)
 
 
 def test_the_code_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

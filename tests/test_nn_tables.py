@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from quantlib.nn import QuantConv1d, QuantConv2d, QuantEmbedding, QuantModule, conv
+from quantlib import dequantize_, ops, quantize_
+from quantlib.checkpoint import dequantize_file, load_quantized, save_quantized
+from quantlib.nn import QUANTIZED, QuantConv1d, QuantConv2d, QuantEmbedding, QuantModule, conv
 from quantlib.nn.functional import quantize_weight
 from quantlib.spec import QuantSpec
 
@@ -66,8 +70,6 @@ def test_a_lookup_follows_the_dtype_of_the_module(dtype: torch.dtype) -> None:
 
 
 def test_only_the_rows_that_are_asked_for_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantlib import ops
-
     seen: list[torch.Size] = []
     dequantize = ops.dequantize
     monkeypatch.setattr(
@@ -189,8 +191,6 @@ def test_copies_states_and_casts(name: str, words: str) -> None:
 )
 def test_a_float_module_cannot_load_codes(layer: nn.Module, strict: bool) -> None:
     """A kernel of size 1 has axes of one of its own."""
-    from quantlib.nn import QUANTIZED
-
     state = QUANTIZED[type(layer)].from_float(layer, "int8").state_dict()
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         copy.deepcopy(layer).load_state_dict(state, strict=strict)
@@ -204,6 +204,22 @@ def test_compile_and_export(name: str, words: str) -> None:
     assert torch.equal(torch.compile(q, fullgraph=True, backend="aot_eager")(x), q(x))
     for strict in (True, False):
         assert torch.equal(torch.export.export(q, (x,), strict=strict).module()(x), q(x))
+
+
+@pytest.mark.parametrize("words", ["int8", "int4:group:8", "float16"])
+def test_a_checkpoint_and_its_float_form(words: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Conv2d(12, 24, 1), nn.Conv2d(24, 12, 3, groups=3), nn.Flatten(2), nn.Conv1d(12, 5, 1))
+    model, x = copy.deepcopy(source), picture(QuantConv2d)
+    quantize_(model, words, types=[nn.Conv1d, nn.Conv2d])
+    save_quantized(model, tmp_path / "q.safetensors")
+    assert torch.equal(load_quantized(copy.deepcopy(source), tmp_path / "q.safetensors")(x), model(x))
+    dequantize_file(tmp_path / "q.safetensors", tmp_path / "f.safetensors")
+    expected = copy.deepcopy(model)
+    dequantize_(expected)
+    found = safetensors.torch.load_file(tmp_path / "f.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+    source.load_state_dict(found)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(3, 3), table("int8"), None], ids=lambda layer: type(layer).__name__)

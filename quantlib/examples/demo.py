@@ -1,4 +1,4 @@
-"""A real model in every format: how small it gets, how far its answers move, and that the bytes survive the disk.
+"""A real model in every format: how small and how fast it gets, how far its answers move, and that bytes survive disks.
 
 ``python -m quantlib.examples.demo`` prints a table, draws it, and writes both with the int8 model to ``demo-output``.
 """
@@ -9,10 +9,11 @@ import argparse
 import copy
 import csv
 import math
+import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,13 @@ SPECS: dict[str, float] = {
     "uint8:row:affine": 0.9995,
     "int8:row@int8:row": 0.995,
     "int4:group:32": 0.95,
+    "int4:group:128": 0.93,
     "int4:row": 0.9,
     "float4_e2m1fn:group:32": 0.95,
 }
 KEPT = "int8:row"  # whose file stays in the output folder
+BASELINES = {"float32": torch.float32, "bfloat16 model": torch.bfloat16}  # the model as it is, and cast as a whole
+ROUNDS, SECONDS = 5, 6.0  # each model is timed this often in turn, or until the time is up
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Row:
     worst_snr_db: float
     worst_layer: str
     same_bytes: bool  # codes and embeddings after saving and loading
+    sentences_per_second: float = math.nan  # in FP32, through the products with codes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,12 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{encoder.name}: {origin}", flush=True)
 
     expected = encoder.embed(encoder.model)
-    rows, reports = [], {}
+    rows, reports, models = [], {}, {name: copy.deepcopy(encoder.model).to(dtype) for name, dtype in BASELINES.items()}
     for spec in tqdm(SPECS, unit="format", file=sys.stderr, disable=None, leave=False):
-        row, reports[spec] = measure(encoder, spec, expected, options.output)
+        row, reports[spec], models[spec] = measure(encoder, spec, expected, options.output)
         rows.append(row)
+    speeds = sentences_per_second(encoder, models)
+    rows = [replace(row, sentences_per_second=speeds[row.format]) for row in rows]
     print(f"{len(reports[KEPT].layers)} layers quantized, {len(encoders.SENTENCES)} sentences embedded", end="\n\n")
-    print("\n".join(table(rows, reports[KEPT].bytes_before)), end="\n\n")
+    print("\n".join(table(rows, reports[KEPT].bytes_before, {name: speeds[name] for name in BASELINES})), end="\n\n")
 
     with (options.output / "formats.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -98,9 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def measure(encoder: encoders.Encoder, spec: str, expected: Tensor, folder: Path) -> tuple[Row, Report]:
+def measure(encoder: encoders.Encoder, spec: str, expected: Tensor, folder: Path) -> tuple[Row, Report, nn.Module]:
     """Quantize a copy, embed, save, load into another copy, and compare."""
-    model = copy.deepcopy(encoder.model)
+    model = copy.deepcopy(encoder.model, {id(p): p for p in encoder.model.parameters()})  # what stays float is shared
     report = quantlib.quantize_(model, spec)
     embeddings = encoder.embed(model)
     path = folder / file_name(spec)
@@ -124,7 +131,21 @@ def measure(encoder: encoders.Encoder, spec: str, expected: Tensor, folder: Path
         worst.name,
         same,
     )
-    return row, report
+    return row, report, model
+
+
+def sentences_per_second(encoder: encoders.Encoder, models: Mapping[str, nn.Module]) -> dict[str, float]:
+    """The median of a few runs of each model, all of them in turn: what else the machine does falls on all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    began = time.perf_counter()
+    for done in range(ROUNDS):
+        if done and (time.perf_counter() - began) * (done + 1) / done > SECONDS:
+            break
+        for name, model in models.items():
+            start = time.perf_counter()
+            encoder.embed(model)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: len(encoders.SENTENCES) / statistics.median(runs) for name, runs in seconds.items()}
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
@@ -160,10 +181,21 @@ def seed_table(value: float) -> list[str]:
     return [f"{value} in every format (integers at scale 1)", "", *aligned(rows, left=2)]
 
 
-def table(rows: Sequence[Row], float_bytes: int) -> list[str]:
-    """The rows as text."""
-    head = ("format", "weights MB", "x smaller", "file MB", "smallest cos", "mean cos", "worst layer dB", "from disk")
-    lines = [("float32", f"{float_bytes / 1e6:.2f}", "1.00", "", "1", "1", "", "")]
+def table(rows: Sequence[Row], float_bytes: int, speeds: Mapping[str, float]) -> list[str]:
+    """The rows as text, below the speeds of the models that are not quantized."""
+    sizes = ("weights MB", "x smaller", "file MB")
+    head = ("format", *sizes, "smallest cos", "mean cos", "worst layer dB", "sentences/s", "from disk")
+    lines = [
+        (
+            name,
+            f"{float_bytes / 1e6 * BASELINES[name].itemsize / 4:.2f}",
+            f"{4 / BASELINES[name].itemsize:.2f}",
+            *("", "", "", ""),
+            f"{speed:.0f}",
+            "",
+        )
+        for name, speed in speeds.items()
+    ]
     lines += [
         (
             row.format,
@@ -173,6 +205,7 @@ def table(rows: Sequence[Row], float_bytes: int) -> list[str]:
             f"{row.smallest_cosine:.6f}",
             f"{row.mean_cosine:.6f}",
             f"{row.worst_snr_db:.1f}",
+            f"{row.sentences_per_second:.0f}",
             "same bytes" if row.same_bytes else "DIFFERENT",
         )
         for row in rows

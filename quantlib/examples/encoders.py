@@ -139,7 +139,8 @@ def small(steps: int = 60) -> tuple[Encoder, float]:
 
     def embed(model: nn.Module) -> Tensor:
         with torch.inference_mode():
-            return F.normalize(model(x), dim=-1)
+            dtype = next(p.dtype for p in model.parameters() if p.requires_grad)  # which codes do not
+            return F.normalize(model(x.to(dtype)), dim=-1)
 
     return Encoder("a small encoder", model.eval(), embed), loss.item()
 

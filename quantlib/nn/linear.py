@@ -94,13 +94,14 @@ class QuantLinear(QuantModule, nn.Linear):
     def with_weight(self, weight: nn.Parameter) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype)
         linear.weight = weight
-        linear.bias = self.bias  # type: ignore[assignment]
+        linear.bias = self.bias
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] of any float dtype -> [..., N] of the same."""
         x, spec, activation = autocast(x), self.spec, self.spec.activation
-        codes, scale, zero_point, bias = self.weight, self.weight_scale, self.weight_zero_point, self.bias
+        codes, scale, zero_point = self.weight, self.weight_scale, self.weight_zero_point
+        bias: Tensor | None = self.bias
         if self.batch_invariant:
             self._check_batch_invariant(x)
         if scale is None or x.dtype == torch.float64:
