@@ -103,6 +103,32 @@ def test_dequant_matmul_is_within_the_bound(format: str, block: tuple[int, int],
     assert ((found >= low) & (found <= high)).all()
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize(("format", "block", "affine"), WEIGHTS[::2], ids=str)
+def test_slabs_of_a_large_batch(
+    format: str, block: tuple[int, int], affine: bool, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = Weight(40, 150, format, block, affine)
+    choice = tuning.MatmulTile(32, 0, TileLayout(weight.format).columns if tiled else 64, 1, 4, 1, slab=32)
+    monkeypatch.setattr(tuning, "choose_matmul", lambda *_: choice)
+    x, bias, y = torch.randint(-8, 9, (33, 150)).bfloat16(), torch.randn(40), poisoned((33, 40), torch.bfloat16)
+    backend.KERNELS["dequant_matmul"](x, *weight.launched(tiled), bias, "relu", False, tiled, y)
+    options = {"bias": bias.numpy(), "activation": "relu", "dtype": "bfloat16"}
+    want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **weight.described(), **options)
+    assert_same_bytes(y, want, f"slabs {format} {block}")
+
+
+def test_slabs_are_for_large_batches_of_what_they_hold() -> None:
+    int8, bf16, fp16, fp32 = formats.get("int8"), torch.bfloat16, torch.float16, torch.float32
+    shape = (1024, 4096, 4096)
+    chosen = tuning.choose_matmul(shape, int8, bf16, 128, True, False, "a device")
+    assert chosen.slab == 2048
+    assert not tuning.choose_matmul((512, 4096, 4096), int8, bf16, 128, True, False, "a device").slab
+    assert not tuning.choose_matmul(shape, int8, bf16, 128, True, True, "a device").slab
+    assert not tuning.choose_matmul(shape, int8, fp16, 128, True, False, "a device").slab
+    assert not tuning.choose_matmul(shape, int8, fp32, 4096, True, False, "a device").slab
+
+
 def test_splits_of_k_are_summed_in_order() -> None:
     weight = Weight(20, 2100, "int8", (1, -1), True)
     choice = tuning.choose_matmul((2, 20, 2100), weight.format, torch.float32, 2100, True, False, "")

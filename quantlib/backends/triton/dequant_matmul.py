@@ -27,6 +27,7 @@ from quantlib.backends.triton.matmul import (
     sum_splits,
     tile_rows,
 )
+from quantlib.backends.triton.slab import multiply_slabs
 from quantlib.formats import Format
 
 
@@ -119,6 +120,9 @@ def dequant_matmul(
     tile = tuning.choose_matmul(
         (M, N, K), format, x.dtype, block[1], tiled, batch_invariant, launch.device_name(x.device)
     )
+    if tile.slab:
+        multiply_slabs(x, codes, scale, format, block, zero_point, bias, activation, tiled, y, tile)
+        return
     tiles = triton.cdiv(N, tile.tile_n) * triton.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.float32, tiles, x.device)
     launch.launch(

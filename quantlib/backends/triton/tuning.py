@@ -19,6 +19,7 @@ from quantlib.formats import Format
 
 FEW = 32  # rows of x up to which a group's scale multiplies its sum, and two warps share a tile
 PROGRAMS = 512  # enough to fill a device: a number of no device, so that the bytes are those of every device
+SLAB = 1 << 23  # weights of a slab: 16 MiB
 LONGEST = 8  # steps at least of a split, so that its loads overlap
 
 
@@ -32,6 +33,7 @@ class MatmulTile:
     splits: int  # of K; the last program to arrive adds their sums in order
     warps: int
     stages: int  # of loads in flight
+    slab: int = 0  # rows of the weight that are made floats at a time, for the vendor's matmul; 0: none are
 
 
 Shape = tuple[int, int, int]  # M, N, K
@@ -60,6 +62,8 @@ def choose_matmul(
     found = measured(device, (M, N, K), (format.name, str(dtype).removeprefix("torch.")))
     if found:
         return shown(found)
+    if device and not invariant and takes_slabs(shape, format, dtype, bk):
+        return shown(MatmulTile(64, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1, slab_rows(K)))
     tile_k = TileLayout(format).columns if tiled else step_of(bk, 64) if bk < K else 64
     wide = dtype == torch.float32  # multiplied without tensor cores
     if M <= FEW:
@@ -70,6 +74,17 @@ def choose_matmul(
         tile_n, tile_m, warps, stages = 128, 128, 8, 3
     splits = splits_of((M, N, K), tile_n, tile_m, tile_k)
     return shown(MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages))
+
+
+def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bool:
+    """Whether the vendor's matmul is faster: more than 512 rows of a type that holds the operands (slab.py)."""
+    M, _, K = shape
+    holds = format.bits <= 8 or format.name == str(dtype).removeprefix("torch.")
+    return M > 512 and dtype != torch.float32 and holds and (bk >= K > 0 or dtype == torch.bfloat16)
+
+
+def slab_rows(K: int) -> int:
+    return max(SLAB // max(K, 1) // 128, 1) * 128
 
 
 @functools.lru_cache(4096)

@@ -1,0 +1,124 @@
+"""dequant_matmul of a large batch: some rows of the weight at a time in x's type, small enough to stay in the cache
+between the kernel that makes them and the vendor's matmul that reads them.
+
+Where a row has one scale the operands are q - z, exact, and it multiplies the float32 sums; otherwise they are w,
+rounded to x's type.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quantlib import formats
+from quantlib.backends.triton import launch
+from quantlib.backends.triton.matmul import (
+    COLUMNS,
+    finish,
+    in_order,
+    load_operands,
+    load_scale,
+    operand_type,
+    split_tiles,
+    subtract_zero_point,
+)
+from quantlib.backends.triton.numerics import encode_float
+from quantlib.backends.triton.tile import codes_at
+from quantlib.backends.triton.tuning import MatmulTile
+from quantlib.formats import Format
+
+FINISH_ROWS: tl.constexpr = tl.constexpr(16)
+FINISH_COLS: tl.constexpr = tl.constexpr(256)
+
+
+@triton.jit
+def slab_kernel(
+    codes_ptr,  # [N, K] of row F, [N, ceil(K / 2)] bytes, or tiles [ceil(N / 16), stride, 1024]
+    scale_ptr,  # [ceil(N / br), scale_cols] float32
+    zero_point_ptr,  # the same shape, int32, or None
+    slab_ptr,  # [end - first, K] of row X
+    first, end, K, br, bk, scale_cols, stride,
+    X: tl.constexpr, F: tl.constexpr, BY_ROW: tl.constexpr, TILED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = operand_type(X, F, BY_ROW, ARCH)
+    HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
+    HALVES: tl.constexpr = 2 if TILED and F.packed else 1
+    steps = tl.cdiv(K, T.tile_k)
+    row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, tl.program_id(0) % steps
+    operands = load_operands(codes_ptr, first + row_tile, step, stride, end, K, F, D, T, TILED, True, ARCH)
+    row = row_tile + tl.arange(0, T.tile_n)[:, None]
+    for half in tl.static_range(HALVES):
+        column = (step * T.tile_k + half * HALF + tl.arange(0, HALF))[None, :]
+        inside = (first + row < end) & (column < K)
+        w = in_order(split_tiles(operands[half], T), T) if TILED else operands[half]
+        at = (first + row) // br * scale_cols + (0 if BY_ROW else column // bk)
+        exists = (first + row < end) if BY_ROW else inside
+        w = subtract_zero_point(w, zero_point_ptr, at, exists, F)
+        if tl.float32 == D:
+            if not BY_ROW:
+                w = w * load_scale(scale_ptr + at, exists, F)
+            code = encode_float(w, X, False, ARCH)
+        else:
+            code = w.to(tl.uint16, bitcast=True)
+        ptr = codes_at(slab_ptr, X) + row * K + column
+        tl.store(ptr, code.to(ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def finish_kernel(
+    total_ptr,  # [M, end - first] float32
+    scale_ptr,  # [ceil(N / br), 1] float32
+    bias_ptr,  # [N] float32, or None
+    y_ptr,  # [M, N] of row X
+    M, N, first, end, br,
+    X: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, BY_ROW: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(end - first, FINISH_COLS)
+    m = (tl.program_id(0) // across).to(tl.int64) * FINISH_ROWS + tl.arange(0, FINISH_ROWS)[:, None]
+    n = first + tl.program_id(0) % across * FINISH_COLS + tl.arange(0, FINISH_COLS)[None, :]
+    inside = (m < M) & (n < end)
+    total = tl.load(total_ptr + m * (end - first) + (n - first), inside, 0.0)
+    if BY_ROW:
+        total = total * load_scale(scale_ptr + n // br, n < end, F)
+    finish(total + 0.0, y_ptr + m * N + n, bias_ptr, n, inside, N, X, ACTIVATION, ARCH)
+
+
+def multiply_slabs(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    format: Format,
+    block: launch.Shape,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    tiled: bool,
+    y: torch.Tensor,
+    tile: MatmulTile,
+) -> None:
+    (M, K), N, X, arch = x.shape, y.shape[1], formats.get(x.dtype), launch.arch(x.device)
+    by_row = scale.shape[1] == 1
+    slab = torch.empty(min(tile.slab, N), K, dtype=x.dtype, device=x.device)
+    for first in range(0, N, tile.slab):
+        end = min(first + tile.slab, N)
+        launch.launch(
+            slab_kernel, triton.cdiv(end - first, tile.tile_n) * triton.cdiv(K, tile.tile_k), x.device,
+            launch.codes_of(codes), scale, zero_point, slab,
+            first, end, K, *block, scale.shape[1], codes.shape[1], X, format, by_row, tiled, tile, arch,
+            warps=tile.warps,
+        )  # fmt: skip
+        total = product(x, slab[: end - first])
+        programs = triton.cdiv(M, FINISH_ROWS.value) * triton.cdiv(end - first, FINISH_COLS.value)
+        launch.launch(
+            finish_kernel, programs, x.device,
+            total, scale, bias, y, M, N, first, end, block[0], X, format, activation, by_row, arch,
+            warps=4,
+        )  # fmt: skip
+
+
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """[M, K], [n, K] of one 16-bit type -> [M, n] float32 sums, never rounded to their type"""
+    if launch.INTERPRETED:
+        return x.float() @ w.float().T
+    return torch.mm(x, w.T, out_dtype=torch.float32)
