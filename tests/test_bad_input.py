@@ -21,6 +21,7 @@ INPUTS = "float32, float16 or bfloat16"
 CASTS = "float32, float16, bfloat16, float8_e4m3fn or float8_e5m2"
 TARGETS = "float16, bfloat16, float8_e4m3fn, float8_e5m2, float4_e2m1fn, int8, uint8 or int4"
 INTEGERS = "int8, uint8 or int4"
+ACTIVATIONS = "None, relu, gelu, gelu_tanh or silu"
 
 
 def ones(*shape: int, dtype: torch.dtype = f32, device: str = "cpu") -> Tensor:
@@ -179,12 +180,130 @@ DYNAMIC = [
         ),
     ),
 ]
+ROWS, QX, SX = ones(4, 35), ones(4, 35, dtype=i8), ones(4, 1)
+WEIGHT = (C8, S, "int8", B)
+MULTIPLYING = [
+    (f"x must be {INPUTS}, got float64", lambda: quant.dequant_matmul(ROWS.double(), *WEIGHT)),
+    ("x must be [..., K], got float32 [] on cpu", lambda: quant.dequant_matmul(ones(), *WEIGHT)),
+    (f"format must be {TARGETS}, got float32", lambda: quant.dequant_matmul(ROWS, C8, S, "float32", B)),
+    ("block must be two sizes >= 1, got [1, -1]", lambda: quant.dequant_matmul(ROWS, C8, S, "int8", [1, -1])),
+    (
+        "codes must be int8 [N, 35] on cpu, got uint8 [6, 35] on cpu",
+        lambda: quant.dequant_matmul(ROWS, C8.to(u8), S, "int8", B),
+    ),
+    (
+        "codes must be uint8 [N, 18] on cpu, got uint8 [6, 35] on cpu",
+        lambda: quant.dequant_matmul(ROWS, C8.to(u8), S, "int4", B),
+    ),
+    (
+        "codes must be int8 [N, 34] on cpu, got int8 [6, 35] on cpu",
+        lambda: quant.dequant_matmul(ROWS[:, 1:], *WEIGHT),
+    ),
+    (
+        "codes must be int8 [N, 35] on cpu, got int8 [] on cpu",
+        lambda: quant.dequant_matmul(ROWS, C8[0, 0], S, "int8", B),
+    ),
+    (
+        "scale must be float32 [6, 5] on cpu, got float32 [6, 4] on cpu",
+        lambda: quant.dequant_matmul(ROWS, C8, S[:, :4], "int8", B),
+    ),
+    (
+        "zero_point must be None for float4_e2m1fn, got a tensor",
+        lambda: quant.dequant_matmul(ROWS, C4, S, "float4_e2m1fn", B, Z),
+    ),
+    ("zero_point must be in -128..127, got 128", lambda: quant.dequant_matmul(ROWS, *WEIGHT, Z + 127)),
+    (f"bias must be {INPUTS}, got int32", lambda: quant.dequant_matmul(ROWS, *WEIGHT, None, Z[:, 0])),
+    (
+        "bias must be float16 [6] on cpu, got float16 [5] on cpu",
+        lambda: quant.dequant_matmul(ROWS, *WEIGHT, None, ones(5, dtype=f16)),
+    ),
+    (f"activation must be {ACTIVATIONS}, got tanh", lambda: quant.dequant_matmul(ROWS, *WEIGHT, None, None, "tanh")),
+    (f"activation must be {ACTIVATIONS}, got ", lambda: quant.dequant_matmul(ROWS, *WEIGHT, None, None, "")),
+    (
+        "out must be float32 [4, 6] on cpu, got float32 [4, 5] on cpu",
+        lambda: quant.dequant_matmul.out(ROWS, *WEIGHT, out=ones(4, 5)),
+    ),
+]
+TRANSPOSED = [
+    (f"dy must be {INPUTS}, got int8", lambda: quant.dequant_matmul_backward(QX, *WEIGHT)),
+    ("dy must be [..., 6], got [4, 35]", lambda: quant.dequant_matmul_backward(ROWS, *WEIGHT)),
+    ("dy must be [..., K], got float32 [] on cpu", lambda: quant.dequant_matmul_backward(ones(), *WEIGHT)),
+    (f"format must be {TARGETS}, got int5", lambda: quant.dequant_matmul_backward(ROWS, C8, S, "int5", B, None, 7)),
+    ("size must be 35, got 36", lambda: quant.dequant_matmul_backward(X[:, :6], *WEIGHT, None, 36)),
+    ("size must be 35 or 36, got 37", lambda: quant.dequant_matmul_backward(X[:, :6], C4, S, "int4", B, None, 37)),
+    (
+        "out must be float32 [6, 35] on cpu, got float32 [6, 36] on cpu",
+        lambda: quant.dequant_matmul_backward.out(X[:, :6], C4, S, "int4", B, None, 35, out=ones(6, 36)),
+    ),
+]
+SCALED = [
+    ("x_codes must be int8 or uint8, got float32", lambda: quant.scaled_matmul(ROWS, SX, *WEIGHT)),
+    (f"dtype must be {INPUTS}, got float64", lambda: quant.scaled_matmul(QX, SX, *WEIGHT, dtype=f64)),
+    ("x_codes must be [..., K], got int8 [] on cpu", lambda: quant.scaled_matmul(QX[0, 0], SX, *WEIGHT)),
+    (f"format must be {INTEGERS}, got float16", lambda: quant.scaled_matmul(QX, SX, C8, S, "float16", B)),
+    (
+        "x_scale must be float32 [4, 1] or [1, 1] on cpu, got float32 [4] on cpu",
+        lambda: quant.scaled_matmul(QX, SX[:, 0], *WEIGHT),
+    ),
+    (
+        "x_scale must be float32 [4, 1] on cpu, got float16 [4, 1] on cpu",
+        lambda: quant.scaled_matmul(QX, SX.half(), *WEIGHT),
+    ),
+    (
+        "x_zero_point must be int32 [4, 1] on cpu, got int32 [1, 1] on cpu",
+        lambda: quant.scaled_matmul(QX, SX, *WEIGHT, Z[:1, :1]),
+    ),
+    (
+        "zero_point must be in 0..255, got -1",
+        lambda: quant.scaled_matmul(QX, SX, C8.to(u8), S, "uint8", B, None, Z - 2),
+    ),
+    (
+        "K must be at most 33025, so that an int32 holds the sum, got 33026",
+        lambda: quant.scaled_matmul(
+            ones(1, 33026, dtype=i8),
+            SX[:1],
+            ones(1, 33026, dtype=i8),
+            S[:1, :1],
+            "int8",
+            [1, 33026],
+            Z[:1, :1],
+            Z[:1, :1],
+        ),
+    ),
+    (f"activation must be {ACTIVATIONS}, got Gelu", lambda: quant.scaled_matmul(QX, SX, *WEIGHT, activation="Gelu")),
+    (
+        "out must be float16 [4, 6] on cpu, got float32 [4, 6] on cpu",
+        lambda: quant.scaled_matmul.out(QX, SX, *WEIGHT, dtype=f16, out=ones(4, 6)),
+    ),
+]
+DYNAMICALLY = [
+    (f"x must be {INPUTS}, got int8", lambda: quant.dynamic_matmul(QX, *WEIGHT)),
+    (f"format must be {INTEGERS}, got float8_e5m2", lambda: quant.dynamic_matmul(ROWS, C8, S, "float8_e5m2", B)),
+    (
+        "K must be at most 2097151, so that an int32 holds the sum, got 2097152",
+        lambda: quant.dynamic_matmul(
+            ones(1, 1).expand(1, 2**21), C4[:1, :1].expand(1, 2**20), S[:1, :1], "int4", [1, 2**21]
+        ),
+    ),
+    (
+        "bias must be float32 [6] on cpu, got float32 [6, 1] on cpu",
+        lambda: quant.dynamic_matmul(ROWS, *WEIGHT, None, ones(6, 1)),
+    ),
+    (
+        "out must be float32 [4, 6] on cpu, got float16 [4, 6] on cpu",
+        lambda: quant.dynamic_matmul.out(ROWS, *WEIGHT, out=ones(4, 6, dtype=f16)),
+    ),
+]
 BAD = {
     "cast": CASTING,
     "compute_scale": SCALING,
     "quantize": QUANTIZING,
     "dequantize": DEQUANTIZING,
     "quantize_dynamic": DYNAMIC,
+    "dequant_matmul": MULTIPLYING,
+    "dequant_matmul_backward": TRANSPOSED,
+    "scaled_matmul": SCALED,
+    "dynamic_matmul": DYNAMICALLY,
 }
 EVERY = [(f"quantlib::{op}: {said}", call) for op, table in BAD.items() for said, call in table]
 CPU = ["composite", "cpp"]
