@@ -4,6 +4,7 @@
 // step, a block of kBlock columns at a time; the lanes of a block are added up by a tree, the blocks in order.
 #include "../activation.h"
 #include "matmul.h"
+#include "pairs.h"
 
 namespace quantlib {
 namespace QL_ISA {
@@ -61,82 +62,145 @@ QL_FN Quad add_lanes(Floats a, Floats b, Floats c, Floats d) {
   return out;
 }
 
-// A piece of the weight, decoded: zeros behind `count` columns up to a whole register, and below the last row.
+// Where scales are for sums: parts of the columns of a slab, and the scale of each row there
+struct Parts {
+  int64_t count = 0, end[kBlock<uint16_t> / 32];
+  float scale[kSlab][kBlock<uint16_t> / 32];
+};
+
+// A piece of the weight, decoded: zeros behind its columns up to a whole register, and below its last row.
 template <class E>
 struct Slab {
   alignas(64) E w[kSlab][kBlock<E>];
-  int64_t count;
-  // Where scales are for sums: parts of the columns and the scale of each row there
-  int64_t parts, end[kBlock<E> / 32];
-  float scale[kBlock<E> / 32][kSlab];
+
+  struct Part {
+    const Slab& slab;
+    QL_MEMBER Floats operator()(int n, int64_t k) const { return load<Floats>(slab.w[n] + k); }
+  };
+  QL_MEMBER Part part(int64_t) const { return {*this}; }
 };
 
-// sums[r, n] += sum over k of x[r, k] * slab.w[n, k] for R rows
-template <int R, class E>
-QL_FN void multiply(const E* x, int64_t stride, const Slab<E>& slab, float* sums) {
-  Floats sum[R][kSlab] = {};
-  for (int64_t k = 0; k < slab.count; k += kWidth<E>) {
-    Floats w[kSlab];
-    for (int n = 0; n < kSlab; ++n) w[n] = load<Floats>(slab.w[n] + k);
+// sum[r, n] += sum over k of x[r, k] * w(n, k) for R rows
+template <int R, class E, class Part>
+QL_FN void multiply_part(const E* x, int64_t stride, const Part& w, int64_t begin, int64_t end,
+                         Floats (&sum)[R][kSlab]) {
+  for (int64_t k = begin; k < end; k += kWidth<E>) {
+    Floats row[kSlab];
+#pragma GCC unroll 4
+    for (int n = 0; n < kSlab; ++n) row[n] = w(n, k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < kSlab; ++n) sum[r][n] = multiply_add(x + r * stride + k, w[n], sum[r][n]);
-  }
-  for (int r = 0; r < R; ++r) {
-    float* to = sums + r * kPanel;
-    store(to, load<Quad>(to) + add_lanes(sum[r][0], sum[r][1], sum[r][2], sum[r][3]));
+      for (int n = 0; n < kSlab; ++n) sum[r][n] = multiply_add(x + r * stride + k, row[n], sum[r][n]);
   }
 }
 
-// The same where scales change along a row: total = fma(sum of a part, its scale, total), lane by lane
-template <int R, class E>
-QL_FN void multiply_parts(const E* x, int64_t stride, const Slab<E>& slab, float* sums) {
+// sums[r, n] += sum over k < count of x[r, k] * w[n, k] for R rows. Where scales change along a row, each lane is
+// total = fma(sum of a part, its scale, total).
+template <int R, class E, class Source>
+QL_FN void multiply(const E* x, int64_t stride, const Source& w, int64_t count, const Parts& parts, float* sums) {
   Floats total[R][kSlab] = {};
-  for (int64_t part = 0, k = 0; part < slab.parts; ++part) {
+  if (!parts.count) multiply_part<R>(x, stride, w.part(0), 0, count, total);
+  for (int64_t p = 0, begin = 0; p < parts.count; begin = parts.end[p++]) {
     Floats sum[R][kSlab] = {};
-    for (; k < slab.end[part]; k += kWidth<E>) {
-      Floats w[kSlab];
-      for (int n = 0; n < kSlab; ++n) w[n] = load<Floats>(slab.w[n] + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int n = 0; n < kSlab; ++n) sum[r][n] = multiply_add(x + r * stride + k, w[n], sum[r][n]);
-    }
+    multiply_part<R>(x, stride, w.part(p), begin, parts.end[p], sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < kSlab; ++n) total[r][n] = fma(sum[r][n], splat<Floats>(slab.scale[part][n]), total[r][n]);
+      for (int n = 0; n < kSlab; ++n) total[r][n] = fma(sum[r][n], splat<Floats>(parts.scale[n][p]), total[r][n]);
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     float* to = sums + r * kPanel;
     store(to, load<Quad>(to) + add_lanes(total[r][0], total[r][1], total[r][2], total[r][3]));
   }
 }
 
-// sums[r, n] += ... for any number of rows
-template <class E>
-void multiply_rows(const E* x, int64_t stride, const Slab<E>& slab, float* sums, int64_t rows) {
-  const int64_t most_rows = slab.parts ? 3 : kTile;
-  for (int64_t r = 0; r < rows;) {
-    const int64_t n = least(most_rows, rows - r);
-    const E* from = x + r * stride;
-    float* to = sums + r * kPanel;
-    if (slab.parts) {
-      if (n == 3) multiply_parts<3>(from, stride, slab, to);
-      else if (n == 2) multiply_parts<2>(from, stride, slab, to);
-      else multiply_parts<1>(from, stride, slab, to);
-    } else {
-      if (n == 6) multiply<kTile>(from, stride, slab, to);
-      else if (n == 5) multiply<kTile - 1>(from, stride, slab, to);
-      else if (n == 4) multiply<kTile - 2>(from, stride, slab, to);
-      else if (n == 3) multiply<3>(from, stride, slab, to);
-      else if (n == 2) multiply<2>(from, stride, slab, to);
-      else multiply<1>(from, stride, slab, to);
-    }
-    r += n;
+// The same for any number of rows, at most MOST at once
+template <int MOST, class E, class Source>
+QL_FN void multiply_rows(const E* x, int64_t stride, const Source& w, int64_t count, const Parts& parts, float* sums,
+                         int64_t rows) {
+  for (; rows >= MOST; rows -= MOST, x += MOST * stride, sums += MOST * kPanel)
+    multiply<MOST>(x, stride, w, count, parts, sums);
+  if constexpr (MOST > 1) {
+    if (rows) multiply_rows<MOST - 1>(x, stride, w, count, parts, sums, rows);
   }
 }
+
+template <class E>
+void multiply_slab(const E* x, int64_t stride, const Slab<E>& slab, int64_t count, const Parts& parts, float* sums,
+                   int64_t rows) {
+  if (parts.count) multiply_rows<3>(x, stride, slab, count, parts, sums, rows);
+  else multiply_rows<kTile>(x, stride, slab, count, parts, sums, rows);
+}
+
+#ifdef __AVX512BF16__
+// Codes that are decoded where they are multiplied: as good as a slab for few rows of x, and not stored.
+template <class F, bool AFFINE>
+struct Direct {
+  const char* codes[kSlab];
+  const int32_t (*zero_point)[kSlab];  // of each part
+
+  struct Part {
+    const Direct& direct;
+    decltype(pairs_of<F, AFFINE>(0)) pairs[kSlab];
+    QL_MEMBER Floats operator()(int n, int64_t k) const { return pairs[n](direct.codes[n] + k * F::bits / 8); }
+  };
+  QL_MEMBER Part part(int64_t p) const {
+    const int32_t* z = zero_point[p];
+    return {
+        *this,
+        {pairs_of<F, AFFINE>(z[0]), pairs_of<F, AFFINE>(z[1]), pairs_of<F, AFFINE>(z[2]), pairs_of<F, AFFINE>(z[3])}};
+  }
+};
+
+constexpr int kFew = 4;  // rows of x
+
+template <class F, bool AFFINE>
+void multiply_codes(const uint16_t* x, int64_t stride, const char* const (&codes)[kSlab],
+                    const int32_t (*zero_point)[kSlab], int64_t count, const Parts& parts, float* sums, int64_t rows) {
+  const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point};
+  multiply_rows<kFew>(x, stride, direct, count, parts, sums, rows);
+}
+
+// out[k] = the value of codes[k] less z, for k < count
+template <class F, bool AFFINE>
+void decode_pairs(const char* codes, int32_t z, int64_t count, uint16_t* out) {
+  const auto pairs = pairs_of<F, AFFINE>(z);
+  int64_t k = 0;
+  for (; k + 32 <= count; k += 32) store(out + k, pairs(codes + k * F::bits / 8));
+  if (k == count) return;
+  char rest[32] = {};
+  __builtin_memcpy(rest, codes + k * F::bits / 8, size_t((count - k) * F::bits + 7) / 8);
+  const Floats last = pairs(rest);
+  __builtin_memcpy(out + k, &last, size_t(count - k) * 2);
+}
+
+struct PairKernels {
+  decltype(&multiply_codes<int8, false>) multiply;
+  decltype(&decode_pairs<int8, false>) decode;
+};
+
+// What multiplies codes of a format of at most eight bits.
+PairKernels pair_kernels(Type format, bool affine) {
+  switch (format) {
+    case Type::float8_e4m3fn:
+      return {multiply_codes<float8_e4m3fn, false>, decode_pairs<float8_e4m3fn, false>};
+    case Type::float8_e5m2:
+      return {multiply_codes<float8_e5m2, false>, decode_pairs<float8_e5m2, false>};
+    case Type::float4_e2m1fn:
+      return {multiply_codes<float4_e2m1fn, false>, decode_pairs<float4_e2m1fn, false>};
+#define QL_CASE(NAME, ...)                                                     \
+  case Type::NAME:                                                             \
+    if (affine) return {multiply_codes<NAME, true>, decode_pairs<NAME, true>}; \
+    return {multiply_codes<NAME, false>, decode_pairs<NAME, false>};
+      QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      return {};
+  }
+}
+#endif
 
 // ---- the matmul -----------------------------------------------------------------------------------------------------
 
@@ -150,56 +214,90 @@ struct Product {
   const int64_t N = p.weight.grid.M, K = p.weight.grid.K;
   const int y_bits = row_of(p.x_type).bits;
   const Encode encode = encoder(p.x_type, false, false);
-  const bool scales_sums = sizeof(E) == 2, parts = scales_sums && weight.cols > 1;
+  const bool scales_sums = sizeof(E) == 2, scales_parts = scales_sums && weight.cols > 1;
 
   Product(const DequantMatmul& p, Rows<E> x, const int64_t* rows, int64_t m0) : p(p), x(x), rows(rows), m0(m0) {}
 
   // Rows r0 .. r1, at most kRows, and columns n0 .. n1 of y, at most kPanel
   void operator()(int64_t r0, int64_t r1, int64_t n0, int64_t n1) const {
     alignas(64) float sums[kRows * kPanel];
-    Slab<E> slab;
     for (int64_t at = 0; at < (r1 - r0) * kPanel; ++at) sums[at] = 0.0f;
+    Parts parts;
+    Slab<E> slab;
     for (int64_t k = 0; k < K; k += kBlock<E>)
       for (int64_t n = n0; n < n1; n += kSlab) {
-        decode(n, least(kSlab, n1 - n), k, least(kBlock<E>, K - k), slab);
-        multiply_rows(x.data + r0 * x.stride + k, x.stride, slab, sums + (n - n0), r1 - r0);
+        const int64_t columns = least(kBlock<E>, K - k);
+        const E* from = x.data + r0 * x.stride + k;
+        float* to = sums + (n - n0);
+        if (scales_parts) find_parts(n, k, columns, parts);
+#ifdef __AVX512BF16__
+        if constexpr (sizeof(E) == 2) {
+          if (r1 - r0 <= kFew && columns % 32 == 0) {
+            multiply_direct(from, n, k, columns, parts, to, r1 - r0);
+            continue;
+          }
+        }
+#endif
+        decode(n, k, columns, slab);
+        multiply_slab(from, x.stride, slab, round_up(columns, kWidth<E>), parts, to, r1 - r0);
       }
     for (int64_t r = r0; r < r1; ++r) finish(sums + (r - r0) * kPanel, rows ? rows[r] : m0 + r, n0, n1);
   }
 
  private:
-  void decode(int64_t n0, int64_t count, int64_t k0, int64_t columns, Slab<E>& slab) const {
-    slab.count = round_up(columns, kWidth<E>), slab.parts = 0;
+  // The last row stands in for those below it: their sums are not used.
+  int64_t row_at(int64_t n) const { return least(n, N - 1); }
+
+  const char* codes_at(int64_t n, int64_t k) const {
+    return static_cast<const char*>(weight.w.codes) + byte_offset(weight.format.bits, K, n, k);
+  }
+
+  void find_parts(int64_t n0, int64_t k0, int64_t columns, Parts& parts) const {
+    const int64_t J0 = k0 / weight.bk;
+    parts.count = (k0 + columns - 1) / weight.bk - J0 + 1;
+    for (int64_t p = 0; p < parts.count; ++p)
+      parts.end[p] = round_up(least(columns, (J0 + p + 1) * weight.bk - k0), kWidth<E>);
+    for (int64_t n = 0; n < kSlab; ++n)
+      for (int64_t p = 0; p < parts.count; ++p) parts.scale[n][p] = weight.scale(row_at(n0 + n), J0 + p);
+  }
+
+  void decode(int64_t n0, int64_t k0, int64_t columns, Slab<E>& slab) const {
     for (int64_t n = 0; n < kSlab; ++n) {
-      E* to = slab.w[n];
-      if (n < count) decode_row(n0 + n, k0, columns, to);
-      for (int64_t k = n < count ? columns : 0; k < slab.count; ++k) to[k] = E(0);
+      decode_row(row_at(n0 + n), k0, columns, slab.w[n]);
+      for (int64_t k = columns; k % kWidth<E>; ++k) slab.w[n][k] = E(0);
     }
-    if (!parts) return;
-    weight.blocks(k0, columns, [&](int64_t, int64_t end, int64_t J) {
-      for (int64_t n = 0; n < kSlab; ++n) slab.scale[slab.parts][n] = n < count ? weight.scale(n0 + n, J) : 0.0f;
-      slab.end[slab.parts++] = end;
-    });
   }
 
   void decode_row(int64_t n, int64_t k0, int64_t columns, float* to) const { weight.row(n, k0, columns, to); }
 
+#ifdef __AVX512BF16__
+  const PairKernels pairs = pair_kernels(weight.w.format, weight.w.zero_point);
+
   void decode_row(int64_t n, int64_t k0, int64_t columns, uint16_t* to) const {
-    alignas(64) float value[kBlock<E>];
-    weight.decode(static_cast<const char*>(weight.w.codes) + byte_offset(weight.format.bits, K, n, k0), false, value,
-                  columns);
     weight.blocks(k0, columns, [&](int64_t begin, int64_t end, int64_t J) {
-      const float z = float(weight.zero_point(n, J));
-      for (int64_t k = begin; k < end; ++k) to[k] = uint16_t(bits_of(sub(value[k], z)) >> 16);  // exact
+      pairs.decode(codes_at(n, k0 + begin), weight.zero_point(n, J), end - begin, to + begin);
     });
   }
+
+  void multiply_direct(const E* from, int64_t n0, int64_t k0, int64_t columns, const Parts& parts, float* sums,
+                       int64_t count) const {
+    const char* codes[kSlab];
+    int32_t zero_point[kBlock<uint16_t> / 32][kSlab];
+    for (int64_t n = 0; n < kSlab; ++n) {
+      codes[n] = codes_at(row_at(n0 + n), k0);
+      for (int64_t p = 0; p < most(1, parts.count); ++p)
+        zero_point[p][n] = weight.zero_point(row_at(n0 + n), k0 / weight.bk + p);
+    }
+    pairs.multiply(from, x.stride, codes, zero_point, columns, parts, sums, count);
+  }
+#endif
 
   // y[m, n0 .. n1) from the sums of a row
   void finish(float* sums, int64_t m, int64_t n0, int64_t n1) const {
     alignas(64) float total[kPanel] = {};
     for (int64_t n = n0; n < n1; ++n) {
       float sum = sums[n - n0];
-      if (scales_sums && !parts) sum = mul(sum, weight.scale(n, 0));
+      if (scales_sums && !scales_parts) sum = mul(sum, weight.scale(n, 0));
       sum = add(sum, 0.0f);  // a product that underflows may be -0, a sum from +0 never is
       total[n - n0] = p.epilogue.bias ? add(sum, p.epilogue.bias[n]) : sum;
     }

@@ -1,0 +1,95 @@
+// The values of 32 codes of at most eight bits, less a zero point, as a register of BF16, which holds them exactly.
+#pragma once
+#include "lanes.h"
+#include "loops.h"
+
+#ifdef __AVX512BF16__
+namespace quantlib {
+namespace QL_ISA {
+
+QL_FN __m512i load_words(const uint16_t (&words)[32]) { return load<__m512i>(words); }
+QL_FN uint16_t upper_half(float value) { return uint16_t(bits_of(value) >> 16); }
+
+// The upper halves of low and high, 32 words
+QL_FN __m512i upper_halves(Floats low, Floats high) {
+  uint16_t place[32];
+  for (int k = 0; k < 32; ++k) place[k] = uint16_t(2 * k + 1);
+  return _mm512_permutex2var_epi16(same_bits<__m512i>(low), load_words(place), same_bits<__m512i>(high));
+}
+
+// Integers of a byte: by FP32, whose lower half they leave empty.
+template <class F, bool AFFINE>
+struct BytePairs {
+  __m512i zero_point;
+
+  QL_MEMBER explicit BytePairs(int32_t z) : zero_point(_mm512_set1_epi32(z)) {}
+  QL_MEMBER Floats operator()(const char* codes) const {
+    return same_bits<Floats>(upper_halves(sixteen(codes), sixteen(codes + 16)));
+  }
+
+ private:
+  QL_MEMBER Floats sixteen(const char* codes) const {
+    const __m128i bytes = load<__m128i>(codes);
+    __m512i q = F::is_signed ? _mm512_maskz_cvtepi8_epi32(0xffff, bytes) : _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+    if constexpr (AFFINE) q = _mm512_sub_epi32(q, zero_point);
+    return _mm512_maskz_cvtepi32_ps(0xffff, q);
+  }
+};
+
+// Two codes a byte: looked up. The instruction takes the five lowest bits of a word, so the table holds all twice.
+template <class F>
+struct NibblePairs {
+  __m512i value;
+
+  QL_MEMBER explicit NibblePairs(int32_t z) {
+    Ints<Floats> q;
+    for (int code = 0; code < 16; ++code) q[code] = unpack<F>(uint8_t(code), 0);
+    Floats values;
+    if constexpr (F::is_float) values = decode_float<F, Floats>(same_bits<Bits<Floats>>(q));
+    else values = Lanes<Floats>::of(q - z);
+    value = upper_halves(values, values);
+  }
+  QL_MEMBER Floats operator()(const char* codes) const {
+    const __m512i bytes = _mm512_maskz_cvtepu8_epi32(0xffff, load<__m128i>(codes));
+    const __m512i nibbles = _mm512_or_si512(bytes, _mm512_maskz_slli_epi32(0xffff, bytes, 12));
+    return same_bits<Floats>(_mm512_maskz_permutexvar_epi16(0xffffffff, nibbles, value));
+  }
+};
+
+// Floats of a byte: the exponent is moved to BF16's bias; subnormals, infinity and NaN are looked up by five bits.
+template <class F>
+struct FloatPairs {
+  static constexpr int first = 1 << F::fraction_bits;  // normal
+  static_assert(F::max_code >= 96 + first, "two of what is looked up share five bits");
+  __m512i special;
+
+  QL_MEMBER explicit FloatPairs(int32_t) {
+    uint16_t table[32];
+    for (uint32_t code = 0; code < 32; ++code)
+      table[code] = upper_half(decode_float<F>(code < uint32_t(first) ? code : code + 96));
+    special = load_words(table);
+  }
+  QL_MEMBER Floats operator()(const char* codes) const {
+    const __m512i code = _mm512_maskz_cvtepu8_epi16(0xffffffff, load<__m256i>(codes));
+    const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+    __m512i bits = _mm512_add_epi16(_mm512_maskz_slli_epi16(0xffffffff, magnitude, 7 - F::fraction_bits),
+                                    _mm512_set1_epi16((127 - F::bias) << 7));
+    const __m512i place = _mm512_sub_epi16(magnitude, _mm512_set1_epi16(first));
+    const __mmask32 is_special = _mm512_cmpgt_epu16_mask(place, _mm512_set1_epi16(int16_t(F::max_code) - first));
+    bits = _mm512_mask_permutexvar_epi16(bits, is_special, magnitude, special);
+    const __m512i sign =
+        _mm512_and_si512(_mm512_maskz_slli_epi16(0xffffffff, code, 8), _mm512_set1_epi16(int16_t(0x8000)));
+    return same_bits<Floats>(_mm512_or_si512(bits, sign));
+  }
+};
+
+template <class F, bool AFFINE>
+QL_FN auto pairs_of(int32_t z) {
+  if constexpr (F::bits < 8) return NibblePairs<F>(z);
+  else if constexpr (F::is_float) return FloatPairs<F>(z);
+  else return BytePairs<F, AFFINE>(z);
+}
+
+}  // namespace QL_ISA
+}  // namespace quantlib
+#endif
