@@ -1,7 +1,7 @@
 """The Triton matmuls without a GPU: cross-compiled as their launchers ask for them, and the SASS of their main loops.
 
 ``python tests/test_triton_matmul_static.py 90`` prints the table of one architecture. Instructions are those of one
-trip of the longest loop, for each weight that it takes.
+trip of the longest loop, for each weight that it takes; a kernel without a loop counts whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import pytest
@@ -46,6 +46,7 @@ class Case:
 
 
 DECODE = ("LDGSTS.E.BYPASS.128", "LDS.128", "HMMA.16816")
+SLAB = ("LDG.E.128", "STG.E.128")
 CASES = (
     *(Case("dequant_matmul", 1, "int8", t, tiled=True, needs=DECODE, recorded=(4.5, 4.0)) for t in (BF16, FP16)),
     *(
@@ -58,6 +59,10 @@ CASES = (
     Case("dequant_matmul", 256, "int8", tiled=True, needs=("float",), recorded=(17, 7.8)),
     Case("dequant_matmul", 256, "int4", BF16, 128, True, needs=("float",), recorded=(21, 10), stores=32),
     Case("dequant_matmul", 1, "int8", FP32, tiled=True, recorded=(20, 16), stores=32),
+    Case("dequant_matmul", 1024, "int8", tiled=True, needs=SLAB, recorded=(18, 18), stores=12),
+    Case(
+        "dequant_matmul", 1024, "int4", BF16, 128, True, needs=("LDG.E.128", "STG.E.128"), recorded=(70, 70), stores=12
+    ),
     Case("scaled_matmul", 1, "int8", needs=("LDGSTS.E.BYPASS.128", "LDSM", "IMMA.16832"), recorded=(1, 1)),
     Case("scaled_matmul", 4096, "int8", needs=("LDGSTS.E.BYPASS.128", "int"), recorded=(4, 2)),
     Case("scaled_matmul", 4096, "int4", BF16, 128, recorded=(16, 10), stores=32),
@@ -71,6 +76,7 @@ class Measured:
     """What one kernel of a case was compiled to."""
 
     case: str
+    kernel: str
     tile: str
     registers: int
     spilled: int
@@ -81,47 +87,51 @@ class Measured:
 
     def row(self) -> str:
         numbers = f"{self.registers:9} {self.spilled:7} {self.shared:6} {self.instructions:8.2f}"
-        return f"{self.case:66} {self.tile:28} {numbers}  {'; '.join(self.faults) or 'ok'}"
+        return f"{self.case:66} {self.kernel:30} {self.tile:28} {numbers}  {'; '.join(self.faults) or 'ok'}"
 
 
-HEADER = f"{'case':66} {'tile n, m, k, splits, warps, stages':36} regs spilled shared a weight"
+HEADER = f"{'case':66} {'kernel':30} {'tile n, m, k, splits, warps, stages':36} regs spilled shared a weight"
 
 
 def main(arch: int) -> int:
     """Print the table of ``arch``; the exit status says whether a kernel is at fault."""
-    measured = [measure(case, arch) for case in CASES]
+    measured = [m for case in CASES for m in measure(case, arch)]
     if "--json" in sys.argv:
-        plants = {name: asdict(plant(arch)) for name, plant in PLANTS.items()}
+        plants = {name: [asdict(m) for m in plant(arch)] for name, plant in PLANTS.items()}
         print(json.dumps({"cases": [asdict(m) for m in measured], "plants": plants}))
         return 0
     print(HEADER, *(m.row() for m in measured), sep="\n")
     return any(m.faults for m in measured)
 
 
-def measure(case: Case, arch: int, *, aligned: bool = True, **options: Any) -> Measured:
-    """Compile the kernel that the launcher of ``case`` starts, on tensors without memory, and read it."""
-    from quantlib.backends.triton import launch
+def measure(case: Case, arch: int, *, aligned: bool = True, **options: Any) -> list[Measured]:
+    """Compile each kernel that the launcher of ``case`` starts, on tensors without memory, and read it."""
+    from quantlib.backends.triton import launch, slab
 
     with recording(launch, arch) as recorded, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "device_name", lambda device: "")
+        patch.setattr(launch, "device_name", lambda device: "no device")
+        patch.setattr(slab, "product", lambda x, w: torch.empty(len(x), len(w), device="meta"))
         call(case)
-    ((kernel, args, chosen),) = recorded
-    binary = compiled(kernel, args, chosen | options, arch, aligned)
+    kernels = {kernel.__name__: (kernel, args, chosen | options) for kernel, args, chosen in recorded}
+    return [read(case, arch, *launched, aligned) for launched in kernels.values()]
+
+
+def read(case: Case, arch: int, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], aligned: bool) -> Measured:
+    binary = compiled(kernel, args, options, arch, aligned)
     text, (registers, stack, local) = sass(binary)
-    given = dict(zip(kernel.arg_names, args, strict=True))
-    tile, loop = given["T"], longest_loop(text)
-    weights = tile.tile_n * tile.tile_k / (32 * tile.warps)
-    names = (tile.tile_n, tile.tile_m, tile.tile_k, tile.splits, tile.warps, tile.stages)
+    tile, loop = dict(zip(kernel.arg_names, args, strict=True)).get("T"), longest_loop(text)
+    weights = tile.tile_n * tile.tile_k if tile else 4096  # or sums
     measured = Measured(
         case=str(case),
-        tile=str(names),
+        kernel=kernel.__name__,
+        tile=str(astuple(tile)[:6]) if tile else "",
         registers=registers,
         spilled=stack + local,
         shared=binary.metadata.shared,
-        instructions=sum(loop.values()) / weights,
+        instructions=sum(loop.values()) / weights * 32 * binary.metadata.num_warps,
         loop=loop,
     )
-    measured.faults = faults(measured, case, text, binary, tile.splits, arch)
+    measured.faults = faults(measured, case, text, binary, tile.splits if tile else 1, arch)
     return measured
 
 
@@ -150,15 +160,16 @@ def call(case: Case) -> None:
 
 
 def longest_loop(text: str) -> dict[str, int]:
-    """How often each instruction stands between the target of a backward branch and the branch."""
+    """How often each instruction stands between the target of a backward branch and the branch, or in all."""
     listing = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*);", text)
     found = [(int(at, 16), operation) for at, operation in listing]
-    longest = (0, 0)
+    longest, none = (0, 0), (0, 1 << 62)
     for at, operation in found:
         target = re.match(r"BRA\b.*?(0x[0-9a-f]+)", operation)
-        if target and longest[1] - longest[0] < at - int(target[1], 16):
+        if target and int(target[1], 16) < at and longest[1] - longest[0] < at - int(target[1], 16):
             longest = int(target[1], 16), at
-    inside = (operation.split()[0] for at, operation in found if longest[0] <= at <= longest[1])
+    first, last = longest if longest[1] else none
+    inside = (operation.split()[0] for at, operation in found if first <= at <= last)
     return dict(collections.Counter(inside))
 
 
@@ -199,7 +210,7 @@ def is_conversion(name: str) -> bool:
 
 
 PLANTED = CASES[0]
-PLANTS: dict[str, Callable[[int], Measured]] = {
+PLANTS: dict[str, Callable[[int], list[Measured]]] = {
     "lost divisibility": lambda arch: measure(PLANTED, arch, aligned=False),
     "too few registers": lambda arch: measure(PLANTED, arch, maxnreg=32),
     "contraction": lambda arch: measure(PLANTED, arch, enable_fp_fusion=True),
@@ -240,7 +251,7 @@ def test_every_kernel_compiles_to_what_it_should(listings: dict[int, Any], arch:
     ],
 )
 def test_a_planted_fault_is_caught(listings: dict[int, Any], arch: int, plant: str, says: str) -> None:
-    assert any(says in fault for fault in listings[arch]["plants"][plant]["faults"])
+    assert any(says in fault for m in listings[arch]["plants"][plant] for fault in m["faults"])
 
 
 if __name__ == "__main__":

@@ -39,30 +39,34 @@ def slab_kernel(
     zero_point_ptr,  # the same shape, int32, or None
     slab_ptr,  # [end - first, K] of row X
     first, end, K, br, bk, scale_cols, stride,
-    X: tl.constexpr, F: tl.constexpr, BY_ROW: tl.constexpr, TILED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+    X: tl.constexpr, F: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
+    ARCH: tl.constexpr,
 ):  # fmt: skip
-    D: tl.constexpr = operand_type(X, F, BY_ROW, ARCH)
+    D: tl.constexpr = operand_type(X, F, SCALES == "row", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
     HALVES: tl.constexpr = 2 if TILED and F.packed else 1
     steps = tl.cdiv(K, T.tile_k)
     row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, tl.program_id(0) % steps
-    operands = load_operands(codes_ptr, first + row_tile, step, stride, end, K, F, D, T, TILED, True, ARCH)
+    operands = load_operands(codes_ptr, first + row_tile, step, stride, end, K, F, D, T, TILED, MASKED, ARCH)
     row = row_tile + tl.arange(0, T.tile_n)[:, None]
+    rows, at = first + row < end, (first + row) // br * scale_cols
     for half in tl.static_range(HALVES):
-        column = (step * T.tile_k + half * HALF + tl.arange(0, HALF))[None, :]
-        inside = (first + row < end) & (column < K)
+        k = step * T.tile_k + half * HALF
+        column = (k + tl.arange(0, HALF))[None, :]
         w = in_order(split_tiles(operands[half], T), T) if TILED else operands[half]
-        at = (first + row) // br * scale_cols + (0 if BY_ROW else column // bk)
-        exists = (first + row < end) if BY_ROW else inside
-        w = subtract_zero_point(w, zero_point_ptr, at, exists, F)
-        if tl.float32 == D:
-            if not BY_ROW:
-                w = w * load_scale(scale_ptr + at, exists, F)
+        if SCALES == "element":
+            J, exists = column // bk, rows & (column < K)
+        else:
+            J, exists = 0 if SCALES == "row" else k // bk, rows & (k < K)
+        w = subtract_zero_point(w, zero_point_ptr, at + J, exists, F)
+        if w.dtype == tl.float32:
+            if SCALES != "row":
+                w = w * load_scale(scale_ptr + at + J, exists, F)
             code = encode_float(w, X, False, ARCH)
         else:
             code = w.to(tl.uint16, bitcast=True)
         ptr = codes_at(slab_ptr, X) + row * K + column
-        tl.store(ptr, code.to(ptr.dtype.element_ty), inside)
+        tl.store(ptr, code.to(ptr.dtype.element_ty), rows & (column < K) if MASKED else rows)
 
 
 @triton.jit
@@ -99,13 +103,15 @@ def multiply_slabs(
 ) -> None:
     (M, K), N, X, arch = x.shape, y.shape[1], formats.get(x.dtype), launch.arch(x.device)
     by_row = scale.shape[1] == 1
+    scales = "row" if by_row else "element" if block[1] % (COLUMNS.value if tiled else tile.tile_k) else "step"
     slab = torch.empty(min(tile.slab, N), K, dtype=x.dtype, device=x.device)
     for first in range(0, N, tile.slab):
         end = min(first + tile.slab, N)
         launch.launch(
             slab_kernel, triton.cdiv(end - first, tile.tile_n) * triton.cdiv(K, tile.tile_k), x.device,
             launch.codes_of(codes), scale, zero_point, slab,
-            first, end, K, *block, scale.shape[1], codes.shape[1], X, format, by_row, tiled, tile, arch,
+            first, end, K, *block, scale.shape[1], codes.shape[1],
+            X, format, scales, tiled, K % tile.tile_k > 0, tile, arch,
             warps=tile.warps,
         )  # fmt: skip
         total = product(x, slab[: end - first])
