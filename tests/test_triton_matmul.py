@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import re
 from typing import Any
 
 import numpy as np
@@ -249,3 +251,77 @@ def test_a_choice_is_shown_and_what_was_measured_comes_first(
     assert tuning.choose_matmul(*arguments, "a device") == found
     assert tuning.choose_matmul(*arguments, "another").splits == 8
     assert capsys.readouterr().err.startswith("MatmulTile(tile_n=32, tile_m=8, tile_k=64, splits=2, warps=2, stages=5)")
+
+
+@pytest.mark.parametrize("D", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["int8", "uint8", "int4"])
+def test_the_assembly_that_makes_operands(format: str, D: str) -> None:
+    """What the interpreter cannot run, run here an instruction at a time on every byte: exact, and -0 nowhere."""
+    from quantlib.backends.triton import matmul
+
+    byte = np.arange(256, dtype=np.uint32)
+    word = byte | byte[::-1] << 8 | (byte * 7 & 255) << 16 | (byte * 31 & 255) << 24
+    made = run_assembly(assembly(matmul.int4_operands if format == "int4" else matmul.int8_operand, format, D), word, D)
+    four = np.stack([word >> shift & 255 for shift in (0, 8, 16, 24)], 1)
+    codes = [four & 15, four >> 4] if format == "int4" else [four]
+    half = 8 if format == "int4" else 128
+    for n, code in enumerate(codes):
+        want = code.astype(np.float32) - 128 if format == "uint8" else ((code ^ half).astype(np.float32) - half)
+        found = np.stack([made[2 * n + e // 2][e % 2] for e in range(4)], 1)
+        assert np.array_equal(found.view(np.uint32), want.view(np.uint32))
+
+
+def assembly(function: Any, format: str, D: str) -> str:
+    """The text that a function hands to the assembler for D; of two alternatives for a format, the one it takes."""
+    branches = re.split(r"\n    else:", inspect.getsource(function.fn))
+    text = branches[0 if D == "bfloat16" else 1]
+    body = "".join(re.findall(r'"([^"]*[{};][^"]*)"', text[text.index("inline_asm") :]))
+    flips = re.search(r'FLIP: tl.constexpr = "([^"]*)" if offset\(F\) else "([^"]*)"', text)
+    if flips:
+        declared = body.index("prmt")
+        body = body[:declared] + flips[1 if format == "uint8" else 2] + body[declared:]
+    return body.strip("{} ")
+
+
+def run_assembly(text: str, word: Any, D: str) -> list[tuple[Any, Any]]:
+    """The pairs of floats left in $0, $1, ...; the last register is the input."""
+    outputs = max(map(int, re.findall(r"\$(\d)", text)))
+    registers: dict[str, Any] = {f"${outputs}": word}
+
+    def value(name: str) -> Any:
+        return registers[name] if name in registers else np.full_like(word, int(name, 0))
+
+    def pair(name: str) -> tuple[Any, Any]:
+        halves = [(value(name) >> shift & 0xFFFF).astype(np.uint16) for shift in (0, 16)]
+        low, high = (reference.decode_float(half, formats.get(D)) for half in halves)
+        return low, high
+
+    def word_of(halves: list[Any]) -> Any:
+        low, high = (
+            reference.encode_float(half.astype(np.float32), formats.get(D)).astype(np.uint32) for half in halves
+        )
+        return low | high << 16
+
+    for statement in filter(None, map(str.strip, text.split(";"))):
+        operation, _, rest = statement.partition(" ")
+        to, *names = (name.strip() for name in rest.split(","))
+        if operation == ".reg":
+            continue
+        if operation == "mov.b32":
+            registers[to] = value(names[0])
+        elif operation in ("xor.b32", "and.b32", "shr.u32"):
+            bitwise = {"x": np.bitwise_xor, "a": np.bitwise_and, "s": np.right_shift}[operation[0]]
+            registers[to] = bitwise(value(names[0]), value(names[1]))
+        elif operation == "prmt.b32":
+            both = value(names[0]).astype(np.uint64) | value(names[1]).astype(np.uint64) << np.uint64(32)
+            chosen = [(both >> np.uint64(8 * (int(names[2], 0) >> 4 * n & 7)) & np.uint64(255)) for n in range(4)]
+            registers[to] = sum(c << np.uint64(8 * n) for n, c in enumerate(chosen)).astype(np.uint32)  # type: ignore[union-attr]
+        elif operation.startswith("fma.rn"):
+            a, b, c = (pair(name) for name in names)
+            registers[to] = word_of([x.astype(np.float64) * y + z for x, y, z in zip(a, b, c, strict=True)])
+        elif operation.startswith("sub."):
+            a, b = (pair(name) for name in names)
+            registers[to] = word_of([x - y for x, y in zip(a, b, strict=True)])
+        else:
+            raise AssertionError(f"no meaning for {statement!r}")
+    return [pair(f"${n}") for n in range(outputs)]
