@@ -200,6 +200,21 @@ def test_a_batch_invariant_row_is_the_same_alone(words: str) -> None:
         assert same(q(x[m : m + 1]), rows[m : m + 1])
 
 
+def test_the_op_is_told_of_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that always is so would hide it."""
+    told: list[bool] = []
+    matmul = ops.dequant_matmul
+    monkeypatch.setattr(
+        ops, "dequant_matmul", lambda *a, batch_invariant, **k: (told.append(batch_invariant), matmul(*a, **k))[1]
+    )
+    q = quantized("int8")
+    q(torch.randn(2, K))
+    q.batch_invariant = True
+    q(torch.randn(2, K))
+    copy.deepcopy(q)(torch.randn(2, K))
+    assert told == [False, True, True]
+
+
 def test_batch_invariance_that_cannot_be_is_refused() -> None:
     x = torch.randn(2, K)
     with pytest.raises(RuntimeError, match=r"batch_invariant must be False .* got codes of bfloat16, which have no"):
