@@ -80,6 +80,17 @@ __global__ void __launch_bounds__(kScaledThreads) scaled_matmul_kernel(const Sca
   const int row = thread / 64 * 32, column = thread / 32 % 2 * 32;  // of this warp in the tile of y
   const int64_t m0 = blockIdx.x % a.row_blocks * kTile, n0 = blockIdx.x / a.row_blocks * kTile;
 
+  float x_scale[2][2];  // of rows g and g + 8 of each 16 that a lane has of d
+  int32_t x_zero[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t m = m0 + row + 16 * i + 8 * h + g, at = a.x_per_row && m < a.x.rows ? m : 0;
+      x_scale[i][h] = effective_scale(a.x_scale[at], a.x_scale_max);
+      x_zero[i][h] = clamp(a.x_zero_point ? a.x_zero_point[at] : 0, a.x_lowest, a.x_lowest + 255) - a.x.flip;
+    }
+
   // A thread brings two times 16 codes of either side, from rows r and r + 32.
   const int r = thread / 4, word = thread % 4 * 4;
   Vector<uint32_t, 4> x_next[2], w_next[2];
@@ -141,15 +152,13 @@ __global__ void __launch_bounds__(kScaledThreads) scaled_matmul_kernel(const Sca
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint32_t exact = uint32_t(d[i][j][c]);
-          const int64_t m =
-              a.x_per_row && m0 + row + 16 * i + c / 2 * 8 + g < a.x.rows ? m0 + row + 16 * i + c / 2 * 8 + g : 0;
           if constexpr (AFFINE) {
-            const int32_t z_x = clamp(a.x_zero_point ? a.x_zero_point[m] : 0, a.x_lowest, a.x_lowest + 255) - a.x.flip;
+            const int32_t z_x = x_zero[i][c / 2];
             exact -= uint32_t(z_x) * uint32_t(w_sum[j][c]) + uint32_t(z) * uint32_t(x_sum[i][c]);
             exact += uint32_t(size) * uint32_t(z_x * z);
           }
           const float product = float(int32_t(exact));
-          if (a.groups == 1) total[i][j][c] = mul(mul(product, effective_scale(a.x_scale[m], a.x_scale_max)), scale);
+          if (a.groups == 1) total[i][j][c] = mul(mul(product, x_scale[i][c / 2]), scale);
           else total[i][j][c] = add(total[i][j][c], mul(product, scale));
           d[i][j][c] = 0;
         }
@@ -167,15 +176,16 @@ __global__ void __launch_bounds__(kScaledThreads) scaled_matmul_kernel(const Sca
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sums[row + 16 * i + c / 2 * 8 + g][column + 8 * j + 2 * t + c % 2] = total[i][j][c];
+      for (int c = 0; c < 4; ++c) {
+        const float sum = a.groups == 1 ? total[i][j][c] : mul(total[i][j][c], x_scale[i][c / 2]);
+        sums[row + 16 * i + c / 2 * 8 + g][column + 8 * j + 2 * t + c % 2] = sum;
+      }
   __syncthreads();
 #pragma unroll 1
   for (int e = thread; e < kTile * kTile; e += kScaledThreads) {
     const int64_t m = m0 + e / kTile, n = n0 + e % kTile;
-    if (m >= a.x.rows || n >= a.w.rows) continue;
-    float y = sums[e / kTile][e % kTile];
-    if (a.groups != 1) y = mul(y, effective_scale(a.x_scale[a.x_per_row ? m : 0], a.x_scale_max));
-    finish(a.y, a.y_type, m * a.w.rows + n, y, a.epilogue, n);
+    if (m < a.x.rows && n < a.w.rows)
+      finish(a.y, a.y_type, m * a.w.rows + n, sums[e / kTile][e % kTile], a.epilogue, n);
   }
 }
 
