@@ -17,7 +17,7 @@ from quantlib.testing import values
 
 SHAPE = (6, 67)
 BLOCKS = [(1, 67), (6, 67), (1, 8), (4, 5)]
-BACKENDS = [b for b in ("composite", "cpp") if backends.refuses(b, "cpu", "fake_quantize") is None]
+BACKENDS = [b for b in ("composite", "cpp", "triton") if backends.refuses(b, "cpu", "fake_quantize") is None]
 
 
 def scale_shape(block: tuple[int, int]) -> tuple[int, int]:

@@ -199,6 +199,9 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: 
         elif parameter.is_constexpr or arg is None or (is_int and arg == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", arg
             continue
+        elif isinstance(arg, float):
+            signature[parameter.name] = "fp32"
+            continue
         else:
             signature[parameter.name] = "i32" if arg < 2**31 else "i64"
         if aligned and (isinstance(arg, torch.Tensor) or arg % 16 == 0):

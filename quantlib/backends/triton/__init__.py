@@ -20,6 +20,8 @@ OPS = (
     "quantize",
     "dequantize",
     "quantize_dynamic",
+    "fake_quantize",
+    "fake_quantize_backward",
     "dequant_matmul",
     "dequant_matmul_backward",
     "scaled_matmul",
