@@ -12,11 +12,6 @@ namespace {
 
 constexpr int64_t kSlab = 4;    // rows of the weight decoded together
 constexpr int64_t kPanel = 32;  // rows of the weight whose sums are kept while x stays in the cache
-#ifdef __AVX512F__
-constexpr int kTile = 6;  // rows of x that meet a slab together: 24 of 32 registers are sums
-#else
-constexpr int kTile = 3;
-#endif
 
 // ---- elements -------------------------------------------------------------------------------------------------------
 

@@ -7,23 +7,19 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kPanel = 256;  // columns of the weight whose sums are kept
-constexpr int64_t kSlab = 16;    // rows of the weight decoded together: 16 KiB
-#ifdef __AVX512F__
-constexpr int kTile = 6, kRegisters = 4;  // 24 of 32 registers are sums
-#else
-constexpr int kTile = 3, kRegisters = 4;
-#endif
+constexpr int64_t kColumns = 256;  // columns of the weight whose sums are kept
+constexpr int64_t kDepth = 16;     // rows of the weight decoded together: 16 KiB
+constexpr int kRegisters = 4;      // of columns, for kTile rows
 
 // sums[r, k] += dy[r, n] * w[n, k] for R rows, the n of a slab in order, kRegisters registers of columns
 template <int R>
 QL_FN void multiply(const float* dy, int64_t stride, const float* w, int64_t count, float* sums) {
   Floats sum[R][kRegisters];
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kRegisters; ++c) sum[r][c] = load<Floats>(sums + r * kPanel + c * kLanes);
+    for (int c = 0; c < kRegisters; ++c) sum[r][c] = load<Floats>(sums + r * kColumns + c * kLanes);
   for (int64_t n = 0; n < count; ++n) {
     Floats row[kRegisters];
-    for (int c = 0; c < kRegisters; ++c) row[c] = load<Floats>(w + n * kPanel + c * kLanes);
+    for (int c = 0; c < kRegisters; ++c) row[c] = load<Floats>(w + n * kColumns + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Floats factor = splat<Floats>(dy[r * stride + n]);
@@ -32,25 +28,20 @@ QL_FN void multiply(const float* dy, int64_t stride, const float* w, int64_t cou
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kRegisters; ++c) store(sums + r * kPanel + c * kLanes, sum[r][c]);
+    for (int c = 0; c < kRegisters; ++c) store(sums + r * kColumns + c * kLanes, sum[r][c]);
 }
 
-void multiply_rows(const float* dy, int64_t stride, const float* w, int64_t count, float* sums, int64_t rows) {
-  for (int64_t r = 0; r < rows;) {
-    const int64_t n = least(kTile, rows - r);
-    const float* from = dy + r * stride;
-    float* to = sums + r * kPanel;
-    if (n == 6) multiply<kTile>(from, stride, w, count, to);
-    else if (n == 5) multiply<kTile - 1>(from, stride, w, count, to);
-    else if (n == 4) multiply<kTile - 2>(from, stride, w, count, to);
-    else if (n == 3) multiply<3>(from, stride, w, count, to);
-    else if (n == 2) multiply<2>(from, stride, w, count, to);
-    else multiply<1>(from, stride, w, count, to);
-    r += n;
+// The same for any number of rows, at most MOST at once
+template <int MOST>
+QL_FN void multiply_rows(const float* dy, int64_t stride, const float* w, int64_t count, float* sums, int64_t rows) {
+  for (; rows >= MOST; rows -= MOST, dy += MOST * stride, sums += MOST * kColumns)
+    multiply<MOST>(dy, stride, w, count, sums);
+  if constexpr (MOST > 1) {
+    if (rows) multiply_rows<MOST - 1>(dy, stride, w, count, sums, rows);
   }
 }
 
-struct Product {
+struct Gradient {
   const DequantMatmulBackward& p;
   const Rows<float> dy;
   int64_t m0;
@@ -59,22 +50,22 @@ struct Product {
   const int dx_bits = row_of(p.dy_type).bits;
   const Encode encode = encoder(p.dy_type, false, false);
 
-  Product(const DequantMatmulBackward& p, Rows<float> dy, int64_t m0) : p(p), dy(dy), m0(m0) {}
+  Gradient(const DequantMatmulBackward& p, Rows<float> dy, int64_t m0) : p(p), dy(dy), m0(m0) {}
 
-  // Rows r0 .. r1, at most kRows, and columns k0 .. k1 of dx, at most kPanel
+  // Rows r0 .. r1, at most kRows, and columns k0 .. k1 of dx, at most kColumns
   void operator()(int64_t r0, int64_t r1, int64_t k0, int64_t k1) const {
-    alignas(64) float sums[kRows * kPanel], slab[kSlab * kPanel];
+    alignas(64) float sums[kRows * kColumns], slab[kDepth * kColumns];
     const int64_t width = round_up(k1 - k0, kRegisters * kLanes);
-    for (int64_t at = 0; at < (r1 - r0) * kPanel; ++at) sums[at] = 0.0f;
-    for (int64_t at = 0; at < kSlab * kPanel; ++at) slab[at] = 0.0f;
-    for (int64_t n0 = 0; n0 < N; n0 += kSlab) {
-      const int64_t count = least(kSlab, N - n0);
-      for (int64_t n = 0; n < count; ++n) weight.row(n0 + n, k0, k1 - k0, slab + n * kPanel);
+    for (int64_t at = 0; at < (r1 - r0) * kColumns; ++at) sums[at] = 0.0f;
+    for (int64_t at = 0; at < kDepth * kColumns; ++at) slab[at] = 0.0f;
+    for (int64_t n0 = 0; n0 < N; n0 += kDepth) {
+      const int64_t count = least(kDepth, N - n0);
+      for (int64_t n = 0; n < count; ++n) weight.row(n0 + n, k0, k1 - k0, slab + n * kColumns);
       for (int64_t k = 0; k < width; k += kRegisters * kLanes)
-        multiply_rows(dy.data + r0 * dy.stride + n0, dy.stride, slab + k, count, sums + k, r1 - r0);
+        multiply_rows<kTile>(dy.data + r0 * dy.stride + n0, dy.stride, slab + k, count, sums + k, r1 - r0);
     }
     for (int64_t r = r0; r < r1; ++r) {
-      float* row = sums + (r - r0) * kPanel;
+      float* row = sums + (r - r0) * kColumns;
       for (int64_t k = 0; k < k1 - k0; ++k) row[k] = add(row[k], 0.0f);  // an underflow may be -0, a sum never is
       encode(row, nullptr, nullptr, {false, false}, static_cast<char*>(p.dx) + byte_offset(dx_bits, K, m0 + r, k0),
              k1 - k0);
@@ -95,13 +86,13 @@ void dequant_matmul_backward(const DequantMatmulBackward& p, ParallelFor run) {
     const Scratch scratch(direct ? 0 : count * N * 4);
     auto* gathered = static_cast<float*>(scratch.data());
     if (!direct) gather_rows(run, p.dy, p.dy_type, N, nullptr, m, count, gathered, N);
-    const Product product(p, {direct ? static_cast<const float*>(p.dy) + m * N : gathered, N}, m);
-    const int64_t across = (K + kPanel - 1) / kPanel, down = (count + kRows - 1) / kRows;
-    const int64_t work = least(kPanel, K) * least(kRows, count) * most(1, N);
+    const Gradient gradient(p, {direct ? static_cast<const float*>(p.dy) + m * N : gathered, N}, m);
+    const int64_t across = (K + kColumns - 1) / kColumns, down = (count + kRows - 1) / kRows;
+    const int64_t work = least(kColumns, K) * least(kRows, count) * most(1, N);
     parallel(run, across * down, most(1, 4 * kGrain / work), [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
-        const int64_t r = piece / across * kRows, k = piece % across * kPanel;
-        product(r, least(r + kRows, count), k, least(k + kPanel, K));
+        const int64_t r = piece / across * kRows, k = piece % across * kColumns;
+        gradient(r, least(r + kRows, count), k, least(k + kColumns, K));
       }
     });
   }
