@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "activation.h"
 #include "cpu/kernels.h"
 #include "fake_quantize.h"
 #include "packing.h"
@@ -335,6 +336,118 @@ void check_fake(const Ops& ops, Type x_type, Type format, bool affine, Grid g) {
   }
 }
 
+// x is [M, K], the weight [g.M, K]
+void check_scaled_matmul(const Ops& ops, Type x_format, Type format, bool affine, int64_t M, Grid g) {
+  g.br = std::min(g.br, g.M), g.bk = std::min(g.bk, g.K);
+  const std::string where = std::string(ops.isa) + " scaled_matmul " + std::to_string(int(format)) + " x " +
+                            std::to_string(int(x_format)) + (affine ? " affine" : "") + " M " + std::to_string(M) +
+                            " block " + std::to_string(g.br) + " x " + std::to_string(g.bk) + " of " +
+                            std::to_string(g.M) + " x " + std::to_string(g.K);
+  const Type y_type = Type(M % 3);
+  const auto activation = Activation(M % 5);
+  const int bits = bits_of_type(format), y_bits = bits_of_type(y_type);
+  const int64_t N = g.M, K = g.K, cols = g.scale_cols(), blocks = g.scale_rows() * cols;
+  const Buffer x(M * K, 1), codes(N * row_bytes(bits, K), 3), y(M * N * y_bits / 8, y_bits / 8), bias(N * 4, 4);
+  const Buffer x_scale(M * 4, 4), x_zero_point(M * 4, 4), scale(blocks * 4, 4), zero_point(blocks * 4, 4);
+  fill(Type::uint8, x.data(), x.size), fill(Type::uint8, codes.data(), codes.size);
+  fill(Type::float32, x_scale.data(), M), fill(Type::float32, scale.data(), blocks),
+      fill(Type::float32, bias.data(), N);
+  fill(Type::uint8, x_zero_point.data(), M * 4), fill(Type::uint8, zero_point.data(), blocks * 4);
+  const auto *b = static_cast<float*>(bias.data()), *x_s = static_cast<float*>(x_scale.data());
+  const auto* s = static_cast<float*>(scale.data());
+  const auto *x_z = static_cast<int32_t*>(x_zero_point.data()), *z = static_cast<int32_t*>(zero_point.data());
+  ops.scaled_matmul({M,
+                     x.data(),
+                     x_format,
+                     x_s,
+                     affine ? x_z : nullptr,
+                     true,
+                     {g, codes.data(), format, s, affine ? z : nullptr},
+                     {b, activation},
+                     y.data(),
+                     y_type},
+                    threads);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; ++n) {
+      const float s_x = scale_one(x_format, x_s[m]);
+      float total = 0;
+      for (int64_t J = 0; J < cols; ++J) {
+        const int64_t at = n / g.br * cols + J;
+        int64_t d = 0;
+        for (int64_t k = J * g.bk; k < std::min((J + 1) * g.bk, K); ++k)
+          d += int64_t(decode_one(x_format, code_at(x.data(), 8, K, m, k), affine, x_z[m])) *
+               int64_t(decode_one(format, code_at(codes.data(), bits, K, n, k), affine, z[at]));
+        const float s_w = scale_one(format, s[at]);
+        total = cols == 1 ? float(d) * s_x * s_w : total + float(d) * s_w;
+      }
+      if (cols != 1) total *= s_x;
+      compare(where, m, n, code_at(y.data(), y_bits, N, m, n),
+              encode_one(y_type, activate(total + b[n], activation), false, false, 0));
+    }
+}
+
+// Small integers and powers of two, so that every sum is exact in any order; one row of x is subnormal where its type
+// reaches so far down. The weight is [g.M, K].
+void check_dequant_matmul(const Ops& ops, Type x_type, Type format, bool affine, int64_t M, Grid g) {
+  g.br = std::min(g.br, g.M), g.bk = std::min(g.bk, g.K);
+  const std::string where = std::string(ops.isa) + " dequant_matmul " + std::to_string(int(format)) + " x " +
+                            std::to_string(int(x_type)) + (affine ? " affine" : "") + " M " + std::to_string(M) +
+                            " block " + std::to_string(g.br) + " x " + std::to_string(g.bk) + " of " +
+                            std::to_string(g.M) + " x " + std::to_string(g.K);
+  const auto activation = Activation(M % 2);
+  const int bits = bits_of_type(format), x_bits = bits_of_type(x_type);
+  const int64_t N = g.M, K = g.K, cols = g.scale_cols(), blocks = g.scale_rows() * cols;
+  const Buffer x(M * K * x_bits / 8, x_bits / 8), y(M * N * x_bits / 8, x_bits / 8), bias(N * 4, 4);
+  const Buffer dx(M * K * x_bits / 8, x_bits / 8), dy(M * N * x_bits / 8, x_bits / 8);
+  const Buffer codes(N * row_bytes(bits, K), 1 + bits / 16), scale(blocks * 4, 4), zero_point(blocks * 4, 4);
+  const auto fill_small = [](Type type, const Buffer& to, int64_t n, float unit) {
+    const int bytes = bits_of_type(type) / 8;
+    for (int64_t e = 0; e < n; ++e) {
+      const uint32_t code = encode_one(type, float(int32_t(random_bits() % 9) - 4) * unit, false, false, 0);
+      std::memcpy(static_cast<char*>(to.data()) + e * bytes, &code, size_t(bytes));
+    }
+  };
+  fill_small(x_type, x, M * K, 1), fill_small(x_type, dy, M * N, 1), fill_small(Type::float32, bias, N, 1);
+  if (x_type != Type::float16) fill_small(x_type, x, K, float_of(8));
+  if (is_int(format) || bits == 4) fill(Type::uint8, codes.data(), codes.size);
+  else fill_small(format, codes, N * K, 1);
+  auto* s = static_cast<float*>(scale.data());
+  auto* z = affine ? static_cast<int32_t*>(zero_point.data()) : nullptr;
+  for (int64_t at = 0; at < blocks; ++at) {
+    s[at] = float(1 << random_bits() % 3) / 4;
+    if (affine) z[at] = int32_t(random_bits() % 600) - 300;  // out of range: as good as the nearest inside
+  }
+  const auto* b = static_cast<float*>(bias.data());
+  const Weight weight = {g, codes.data(), format, s, z};
+  ops.dequant_matmul({M, x.data(), x_type, weight, {b, activation}, M % 3 == 0, y.data()}, threads);
+  ops.dequant_matmul_backward({M, dy.data(), x_type, weight, dx.data()}, threads);
+
+  std::vector<float> w(size_t(N * K));
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t at = n / g.br * cols + k / g.bk;
+      w[size_t(n * K + k)] =
+          decode_one(format, code_at(codes.data(), bits, K, n, k), affine, affine ? z[at] : 0) * s[at];
+    }
+  const auto value = [=](const Buffer& of, int64_t columns, int64_t i, int64_t j) {
+    return decode_one(x_type, code_at(of.data(), x_bits, columns, i, j), false, 0);
+  };
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < N; ++n) {
+      float total = 0;
+      for (int64_t k = 0; k < K; ++k) total += value(x, K, m, k) * w[size_t(n * K + k)];
+      compare(where, m, n, code_at(y.data(), x_bits, N, m, n),
+              encode_one(x_type, activate(total + b[n], activation), false, false, 0));
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      float total = 0;
+      for (int64_t n = 0; n < N; ++n) total += value(dy, N, m, n) * w[size_t(n * K + k)];
+      compare("backward of " + where, m, k, code_at(dx.data(), x_bits, K, m, k),
+              encode_one(x_type, total, false, false, 0));
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -349,6 +462,8 @@ int main(int argc, char** argv) {
       {10, 18, 4, 4},     {20, 33, 20, 1},  {9, 70, 2, 3},      {9, 131, 4, 64},
       {3, 2050, 2, 999},  {66, 129, 64, 7}, {2, 1500, 1, 1500}, {5, 9, INT64_MAX, INT64_MAX},
   };
+  const Grid weights[] = {{1, 1, 1, 1},    {7, 13, 7, 13},  {9, 35, 1, 5},
+                          {37, 64, 1, 64}, {6, 131, 4, 64}, {5, 2081, 1, 32}};
   const Grid shared[] = {{2, 300001, 2, 300001}, {150001, 4, 150001, 2}};
   for (const Ops& ops : all) {
     for (Type from : {Type::float32, Type::float16, Type::bfloat16, Type::float8_e4m3fn, Type::float8_e5m2})
@@ -362,6 +477,18 @@ int main(int argc, char** argv) {
               check_block(ops, x_type, Type(format), affine, grid);
               check_fake(ops, x_type, Type(format), affine, grid);
             }
+    for (Type format : {Type::int8, Type::uint8, Type::int4})
+      for (Type x_format : {Type::int8, Type::uint8})
+        for (bool affine : {false, true})
+          for (const Grid& grid : grids)
+            for (int64_t M : {1, 8, 131}) check_scaled_matmul(ops, x_format, format, affine, M, grid);
+    for (int format = 1; format <= int(Type::int4); ++format)
+      for (Type x_type : {Type::float32, Type::float16, Type::bfloat16})
+        for (bool affine : {false, true})
+          if (!affine || is_int(Type(format)))
+            for (const Grid& grid : weights)
+              for (int64_t M : {1, 6, grid.K < 100 ? 131 : 7})
+                check_dequant_matmul(ops, x_type, Type(format), affine, M, grid);
     for (const Grid& grid : shared) {
       check_block(ops, Type::bfloat16, Type::int4, true, grid);
       check_fake(ops, Type::bfloat16, Type::int4, true, grid);
