@@ -9,8 +9,9 @@ from torch import Tensor
 
 from quantlib import backends, formats
 from quantlib.backends.tiles import TileLayout
-from quantlib.ops.check import INPUTS, Block, Result, check_dtype, check_format, check_tensor, fail
+from quantlib.ops.check import INPUTS, Block, Result, check_dtype, check_format, fail
 from quantlib.ops.declare import Kernel, declare
+from quantlib.ops.dequant_matmul_backward_scale import gradient_of_scale
 from quantlib.ops.weight import check_weight, last_size, launched
 from quantlib.spec import matrix_shape
 
@@ -61,41 +62,6 @@ def _launch(
 _backward, _ = declare(OP, _results, _launch)
 
 
-def _scale_results(
-    dy: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-) -> list[Result]:
-    op = f"{OP}_scale"
-    check_dtype(op, "x", x.dtype, INPUTS)
-    _, N = check_weight(op, codes, scale, format, block, zero_point, last_size(op, "x", x), x)
-    check_tensor(op, "dy", dy, ([*x.shape[:-1], N], x.dtype), x.device)
-    return [(scale.shape, torch.float32)]
-
-
-def _launch_scale(
-    kernel: Kernel,
-    outs: list[Tensor],
-    dy: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-) -> None:
-    (M, K), N = matrix_shape(x.shape), codes.shape[0]
-    weight = launched(codes, scale, format, block, zero_point, (N, K))
-    kernel(dy.contiguous().view(M, N), x.contiguous().view(M, K), *weight, outs[0])
-
-
-_backward_scale, _ = declare(f"{OP}_scale", _scale_results, _launch_scale)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, ctx.format, ctx.block, zero_point, bias, ctx.activation, *_ = inputs
     if ctx.needs_input_grad[1]:
@@ -128,7 +94,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = _backward(dy, *weight, x.shape[-1])
     if ctx.needs_input_grad[2]:
         values = projected_rows(x) if ctx.dynamic else x
-        dscale = _backward_scale(dy, values, *weight)
+        dscale = gradient_of_scale(dy, values, *weight)
     if bias is not None and ctx.needs_input_grad[ctx.bias_at]:
         dbias = dy.reshape(-1, len(bias)).sum(0, dtype=torch.float32).to(bias.dtype)
     return dx, None, dscale, None, None, None, dbias, None
