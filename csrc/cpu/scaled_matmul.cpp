@@ -13,7 +13,7 @@ namespace QL_ISA {
 namespace {
 
 constexpr int64_t kSumCols = 64;         // rows of w whose sums with kRows rows of x are kept together
-constexpr int64_t kSumDepth = 2560;      // codes of a row: four of w stay in the first-level cache while all of x pass
+constexpr int64_t kSumDepth = 2560;      // codes of a row: four of w and a tile of x share the first-level cache
 constexpr int64_t kFlipGrain = 1 << 20;  // bytes to copy that a thread is worth waking for
 
 // out[k] = in[k] ^ flip
@@ -99,8 +99,7 @@ class ExactSums {
 
   // d = the sums over columns k0 .. k0 + n
   void multiply(int64_t k0, int64_t n) {
-    const bool one_pass = in_place_ && rows_ < kDotRows;  // of w, which then is read as it lies in memory
-    const int64_t passes = one_pass ? 1 : round_up(n, kSumDepth) / kSumDepth, depth = round_up(n, 64 * passes) / passes;
+    const int64_t parts = round_up(n, kSumDepth) / kSumDepth, depth = round_up(n, 64 * parts) / parts;
     for (int64_t k = 0; k < n; k += depth)
       for (int64_t c = 0; c < cols_; c += kDotCols) multiply_panel(c, k0 + k, least(depth, n - k), k > 0);
   }
