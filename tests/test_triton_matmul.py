@@ -250,7 +250,9 @@ def test_a_choice_is_shown_and_what_was_measured_comes_first(
     tuning.choose_matmul.cache_clear()
     assert tuning.choose_matmul(*arguments, "a device") == found
     assert tuning.choose_matmul(*arguments, "another").splits == 8
-    assert capsys.readouterr().err.startswith("MatmulTile(tile_n=32, tile_m=8, tile_k=64, splits=2, warps=2, stages=5)")
+    assert capsys.readouterr().err.startswith(
+        "MatmulTile(tile_n=32, tile_m=8, tile_k=64, splits=2, warps=2, stages=5, slab=0)"
+    )
 
 
 @pytest.mark.parametrize("D", ["bfloat16", "float16"])

@@ -58,6 +58,7 @@ CASES = (
     Case("dequant_matmul", 4, "int8", needs=("LDGSTS.E.BYPASS.128", "HMMA.16816"), recorded=(4.5, 4.0)),
     Case("dequant_matmul", 256, "int8", tiled=True, needs=("float",), recorded=(17, 7.8)),
     Case("dequant_matmul", 256, "int4", BF16, 128, True, needs=("float",), recorded=(21, 10), stores=32),
+    Case("dequant_matmul", 100, "int8", BF16, 32, True, True, recorded=(100, 100), stores=64),
     Case("dequant_matmul", 1, "int8", FP32, tiled=True, recorded=(20, 16), stores=32),
     Case("dequant_matmul", 1024, "int8", tiled=True, needs=SLAB, recorded=(18, 18), stores=12),
     Case(

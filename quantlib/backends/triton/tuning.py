@@ -66,7 +66,9 @@ def choose_matmul(
         return shown(MatmulTile(64, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1, slab_rows(K)))
     tile_k = TileLayout(format).columns if tiled else step_of(bk, 64) if bk < K else 64
     wide = dtype == torch.float32  # multiplied without tensor cores
-    if M <= FEW:
+    if bk < K and bk % (64 if tiled else tile_k):  # a weight has a scale of its own, loaded like it
+        tile_n, tile_m, warps, stages = 32, max(8, min(power_of_2(M), FEW)), 4, 2
+    elif M <= FEW:
         tile_n, tile_m, warps, stages = 64, max(8, power_of_2(M)), 2, 4
     elif M <= 64 or wide:
         tile_n, tile_m, warps, stages = 64, 64, 4, 3
