@@ -4,8 +4,9 @@
 // are fibers that run in a random order between barriers, so what a missing barrier leaves to chance comes out wrong. A
 // thread keeps its stack only if it waits: a kernel without barriers costs one switch a thread.
 //
-// Stricter than a GPU: threads that meet at a barrier or a shuffle must have come from the same line, and a shuffle
-// names no thread that has left. Nothing else is checked here: that is what -fsanitize=address,undefined is for.
+// Stricter than a GPU: threads that meet at a barrier, a shuffle or a product of matrices must have come from the same
+// line, and a shuffle names no thread that has left. Nothing else is checked here: that is what
+// -fsanitize=address,undefined is for.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -27,7 +27,7 @@ ABSENT(scaled_matmul, ScaledMatmul)
 }  // namespace quantlib
 
 struct Call {
-  int32_t op;  // in the order of ops.def; a matmul's is 16 more
+  int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py
   Type from, to, result;
   uint8_t flag;  // saturate, tiled or x_per_row
   Activation activation;
