@@ -141,8 +141,10 @@ def _argument(argument: Any, row: Row, device: str) -> Any:
     if argument.name == "codes":
         dtype = getattr(torch, f.dtype_name)
         return torch.ones(M, K // 2 if f.packed else K, device=device).to(dtype)
-    given = {"x": torch.ones(SHAPE, device=device), "scale": torch.ones(blocks, device=device)}
-    given |= {"dy": given["x"], "format": row.format, "block": list(BLOCK), "saturate": True}  # type: ignore[dict-item]
+    given: dict[str, Any] = {"x": torch.ones(SHAPE, device=device), "scale": torch.ones(blocks, device=device)}
+    given |= {"x_codes": given["x"].to(torch.int8), "x_scale": torch.ones(M, 1, device=device)}
+    given |= {"dy": given["x"][:, :M] if "matmul" in row.overload else given["x"]}
+    given |= {"format": row.format, "block": list(BLOCK), "saturate": True}
     return given.get(argument.name, argument.default_value)
 
 
