@@ -130,7 +130,7 @@ void multiply_slab(const E* x, int64_t stride, const Slab<E>& slab, int64_t coun
 }
 
 #ifdef __AVX512BF16__
-// Codes that are decoded where they are multiplied: as good as a slab for few rows of x, and not stored.
+// Codes that are decoded where they are multiplied: for rows of x that meet them all at once.
 template <class F, bool AFFINE>
 struct Direct {
   const char* codes[kSlab];
@@ -149,13 +149,11 @@ struct Direct {
   }
 };
 
-constexpr int kFew = 4;  // rows of x
-
 template <class F, bool AFFINE>
 void multiply_codes(const uint16_t* x, int64_t stride, const char* const (&codes)[kSlab],
                     const int32_t (*zero_point)[kSlab], int64_t count, const Parts& parts, float* sums, int64_t rows) {
   const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point};
-  multiply_rows<kFew>(x, stride, direct, count, parts, sums, rows);
+  multiply_rows<kTile>(x, stride, direct, count, parts, sums, rows);
 }
 
 // out[k] = the value of codes[k] less z, for k < count
@@ -227,7 +225,7 @@ struct Product {
         if (scales_parts) find_parts(n, k, columns, parts);
 #ifdef __AVX512BF16__
         if constexpr (sizeof(E) == 2) {
-          if (r1 - r0 <= kFew && columns % 32 == 0) {
+          if (r1 - r0 <= kTile && columns % 32 == 0) {
             multiply_direct(from, n, k, columns, parts, to, r1 - r0);
             continue;
           }
