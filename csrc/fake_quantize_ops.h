@@ -125,10 +125,14 @@ void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t) {
   void* data = into(dx);
   auto* ds = static_cast<float*>(into(dscale));
   auto* dz = AFFINE ? static_cast<float*>(into(dzero_point)) : nullptr;
+  const bool on_cpu = a.x.device().type == aoti_torch_device_type_cpu();
+  const Sizes partials = {2, on_cpu ? 0 : kPartials};
+  const Tensor partial = Tensor::empty(partials, aoti_torch_dtype_float32(), a.x.device());
   if (a.x.numel())
     Backend(a.x.device())
         .fake_quantize_backward({a.grid, dy.data(), a.x.data(), a.x_type, a.format->type, a.scales(), a.zero_points(),
-                                 int32_t(a.qmin()), int32_t(a.qmax()), lsq_mask, float(grad_factor), data, ds, dz});
+                                 int32_t(a.qmin()), int32_t(a.qmax()), lsq_mask, float(grad_factor), data, ds, dz,
+                                 static_cast<float*>(partial.data())});
   dx.finish(stack[0]);
   dscale.finish(stack[1]);
   if constexpr (AFFINE) dzero_point.finish(stack[2]);

@@ -76,6 +76,8 @@ struct FakeQuantize {
   void* y;                  // [M, K] of x_type
 };
 
+constexpr int64_t kPartials = 1024;  // of a sum that a GPU makes in two stages: enough for every one, the same on each
+
 // dx[i, j] = inside ? dy[i, j] : 0, and what each block's scale and zero point get
 struct FakeQuantizeBackward {
   Grid grid;
@@ -90,9 +92,11 @@ struct FakeQuantizeBackward {
   void* dx;            // [M, K] of x_type
   float* dscale;       // [ceil(M / br), ceil(K / bk)]
   float* dzero_point;  // the same shape, or null: symmetric
+  float* partial;      // [2, kPartials] to work in, on a GPU
 };
 
-// What a matmul multiplies by: values w[n, k] = (decode(codes[n, k]) - zero_point[n / br, k / bk]) * scale[n / br, k / bk]
+// What a matmul multiplies by: values w[n, k] = (decode(codes[n, k]) - zero_point[n / br, k / bk]) * scale[n / br, k /
+// bk]
 struct Weight {
   Grid grid;          // M is N here: [N, K]
   const void* codes;  // [N, K], or [N, ceil(K / 2)] bytes where the format is packed

@@ -23,6 +23,8 @@ WIDE = {
     "dequantize_kernel": ("STG.E.128",),
     "compute_scale_kernel": ("LDG.E.128",),
     "quantize_dynamic_kernel": ("LDG.E.128",),
+    "fake_quantize_kernel": ("LDG.E.128", "STG.E.128"),
+    "fake_quantize_backward_kernel": ("LDG.E.128", "STG.E.128"),
 }
 SPILLS = r"(LDL|STL)\b"
 FORBIDDEN = r"(D(ADD|MUL|FMA|SETP)|(RED|ATOMG?)\S*\.(F16|F32|F64|BF16))\b"  # nothing in double, no float atomics

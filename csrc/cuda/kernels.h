@@ -15,6 +15,8 @@ void compute_scale(const ComputeScale&, Stream);
 void quantize(const Quantize&, Stream);
 void dequantize(const Dequantize&, Stream);
 void quantize_dynamic(const QuantizeDynamic&, Stream);
+void fake_quantize(const FakeQuantize&, Stream);
+void fake_quantize_backward(const FakeQuantizeBackward&, Stream);
 void dequant_matmul(const DequantMatmul&, Stream);
 void dequant_matmul_backward(const DequantMatmulBackward&, Stream);
 void scaled_matmul(const ScaledMatmul&, Stream);

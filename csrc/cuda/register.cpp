@@ -1,6 +1,7 @@
 // The ops on CUDA tensors: on the device of x, in the caller's current stream.
 #include <torch/csrc/stable/accelerator.h>
 
+#include "../fake_quantize_ops.h"
 #include "../matmul_ops.h"
 #include "kernels.h"
 
@@ -24,6 +25,8 @@ class Cuda {
   QL_FORWARD(quantize, Quantize)
   QL_FORWARD(dequantize, Dequantize)
   QL_FORWARD(quantize_dynamic, QuantizeDynamic)
+  QL_FORWARD(fake_quantize, FakeQuantize)
+  QL_FORWARD(fake_quantize_backward, FakeQuantizeBackward)
   QL_FORWARD(dequant_matmul, DequantMatmul)
   QL_FORWARD(dequant_matmul_backward, DequantMatmulBackward)
   QL_FORWARD(scaled_matmul, ScaledMatmul)
@@ -39,6 +42,7 @@ class Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(quantlib, CUDA, m) {
   quantlib::register_ops<quantlib::Cuda>(m);
+  quantlib::register_fake_quantize<quantlib::Cuda>(m);
   quantlib::register_dequant_matmuls<quantlib::Cuda>(m);
   quantlib::register_tiled_matmul<quantlib::Cuda>(m);
   quantlib::register_scaled_matmuls<quantlib::Cuda>(m);

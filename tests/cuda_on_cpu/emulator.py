@@ -30,6 +30,7 @@ FLAGS = ("-O1", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-
 # Of the checks for undefined behaviour those that a kernel can meet: all of them take half as long again to compile.
 SANITIZERS = ("-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all")
 MATMULS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul")
+FAKE = ("fake_quantize", "fake_quantize_backward")
 TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum class Type of csrc/problem.h
 
 
@@ -93,7 +94,7 @@ class Call:
     op: str
     source: str
     target: str
-    flag: bool  # saturate, tiled or x_per_row
+    flag: bool  # saturate, tiled, x_per_row or lsq_mask
     seed: int  # of the order in which threads run
     grid: tuple[int, int, int, int]
     buffers: tuple[Buffer | None, ...]
@@ -102,7 +103,8 @@ class Call:
     M: int = 0  # of a matmul
 
     def packed(self) -> bytes:
-        op = 16 + MATMULS.index(self.op) if self.op in MATMULS else OPS.index(self.op)
+        first, ops = next(known for known in ((0, OPS), (16, MATMULS), (32, FAKE)) if self.op in known[1])
+        op = first + ops.index(self.op)
         types = (TYPES[self.source], TYPES[self.target], TYPES[self.result])
         activation = (None, *ACTIVATIONS).index(self.activation)
         counts = (self.seed, len(self.buffers), *self.grid, self.M)

@@ -20,6 +20,8 @@ ABSENT(compute_scale, ComputeScale)
 ABSENT(quantize, Quantize)
 ABSENT(dequantize, Dequantize)
 ABSENT(quantize_dynamic, QuantizeDynamic)
+ABSENT(fake_quantize, FakeQuantize)
+ABSENT(fake_quantize_backward, FakeQuantizeBackward)
 ABSENT(dequant_matmul, DequantMatmul)
 ABSENT(dequant_matmul_backward, DequantMatmulBackward)
 ABSENT(scaled_matmul, ScaledMatmul)
@@ -27,9 +29,9 @@ ABSENT(scaled_matmul, ScaledMatmul)
 }  // namespace quantlib
 
 struct Call {
-  int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py
+  int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py, 32 and in FAKE
   Type from, to, result;
-  uint8_t flag;  // saturate, tiled or x_per_row
+  uint8_t flag;  // saturate, tiled, x_per_row or lsq_mask
   Activation activation;
   uint32_t seed, buffers;
   Grid grid;
@@ -103,6 +105,16 @@ static void run(const Call& c, const std::vector<Buffer>& buffers) {
       return cuda::scaled_matmul(
           {c.M, p(0), c.from, scale(1), zero_point(2), c.flag != 0, w, {scale(6), c.activation}, p(7), c.result},
           nullptr);
+    }
+    case 32: {
+      const int32_t* q = zero_point(3);  // qmin, qmax
+      return cuda::fake_quantize({c.grid, p(0), c.from, c.to, scale(1), scale(2), q[0], q[1], p(4)}, nullptr);
+    }
+    case 33: {
+      const int32_t* q = zero_point(4);
+      return cuda::fake_quantize_backward({c.grid, p(0), p(1), c.from, c.to, scale(2), scale(3), q[0], q[1],
+                                           c.flag != 0, 1.0f, p(5), scale(6), scale(7), scale(8)},
+                                          nullptr);
     }
   }
 }

@@ -1,0 +1,54 @@
+// What fake_quantize.cu and fake_quantize_backward.cu share: the scale of a block, and the formats as types.
+#pragma once
+#include "../fake_quantize.h"
+#include "range.cuh"
+
+namespace quantlib {
+namespace cuda {
+
+struct Scales {
+  const float *scale, *zero_point;  // [M / br, K / bk]; the latter, or null
+  float scale_max;
+  Limits q;
+
+  template <class Problem>
+  explicit Scales(const Problem& p)
+      : scale(p.scale), zero_point(p.zero_point), scale_max(largest(p.format)), q{float(p.qmin), float(p.qmax)} {}
+
+  template <bool AFFINE>
+  QL_DEVICE Shared<float> at(int64_t block) const {
+    const float s = effective_scale(scale[block], scale_max);
+    return {reciprocal(s), s, AFFINE ? code_of(zero_point[block], q) : 0.0f};
+  }
+
+ private:
+  static float largest(Type format) {
+    switch (format) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return float_of(NAME::scale_max);
+      QL_FLOATS(QL_CASE)
+      QL_INTS(QL_CASE)
+#undef QL_CASE
+      default:
+        unknown_type();
+    }
+  }
+};
+
+// run(F{}, AFFINE) with what the codes of the format are: all integer formats are one.
+template <class Run>
+void visit_codes(Type format, bool affine, Run run) {
+  switch (format) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return run(NAME{}, std::false_type{});
+    QL_FLOATS(QL_CASE)
+#undef QL_CASE
+    default:
+      return affine ? run(Integer{}, std::true_type{}) : run(Integer{}, std::false_type{});
+  }
+}
+
+}  // namespace cuda
+}  // namespace quantlib
