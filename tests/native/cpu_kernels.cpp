@@ -482,6 +482,7 @@ int main(int argc, char** argv) {
         for (bool affine : {false, true})
           for (const Grid& grid : grids)
             for (int64_t M : {1, 8, 131}) check_scaled_matmul(ops, x_format, format, affine, M, grid);
+    check_scaled_matmul(ops, Type::int8, Type::int4, true, 9, {70, 5301, 1, 5301});  // several parts of each axis
     for (int format = 1; format <= int(Type::int4); ++format)
       for (Type x_type : {Type::float32, Type::float16, Type::bfloat16})
         for (bool affine : {false, true})
