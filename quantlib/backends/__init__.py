@@ -53,7 +53,7 @@ def refuses(backend: str, device: str, overload: str | None = None) -> str | Non
         lacks = overload is not None and (overload, DEVICES[serves]) not in _compiled
     else:
         why = _python_backend(backend).refuses(torch.device(device))
-        lacks = why is None and overload is not None and _op(overload) not in _python_backend(backend).KERNELS
+        lacks = why is None and overload is not None and _op(overload) not in _python_backend(backend).OPS
     return why or (f"has no kernel of {overload}" if lacks else None)
 
 
@@ -148,7 +148,7 @@ class _Layer:
 def serving_layer(name: str, overload: str, device: str) -> str | None:
     """The backend whose kernel layer ``name`` puts over the one that lies there already; None where none is due."""
     if name == "auto":
-        over = device == "cuda" and torch.version.cuda is not None and refuses("triton", device) is None
+        over = device == "cuda" and torch.version.cuda is not None and refuses("triton", device, overload) is None
         return "triton" if over else None
     return None if COMPILED.get(name) == device and (overload, DEVICES[device]) in _compiled else name
 

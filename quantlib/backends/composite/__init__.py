@@ -31,6 +31,7 @@ KERNELS = {
     "quantize_dynamic": quantize_dynamic,
     "scaled_matmul": scaled_matmul,
 }
+OPS = tuple(KERNELS)
 
 
 def refuses(device: torch.device) -> str | None:
