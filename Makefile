@@ -8,13 +8,16 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.c
 # One worker a core, each with one thread.
 WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8)
 
-.PHONY: help demo test setup lint format bench verify gpu sanitize clean
+.PHONY: help demo qat test setup lint format bench verify gpu sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 16
 
 demo: kernels-demo  ## quantize a real model to every format, check it, draw the table
 	$(RUN) -m quantlib.examples.demo $(ARGS)
+
+qat: kernels-qat  ## train two small models to be int8 and int4, beside quantizing them after training
+	$(RUN) -m quantlib.examples.qat $(ARGS)
 
 test: kernels-test  ## every test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) $(ARGS)

@@ -2,7 +2,7 @@
 
 A torch >= 2.11 that a Python on this machine already imports is used as it is, with all that lies beside it; only
 where there is none is torch fetched. Nothing is downloaded that is there. With no network the environment is what the
-machine has, and what is missing is named. EXTRA is an extra of pyproject.toml: test, demo, dev, bench.
+machine has, and what is missing is named. EXTRA is an extra of pyproject.toml: test, demo, qat, dev, bench.
 """
 
 from __future__ import annotations
