@@ -19,6 +19,7 @@ from benchmarks import (
     chart,
     compute_scale,
     dequantize,
+    fake_quantize,
     machine,
     matmul,
     quantize,
@@ -33,7 +34,7 @@ from quantlib import backends
 
 FAMILIES: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (cast, quantize, quantize_dynamic, dequantize, compute_scale, matmul, call, startup)
+    for module in (cast, quantize, quantize_dynamic, dequantize, compute_scale, fake_quantize, matmul, call, startup)
 }
 FULL, QUICK = (8192, 4096), (4096, 4096)  # 32 and 16 Mi elements, several times the last cache
 SECONDS = {False: 0.4, True: 0.3}  # of timed runs for a contender, by whether the run is quick

@@ -42,6 +42,9 @@ TARGETS = (
     Target("quantize float32 -> int8 tensor", "speedup", 2, ("torch.quantize_per_tensor", "torch.compile")),
     Target("quantize_dynamic float32 -> int8 row", "speedup", 3, COMPILE),
     Target("quantize_dynamic float32 -> int8 row", "of_copy", 0.6),
+    Target("fake_quantize float32 -> int8 row", "speedup", 4, ("torch learnable",)),
+    Target("fake_quantize float32 -> int8 row", "speedup", 2, ("torch.fake_quantize_per_channel_affine",)),
+    Target("fake_quantize float32 -> int8 row", "speedup", 2, COMPILE),
     *(
         Target(f"matmul {N}x{K} M={M} {conversion} row", "speedup", bound, (peer,))
         for N, K in SHAPES
