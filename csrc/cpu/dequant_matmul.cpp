@@ -139,7 +139,11 @@ struct Direct {
   struct Part {
     const Direct& direct;
     decltype(pairs_of<F, AFFINE>(0)) pairs[kSlab];
-    QL_MEMBER Floats operator()(int n, int64_t k) const { return pairs[n](direct.codes[n] + k * F::bits / 8); }
+    QL_MEMBER Floats operator()(int n, int64_t k) const {
+      const char* codes = direct.codes[n] + k * F::bits / 8;
+      __builtin_prefetch(codes + kSlab * (direct.codes[1] - direct.codes[0]));  // the same columns of the next slab
+      return pairs[n](codes);
+    }
   };
   QL_MEMBER Part part(int64_t p) const {
     const int32_t* z = zero_point[p];
