@@ -19,7 +19,7 @@ constexpr int kTile = 3;
 QL_FN Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
+#elif defined(__FMA__) && defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
