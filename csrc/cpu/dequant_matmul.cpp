@@ -10,15 +10,16 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kSlab = 4;    // rows of the weight decoded together
-constexpr int64_t kPanel = 32;  // rows of the weight whose sums are kept while x stays in the cache
+constexpr int64_t kSlab = 4;      // rows of the weight decoded together
+constexpr int64_t kPanel = 32;    // rows of the weight whose sums are kept while x stays in the cache
+constexpr int64_t kHeight = 264;  // rows of x that meet one slab: the more, the less is decoded again
 
 // ---- elements -------------------------------------------------------------------------------------------------------
 
 template <class E>
 constexpr int64_t kWidth = 4 * kLanes / int64_t(sizeof(E));  // elements of a register
 template <class E>
-constexpr int64_t kBlock = 4096 / int64_t(sizeof(E));  // columns of a slab, which is half of the first-level cache
+constexpr int64_t kBlock = 8192 / int64_t(sizeof(E));  // columns of a slab: the more, the fewer lanes are added up
 
 QL_FN Floats multiply_add(const float* x, Floats w, Floats sum) { return fma(load<Floats>(x), w, sum); }
 
@@ -215,9 +216,9 @@ struct Product {
 
   Product(const DequantMatmul& p, Rows<E> x, const int64_t* rows, int64_t m0) : p(p), x(x), rows(rows), m0(m0) {}
 
-  // Rows r0 .. r1, at most kRows, and columns n0 .. n1 of y, at most kPanel
+  // Rows r0 .. r1, at most kHeight, and columns n0 .. n1 of y, at most kPanel
   void operator()(int64_t r0, int64_t r1, int64_t n0, int64_t n1) const {
-    alignas(64) float sums[kRows * kPanel];
+    alignas(64) float sums[kHeight * kPanel];
     for (int64_t at = 0; at < (r1 - r0) * kPanel; ++at) sums[at] = 0.0f;
     Parts parts;
     Slab<E> slab;
@@ -307,12 +308,12 @@ struct Product {
 template <class E>
 void multiply_all(ParallelFor run, const Product<E>& product, int64_t rows) {
   const int64_t panel = rows <= 16 ? kSlab : kPanel;  // few rows: the weight is read as it lies
-  const int64_t across = (product.N + panel - 1) / panel, down = (rows + kRows - 1) / kRows;
-  const int64_t work = panel * least(rows, kRows) * most(1, product.K);
+  const int64_t across = (product.N + panel - 1) / panel, down = (rows + kHeight - 1) / kHeight;
+  const int64_t work = panel * least(rows, kHeight) * most(1, product.K);
   parallel(run, across * down, most(1, 4 * kGrain / work), [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t r = piece / across * kRows, n = piece % across * panel;
-      product(r, least(r + kRows, rows), n, least(n + panel, product.N));
+      const int64_t r = piece / across * kHeight, n = piece % across * panel;
+      product(r, least(r + kHeight, rows), n, least(n + panel, product.N));
     }
   });
 }
@@ -373,7 +374,7 @@ void multiply_pairs(const DequantMatmul& p, ParallelFor run, int64_t m0, int64_t
 void dequant_matmul(const DequantMatmul& p, ParallelFor run) {
   if (!p.weight.grid.M) return;
   constexpr int64_t bytes = int64_t(8) << 20;  // of x at a time, in FP32
-  const int64_t chunk = round_up(bytes / (4 * most(1, p.weight.grid.K)) + 1, kRows);
+  const int64_t chunk = round_up(bytes / (4 * most(1, p.weight.grid.K)) + 1, kHeight);
   for (int64_t m = 0; m < p.M; m += chunk) {
     const int64_t count = least(chunk, p.M - m);
 #ifdef __AVX512BF16__

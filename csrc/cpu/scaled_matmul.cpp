@@ -13,7 +13,7 @@ namespace QL_ISA {
 namespace {
 
 constexpr int64_t kSumCols = 64;         // rows of w whose sums with kRows rows of x are kept together
-constexpr int64_t kSumDepth = 2560;      // codes of a row: four of w and a tile of x share the first-level cache
+constexpr int64_t kSumDepth = 4096;      // codes of a row that are multiplied before lanes are added up
 constexpr int64_t kFlipGrain = 1 << 20;  // bytes to copy that a thread is worth waking for
 
 // out[k] = in[k] ^ flip
