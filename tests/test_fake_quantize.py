@@ -137,7 +137,7 @@ def test_any_axis_can_be_the_channels() -> None:
     assert torch.equal(got, torch.fake_quantize_per_channel_affine(x, scale, zero, 2, -128, 127))
 
 
-def test_gradients_of_the_smooth_parts_match_finite_differences(backend: str) -> None:
+def test_gradients_of_a_saturated_and_of_a_rounded_value(backend: str) -> None:
     """Where x saturates, y = c * s is linear in s; where it does not, x moves with the rounding: dy/ds = k - t."""
     scale = torch.full((1, 1), 0.5, requires_grad=True)
     saturated = torch.tensor([[100.0, -100.0]])
@@ -147,6 +147,24 @@ def test_gradients_of_the_smooth_parts_match_finite_differences(backend: str) ->
     inside = torch.tensor([[1.1]])
     (ds,) = torch.autograd.grad(quantlib.fake_quantize(inside, scale, "int4", block=(-1, -1)), [scale])
     assert math.isclose(ds.item(), 2 - 1.1 / 0.5, rel_tol=1e-6)
+
+
+def test_gradients_of_saturated_values_match_float64_differences(backend: str) -> None:
+    """Where every x saturates y is smooth in scale and zero point: (c - z) * s, c the lowest or the highest code."""
+    rng = np.random.default_rng(2)
+    x = np.where(rng.random((4, 32)) < 0.5, -1e6, 1e6)
+    dy, s, z = rng.standard_normal((4, 32)), rng.uniform(0.01, 0.1, (4, 1)), rng.integers(-9, 9, (4, 1)).astype(float)
+
+    def loss(s: Array, z: Array) -> Array:
+        return (dy * (np.where(x > 0, 127, -128) - z) * s).sum(1, keepdims=True)
+
+    h = 1e-6
+    differences = [(loss(s + h, z) - loss(s - h, z)) / (2 * h), (loss(s, z + h) - loss(s, z - h)) / (2 * h)]
+    leaves = [torch.tensor(v, dtype=torch.float32, requires_grad=True) for v in (s, z)]
+    y = quantlib.fake_quantize(torch.from_numpy(x).float(), leaves[0], "int8", block=(1, -1), zero_point=leaves[1])
+    y.backward(torch.from_numpy(dy).float())
+    for leaf, want in zip(leaves, differences, strict=True):
+        np.testing.assert_allclose(leaf.grad.numpy(), want, rtol=1e-3, atol=1e-3)
 
 
 def test_grad_factor_scales_what_is_learned_only() -> None:
@@ -197,6 +215,7 @@ BAD = {
     r"scale must be float32 \[2, 1\] on cpu, got float16 \[2, 1\] on cpu": {"scale": torch.ones(2, 1).half()},
     "x must be float32, float16 or bfloat16, got int32": {"x": torch.ones(2, 8, dtype=torch.int32)},
     r"zero_point must be float32 \[2, 1\] on cpu, got float32 \[1, 1\] on cpu": {"zero_point": torch.zeros(1, 1)},
+    r"zero_point must be in -128..127, got 128": {"zero_point": torch.full((2, 1), 128, dtype=torch.int32)},
     "mask must be rounded or lsq, got 'none'": {"mask": "none"},
     "zero_point must be None for float8_e5m2, got a value": {"format": "float8_e5m2", "zero_point": torch.zeros(2, 1)},
 }

@@ -110,7 +110,8 @@ def fake_quantize(
     block : (br, bk)
         Rows and columns that share a scale, -1 for the whole axis.
     zero_point : Tensor of scale's shape, optional
-        int32, or float32 to be learned, for integer formats; rounded, and clamped to the codes there are.
+        For integer formats: int32, a code; or float32, to be learned, which is rounded and clamped to the codes there
+        are.
     grad_factor : float
         What the gradients of scale and zero point are multiplied by: :func:`grad_factor` of LSQ, or 1.
     mask : {"rounded", "lsq"}
@@ -246,6 +247,7 @@ def _call(
     out: Tensor | None = None,
 ) -> Tensor:
     if isinstance(zero_point, Tensor) and not zero_point.is_floating_point():
+        check_codes(zero_point, name, limits)
         zero_point = zero_point.to(torch.float32)
     args = (x, scale, name, block, zero_point, limits, lsq_mask, grad_factor)
     if out is None:
@@ -253,6 +255,16 @@ def _call(
         return y
     _fake_quantize_out(*args, out=out)
     return out
+
+
+def check_codes(zero_point: Tensor, name: str, limits: Limits | None) -> None:
+    """Integer zero points are codes; one that is learned may leave their range, and is clamped."""
+    f, values = formats.get(name), host_values(zero_point)
+    if values is None or isinstance(f, formats.FloatFormat):
+        return
+    qmin, qmax = limits or f.range(affine=True)
+    if values[0] < qmin or values[1] > qmax:
+        fail("fake_quantize", "zero_point", f"in {qmin}..{qmax}", int(values[0] if values[0] < qmin else values[1]))
 
 
 def codes_of_range(f: formats.Format, zero_point: Tensor | None, limits: Limits | None) -> tuple[Tensor | None, Limits]:
