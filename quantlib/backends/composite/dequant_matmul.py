@@ -13,7 +13,7 @@ from quantlib.backends.composite.numerics import Block, encode_float, float_form
 from quantlib.backends.tiles import TileLayout
 from quantlib.formats import Format
 
-SLAB = 1 << 20  # weights that are float32 at a time: 4 MiB
+SLAB = 1 << 18  # weights that are floats at a time: 1 MiB, 2 where they have to be float64
 
 
 def dequant_matmul(
