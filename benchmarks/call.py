@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import quantlib
-from benchmarks.case import LIMIT, OURS, Call, Case, Contender, Tensors, normal, numbers
 from quantlib import backends, reference
 from quantlib.testing.bytes import Array, bits
+
+from .case import LIMIT, OURS, Call, Case, Contender, Tensors, normal, numbers
 
 OPS = {
     "cast": "float32 -> bfloat16",

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import quantlib
-from benchmarks import peers
-from benchmarks.case import Call, Case, Contender, Tensors, normal, numbers
 from quantlib import reference
 from quantlib.testing import poisoned
 from quantlib.testing.bytes import Array
+
+from . import peers
+from .case import Call, Case, Contender, Tensors, normal, numbers
 
 QUICK = (
     ("float32", "float16"),

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case import OURS, PEER, Row
+from .case import OURS, PEER, Row
 
 COLOURS = {
     "quantlib": "#1f4e9c",

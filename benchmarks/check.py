@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.case import Call, Case, Contender, Tensors
 from quantlib import testing
 from quantlib.testing.bytes import POISON, Array
+
+from .case import Call, Case, Contender, Tensors
 
 END = 128  # rows at either end of the timed tensors, where threads and tails would go wrong
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import (
+from quantlib import backends
+
+from . import (
     call,
     cast,
     chart,
@@ -27,10 +29,9 @@ from benchmarks import (
     report,
     startup,
 )
-from benchmarks.case import OURS, Case, Row
-from benchmarks.measure import measure
-from benchmarks.targets import verdicts
-from quantlib import backends
+from .case import OURS, Case, Row
+from .measure import measure
+from .targets import verdicts
 
 FAMILIES: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import quantlib
-from benchmarks import formulas, peers
-from benchmarks.case import Call, Case, Contender, Scaled, Tensors, normal, of_block_rows
 from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array, bits, poisoned
+
+from . import formulas, peers
+from .case import Call, Case, Contender, Scaled, Tensors, normal, of_block_rows
 
 QUICK = (("int8:row", "float32"),)
 MORE = (

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import quantlib
-from benchmarks import peers
-from benchmarks.case import Call, Case, Contender, Scaled, Tensors, normal, numbers, of_block_rows
 from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array
+
+from . import peers
+from .case import Call, Case, Contender, Scaled, Tensors, normal, numbers, of_block_rows
 
 QUICK = (("float32", "int8:row"),)
 MORE = (("float32", "int8:tensor"), ("float32", "int4:group:128"), ("bfloat16", "int8:row"))

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.case import normal, ready
-from benchmarks.measure import timed
 from quantlib import backends
+
+from .case import normal, ready
+from .measure import timed
 
 PACKAGES = ("torch", "numpy", "triton", "torchao", "bitsandbytes")
 

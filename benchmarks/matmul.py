@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quantlib
-from benchmarks import peers
-from benchmarks.case import Call, Case, Contender, Scaled, Tensors, numbers
 from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array, bits, poisoned
+
+from . import peers
+from .case import Call, Case, Contender, Scaled, Tensors, numbers
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # (N, K)
 ROWS = (1, 4, 16, 64, 256)  # M

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks import check
-from benchmarks.case import LIMIT, OURS, PEER, Call, Case, Contender, Row, Tensors
+from . import check
+from .case import LIMIT, OURS, PEER, Call, Case, Contender, Row, Tensors
 
 MOST = 50  # timed runs of a contender
 

@@ -15,8 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.case import Call, Contender, Tensors
 from quantlib.spec import QuantSpec
+
+from .case import Call, Contender, Tensors
 
 FRESH = "fresh output"  # the time includes the page faults of new memory
 CODEBOOK = f"{FRESH}; codes of its own codebook"

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 import quantlib
-from benchmarks import formulas, peers
-from benchmarks.case import Call, Case, Contender, Scaled, Tensors, normal, numbers, of_block_rows
 from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array
+
+from . import formulas, peers
+from .case import Call, Case, Contender, Scaled, Tensors, normal, numbers, of_block_rows
 
 QUICK = (("float32", "int8:tensor"),)
 MORE = (

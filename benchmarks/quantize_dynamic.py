@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 import quantlib
-from benchmarks import formulas, peers
-from benchmarks.case import Call, Case, Contender, Tensors, numbers, of_block_rows
-from benchmarks.compute_scale import Ranged
 from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array
+
+from . import formulas, peers
+from .case import Call, Case, Contender, Tensors, numbers, of_block_rows
+from .compute_scale import Ranged
 
 QUICK = (("float32", "int8:row"),)
 MORE = (

@@ -11,8 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case import Row, seconds
-from benchmarks.targets import Verdict, verdicts
+from .case import Row, seconds
+from .targets import Verdict, verdicts
 
 VERSION = 1  # of the JSON
 

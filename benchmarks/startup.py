@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import quantlib
-from benchmarks.case import LIMIT, OURS, Call, Case, Contender, Tensors
+
+from .case import LIMIT, OURS, Call, Case, Contender, Tensors
 
 HOME = Path(quantlib.__file__).parent.parent
 

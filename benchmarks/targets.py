@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.case import OURS, Row, seconds
-from benchmarks.matmul import ROWS, SHAPES
+from .case import OURS, Row, seconds
+from .matmul import ROWS, SHAPES
 
 
 @dataclass(frozen=True)
