@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,8 @@ class Contender:
         What the timed call returned, as tensors to compare; () where its codes mean something else.
     note : str
         What a reader must know to judge the time.
+    moved : int
+        Bytes it has to move where those are not the op's, e.g. of a weight in floating point; 0: as the op.
     within : () -> context manager
         Entered around every call and not timed: the switch of backends.
     """
@@ -47,6 +49,7 @@ class Contender:
     role: str = PEER
     read: Callable[[Any], Tensors] | None = None
     note: str = ""
+    moved: int = 0
     within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def results(self, returned: Any, outs: Tensors) -> Tensors:
@@ -59,8 +62,19 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What this machine can do at most, measured in the same run."""
+
+    copy: float | None = None  # bytes a second that a plain copy of float32 reads and writes
+    products: Mapping[str, float] = field(default_factory=dict)  # dtype -> FLOPs a second of torch's own products
+
+
+@dataclass(frozen=True)
 class Case:
-    """One op on one input; a family is a subclass. Bytes moved are the op's own: every input and output once."""
+    """One op on one input; a family is a subclass.
+
+    Bytes and FLOPs are those of the op's own model, whoever does it: every input and output once, 2 M N K a product.
+    """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -98,6 +112,20 @@ class Case:
     @property
     def name(self) -> str:
         return case_name(self.family, self.op, self.conversion, self.per)
+
+    @property
+    def multiplies(self) -> str:
+        """The dtype of the products, "float32", "bfloat16" or "int8", whose peak is a limit; "" where there is none."""
+        return ""
+
+    @property
+    def flops(self) -> int:
+        """Of a call, an addition being one and a multiplication another; 0 where nobody would ask."""
+        return 0
+
+    def moved(self, inputs: Tensors, outs: Tensors) -> int:
+        """Bytes that a call has to move; 0 where nobody would ask."""
+        return sum(t.nbytes for t in (*inputs, *outs)) if self.streams else 0
 
     @property
     def copied(self) -> int:
@@ -230,19 +258,29 @@ class Row:
     shape: tuple[int, ...]
     backend: str
     role: str
+    dtype: str = ""
+    device: str = "cpu"
     runs: int = 0
     min: float | None = None
     median: float | None = None
     spread: float | None = None  # distance between the quartiles, as a share of the median
     bytes: int | None = None
     gb_per_s: float | None = None
-    of_copy: float | None = None  # share of the bytes a second of the plain copy in the same rounds
+    of_copy: float | None = None  # share of the bytes a second of a plain copy, of the same rounds where there is one
+    flops: int | None = None
+    tflop_per_s: float | None = None
+    of_peak: float | None = None  # share of the FLOPs a second of torch's own products in `multiplies`
     speedup: float | None = None  # time of the best peer / own time
     above: float | None = None  # own time less the limit's
     differing: int | None = None  # elements whose bytes are not the reference's
     compared: int | None = None
     note: str = ""
     error: str = ""
+
+    @property
+    def intensity(self) -> float | None:
+        """FLOPs a byte."""
+        return self.flops / self.bytes if self.flops and self.bytes else None
 
     @property
     def case(self) -> str:

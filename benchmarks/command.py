@@ -29,7 +29,7 @@ from . import (
     report,
     startup,
 )
-from .case import OURS, Case, Row
+from .case import OURS, Case, Limits, Row
 from .measure import measure
 from .targets import verdicts
 
@@ -68,9 +68,11 @@ def bench(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     rows: list[Row] = []
     about = machine.describe("cpu")
-    about["copy_gb_per_s"] = machine.copy_bandwidth(shape_of(args), "cpu")
+    limits = machine.limits(shape_of(args), "cpu")
+    about["copy_gb_per_s"] = (limits.copy or 0.0) / 1e9
+    about["peak_tflop_per_s"] = {dtype: rate / 1e12 for dtype, rate in limits.products.items()}
     try:
-        run(chosen(args), rows, args.seconds or SECONDS[args.quick], args.without)
+        run(chosen(args), rows, args.seconds or SECONDS[args.quick], args.without, limits)
         complete = True
     except KeyboardInterrupt:
         complete = False
@@ -82,11 +84,11 @@ def bench(args: argparse.Namespace) -> int:
     return FAILED if any(row.error for row in rows if row.role == OURS) else 0
 
 
-def run(cases: Iterable[Case], rows: list[Row], seconds: float, without: Sequence[str] = ()) -> None:
+def run(cases: Iterable[Case], rows: list[Row], seconds: float, without: Sequence[str], limits: Limits) -> None:
     """Append the rows of every case, with a progress bar where stderr is a terminal."""
     with tqdm(list(cases), disable=None, unit="case", file=sys.stderr) as bar:
         for case in bar:
-            measure(case, rows, seconds, without, bar.set_description_str)
+            measure(case, rows, seconds, without, bar.set_description_str, limits)
 
 
 def chosen(args: argparse.Namespace) -> list[Case]:

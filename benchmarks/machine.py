@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -15,9 +16,11 @@ import torch
 
 from quantlib import backends
 
-from .case import normal, ready
+from .case import Call, Limits, normal, ready
 from .measure import timed
 
+PRODUCTS = ("float32", "bfloat16", "int8")  # dtypes with a peak
+SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # sizes of the products that the peaks are of
 PACKAGES = ("torch", "numpy", "triton", "torchao", "bitsandbytes")
 
 
@@ -70,8 +73,38 @@ def commit() -> str | None:
         return None
 
 
+def limits(shape: tuple[int, ...], device: str) -> Limits:
+    """What every share is of, measured before anything else."""
+    return Limits(copy_bandwidth(shape, device), {dtype: peak(dtype, device) for dtype in PRODUCTS})
+
+
 def copy_bandwidth(shape: tuple[int, ...], device: str, runs: int = 20) -> float:
-    """GB/s of a plain copy of float32, bytes read and written, best of ``runs``."""
+    """Bytes a second that a plain copy of float32 reads and writes, best of ``runs``."""
     x, y = normal(shape, "float32", device), ready(shape, device)
-    best = min(timed(lambda: y.copy_(x), 1) for _ in range(runs))
-    return 2 * x.nbytes / best / 1e9
+    return 2 * x.nbytes / best(lambda: y.copy_(x), device, runs)
+
+
+def peak(dtype: str, device: str, runs: int = 5) -> float:
+    """FLOPs a second of torch's own product of square matrices, best of ``runs`` and of the sizes."""
+    rates = []
+    for size in SQUARES[device]:
+        x = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+        product = torch._int_mm if dtype == "int8" else torch.mm
+        rates.append(2 * size**3 / best(functools.partial(product, x, x.t()), device, runs))
+    return max(rates)
+
+
+def best(call: Call, device: str, runs: int) -> float:
+    """Seconds of the fastest of ``runs``, after one that is not timed."""
+    call()
+    return min(timed(call, 1) for _ in range(runs)) if device == "cpu" else min(by_events(call) for _ in range(runs))
+
+
+def by_events(call: Call) -> float:
+    """Seconds on the GPU's own clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

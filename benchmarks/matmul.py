@@ -64,6 +64,17 @@ class Matmul(Scaled):
         return f"{x} x {self.spec.format}"
 
     @property
+    def multiplies(self) -> str:
+        return "int8" if self.dynamic else self.dtype
+
+    @property
+    def flops(self) -> int:
+        return 2 * math.prod(self.shape)
+
+    def moved(self, inputs: Tensors, outs: Tensors) -> int:
+        return sum(t.nbytes for t in (*inputs, *outs))
+
+    @property
     def dynamic(self) -> bool:
         """Whether x is quantized too."""
         return self.spec.activation is not None
