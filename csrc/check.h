@@ -121,7 +121,7 @@ struct Result {
 
 inline void check_tensor(const char* op, const char* argument, const Tensor& got, const Result& expected,
                          Device device) {
-  if (got.dtype() != expected.dtype || !(got.device() == device) || got.sizes() != SizesView(expected.sizes))
+  if (got.dtype() != expected.dtype || !(got.device() == device) || !got.sizes().equals(expected.sizes))
     fail(op, argument, described(expected.sizes, expected.dtype, device),
          described(got.sizes(), got.dtype(), got.device()));
 }

@@ -166,8 +166,8 @@ void scaled_matmul(StableIValue* stack, uint64_t, uint64_t) {
   const Weight weight = w.check<Backend>(op, K, device, integers);
   const int64_t N = weight.grid.M;
   const Sizes per_row = {M, 1}, one = {1, 1};
-  const bool x_per_row = x_scale.sizes() == SizesView(per_row);
-  if (!x_per_row && x_scale.sizes() != SizesView(one))
+  const bool x_per_row = x_scale.sizes().equals(per_row);
+  if (!x_per_row && !x_scale.sizes().equals(one))
     fail(op, "x_scale", "float32 " + text_of(per_row) + " or [1, 1] on " + text_of(device),
          described(x_scale.sizes(), x_scale.dtype(), x_scale.device()));
   check_tensor(op, "x_scale", x_scale, {x_scale.sizes().vec(), aoti_torch_dtype_float32()}, device);
