@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantlib import ops
 from quantlib.nn import QUANTIZED, QuantModule
 from quantlib.nn.functional import SOURCES, Weight, dequantize_weight
-from quantlib.nn.module import FROZEN
+from quantlib.nn.module import check_dynamic
 from quantlib.ops.check import one_of
 from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
@@ -69,8 +69,8 @@ def quantize_(
     TypeError
         For a model that is not a module, and for a weight that is not float32, float16 or bfloat16.
     ValueError
-        For an unknown spec or type, a model without a layer to quantize, or a weight that is not finite, naming the
-        layer and the row.
+        For an unknown spec or type, one with static activations, a model without a layer to quantize, or a weight
+        that is not finite, naming the layer and the row.
 
     Examples
     --------
@@ -88,6 +88,8 @@ def quantize_(
     if not layers and filter_fn is None:
         found = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "none"
         raise ValueError(f"model must have an {one_of([f'nn.{t.__name__}' for t in types])} to quantize, got {found}")
+    if not all(weight_of(layer).is_meta for layer in layers.values()):  # a skeleton's scales are still to be loaded
+        check_dynamic(spec)
     for name, layer in layers.items():
         check_weight(f"weight of layer {name}", weight_of(layer).flatten(1), spec, on_nonfinite)
 
@@ -278,6 +280,5 @@ def put(new: nn.Module, old: nn.Module, places: dict[int, list[tuple[nn.Module, 
 def share_weight(first: QuantModule, layer: nn.Module, spec: QuantSpec) -> QuantModule:
     """The quantized form of ``layer``, whose weight is the one that ``first`` was made of."""
     new = quantized_type(layer).like(layer, spec)
-    for name in FROZEN:
-        new.register_parameter(name, first._parameters[name])
+    new.share(first)
     return new

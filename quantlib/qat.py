@@ -19,8 +19,8 @@ from quantlib.api import (
     weight_of,
 )
 from quantlib.nn.fake_quantize import FakeQuantize, Source
-from quantlib.nn.module import FROZEN, QuantModule
-from quantlib.nn.observers import Initial
+from quantlib.nn.module import QuantModule
+from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.nn.qat import QAT, QATModule
 from quantlib.ops.check import one_of
 from quantlib.report import Report
@@ -36,6 +36,8 @@ def prepare_qat_(
     scale: Source = "learned",
     initial: Initial = "minmax",
     mask: str = "rounded",
+    activation_scale: Source | None = None,
+    observer: type[Observer] = MovingAverageObserver,
 ) -> Report:
     """Make the layers of ``model`` compute with the values that their codes will have, in place, to be trained so.
 
@@ -55,13 +57,19 @@ def prepare_qat_(
         What is a layer here.
     scale : {"learned", "dynamic"}
         Whether the scales of weights are parameters (LSQ), or follow the weights at each forward as `quantize_` takes
-        them. Activations are always projected with the scales of the moment, as they will be when deployed.
+        them. Activations are projected with the scales of the moment, as they will be when deployed, unless the spec
+        has them static.
     initial : {"minmax", "mse", "lsq"}
         Where learned scales start: at those of `quantize_` (C4), so that training starts from exactly what
         quantizing without training gives; at those of least squared error, which is better at 4 bits and takes 64
         passes over the weights; or at LSQ's 2 mean|w| / sqrt(Q).
     mask : {"rounded", "lsq"}
         Where a weight passes its gradient on: where its rounded code is in range, or where weight / scale itself is.
+    activation_scale : {"observed", "learned"}, optional
+        Of static activations: whether their scale is what the observer says until ``qat_mode_(observers=False)``, the
+        default, or a parameter that is learned from there.
+    observer : type of Observer
+        What watches static activations: `nn.MovingAverageObserver`, `nn.MinMaxObserver`, `nn.PercentileObserver` ...
 
     Returns
     -------
@@ -90,6 +98,7 @@ def prepare_qat_(
     QuantLinear(in_features=64, out_features=64, bias=True, spec=int8:row@int8:row)
     """
     spec = QuantSpec.parse(spec)
+    check_activation_scale(activation_scale, spec)
     check_root(model)
     types = checked_types(types)
     skipped = reasons_to_skip(model, filter_fn, types)
@@ -103,10 +112,13 @@ def prepare_qat_(
     for name, layer in layers.items():
         check_weight(f"weight of layer {name}", weight_of(layer).flatten(1), spec, "raise")
 
+    options: dict[str, Any] = {
+        "scale": scale, "initial": initial, "mask": mask, "activation_scale": activation_scale, "observer": observer,
+    }  # fmt: skip
     report, prepared = Report(skipped=skipped), dict[str, QATModule]()
     quantizers: dict[int, FakeQuantize] = {}  # id of a weight -> what projects it
     for name, layer in layers.items():
-        prepared[name] = new = QAT[type(layer)].from_float(layer, spec, scale=scale, initial=initial, mask=mask)
+        prepared[name] = new = QAT[type(layer)].from_float(layer, spec, **options)
         if id(new.weight) in quantizers:
             new.weight_quantizer = quantizers[id(new.weight)]
         else:
@@ -151,19 +163,24 @@ def convert_(model: nn.Module) -> Report:
                 quantizer.observer.report()
         first = done.get(id(layer.weight))
         try:
-            converted[name] = new = layer.convert() if first is None else layer.QUANT.like(layer, layer.spec)
+            converted[name] = new = layer.convert(first)
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"layer {name}: {error}") from None
         if first is None:
             done[id(layer.weight)] = new
             report.layers.append(describe(name, layer.weight, new.plain, new.spec))
-        else:
-            for key in FROZEN:
-                new.register_parameter(key, first._parameters[key])
     places = places_of(model)
     for name, new in converted.items():
         put(new, layers[name], places)
     return report
+
+
+def check_activation_scale(source: str | None, spec: QuantSpec) -> None:
+    static = spec.activation is not None and spec.activation.static
+    if source is not None and not static:
+        raise ValueError(f"activation_scale must be None unless activations are static, got {source!r} for {spec}")
+    if source not in (None, "observed", "learned"):
+        raise ValueError(f"activation_scale must be observed or learned, got {source!r}")
 
 
 def qat_mode_(

@@ -1,6 +1,6 @@
 """What a weight is projected to: a format, how many weights share a scale, symmetric or affine; and the activations.
 
-As text, ``format[:per][:affine][@activation]``, where a weight and an activation are written alike::
+As text, ``format[:per][:affine][@activation[:static]]``, where a weight and an activation are written alike::
 
     int8                 int8, one scale a row (the default of int8)
     int4:group:32        int4, one scale for 32 weights of a row
@@ -8,6 +8,7 @@ As text, ``format[:per][:affine][@activation]``, where a weight and an activatio
     uint8:row:affine     uint8 with a zero point
     bfloat16             a plain cast: no scale
     int8:row@int8:row    int8 weights, and activations projected to int8 row by row as they arrive
+    int8@int8:tensor:static    the same with one scale for all activations, which training or calibration found
 
 or one of the names of `SCHEMES`, such as ``W8A16``.
 """
@@ -34,7 +35,9 @@ SCHEMES = {
     "fp4": "float4_e2m1fn:group:128",
 }
 
-GRAMMAR = "format[:tensor|:row|:group:N|:tile:N][:affine][@activation], e.g. int8:row, int4:group:32, W8A16, W8A8"
+GRAMMAR = (
+    "format[:tensor|:row|:group:N|:tile:N][:affine][@activation[:static]], e.g. int8:row, int4:group:32, W8A16, W8A8"
+)
 TARGETS = tuple(f.name for f in formats.TABLE)
 
 
@@ -53,7 +56,10 @@ class QuantSpec:
     symmetric : bool, optional
         False gives integer formats a zero point. True by default; False for ``uint8``, whose codes have no sign.
     activation : QuantSpec or str, optional
-        Project the input of the layer too, with scales taken from the input as it arrives.
+        Project the input of the layer too, with scales taken from the input as it arrives, or static ones.
+    static : bool
+        Of an activation per tensor: its scale is kept with the layer, and does not follow the input. It comes from
+        `prepare_qat_` and `convert_`.
 
     Raises
     ------
@@ -72,6 +78,7 @@ class QuantSpec:
     per: str | None = None
     symmetric: bool | None = None
     activation: QuantSpec | None = None
+    static: bool = False
 
     def __post_init__(self) -> None:
         row = formats.get(self.format)
@@ -85,6 +92,8 @@ class QuantSpec:
             raise ValueError(f"symmetric must be True for {row.name}, which has no zero point, got False")
         if not row.signed and symmetric:
             raise ValueError(f"symmetric must be False for {row.name}, which has no negative codes, got True")
+        if self.static and (per != "tensor" or self.activation is not None):
+            raise ValueError(f"static must be False but for an activation with one scale, per tensor, got per {per}")
         activation = None if self.activation is None else QuantSpec.parse(self.activation)
         if activation is not None and activation.activation is not None:
             raise ValueError(f"activation must be a format without an activation of its own, got {activation}")
@@ -108,11 +117,12 @@ class QuantSpec:
         whole = text.strip().lower()
         weight, at, activation = SCHEMES.get(whole, whole).partition("@")
         name, *words = SCHEMES.get(weight, weight).split(":")
+        static = words[-1:] == ["static"] and bool(words.pop())
         affine = words[-1:] == ["affine"] and bool(words.pop())
         try:
             if at and not activation:
                 raise ValueError("an activation must follow the @")
-            return cls(name, ":".join(words) or None, False if affine else None, activation or None)  # type: ignore[arg-type]
+            return cls(name, ":".join(words) or None, False if affine else None, activation or None, static)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"spec must be {GRAMMAR}, got {spec!r}: {error}") from None
 
@@ -159,8 +169,8 @@ class QuantSpec:
         return M * K * max(self.row.bits, 8) // 8 + blocks * (4 if self.symmetric else 8)
 
     def __str__(self) -> str:
-        affine = None if self.symmetric else "affine"
-        text = ":".join(word for word in (self.format, self.per, affine) if word)
+        words = (self.format, self.per, "" if self.symmetric else "affine", "static" if self.static else "")
+        text = ":".join(word for word in words if word)
         return text if self.activation is None else f"{text}@{self.activation}"
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantlib import ops
 from quantlib.formats import IntFormat
-from quantlib.nn.functional import Weight, project, quantize_weight
+from quantlib.nn.functional import Scale, Weight, project, quantize_weight
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
 from quantlib.spec import QuantSpec
 
@@ -136,16 +136,34 @@ class FakeQuantize(KeepsDtype):
         ValueError
             For a scale that is not above 0.
         """
-        if self.scale is None:
+        if self.base is None:
             return quantize_weight(x, self.spec)
+        (scale, zero_point), x, block = self.static(), x.detach(), self.spec.block(x.shape)
+        return Weight(ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point), scale, zero_point)
+
+    @torch.no_grad()
+    def static(self) -> Scale:
+        """The scale that is not dynamic, and its zero point, of [blocks] each, as codes have them.
+
+        Raises
+        ------
+        RuntimeError
+            Where an observer sets the scale and has seen nothing.
+        ValueError
+            For a scale that is dynamic or not above 0.
+        """
+        if self.scale is None:
+            raise ValueError(f"scale must be learned or observed, got {self.source}")
         scale, zero_point = self.scale.detach().view(self.blocks).clone(), None
-        if not scale.is_meta and not (scale > 0).all():
-            raise ValueError(f"scale must be above 0, got {scale[~(scale > 0)][0]:g}")
+        if not scale.is_meta:
+            if self.observer is not None and not int(self.observer.batches):
+                raise RuntimeError("convert_ must come after a forward with observers on, got none")
+            if not (scale > 0).all():
+                raise ValueError(f"scale must be above 0, got {scale[~(scale > 0)][0]:g}")
         if self.zero_point is not None and isinstance(self.spec.row, IntFormat):  # as C10 has it
             z = self.zero_point.detach().view(self.blocks)
             zero_point = torch.where(z == z, z, 0).clamp(*self.spec.row.range(affine=True)).round().int()
-        x, block = x.detach(), self.spec.block(x.shape)
-        return Weight(ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point), scale, zero_point)
+        return Scale(scale, zero_point)
 
     def extra_repr(self) -> str:
         words = [f"{self.spec}, {self.source} scale"]

@@ -82,14 +82,28 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def project(x: Tensor, spec: QuantSpec) -> Tensor:
-    """The values that codes of ``x`` stand for, scales taken from ``x``: y = dequantize(quantize_dynamic(x)).
+class Scale(NamedTuple):
+    """What a static activation is projected with."""
 
-    x may be of any float dtype, and y is of the same; float64 is rounded to float32 first. The gradient passes
-    straight through: the scale follows x, so nothing is clipped.
+    scale: Tensor  # [1, 1] float32
+    zero_point: Tensor | None = None  # [1, 1] int32
+
+
+def project(x: Tensor, spec: QuantSpec, static: Scale | None = None) -> Tensor:
+    """The values that codes of ``x`` stand for: y = dequantize(quantize(x)).
+
+    x may be of any float dtype, and y is of the same; float64 is rounded to float32 first. The scale is taken from x,
+    and the gradient passes straight through, since nothing is clipped; or it is ``static``, and the gradient stops
+    where x is out of its range.
     """
-    y: Tensor = _Project.apply(x, spec)  # type: ignore[no-untyped-call]
-    return y
+    y: Tensor
+    if static is None:
+        y = _Project.apply(x, spec)  # type: ignore[no-untyped-call]
+        return y
+    narrow = x.float() if x.dtype == torch.float64 else x
+    zero_point = None if static.zero_point is None else static.zero_point.float()
+    y = ops.fake_quantize(narrow, static.scale, spec.format, block=spec.block(x.shape), zero_point=zero_point)
+    return y.to(x.dtype)
 
 
 class _Project(torch.autograd.Function):
@@ -107,9 +121,21 @@ class _Project(torch.autograd.Function):
         return dy, None
 
 
+def _clipped(dy: Tensor, x: Tensor, spec: QuantSpec, static: Scale) -> Tensor:
+    """The gradient of x through `project` with a static scale: dy, and 0 where x is out of its range."""
+    scale, zero_point = static
+    args = (spec.format, spec.block(x.shape))
+    if zero_point is None:
+        dx: Tensor = torch.ops.quantlib.fake_quantize_backward(dy, x, scale, *args)[0]
+    else:
+        dx = torch.ops.quantlib.fake_quantize_backward.affine(dy, x, scale, zero_point.float(), *args)[0]
+    return dx
+
+
 def integer_matmul(
     x: Tensor,
     activation: QuantSpec,
+    static: Scale | None,
     codes: Tensor,
     scale: Tensor,
     format: str,
@@ -117,10 +143,9 @@ def integer_matmul(
     zero_point: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """y = scaled_matmul(quantize_dynamic(x), codes), of x's dtype.
+    """y = scaled_matmul(quantize(x), codes), of x's dtype.
 
-    Gradients of x, scale and bias are those of the product with the values of the codes; through the projection of x
-    they pass straight.
+    Gradients of x, scale and bias are those of the product with the values of the codes, through `project` of x.
 
     Parameters
     ----------
@@ -128,10 +153,13 @@ def integer_matmul(
         float32, float16 or bfloat16.
     activation : QuantSpec
         int8 or uint8, a scale for each row or for all of x.
+    static : Scale, optional
+        Of a static activation; the scale of any other is taken from x.
     codes, scale, format, block, zero_point, bias
         As for `quantlib.scaled_matmul`.
     """
-    y: Tensor = _IntegerMatmul.apply(x, scale, bias, codes, zero_point, activation, format, block)  # type: ignore[no-untyped-call]
+    given = (None, None) if static is None else static
+    y: Tensor = _IntegerMatmul.apply(x, scale, bias, codes, zero_point, *given, activation, format, block)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -143,12 +171,19 @@ class _IntegerMatmul(torch.autograd.Function):
         bias: Tensor | None,
         codes: Tensor,
         zero_point: Tensor | None,
+        x_scale: Tensor | None,
+        x_zero_point: Tensor | None,
         activation: QuantSpec,
         format: str,
         block: tuple[int, int],
     ) -> Tensor:
-        x_codes, x_scale, x_zero_point = quantize_weight(x, activation)
-        assert x_scale is not None
+        if x_scale is None:
+            x_codes, x_scale, x_zero_point = quantize_weight(x, activation)
+            assert x_scale is not None
+        else:
+            x_codes = ops.quantize(
+                x, x_scale, activation.format, block=activation.block(x.shape), zero_point=x_zero_point
+            )
         return ops.scaled_matmul(
             x_codes,
             x_scale,
@@ -164,20 +199,23 @@ class _IntegerMatmul(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, bias, codes, zero_point, ctx.activation, ctx.format, ctx.block = inputs
+        x, scale, bias, codes, zero_point, x_scale, x_zero_point, ctx.activation, ctx.format, ctx.block = inputs
         ctx.K, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, codes, zero_point)
+        reads_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[0] and x_scale is not None)
+        ctx.save_for_backward(x if reads_x else None, scale, codes, zero_point, x_scale, x_zero_point)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, codes, zero_point = ctx.saved_tensors
+        x, scale, codes, zero_point, x_scale, x_zero_point = ctx.saved_tensors
+        static = None if x_scale is None else Scale(x_scale, x_zero_point)
         weight = (codes, scale, ctx.format, ctx.block, zero_point)
         dx = dscale = dbias = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight, ctx.K)
+            dx = dx if static is None else _clipped(dx, x, ctx.activation, static)
         if ctx.needs_input_grad[1]:
-            values = project(x, ctx.activation)
+            values = project(x, ctx.activation, static)
             dscale = torch.ops.quantlib.dequant_matmul_backward_scale(dy, values, *weight)
         if ctx.needs_input_grad[2]:
             dbias = dy.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dscale, dbias, None, None, None, None, None
+        return dx, dscale, dbias, *[None] * 7

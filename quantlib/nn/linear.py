@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import ops
-from quantlib.nn.functional import SOURCES, Weight, autocast, integer_matmul, project
-from quantlib.nn.module import QuantModule
+from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project
+from quantlib.nn.module import FROZEN, QuantModule
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.spec import QuantSpec
 
@@ -42,6 +42,10 @@ class QuantLinear(QuantModule, nn.Linear):
     weight, weight_scale, weight_zero_point, spec, block, dtype
         As in `QuantModule`.
     bias : nn.Parameter [N], or None
+    input_scale : nn.Parameter [1, 1] float32, or None
+        Of all inputs, frozen; None unless the activation of the spec is static.
+    input_zero_point : nn.Parameter [1, 1] int32, or None
+        None unless the static activation is affine.
 
     Notes
     -----
@@ -55,11 +59,14 @@ class QuantLinear(QuantModule, nn.Linear):
     - Codes without a scale, and a float64 input, for which there is no kernel: ``F.linear`` with the whole weight in
       the dtype of the input.
 
-    Gradients reach the input, the bias and, where it is made to require one, ``weight_scale``; through the projection
-    of an input they pass straight.
+    Gradients reach the input, the bias and, where it is made to require one, ``weight_scale``. Through the projection
+    of an input they pass straight, and stop where it is out of the range of a static scale.
     """
 
     FLOAT = nn.Linear
+    KEPT = (*FROZEN, "input_scale", "input_zero_point")
+    input_scale: nn.Parameter | None
+    input_zero_point: nn.Parameter | None
 
     def __init__(
         self,
@@ -76,6 +83,11 @@ class QuantLinear(QuantModule, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.batch_invariant = batch_invariant
         self._allocate(QuantSpec.parse(spec), dtype, device)
+        activation, static = self.spec.activation, None
+        if activation is not None and activation.static:
+            zero_point = None if activation.symmetric else torch.zeros(1, 1, dtype=torch.int32, device=device)
+            static = Scale(torch.ones(1, 1, dtype=torch.float32, device=device), zero_point)
+        self.set_input_scale(static)
         self.product = product_of(self.spec, in_features)
         zeros = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device)) if bias else None
         self.register_parameter("bias", zeros)
@@ -91,6 +103,11 @@ class QuantLinear(QuantModule, nn.Linear):
         new.bias = layer.bias
         return new
 
+    def set_input_scale(self, static: Scale | None) -> None:
+        """Keep what static activations are projected with; None where they are not static."""
+        for name, tensor in zip(("input_scale", "input_zero_point"), static or (None, None), strict=True):
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
     def with_weight(self, weight: nn.Parameter) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype)
         linear.weight = weight
@@ -102,18 +119,19 @@ class QuantLinear(QuantModule, nn.Linear):
         x, spec, activation = autocast(x), self.spec, self.spec.activation
         codes, scale, zero_point = self.weight, self.weight_scale, self.weight_zero_point
         bias: Tensor | None = self.bias
+        static = None if self.input_scale is None else Scale(self.input_scale, self.input_zero_point)
         if self.batch_invariant:
             self._check_batch_invariant(x)
         if scale is None or x.dtype == torch.float64:
-            x = x if activation is None else project(x, activation)
+            x = x if activation is None else project(x, activation, static)
             return F.linear(x, self.values(x.dtype), None if bias is None else bias.to(x.dtype))
         bias = bias if bias is None or bias.dtype in SOURCES else bias.float()
         if self.product == "rows":
             return ops.dynamic_matmul(x, codes, scale, spec.format, block=self.block, zero_point=zero_point, bias=bias)
         if activation is not None:
             if self.product == "integers":
-                return integer_matmul(x, activation, codes, scale, spec.format, self.block, zero_point, bias)
-            x = project(x, activation)
+                return integer_matmul(x, activation, static, codes, scale, spec.format, self.block, zero_point, bias)
+            x = project(x, activation, static)
         return ops.dequant_matmul(
             x,
             codes,
@@ -180,7 +198,8 @@ class QuantLinear(QuantModule, nn.Linear):
         if not self.spec.scaled or x.dtype == torch.float64:
             what = f"an input of {x.dtype}" if self.spec.scaled else f"codes of {self.spec}, which have no scale"
             raise RuntimeError(f"batch_invariant must be False for F.linear to multiply, got {what}")
-        if activation is not None and (activation.per or "").partition(":")[0] in ("tensor", "tile"):
+        shared = activation is not None and (activation.per or "").partition(":")[0] in ("tensor", "tile")
+        if activation is not None and shared and not activation.static:
             raise RuntimeError(f"batch_invariant must be False where rows share a scale, got activations {activation}")
 
     def _load_from_state_dict(self, *args: Any) -> None:

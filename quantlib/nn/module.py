@@ -50,6 +50,7 @@ class QuantModule(nn.Module):
     """
 
     FLOAT: ClassVar[type[nn.Module]]
+    KEPT: ClassVar[tuple[str, ...]] = tuple(FROZEN)  # the parameters whose dtypes are part of the format
     _version = 1  # of the state: what `load_state_dict` of this and every later version reads
     spec: QuantSpec
     block: tuple[int, int]
@@ -88,7 +89,7 @@ class QuantModule(nn.Module):
         TypeError
             For another module, or one that is quantized already.
         ValueError
-            For an unknown spec, and for what this module cannot do.
+            For an unknown spec, one with static activations, and for what this module cannot do.
         """
         if not isinstance(layer, cls.FLOAT) or isinstance(layer, QuantModule):
             raise TypeError(f"layer must be an nn.{cls.FLOAT.__name__} with float weights, got {type(layer).__name__}")
@@ -96,6 +97,8 @@ class QuantModule(nn.Module):
             raise ValueError(f"layer must be an nn.{cls.FLOAT.__name__} that {cls.__name__} can serve, got one {why}")
         new = cls.like(layer, QuantSpec.parse(spec))
         assert isinstance(layer.weight, Tensor)
+        if not layer.weight.is_meta:  # a skeleton's scales are still to be loaded
+            check_dynamic(new.spec)
         new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec))
         return new.train(layer.training)
 
@@ -140,13 +143,18 @@ class QuantModule(nn.Module):
         zero_point = None if spec.symmetric else torch.zeros(blocks, dtype=torch.int32, device=device)
         self._freeze(Weight(codes, scale, zero_point))
 
+    def share(self, other: QuantModule) -> None:
+        """Have the weight of ``other``, the same parameters: a tied weight."""
+        for name in FROZEN:
+            self.register_parameter(name, other._parameters[name])
+
     def _freeze(self, weight: Weight) -> None:
         for name, field in FROZEN.items():
             tensor = getattr(weight, field)
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        frozen = [p for name in FROZEN if (p := self._parameters[name]) is not None]
+        frozen = [p for name in self.KEPT if (p := self._parameters[name]) is not None]
 
         def keep_dtype(t: Tensor) -> Tensor:
             y = fn(t)
@@ -174,7 +182,7 @@ class QuantModule(nn.Module):
             error_msgs.append(f"{prefix}weight must be of version {self._version} or older, got version {version}")
         elif spec.weight_only != self.spec.weight_only:
             error_msgs.append(f"{prefix}weight must be codes of {self.spec.weight_only}, got {spec.weight_only}")
-        elif wrong := [name for name in FROZEN if not self._same_dtype(name, state_dict.get(prefix + name))]:
+        elif wrong := [name for name in self.KEPT if not self._same_dtype(name, state_dict.get(prefix + name))]:
             for name in wrong:
                 expected, got = self._parameters[name], state_dict[prefix + name]
                 expected_dtype = "absent" if expected is None else expected.dtype
@@ -188,6 +196,17 @@ class QuantModule(nn.Module):
     def _same_dtype(self, name: str, got: Tensor | None) -> bool:
         expected = self._parameters[name]
         return got is None or expected is None or got.dtype == expected.dtype
+
+
+def check_dynamic(spec: QuantSpec) -> None:
+    """``spec`` is for a weight, and asks for nothing that only training or calibration can find."""
+    if spec.static:
+        raise ValueError(f"spec must be static in its activation only, got {spec}")
+    if spec.activation is not None and spec.activation.static:
+        raise ValueError(
+            f"spec must have activations whose scales follow the input, got {spec}: "
+            "static ones come from prepare_qat_, some forwards, and convert_"
+        )
 
 
 def stored_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
 from quantlib.nn.linear import QuantLinear
 from quantlib.nn.module import QuantModule
-from quantlib.nn.observers import Initial
+from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -39,13 +39,17 @@ class QATModule(nn.Module):
         Where a learned scale starts: see `quantlib.prepare_qat_`.
     mask : {"rounded", "lsq"}
         Where the weight passes its gradient on: where its rounded code is in range, or where weight / scale itself is.
+    activation_scale : {"observed", "learned"}, optional
+        Where the scale of a static activation comes from: see `quantlib.prepare_qat_`.
+    observer : type of Observer
+        What watches a static activation.
 
     Attributes
     ----------
     weight_quantizer : FakeQuantize
         Holds the scale of the weight: ``weight_quantizer.scale``.
     input_quantizer : FakeQuantize, or None
-        Follows the input, as `QuantLinear` does; None without an activation in the spec.
+        Projects the input, as `QuantLinear` does; None without an activation in the spec.
     spec : QuantSpec
     """
 
@@ -63,10 +67,12 @@ class QATModule(nn.Module):
         scale: Source = "learned",
         initial: Initial = "minmax",
         mask: str = "rounded",
+        activation_scale: Source | None = None,
+        observer: type[Observer] = MovingAverageObserver,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._fake_quantize(spec, scale, initial, mask)
+        self._fake_quantize(spec, scale, initial, mask, activation_scale, observer)
 
     @classmethod
     def from_float(
@@ -77,6 +83,8 @@ class QATModule(nn.Module):
         scale: Source = "learned",
         initial: Initial = "minmax",
         mask: str = "rounded",
+        activation_scale: Source | None = None,
+        observer: type[Observer] = MovingAverageObserver,
     ) -> Self:
         """``layer``, prepared: the weight and the bias are the same parameters, not copies.
 
@@ -93,7 +101,7 @@ class QATModule(nn.Module):
             raise ValueError(f"layer must be an nn.{type(layer).__name__} that {cls.__name__} can serve, got one {why}")
         new = cls.__new__(cls)
         vars(new).update({name: copy.copy(value) for name, value in vars(layer).items()})
-        new._fake_quantize(spec, scale, initial, mask)
+        new._fake_quantize(spec, scale, initial, mask, activation_scale, observer)
         return new.train(layer.training)
 
     def fake_weight(self) -> Tensor:
@@ -111,8 +119,13 @@ class QATModule(nn.Module):
         """
         return self.weight_quantizer.codes(self.weight.flatten(1))
 
-    def convert(self) -> QuantModule:
+    def convert(self, shared: QuantModule | None = None) -> QuantModule:
         """The module of codes: what it computes is what this one does in evaluation.
+
+        Parameters
+        ----------
+        shared : QuantModule, optional
+            What another module with the same weight has become: the codes are shared too.
 
         Raises
         ------
@@ -130,24 +143,44 @@ class QATModule(nn.Module):
         if not self.weight.is_meta and not self.weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {self.weight[~self.weight.isfinite()][0]:g}")
         new = self.QUANT.like(self, self.spec)
-        new._freeze(self.codes())
+        if shared is None:
+            new._freeze(self.codes())
+        else:
+            new.share(shared)
+        if isinstance(new, QuantLinear) and self.input_quantizer is not None and self.input_quantizer.spec.static:
+            new.set_input_scale(self.input_quantizer.static())
         return new.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, spec={self.spec}"
 
-    def _fake_quantize(self, spec: Any, scale: Source, initial: Initial, mask: str) -> None:
+    def _fake_quantize(
+        self,
+        spec: Any,
+        scale: Source,
+        initial: Initial,
+        mask: str,
+        activation_scale: Source | None,
+        observer: type[Observer],
+    ) -> None:
         if scale == "observed":
             raise ValueError("scale must be learned or dynamic for a weight, got 'observed'")
         spec = QuantSpec.parse(spec)
+        if spec.static:
+            raise ValueError(f"spec must be static in its activation only, got {spec}")
         self.spec = spec if self.PROJECTS_INPUT else spec.weight_only
         weight = self.weight.detach().flatten(1)
         self.weight_quantizer = FakeQuantize(weight.shape, self.spec, scale=scale, mask=mask, device=weight.device)
         self.weight_quantizer.initialize(weight, initial)
-        activation, size = self.spec.activation, weight.shape[1:]
+        activation, size, device = self.spec.activation, weight.shape[1:], weight.device
         self.input_quantizer = None
-        if activation is not None:
-            self.input_quantizer = FakeQuantize(size, activation, scale="dynamic", device=weight.device)
+        if activation is not None and activation.static:
+            source, watch = activation_scale or "observed", observer(size, activation, device=device)
+            self.input_quantizer = FakeQuantize(
+                size, activation, scale=source, observer=watch, mask=mask, device=device
+            )
+        elif activation is not None:
+            self.input_quantizer = FakeQuantize(size, activation, scale="dynamic", device=device)
 
 
 class QATLinear(QATModule, nn.Linear):
