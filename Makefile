@@ -41,8 +41,8 @@ bench: kernels-bench  ## time every op beside its peers
 verify: kernels-test  ## all 2^32 inputs of every cast, and of int8 at the scales of the contract
 	$(RUN) -m quantlib verify $(ARGS)
 
-gpu: .venv/ready-test  ## on a machine with a GPU, offline too: build for it, every test and every sweep on it
-	$(RUN) scripts/gpu_acceptance.py $(ARGS)
+gpu:  ## on a machine with a GPU, offline too: build for it, every proof on it, then the benchmarks
+	$(if $(PYTHON),$(PYTHON),python3) scripts/gpu_acceptance.py $(ARGS)
 
 # Python is not built with them, so their libraries have to be there before it; it also leaks on purpose.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g

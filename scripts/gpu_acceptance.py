@@ -1,154 +1,195 @@
 """Everything there is to prove on a GPU: `make gpu`, or ``python scripts/gpu_acceptance.py [--limit SECONDS]``.
 
-Builds the C++ and CUDA libraries, then runs every test, the case table and all 2^32 sweeps on the device, compiled
-Triton and CUDA C++ both. The work comes in pieces of at most nine minutes; the summary is written after each, and a
-piece that has passed with these very sources is not run again. Exit status 0: all passed; 1: something failed; 2: this
-machine cannot; 3: the limit was reached, run again to go on.
+Builds the C++ and CUDA libraries, launches every kernel, captures every op in a CUDA graph, runs all tests and all 2^32
+inputs on the device and NVIDIA's sanitizers over the CUDA kernels, then the benchmarks; compiled Triton and CUDA C++
+both. No network: what is not installed shrinks what is run, and is named. The work comes in pieces of at most nine
+minutes, each a process of its own; the summary is written after each, and a piece that has passed with these very
+sources is not run again. Exit status 0: all passed; 1: something failed; 2: this machine cannot; 3: the limit was
+reached, run again to go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import importlib.metadata
 import json
 import os
-import runpy
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-PIECE_SECONDS = 540
-BACKENDS = ("triton", "cuda")
-# What is compiled is compiled for the device: no interpreter, and a build that fails is an error.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QUANTLIB_BACKEND")} | {
-    "QUANTLIB_BUILD": "1",
-    "PYTHONPATH": str(ROOT),
-    "PYTHONUNBUFFERED": "1",
+import gpu_page
+from gpu_pieces import LIBRARY, ROOT, Piece, digest, has, nvcc, pieces, run
+
+OPTIONAL = {
+    "xdist": "pytest-xdist: the tests run on one core",
+    "pytest_timeout": "pytest-timeout: a kernel that hangs takes its whole piece with it",
+    "hypothesis": "hypothesis: the tests that draw their inputs",
+    "ml_dtypes": "ml_dtypes: the tests that compare with it",
+    "transformers": "transformers: the tests on a real model",
+    "bitsandbytes": "bitsandbytes: a peer of the benchmarks",
+    "torchao": "torchao: a peer of the benchmarks",
+    "gemlite": "gemlite: a peer of the benchmarks",
+    "matplotlib": "matplotlib: the charts",
 }
+SAME = ("gpu", "python", "torch", "triton")  # what has to be the same for a result to stay
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One command and its name in the summary."""
-
-    name: str
-    command: tuple[str, ...]
-
-    def run(self, seconds: float) -> dict[str, object]:
-        """What the summary says of it."""
-        started = time.perf_counter()
-        process = [sys.executable, *self.command]
-        try:
-            done = subprocess.run(
-                process, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds
-            )
-            status, said = ("passed" if done.returncode == 0 else "failed"), done.stdout + done.stderr
-        except subprocess.TimeoutExpired as late:
-            status, said = "out of time", (late.stdout or b"").decode(errors="replace")
-        lines = [line for line in said.splitlines() if line.strip()]
-        return {
-            "status": status,
-            "seconds": round(time.perf_counter() - started, 1),
-            "last": next((line.strip("= ") for line in reversed(lines) if "Warning" not in line), ""),
-            **({} if status == "passed" else {"output": lines[-60:]}),
-        }
-
-
-def pieces() -> Iterator[Piece]:
-    """In the order in which they are worth running."""
-    table = runpy.run_path(str(ROOT / "quantlib/formats.py"))["TABLE"]
-    yield Piece("build", ("quantlib/_build.py", "cpu", "cuda"))
-    for backend in BACKENDS:
-        yield Piece(f"cases {backend}", ("-m", "quantlib.testing", backend, "--device", "cuda"))
-    for path in sorted(ROOT.glob("tests/**/test_*.py")):
-        name = str(path.relative_to(ROOT))
-        yield Piece(f"tests {name}", ("-m", "pytest", "-q", "-p", "no:cacheprovider", name))
-    for backend in BACKENDS:
-        for op in ("cast", "quantize", "dequantize"):
-            for f in table:
-                if op != "cast" or (f.is_float and not f.packed):
-                    what = ("--op", op, "--format", f.name)
-                    command = ("-m", "quantlib", "verify", "--device", "cuda", "--backend", backend, *what)
-                    yield Piece(f"sweep {backend} {op} {f.name}", command)
-
-
-def missing() -> list[str]:
-    """Why this machine cannot."""
-    import torch
-
-    nvcc = runpy.run_path(str(ROOT / "quantlib/_build.py"))["nvcc"]()
-    no_device = f"torch {torch.__version__} sees no CUDA device" if torch.version.cuda else ""
-    return [
-        *([] if torch.cuda.is_available() else [no_device or f"torch {torch.__version__} is built without CUDA"]),
-        *([] if nvcc else ["there is no nvcc to compile csrc/cuda with"]),
-    ]
-
-
-def machine() -> dict[str, str]:
-    """What the summary is true of."""
-    import torch
-    import triton
-
-    major, minor = torch.cuda.get_device_capability()
-    return {
-        "device": f"{torch.cuda.get_device_name()}, sm_{major}{minor}",
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "sources": sources(),
-    }
-
-
-def sources() -> str:
-    """A digest of all that the pieces run."""
-    sha = hashlib.sha256()
-    for path in sorted(p for folder in ("csrc", "quantlib", "tests") for p in (ROOT / folder).rglob("*.*")):
-        if path.suffix in (".py", ".def", ".h", ".cuh", ".cu", ".cpp", ".txt"):
-            sha.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return sha.hexdigest()[:16]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Every test and every sweep on this machine's GPU.")
-    parser.add_argument("--out", type=Path, default=ROOT / "build/gpu.json", help="the summary, also what to resume")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="stop after this many seconds")
-    parser.add_argument("--only", default="", help="only the pieces whose name holds this")
-    given = parser.parse_args()
-    if lacks := missing():
+def main(
+    argv: Sequence[str] | None = None,
+    missing: Callable[[], list[str]] | None = None,
+    machine: Callable[[], dict[str, Any]] | None = None,
+    wanted: Callable[[], Iterable[Piece]] = pieces,
+) -> int:
+    """The command; the three functions stand for the machine it runs on."""
+    given = parser().parse_args(argv)
+    chosen = [piece for piece in wanted() if given.only in piece.name or piece.name == "build"]
+    if given.list:
+        print(*(f"{piece.seconds:5} s  {piece.name}{lacking(piece)}" for piece in chosen), sep="\n")
+        return 0
+    if lacks := (missing or missing_here)():
         print("make gpu needs a GPU, a torch with CUDA and nvcc:", *lacks, sep="\n  ", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + given.limit
-    here = machine()
-    summary = json.loads(given.out.read_text()) if given.out.exists() else {}
-    if summary.get("machine") != here:
-        summary = {"machine": here, "pieces": {}}
+    return accept(chosen, given, (machine or machine_here)())
+
+
+def accept(chosen: list[Piece], given: argparse.Namespace, here: dict[str, Any]) -> int:
+    """Run what has not passed yet, then say how it stands."""
+    summary = resumed(given.out, here)
     done = summary["pieces"]
-    wanted = [piece for piece in pieces() if given.only in piece.name or piece.name == "build"]
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for piece in wanted:
-        if done.get(piece.name, {}).get("status") == "passed" and piece.name != "build":
-            continue
-        left = deadline - time.monotonic()
-        if left < 5:
-            break
-        result = piece.run(min(left, PIECE_SECONDS))
-        if result["status"] == "out of time" and left < PIECE_SECONDS:
-            break  # its time will come in the next run
+    for why in here.get("missing", []):
+        print(f"left out, not installed: {why}", flush=True)
+    todo = [piece for piece in chosen if piece.name == "build" or not passed(done, piece)]
+    deadline = time.monotonic() + given.limit
+    for piece, result in run(todo, given.out.parent / "gpu", deadline, given.jobs):
+        if result is None:
+            continue  # its time will come in the next run
         done[piece.name] = result
-        given.out.write_text(json.dumps(summary, indent=2) + "\n")
+        save(given.out, summary)
         print(f"{result['status']:11} {result['seconds']:6} s  {piece.name}: {result['last']}", flush=True)
-        if result["status"] != "passed" and piece.name == "build":
-            break
-    states = [done.get(piece.name, {}).get("status", "to come") for piece in wanted]
+        if result["status"] == "failed":
+            print(*(f"    {line}" for line in result["output"][-12:]), sep="\n", flush=True)
+    states = [str(done[piece.name]["status"]) if fresh(done, piece) else "to come" for piece in chosen]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
-    print(f"{here['device']}: {counts}; {given.out}")
+    print(f"{here['gpu']}: {counts}; {given.out}")
+    if given.save:
+        publish(summary, given.save)
     if any(state in ("failed", "out of time") for state in states):
         return 1
     return 3 if "to come" in states else 0
+
+
+def resumed(out: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """The summary so far, if it is of this machine."""
+    before: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    same = all(before.get("machine", {}).get(what) == here.get(what) for what in SAME)
+    return {"machine": here, "pieces": before.get("pieces", {}) if same else {}}
+
+
+def fresh(done: dict[str, Any], piece: Piece) -> bool:
+    """Whether there is a result for the sources of now."""
+    return piece.name in done and done[piece.name]["sources"] == piece.digest
+
+
+def passed(done: dict[str, Any], piece: Piece) -> bool:
+    return fresh(done, piece) and done[piece.name]["status"] == "passed"
+
+
+def save(out: Path, summary: dict[str, Any]) -> None:
+    """The whole file or the one before."""
+    new = out.with_suffix(".new")
+    new.write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(new, out)
+
+
+def publish(summary: dict[str, Any], name: str) -> None:
+    """Keep the summary in the repository, and show it in docs/gpu.md."""
+    path = gpu_page.RESULTS / f"gpu-{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    save(path, summary)
+    gpu_page.write()
+    print(f"{path.relative_to(ROOT)} and {gpu_page.PAGE.relative_to(ROOT)} are written")
+
+
+def lacking(piece: Piece) -> str:
+    return f" (left out: {piece.lacks})" if piece.lacks else ""
+
+
+def missing_here() -> list[str]:
+    """Why this machine cannot."""
+    packages = [
+        f"{name} is not installed" for name in ("torch", "numpy", "triton", "tqdm", "safetensors") if not has(name)
+    ]
+    if not has("torch"):
+        return packages
+    import torch
+
+    no_device = f"torch {torch.__version__} sees no CUDA device" if torch.version.cuda else ""
+    return [
+        *packages,
+        *([] if torch.cuda.is_available() else [no_device or f"torch {torch.__version__} is built without CUDA"]),
+        *([] if nvcc() else ["there is no nvcc to compile csrc/cuda with"]),
+    ]
+
+
+def machine_here() -> dict[str, Any]:
+    """What the summary is true of."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    compiler = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=False).stdout
+    return {
+        "gpu": f"{properties.name}, sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": properties.L2_cache_size >> 20,
+        **nvidia_smi(),
+        "cores": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: version(name) for name in ("triton", "numpy")},
+        "nvcc": release[1] if (release := re.search(r"release ([0-9.]+)", compiler)) else "",
+        "sources": digest(LIBRARY),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "missing": [what for name, what in OPTIONAL.items() if not has(name)],
+    }
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver, clocks and power, read and not set."""
+    asked = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw")
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip((name.replace(".", "_") for name in asked), map(str.strip, told.split(",")), strict=False))
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description="Every proof and every figure on this machine's GPU.")
+    top.add_argument("--list", action="store_true", help="the pieces in their order, with a guess of their seconds")
+    top.add_argument("--only", default="", metavar="TEXT", help="the build, and the pieces whose name holds this")
+    top.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help="stop after so many seconds")
+    cores = os.cpu_count() or 1
+    top.add_argument("--jobs", type=int, default=max(1, min(3, cores // 5)), help="pieces at a time (%(default)s)")
+    out = ROOT / "build/gpu.json"
+    top.add_argument("--out", type=Path, default=out, metavar="FILE", help="the summary, also what to resume")
+    top.add_argument("--save", metavar="NAME", help="also write benchmarks/results/gpu-NAME.json and docs/gpu.md")
+    return top
 
 
 if __name__ == "__main__":
