@@ -196,6 +196,9 @@ def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: 
         is_int = isinstance(arg, int) and not isinstance(arg, bool)
         if isinstance(arg, torch.Tensor):
             signature[parameter.name] = "*" + type_names[str(arg.dtype)[6:]]
+        elif hasattr(arg, "block_shape"):  # a tensor descriptor
+            signature[parameter.name] = f"tensordesc<{type_names[str(arg.base.dtype)[6:]]}{arg.block_shape}>"
+            continue
         elif parameter.is_constexpr or arg is None or (is_int and arg == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", arg
             continue

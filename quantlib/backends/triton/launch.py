@@ -169,6 +169,12 @@ def device_name(device: torch.device) -> str:
     return "" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs run at a time where one fills a multiprocessor; of no device, three."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: int, **options: int) -> None:
     """Start ``programs`` programs on the current stream of ``device``; nothing waits for them.
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from quantlib import formats
 from quantlib.backends.triton import launch, tuning
+from quantlib.backends.triton.descriptors import describable, multiply_described
 from quantlib.backends.triton.matmul import (
     arrive,
     finish,
@@ -118,7 +119,13 @@ def scaled_matmul(
     y: torch.Tensor,
 ) -> None:
     (M, K), N, groups = x_codes.shape, y.shape[1], scale.shape[1]
-    tile = tuning.choose_scaled((M, N, K), format, block[1], launch.device_name(y.device))
+    tile = tuning.choose_scaled(
+        (M, N, K), format, block[1], launch.device_name(y.device), y.dtype,
+        describable(x_codes, codes, scale, x_zero_point, zero_point),
+    )  # fmt: skip
+    if tile.described:
+        multiply_described(x_codes, x_scale, codes, scale, format, block, bias, activation, y, tile)
+        return
     tiles = triton.cdiv(N, tile.tile_n) * triton.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.int32, tiles, y.device)
     masked = min(block[1], K) % tile.tile_k > 0 or K % block[1] % tile.tile_k > 0

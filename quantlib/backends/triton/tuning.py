@@ -19,6 +19,7 @@ from quantlib.formats import Format
 
 FEW = 32  # rows of x up to which a group's scale multiplies its sum, and two warps share a tile
 PROGRAMS = 512  # enough to fill a device: a number of no device, so that the bytes are those of every device
+ENOUGH = 96  # tiles, nearly one a multiprocessor
 SLAB = 1 << 23  # weights of a slab: 16 MiB
 LONGEST = 8  # steps at least of a split, so that its loads overlap
 
@@ -34,6 +35,7 @@ class MatmulTile:
     warps: int
     stages: int  # of loads in flight
     slab: int = 0  # rows of the weight that are made floats at a time, for the vendor's matmul; 0: none are
+    described: bool = False  # loaded through tensor descriptors (descriptors.py)
 
 
 Shape = tuple[int, int, int]  # M, N, K
@@ -99,12 +101,16 @@ def choose_backward(shape: Shape, dtype: torch.dtype) -> MatmulTile:
 
 
 @functools.lru_cache(4096)
-def choose_scaled(shape: Shape, format: Format, bk: int, device: str) -> MatmulTile:
-    """The tile of scaled_matmul of x_codes [M, K] with codes [N, K]."""
+def choose_scaled(
+    shape: Shape, format: Format, bk: int, device: str, dtype: torch.dtype, describable: bool
+) -> MatmulTile:
+    """The tile of scaled_matmul of x_codes [M, K] with codes [N, K], y of ``dtype``."""
     M, _, K = shape
     found = measured(device, shape, (format.name, "int8"))
     if found:
         return shown(found)
+    if describable and M > 64:
+        return shown(choose_described(shape, dtype))
     if M <= FEW:
         tile_n, tile_m, tile_k, warps, stages = 64, max(8, power_of_2(M)), 128, 2, 4
     elif M <= 64:
@@ -115,6 +121,16 @@ def choose_scaled(shape: Shape, format: Format, bk: int, device: str) -> MatmulT
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
     splits = splits_of(shape, tile_n, tile_m, tile_k) if bk >= K else 1
     return shown(MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages))
+
+
+def choose_described(shape: Shape, dtype: torch.dtype) -> MatmulTile:
+    """The largest tile of which there are enough; 128 x 256 sums leave no registers for narrow stores, wide values."""
+    M, N, _ = shape
+    wide = dtype.itemsize == 2 and N % 16 == 0
+    sizes = [(256, 128, 8, 3)] * wide + [(128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 4)]
+    enough = (size for size in sizes if triton.cdiv(N, size[0]) * triton.cdiv(M, size[1]) >= ENOUGH)
+    tile_n, tile_m, warps, stages = next(enough, sizes[-1])
+    return MatmulTile(tile_n, tile_m, 128, 1, warps, stages, described=True)
 
 
 def step_of(bk: int, most: int) -> int:
