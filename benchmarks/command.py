@@ -20,13 +20,15 @@ from . import (
     cast,
     chart,
     compute_scale,
+    dequant_matmul,
     dequantize,
     fake_quantize,
     machine,
-    matmul,
+    modules,
     quantize,
     quantize_dynamic,
     report,
+    scaled_matmul,
     startup,
 )
 from .case import OURS, Case, Limits, Row
@@ -35,7 +37,10 @@ from .targets import verdicts
 
 FAMILIES: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (cast, quantize, quantize_dynamic, dequantize, compute_scale, fake_quantize, matmul, call, startup)
+    for module in (
+        *(cast, quantize, quantize_dynamic, dequantize, compute_scale, fake_quantize),
+        *(dequant_matmul, scaled_matmul, modules, call, startup),
+    )
 }
 FULL, QUICK = (8192, 4096), (4096, 4096)  # 32 and 16 Mi elements, several times the last cache
 SECONDS = {False: 0.4, True: 0.3}  # of timed runs for a contender, by whether the run is quick

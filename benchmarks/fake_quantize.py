@@ -1,4 +1,4 @@
-"""y[i, j] = c[i, j] * scale[i // br, j // bk] and the gradients of x and scale: forward and backward through autograd.
+"""y[i, j] = c[i, j] * scale[i // br, j // bk] and the gradients of x and scale: forward, backward, both, by autograd.
 
 y and dx are fresh memory for everybody, as they are in training.
 """
@@ -6,6 +6,7 @@ y and dx are fresh memory for everybody, as they are in training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,15 +27,36 @@ Forward = Callable[[Tensor, Tensor], Tensor]  # (x, scale) -> y
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    chosen = QUICK if quick else QUICK + MORE
-    return [FakeQuantize(dtype=dtype, spec=QuantSpec.parse(spec), **common) for dtype, spec in chosen]
+    """Both ways for every spec, each way by itself for the first."""
+    chosen = [(dtype, QuantSpec.parse(spec)) for dtype, spec in (QUICK if quick else QUICK + MORE)]
+    parts = [(way, *chosen[0]) for way in ("forward", "backward")] + [("", *one) for one in chosen]
+    return [FakeQuantize(way=way, dtype=dtype, spec=spec, **common) for way, dtype, spec in parts]
 
 
+@dataclass(frozen=True)
 class FakeQuantize(Scaled):
-    """Results are y and dx; dscale is computed too, but it is a sum, whose bytes no two agree on."""
+    """``way`` is "forward", "backward", or "" for one after the other.
+
+    Results are y and dx; dscale is computed too, but it is a sum, whose bytes no two agree on.
+    """
+
+    way: str = ""
 
     family = "fake_quantize"
     streams = False
+
+    @property
+    def op(self) -> str:
+        return self.way or self.family
+
+    def moved(self, inputs: Tensors, outs: Tensors) -> int:
+        """x and y forward; x, dy and dx backward; the scale each time."""
+        x, _, scale = inputs
+        return sum({"forward": 2, "backward": 3}[w] * x.nbytes + scale.nbytes for w in self.ways)
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        return (self.way,) if self.way else ("forward", "backward")
 
     def inputs(self) -> Tensors:
         """x, dy, scale."""
@@ -47,9 +69,12 @@ class FakeQuantize(Scaled):
     def expected(self, rows: slice, x: Tensor, dy: Tensor, scale: Tensor) -> Iterator[tuple[slice, Array]]:
         block, format = self.block(x), self.spec.format
         s = scale[of_block_rows(rows, block[0])].cpu().numpy()
-        y = reference.fake_quantize(numbers(x[rows]), s, format, block=block)
-        dx = reference.fake_quantize_backward(numbers(dy[rows]), numbers(x[rows]), s, format, block=block).dx
-        yield from ((rows, reference.cast(values, self.dtype)) for values in (y, dx))
+        if "forward" in self.ways:
+            y = reference.fake_quantize(numbers(x[rows]), s, format, block=block)
+            yield rows, reference.cast(y, self.dtype)
+        if "backward" in self.ways:
+            dx = reference.fake_quantize_backward(numbers(dy[rows]), numbers(x[rows]), s, format, block=block).dx
+            yield rows, reference.cast(dx, self.dtype)
 
     def contenders(self) -> list[Contender]:
         qmin, qmax = self.spec.row.range(False)
@@ -66,19 +91,24 @@ class FakeQuantize(Scaled):
 
         def compiled(inputs: Tensors, outs: Tensors) -> Call:
             torch.compiler.reset()
-            return trained(torch.compile(formula, fullgraph=True, dynamic=False))(inputs, outs)
+            run = torch.compile(formula, fullgraph=True, dynamic=False)
+            once = self.way != "backward"  # or what was saved is read by every call
+            with torch._functorch.config.patch(donated_buffer=once):
+                call = self.trained(run)(inputs, outs)
+                call()
+            return call
 
         by_torch = [Contender("torch.compile", compiled, note=peers.FRESH)]
         if self.dtype == "float32" and self.spec.per in ("row", "tensor"):
             by_torch += [
-                Contender(name, trained(forward), note=peers.FRESH) for name, forward in self.of_torch(qmin, qmax)
+                Contender(name, self.trained(forward), note=peers.FRESH) for name, forward in self.of_torch(qmin, qmax)
             ]
-        return [*self.ours(trained(ours)), *by_torch]
+        return [*self.ours(self.trained(ours)), *by_torch]
 
     def of_torch(self, qmin: int, qmax: int) -> list[tuple[str, Forward]]:
         """torch's own ops; the one that does not learn leaves the scale without a gradient."""
         if self.spec.per == "tensor":
-            zero = torch.zeros(1)
+            zero = torch.zeros(1, device=self.device)
             return [
                 (
                     "torch.fake_quantize_per_tensor_affine",
@@ -91,7 +121,7 @@ class FakeQuantize(Scaled):
                     lambda x, s: torch._fake_quantize_learnable_per_tensor_affine(x, s.view(1), zero, qmin, qmax, 1.0),
                 ),
             ]
-        zero = torch.zeros(self.shape[0])
+        zero = torch.zeros(self.shape[0], device=self.device)
         zero_codes = zero.int()
         return [
             ("torch.fake_quantize_per_channel_affine",
@@ -100,19 +130,22 @@ class FakeQuantize(Scaled):
              lambda x, s: torch._fake_quantize_learnable_per_channel_affine(x, s[:, 0], zero, 0, qmin, qmax, 1.0)),
         ]  # fmt: skip
 
+    def trained(self, forward: Forward) -> Callable[[Tensors, Tensors], Call]:
+        """y, dx or both; the backward gives dscale too."""
 
-def trained(forward: Forward) -> Callable[[Tensors, Tensors], Call]:
-    """y and dx of a forward and a backward, which also gives dscale."""
-
-    def bind(inputs: Tensors, outs: Tensors) -> Call:
-        x, dy, scale = inputs
-
-        def call() -> Tensors:
+        def bind(inputs: Tensors, outs: Tensors) -> Call:
+            x, dy, scale = inputs
             leaves = [x.detach().requires_grad_(), scale.detach().requires_grad_()]
-            y = forward(*leaves)
-            dx, _ = torch.autograd.grad(y, leaves, dy, allow_unused=True)
-            return y.detach(), dx
+            if self.way == "forward":
+                return lambda: forward(*leaves).detach()
+            if self.way == "backward":
+                y = forward(*leaves)
+                return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)[0]
 
-        return call
+            def call() -> Tensors:
+                y = forward(*leaves)
+                return y.detach(), torch.autograd.grad(y, leaves, dy, allow_unused=True)[0]
 
-    return bind
+            return call
+
+        return bind

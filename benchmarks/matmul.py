@@ -1,4 +1,4 @@
-"""y[m, n] = sum over k of x[m, k] * w[n, k] with quantized weights: W8A16, W4A16 and W8A8 beside float linears.
+"""What the families of products share: exact operands, the cases of a machine, and weights that take turns.
 
 x are small integers and scales powers of two, so that every sum is exact and bytes can be compared. Weights take
 turns, so that none is found in a cache: a model's weights are not, either.
@@ -6,12 +6,10 @@ turns, so that none is found in a cache: a model's weights are not, either.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,33 +23,31 @@ from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array, bits, poisoned
 
-from . import peers
-from .case import Call, Case, Contender, Scaled, Tensors, numbers
+from .case import Call, Contender, Scaled, Tensors, numbers
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # (N, K)
-ROWS = (1, 4, 16, 64, 256)  # M
+SHAPES = {  # (N, K)
+    "cpu": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "cuda": (
+        (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672),
+    ),
+}  # fmt: skip
+ROWS = {"cpu": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}  # M
 CACHE = 32 << 20  # bytes; the weights that take turns exceed three times that
 W8A16, W4A16, W8A8 = map(QuantSpec.parse, ("W8A16", "W4A16", "W8A8"))
 
 
-def cases(quick: bool, **common: Any) -> list[Case]:
-    """Weights of SHAPES, or of ``shape`` where that is small: then nothing is to be learned but that it works."""
+def sizes(quick: bool, rows: Sequence[int], common: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """(M, N, K): weights of SHAPES, or of ``shape`` where that is small and nothing is to be learned but that it works."""
     small = math.prod(common["shape"]) < CACHE // 4
-    shapes = (common["shape"],) if small else SHAPES[:1] if quick else SHAPES
-    rows = (1, 16) if quick else ROWS
-    return [
-        Matmul(**{**common, "shape": (M, N, K), "spec": spec, "dtype": dtype})
-        for spec, dtype in ((W8A16, "bfloat16"), (W4A16, "bfloat16"), (W8A8, "float32"))
-        for N, K in shapes
-        for M in (rows if spec is not W4A16 else rows[:1] if quick else (1, 16))
-    ]
+    shapes = SHAPES[common.get("device", "cpu")]
+    shapes = (tuple(common["shape"]),) if small else shapes[:1] if quick else shapes
+    return [(M, N, K) for N, K in shapes for M in rows]
 
 
 @dataclass(frozen=True)
-class Matmul(Scaled):
-    """``shape`` is (M, N, K), ``dtype`` that of x and y."""
+class Product(Scaled):
+    """y[m, n] = sum over k of x[m, k] * w[n, k]. ``shape`` is (M, N, K), ``dtype`` that of x and y."""
 
-    family = "matmul"
     streams = False
 
     @property
@@ -60,8 +56,13 @@ class Matmul(Scaled):
 
     @property
     def conversion(self) -> str:
-        x = "int8" if self.dynamic else self.dtype
+        x = f"{self.dtype} -> {self.spec.activation.format}" if self.spec.activation else self.dtype
         return f"{x} x {self.spec.format}"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether x is quantized too."""
+        return self.spec.activation is not None
 
     @property
     def multiplies(self) -> str:
@@ -75,137 +76,91 @@ class Matmul(Scaled):
         return sum(t.nbytes for t in (*inputs, *outs))
 
     @property
-    def dynamic(self) -> bool:
-        """Whether x is quantized too."""
-        return self.spec.activation is not None
-
-    @property
     def block(self) -> tuple[int, int]:  # type: ignore[override]
         return self.spec.block(self.shape[1:])
 
     def inputs(self) -> Tensors:
         """x, codes, scale."""
         M, N, K = self.shape
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randint(-7, 8, (M, K), generator=generator)
-        x[:, 0] = 127 if self.dynamic else 7  # the row's scale is 1
-        lowest, highest = (-127, 128) if self.spec.row.bits == 8 else (0, 256)
-        dtype = getattr(torch, self.spec.row.dtype_name)
-        codes = torch.randint(lowest, highest, self.spec.codes_shape((N, K)), generator=generator).to(dtype)
-        scale = torch.exp2(torch.randint(-12, -8, self.spec.scale_shape((N, K)), generator=generator))
-        return x.to(self.device, getattr(torch, self.dtype)), codes.to(self.device), scale.to(self.device)
+        x = exact_x((M, K), self.dynamic).to(self.device, getattr(torch, self.dtype))
+        return x, *exact_weight((N, K), self.spec.weight_only, self.device)
 
-    def outs(self, x: Tensor, *weight: Tensor) -> Tensors:
-        return (poisoned((len(x), self.shape[1]), x.dtype, self.device),)
+    def outs(self, *inputs: Tensor) -> Tensors:
+        M, N, _ = self.shape
+        return (poisoned((M, N), getattr(torch, self.dtype), self.device),)
 
     def expected(self, rows: slice, x: Tensor, codes: Tensor, scale: Tensor) -> Iterator[tuple[slice, Array]]:
-        q = bits(codes)
-        q = q.view(np.int8) if self.spec.format == "int8" else q
         meaning = reference.dynamic_matmul if self.dynamic else reference.dequant_matmul
-        y = meaning(numbers(x[rows]), q, numbers(scale), self.spec.format, block=self.block, dtype=self.dtype)
-        yield rows, y
+        q, s = as_integers(codes, self.spec), numbers(scale)
+        yield rows, meaning(numbers(x[rows]), q, s, self.spec.format, block=self.block, dtype=self.dtype)
 
-    def contenders(self) -> list[Contender]:
-        op = quantlib.dynamic_matmul if self.dynamic else quantlib.dequant_matmul
+    def floats(self) -> list[Contender]:
+        """The product with the weight in floating point; cuBLAS on a GPU."""
+        M, N, K = self.shape
 
-        def ours(inputs: Tensors, outs: Tensors) -> Call:
-            x, codes, scale = inputs
-            call = functools.partial(op, format=self.spec.format, block=self.block, out=outs[0])
-            return turns(codes, lambda c: functools.partial(call, x, c, scale))
-
-        def linear(dtype: torch.dtype) -> Callable[[Tensors, Tensors], Call]:
+        def linear(dtype: torch.dtype) -> Contender:
             def bind(inputs: Tensors, outs: Tensors) -> Call:
-                x, codes, scale = inputs
-                w = self.values(codes, scale).to(dtype)
-                return turns(w, lambda w: functools.partial(F.linear, x.to(dtype), w))
+                x, w = inputs[0].to(dtype), self.values(*inputs[1:]).to(dtype)
+                return turns([functools.partial(F.linear, x, c) for c in self.copies(w)])
 
-            return bind
+            moved = (N * K + M * K + M * N) * dtype.itemsize
+            return Contender(f"F.linear {str(dtype).removeprefix('torch.')}", bind, moved=moved)
 
-        floats = [Contender(f"F.linear {name}", linear(getattr(torch, name))) for name in ("bfloat16", "float32")]
-        return [*self.ours(ours), *floats, *self.others()]
-
-    def others(self) -> list[Contender]:
-        """Peers with quantized weights; of W4A16 our own W8A16 as well."""
-        if self.dynamic:
-            return [
-                Contender("torch quantize_dynamic", self.torch_dynamic),
-                Contender("torchao compiled", functools.partial(self.torchao, "Int8DynamicActivationInt8WeightConfig")),
-            ]
-        if self.spec.row.packed:
-            (eight,) = dataclasses.replace(self, spec=W8A16, backends=()).contenders()[:1]
-            bind = eight.bind
-
-            def int8(inputs: Tensors, outs: Tensors) -> Call:
-                x, codes, scale = inputs
-                w = quantlib.quantize_dynamic(self.values(codes, scale), "int8", block=(1, -1))
-                return bind((x, *w), outs)
-
-            nf4 = Contender("bitsandbytes nf4", self.bitsandbytes_nf4, note=peers.CODEBOOK)
-            return [Contender("quantlib W8A16", int8), nf4]
-        return [
-            Contender("torch._weight_int8pack_mm", self.int8pack),
-            Contender("torchao compiled", functools.partial(self.torchao, "Int8WeightOnlyConfig")),
-            Contender("bitsandbytes int8", self.bitsandbytes_int8),
-        ]
+        dtypes = (torch.bfloat16, torch.float32) if self.device == "cpu" else (torch.bfloat16,)
+        return [linear(dtype) for dtype in dtypes]
 
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         return quantlib.dequantize(codes, scale, self.spec.format, block=self.block, size=self.shape[2])
 
-    def int8pack(self, inputs: Tensors, outs: Tensors) -> Call:
-        x, codes, scale = inputs
-        narrow = scale[:, 0].to(x.dtype)
-        return turns(codes, lambda c: functools.partial(torch._weight_int8pack_mm, x, c, narrow))
+    @property
+    def model(self) -> LinearModel:
+        """A linear layer with this weight in floating point."""
+        return LinearModel(self.shape[1:], self.spec, self.dtype, self.device)
 
-    def torch_dynamic(self, inputs: Tensors, outs: Tensors) -> Call:
-        x, codes, scale = inputs
-        model = torch.nn.Sequential(as_linear(self.values(codes, scale)))
-        (layer,) = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
-        return turns(codes, lambda _: functools.partial(torch.nn.quantized.dynamic.Linear.forward, renewed(layer), x))
+    @property
+    def count(self) -> int:
+        """How many quantized weights take turns."""
+        return rotation(math.prod(self.shape[1:]) * self.spec.row.bits // 8, self.device)
 
-    def torchao(self, config: str, inputs: Tensors, outs: Tensors) -> Call:
-        x, codes, scale = inputs
-        quantization = peers.package("torchao.quantization")
-        w = self.values(codes, scale).to(x.dtype)
-        torch.compiler.reset()
-
-        def layer(_: Tensor) -> Call:
-            model = torch.nn.Sequential(as_linear(w))
-            quantization.quantize_(model, getattr(quantization, config)())
-            return functools.partial(run, model[0].weight, x)
-
-        run = torch.compile(lambda weight, x: F.linear(x, weight), fullgraph=True, dynamic=False)
-        return turns(codes, layer)
-
-    def bitsandbytes_int8(self, inputs: Tensors, outs: Tensors) -> Call:
-        x, codes, scale = inputs
-        nn = peers.package("bitsandbytes.nn")
-        _, N, K = self.shape
-        layer = nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False)
-        layer.load_state_dict({"weight": self.values(codes, scale).half()})
-        return functools.partial(layer.to("cpu"), x)
-
-    def bitsandbytes_nf4(self, inputs: Tensors, outs: Tensors) -> Call:
-        x, codes, scale = inputs
-        package = peers.package("bitsandbytes")
-        w, state = package.functional.quantize_nf4(self.values(codes, scale).to(x.dtype), blocksize=128)
-        return turns(w, lambda w: functools.partial(package.matmul_4bit, x, w.t(), quant_state=state))
+    def copies(self, weight: Tensor) -> list[Tensor]:
+        """``weight``, as often as no cache holds."""
+        return [weight.clone() for _ in range(rotation(weight.nbytes, self.device))]
 
 
-def as_linear(w: Tensor) -> torch.nn.Linear:
-    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(w, requires_grad=False)
-    return layer
+def exact_x(shape: tuple[int, int], dynamic: bool) -> Tensor:
+    """[M, K] small integers, whose rows have a scale of 1 where they are quantized."""
+    x = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 127 if dynamic else 7
+    return x
 
 
-def renewed(layer: torch.nn.Module) -> torch.nn.Module:
-    """The same packed layer at another place in memory."""
-    return copy.deepcopy(layer)
+@functools.lru_cache(maxsize=8)
+def exact_weight(shape: tuple[int, int], spec: QuantSpec, device: str = "cpu", seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Codes and scale, powers of two. The largest code is in every block: whoever quantizes the values finds both."""
+    generator, highest = torch.Generator().manual_seed(seed), int(spec.row.max)
+    (N, K), (br, bk) = shape, spec.block(shape)
+    q = torch.randint(-highest, highest + 1, shape, generator=generator, dtype=torch.int8)
+    q[::br, ::bk] = highest
+    scale = torch.exp2(torch.randint(-12, -8, spec.scale_shape(shape), generator=generator))
+    if spec.row.packed:
+        low, high = F.pad(q, (0, K % 2)).view(N, -1, 2).unbind(-1)
+        q = (low & 15 | high << 4).view(torch.uint8)
+    return q.to(device), scale.to(device)
 
 
-def turns(weight: Tensor, bind: Callable[[Tensor], Call]) -> Call:
-    """Calls of ``bind(copy)`` in turn, for as many copies of ``weight`` as no cache holds."""
-    count = max(2, -(-3 * CACHE // weight.nbytes))
-    calls: Sequence[Call] = [bind(weight.clone()) for _ in range(count)]
+def as_integers(codes: Tensor, spec: QuantSpec) -> Array:
+    """Codes as the reference takes them."""
+    q = bits(codes)
+    return q.view(np.int8) if spec.format == "int8" else q
+
+
+def rotation(nbytes: int, device: str) -> int:
+    """How many copies no cache holds; on a GPU `graphs.clock` makes them."""
+    return 1 if device == "cuda" else max(2, 1 + 3 * CACHE // max(nbytes, CACHE // 8))
+
+
+def turns(calls: Sequence[Call]) -> Call:
+    """One of ``calls`` after the other, without gradients."""
     take = itertools.cycle(calls)
 
     def call() -> Any:
@@ -213,3 +168,25 @@ def turns(weight: Tensor, bind: Callable[[Tensor], Call]) -> Call:
             return next(take)()
 
     return call
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """A model of one linear layer, whose weight has the values of `exact_weight`."""
+
+    shape: tuple[int, int]  # (N, K)
+    spec: QuantSpec  # what the layer is to become
+    dtype: str
+    device: str = "cpu"
+
+    def __call__(self) -> torch.nn.Module:
+        N, K = self.shape
+        codes, scale = exact_weight(self.shape, self.spec.weight_only, self.device)
+        w = quantlib.dequantize(codes, scale, self.spec.format, block=self.spec.block(self.shape), size=K)
+        layer = torch.nn.Linear(K, N, bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(w.to(getattr(torch, self.dtype)), requires_grad=False)
+        return torch.nn.Sequential(layer).eval()
+
+    def takes(self, inputs: Tensors) -> Tensors:
+        """What the model is called with, of the inputs of a case."""
+        return inputs[:1]

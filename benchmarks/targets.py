@@ -46,17 +46,20 @@ TARGETS = (
     Target("fake_quantize float32 -> int8 row", "speedup", 2, ("torch.fake_quantize_per_channel_affine",)),
     Target("fake_quantize float32 -> int8 row", "speedup", 2, COMPILE),
     *(
-        Target(f"matmul {N}x{K} M={M} {conversion} row", "speedup", bound, (peer,))
-        for N, K in SHAPES
-        for M in ROWS
-        for conversion, bound, peer in (
-            ("bfloat16 x int8", 1, "torch._weight_int8pack_mm"),
-            ("bfloat16 x int8", 1.7 if M == 1 else 1 if M <= 16 else 0.9, "F.linear bfloat16"),
-            ("int8 x int8", 1, "torch quantize_dynamic"),
-            ("int8 x int8", 1.2, "torchao compiled"),
+        Target(f"{family} {N}x{K} M={M} {conversion} row", "speedup", bound, (peer,))
+        for N, K in SHAPES["cpu"]
+        for M in ROWS["cpu"]
+        for family, conversion, bound, peer in (
+            ("dequant_matmul", "bfloat16 x int8", 1, "torch._weight_int8pack_mm"),
+            ("dequant_matmul", "bfloat16 x int8", 1.7 if M == 1 else 1 if M <= 16 else 0.9, "F.linear bfloat16"),
+            ("scaled_matmul", "float32 -> int8 x int8", 1, "torch quantize_dynamic"),
+            ("scaled_matmul", "float32 -> int8 x int8", 1.2, "torchao compiled"),
         )
     ),
-    *(Target(f"matmul {N}x{K} M=1 bfloat16 x int4 group:128", "speedup", 1.5, ("quantlib W8A16",)) for N, K in SHAPES),
+    *(
+        Target(f"dequant_matmul {N}x{K} M=1 bfloat16 x int4 group:128", "speedup", 1.5, ("quantlib W8A16",))
+        for N, K in SHAPES["cpu"]
+    ),
     Target("call cast float32 -> bfloat16", "above", 3e-6, EMPTY),
     Target("call compute_scale float32 -> int8", "above", 3e-6, EMPTY),
     Target("call quantize float32 -> int8", "above", 3e-6, EMPTY),
