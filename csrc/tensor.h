@@ -61,6 +61,13 @@ class Tensor {
     if (device.type == aoti_torch_device_type_cpu()) in_huge_pages(made.data(), made.nbytes());
     return made;
   }
+  // Memory that something else owns, as a matrix.
+  static Tensor view(void* data, const int64_t (&sizes)[2], const int64_t (&strides)[2], int32_t dtype, Device device) {
+    AtenTensorHandle handle;
+    check_torch(
+        aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, dtype, device.type, device.index, &handle));
+    return Tensor(handle);
+  }
   Tensor(Tensor&& other) noexcept
       : handle_(std::exchange(other.handle_, nullptr)),
         sizes_(other.sizes_),
@@ -109,6 +116,12 @@ class Tensor {
   bool overlaps(const Tensor& other) const {
     const auto *a = static_cast<const char*>(data()), *b = static_cast<const char*>(other.data());
     return a < b + other.nbytes() && b < a + nbytes();
+  }
+  // One more reference: the caller's to delete.
+  AtenTensorHandle reference() const {
+    AtenTensorHandle handle;
+    check_torch(aoti_torch_new_tensor_handle(handle_, &handle));
+    return handle;
   }
   // The reference itself: the caller's to delete.
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }

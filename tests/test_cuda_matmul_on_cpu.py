@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_on_cpu.emulator import COMPILER, CSRC, MATMULS, Buffer, Call, Emulator, KernelError, build
+from cuda_on_cpu.emulator import COMPILER, CSRC, MATMULS, SLAB, Buffer, Call, Emulator, KernelError, build
 
 from quantlib import formats, reference
 from quantlib.backends.tiles import TileLayout
@@ -147,7 +147,7 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def emulator(cache: Path) -> Emulator:
-    return build(cache, MATMULS)
+    return build(cache, (*MATMULS, SLAB))
 
 
 def affines(format: str) -> tuple[bool, ...]:
@@ -224,6 +224,21 @@ def test_ordinary_instructions_serve_everything_else(emulator: Emulator, format:
     ]  # fmt: skip
     tiled = [replace(c, tiled=True, shape=(3, 20, 131), exact=True) for c in cases if format in EIGHT][:4]
     check(emulator, [c for c in cases if c.exact or format in FINITE] + tiled)
+
+
+# Many rows of x: floats of the weight, and sums that become y. Ragged ends on every side, addresses of odd elements.
+MANY = (((130, 37, 72), (1, -1)), ((129, 66, 160), (3, 36)), ((131, 40, 256), (-1, 128)), ((140, 21, 36), (-1, -1)))
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_slabs_of_a_weight(emulator: Emulator, format: str) -> None:
+    tiles = (False, True) if format in EIGHT else (False,)
+    check(emulator, [
+        Case("dequant_matmul", format, shape, block, dtype, affine, True, tiled, seed % 2, seed, ACTIVATIONS[seed % 5])
+        for seed, (((shape, block), dtype), affine, tiled) in enumerate(itertools.product(
+            zip(MANY, ("bfloat16", "bfloat16", "bfloat16", "float16"), strict=True), affines(format), tiles
+        ))
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("format", ALL)

@@ -33,17 +33,6 @@ struct DecodeArgs {
   int32_t lowest, highest;       // zero point
 };
 
-// Where a lane's codes stand in a row: four words of four codes, or of two times four.
-template <class F, bool TILED>
-struct Columns {
-  static constexpr int halves = 8 / F::bits, tile = 64 * halves;
-  static constexpr int lane = TILED ? 4 : 16 * halves, word = TILED ? 16 : 4 * halves, half = TILED ? 64 : 4;  // steps
-  // In a tile the four codes of a half are in neighbouring bytes, else in both nibbles of two.
-  static constexpr QL_DEVICE uint32_t selector(int pair) {
-    return TILED ? 0x0100 + 0x0202 * pair : 0x0400 + 0x0101 * pair;
-  }
-};
-
 // The codes of a lane in a tile of each band: rows g and g + 8.
 struct Codes {
   Vector<uint32_t, 4> of[kBands][2];

@@ -13,26 +13,15 @@ struct Scales {
 
   template <class Problem>
   explicit Scales(const Problem& p)
-      : scale(p.scale), zero_point(p.zero_point), scale_max(largest(p.format)), q{float(p.qmin), float(p.qmax)} {}
+      : scale(p.scale),
+        zero_point(p.zero_point),
+        scale_max(cuda::scale_max(p.format)),
+        q{float(p.qmin), float(p.qmax)} {}
 
   template <bool AFFINE>
   QL_DEVICE Shared<float> at(int64_t block) const {
     const float s = effective_scale(scale[block], scale_max);
     return {reciprocal(s), s, AFFINE ? code_of(zero_point[block], q) : 0.0f};
-  }
-
- private:
-  static float largest(Type format) {
-    switch (format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return float_of(NAME::scale_max);
-      QL_FLOATS(QL_CASE)
-      QL_INTS(QL_CASE)
-#undef QL_CASE
-      default:
-        unknown_type();
-    }
   }
 };
 

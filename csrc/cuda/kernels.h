@@ -21,5 +21,13 @@ void dequant_matmul(const DequantMatmul&, Stream);
 void dequant_matmul_backward(const DequantMatmulBackward&, Stream);
 void scaled_matmul(const ScaledMatmul&, Stream);
 
+// dequant_matmul of many rows of x in parts: the vendor's product lies between the two, see slab.h.
+bool takes_slabs(const DequantMatmul&);
+// Rows [first, end) of the weight in x's type; the first is at the address that it gives, mostly `slab`. `first` is a
+// multiple of 16.
+const void* decode_slab(const DequantMatmul&, int64_t first, int64_t end, void* slab, Stream);
+// y[:, first .. end) of total [M, end - first], the sums
+void finish_slab(const DequantMatmul&, int64_t first, int64_t end, const float* total, Stream);
+
 }  // namespace cuda
 }  // namespace quantlib

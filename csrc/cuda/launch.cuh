@@ -39,6 +39,20 @@ inline void clear(const char* op, void* p, int64_t n, Stream stream) {
 
 [[noreturn]] inline void unknown_type() { throw std::logic_error("quantlib: a type that no CUDA kernel serves"); }
 
+// The largest scale of a format.
+inline float scale_max(Type format) {
+  switch (format) {
+#define QL_CASE(NAME, ...) \
+  case Type::NAME:         \
+    return float_of(NAME::scale_max);
+    QL_FLOATS(QL_CASE)
+    QL_INTS(QL_CASE)
+#undef QL_CASE
+    default:
+      unknown_type();
+  }
+}
+
 // run(X{}) with the row of the table that x or y has.
 template <class Run>
 void visit_x(Type type, Run run) {

@@ -17,6 +17,17 @@ QL_FN constexpr uint32_t two_to(int e) {
 
 constexpr uint32_t kSigns = both(0x8000);
 
+// Where a lane's codes stand in a row: four words of four codes, or of two times four.
+template <class F, bool TILED>
+struct Columns {
+  static constexpr int halves = 8 / F::bits, tile = 64 * halves;
+  static constexpr int lane = TILED ? 4 : 16 * halves, word = TILED ? 16 : 4 * halves, half = TILED ? 64 : 4;  // steps
+  // In a tile the four codes of a half are in neighbouring bytes, else in both nibbles of two.
+  static constexpr QL_DEVICE uint32_t selector(int pair) {
+    return TILED ? 0x0100 + 0x0202 * pair : 0x0400 + 0x0101 * pair;
+  }
+};
+
 // decode(code) - zero_point of two of the codes in a word, in the 16-bit type X: a register of a matrix operand. Of
 // codes of eight bits, bytes 2 p and 2 p + 1; of four, what `selector` picks from the bytes of word (0 to 3) and word
 // >> 4 (4 to 7), in the low nibbles of both halves. `flip` turns sign bits.

@@ -4,6 +4,7 @@
 #include "../fake_quantize_ops.h"
 #include "../matmul_ops.h"
 #include "kernels.h"
+#include "slab.h"
 
 namespace quantlib {
 namespace {
@@ -12,7 +13,7 @@ class Cuda {
  public:
   static constexpr bool reads_values = false;  // looking at a zero point would make the host wait
 
-  explicit Cuda(Device device) : guard_(device.index) {
+  explicit Cuda(Device device) : guard_(device.index), device_(device) {
     void* stream = nullptr;
     check_torch(aoti_torch_get_current_cuda_stream(device.index, &stream));
     stream_ = static_cast<cuda::Stream>(stream);
@@ -27,13 +28,17 @@ class Cuda {
   QL_FORWARD(quantize_dynamic, QuantizeDynamic)
   QL_FORWARD(fake_quantize, FakeQuantize)
   QL_FORWARD(fake_quantize_backward, FakeQuantizeBackward)
-  QL_FORWARD(dequant_matmul, DequantMatmul)
   QL_FORWARD(dequant_matmul_backward, DequantMatmulBackward)
   QL_FORWARD(scaled_matmul, ScaledMatmul)
 #undef QL_FORWARD
 
+  void dequant_matmul(const DequantMatmul& p) const {
+    cuda::takes_slabs(p) ? cuda::multiply_slabs(p, device_, stream_) : cuda::dequant_matmul(p, stream_);
+  }
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  Device device_;
   cuda::Stream stream_;
 };
 

@@ -30,6 +30,7 @@ FLAGS = ("-O1", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-
 # Of the checks for undefined behaviour those that a kernel can meet: all of them take half as long again to compile.
 SANITIZERS = ("-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all")
 MATMULS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul")
+SLAB = "slab"  # not an op: what serves dequant_matmul of many rows
 FAKE = ("fake_quantize", "fake_quantize_backward")
 TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum class Type of csrc/problem.h
 

@@ -6,27 +6,11 @@
 #include <cstdio>
 #include <fstream>
 
+#include "absent.h"
 #include "cuda/kernels.h"
+#include "numerics.h"
 
 using namespace quantlib;
-
-// What serves an op that this executable was not linked with.
-namespace quantlib {
-namespace cuda {
-#define ABSENT(OP, PROBLEM) \
-  __attribute__((weak)) void OP(const PROBLEM&, Stream) { throw std::logic_error(#OP " is not here"); }
-ABSENT(cast, Cast)
-ABSENT(compute_scale, ComputeScale)
-ABSENT(quantize, Quantize)
-ABSENT(dequantize, Dequantize)
-ABSENT(quantize_dynamic, QuantizeDynamic)
-ABSENT(fake_quantize, FakeQuantize)
-ABSENT(fake_quantize_backward, FakeQuantizeBackward)
-ABSENT(dequant_matmul, DequantMatmul)
-ABSENT(dequant_matmul_backward, DequantMatmulBackward)
-ABSENT(scaled_matmul, ScaledMatmul)
-}  // namespace cuda
-}  // namespace quantlib
 
 struct Call {
   int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py, 32 and in FAKE
@@ -78,6 +62,25 @@ class Buffer {
   char* memory_ = nullptr;
 };
 
+// dequant_matmul as csrc/cuda/slab.h does it, with a product of loops, two slabs, and no byte to spare.
+static void multiply_slabs(const DequantMatmul& p) {
+  const int64_t N = p.weight.grid.M, K = p.weight.grid.K, half = (N / 2 + 15) / 16 * 16;
+  const auto value = [&](const void* x, int64_t at) {
+    const uint16_t code = static_cast<const uint16_t*>(x)[at];
+    return p.x_type == Type::float16 ? decode_float<float16>(code) : decode_float<bfloat16>(code);
+  };
+  for (int64_t first = 0; first < N; first += half) {
+    const int64_t end = std::min(first + half, N), n = end - first;
+    const auto slab = std::make_unique<uint16_t[]>(size_t(n * K));
+    const auto total = std::make_unique<float[]>(size_t(p.M * n));
+    const void* w = cuda::decode_slab(p, first, end, slab.get(), nullptr);
+    for (int64_t m = 0; m < p.M; ++m)
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t k = 0; k < K; ++k) total[m * n + j] += value(p.x, m * K + k) * value(w, j * K + k);
+    cuda::finish_slab(p, first, end, total.get(), nullptr);
+  }
+}
+
 static void run(const Call& c, const std::vector<Buffer>& buffers) {
   const auto p = [&](int k) { return static_cast<void*>(buffers.at(k).data()); };
   const auto scale = [&](int k) { return reinterpret_cast<float*>(buffers.at(k).data()); };
@@ -95,7 +98,8 @@ static void run(const Call& c, const std::vector<Buffer>& buffers) {
       return cuda::quantize_dynamic({c.grid, p(0), c.from, c.to, p(1), scale(2), zero_point(3)}, nullptr);
     case 16: {
       const Weight w = {c.grid, p(1), c.to, scale(2), zero_point(3)};
-      return cuda::dequant_matmul({c.M, p(0), c.from, w, {scale(4), c.activation}, false, p(5), c.flag != 0}, nullptr);
+      const DequantMatmul problem = {c.M, p(0), c.from, w, {scale(4), c.activation}, false, p(5), c.flag != 0};
+      return cuda::takes_slabs(problem) ? multiply_slabs(problem) : cuda::dequant_matmul(problem, nullptr);
     }
     case 17:
       return cuda::dequant_matmul_backward({c.M, p(0), c.from, {c.grid, p(1), c.to, scale(2), zero_point(3)}, p(4)},

@@ -1,0 +1,109 @@
+"""The CUDA library's glue on CPU tensors: a call of torch, slabs of a weight, the vendor's product of each."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_on_cpu.emulator import COMPILER, CSRC, FLAGS, HERE
+
+import quantlib
+from quantlib import _build, backends, formats
+from quantlib.backends.tiles import TileLayout
+from quantlib.testing import assert_same_bytes, bits
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no {COMPILER[0]}")
+
+SMALLER = (("int64_t(1) << 23", "int64_t(1) << 13"), ("int64_t(1) << 13;  // of x", "int64_t(1) << 8;  // of x"))
+M, N, K = 300, 200, 40  # two parts of x, two slabs, both ragged
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """torch.ops.quantlib_on_cpu: csrc/cuda/register.cpp and what it needs here, for slabs of few rows."""
+    folder = tmp_path_factory.mktemp("library")
+    made, csrc = folder / "library.so", Path(shutil.copytree(CSRC, folder / "csrc"))
+    header = csrc / "cuda/slab.h"
+    for right, smaller in SMALLER:
+        assert header.read_text().count(right) == 1
+        header.write_text(header.read_text().replace(right, smaller))
+    installed = _build.find_torch()
+    include = ("-I", str(HERE), "-I", str(csrc), "-I", str(_build.PACKAGE), "-isystem", str(installed / "include"))
+    sources = [str(path) for path in (HERE / "library.cpp", csrc / "cuda/slab.cu", csrc / "cuda/cast.cu")]
+    needed = ("-x", "none", str(installed / "lib/libtorch_cpu.so"))
+    flags = (*FLAGS, *_build.COMMON[2:], "-DUSE_CUDA", "-fPIC", "-shared", "-O0")
+    subprocess.run([*COMPILER, *flags, *include, "-x", "c++", *sources, *needed, "-o", str(made)], check=True)
+    torch.ops.load_library(made)
+
+
+Products = list[tuple[torch.Size, torch.Size]]
+
+
+@pytest.fixture
+def products(library: None) -> Iterator[Products]:
+    """The shapes of the products that torch was asked for: the overload that the CPU lacks, made of one that it has."""
+    made: Products = []
+
+    def mm(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == w.dtype != torch.float32 == dtype == out.dtype
+        assert all(matrix.is_contiguous() for matrix in (x, w.T, out))
+        made.append((x.shape, w.shape))
+        return out.copy_(x.float() @ w.float())
+
+    patch = torch.library.Library("aten", "IMPL")
+    patch.impl("mm.dtype_out", mm, "CPU")
+    yield made
+    patch._destroy()
+
+
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize(
+    ("format", "dtype", "block", "tiled"),
+    [
+        ("int8", torch.bfloat16, (1, -1), False),
+        ("int4", torch.float16, (3, -1), True),
+        ("uint8", torch.bfloat16, (7, 8), True),
+        ("float8_e4m3fn", torch.bfloat16, (-1, -1), False),
+        ("float16", torch.float16, (1, -1), False),
+        ("bfloat16", torch.bfloat16, (1, 4), False),
+    ],
+)
+def test_slabs_give_the_bytes_of_exact_sums(
+    products: Products, format: str, dtype: torch.dtype, block: tuple[int, int], tiled: bool, out: bool
+) -> None:
+    f, ops = formats.get(format), torch.ops.quantlib_on_cpu
+    random = torch.Generator().manual_seed(0)
+    br, bk = (size if b == -1 else b for size, b in zip((N, K), block, strict=True))
+    shape = (-(-N // br), -(-K // bk))
+    scale = torch.exp2(torch.randint(-3, 4, shape, generator=random))
+    z = torch.randint(0, 4, shape, generator=random, dtype=torch.int32) if format == "uint8" else None
+    x = torch.randint(-8, 9, (K, 2, M // 2), generator=random).to(dtype).permute(1, 2, 0)  # of any strides
+    bias = torch.randint(-4, 5, (N,), generator=random).to(dtype)
+    with backends.use_backend("composite"):
+        w = torch.randint(-3, 4, (N, K), generator=random).float()
+        w *= scale.repeat_interleave(br, 0)[:N].repeat_interleave(bk, 1)[:, :K]
+        codes = quantlib.quantize(w, scale, format, block=block, zero_point=z)
+        want = quantlib.dequant_matmul(x, codes, scale, format, block=block, zero_point=z, bias=bias, activation="gelu")
+    args = (TileLayout(f).pack(codes, K) if tiled else codes, scale, format, [br, bk], *([N] if tiled else []))
+    name = ("tiled" if tiled else "") + ("_" if tiled and out else "") + ("out" if out else "")
+    op, y = getattr(ops.dequant_matmul, name or "default"), torch.empty(2, M // 2, N, dtype=dtype)
+    if out:
+        op(x, *args, z, bias, "gelu", False, out=y)
+    else:
+        y = op(x, *args, z, bias, "gelu", False)
+    assert_same_bytes(bits(y), bits(want), format)
+    assert products == [((m, K), (K, n)) for m in (256, 44) for n in (128, 72)]
+
+
+def test_a_batch_invariant_product_takes_no_slabs(products: Products) -> None:
+    x, codes, scale = torch.zeros(M, K, dtype=torch.bfloat16), torch.zeros(N, K, dtype=torch.int8), torch.ones(N, 1)
+    for rows, invariant in ((M, True), (128, False)):
+        with pytest.raises(RuntimeError, match="dequant_matmul is not here"):
+            torch.ops.quantlib_on_cpu.dequant_matmul(
+                x[:rows], codes, scale, "int8", [1, K], None, None, None, invariant
+            )
+    assert products == []
