@@ -68,10 +68,15 @@ def dequantize_rows(
 def _values(weight: Weight, format: str, block: tuple[int, int], size: int, dtype: torch.dtype) -> Tensor:
     codes, scale, zero_point = weight
     if scale is None:
-        return codes.to(dtype)
+        return _cast(codes, dtype)
     narrow = torch.float32 if dtype == torch.float64 else dtype  # float64 holds what C7 gives, in float32, exactly
     y = ops.dequantize(codes, scale, format, block=block, zero_point=zero_point, dtype=narrow, size=size)
-    return y.to(dtype)
+    return _cast(y, dtype)
+
+
+def _cast(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y.to(dtype); compiled, torch 2.11 loses the gradient of a function that ends in one that changes nothing."""
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def autocast(x: Tensor) -> Tensor:
