@@ -262,6 +262,9 @@ def test_scaled_matmul_is_exact(emulator: Emulator, format: str, affine: bool) -
         ((17, 9, 70), (3, 5)),
         ((4, 8, 128), (1, 48)),
         ((2, 3, 0), (1, -1)),
+        ((1, 33, 32), (1, -1)),  # from here on whole vectors: the kernel for a few rows of x
+        ((17, 40, 1184), (3, -1)),
+        ((32, 7, 2112), (-1, -1)),
     )
     dtypes = itertools.cycle(("float32", "bfloat16", "float16"))
     check(emulator, [
@@ -301,6 +304,7 @@ class Fault:
 ROWS = Case("dequant_matmul", "int8", (5, 40, 1024))
 TILES = replace(ROWS, tiled=True)
 CODES = Case("scaled_matmul", "int8", (70, 66, 200), (1, 80), affine=True)
+FEW = replace(CODES, shape=(9, 37, 672), block=(1, -1))
 FAULTS = (
     Fault("sums read before they are there", "dequant_matmul.cu", "  __syncthreads();\n", "", "", TILES),
     Fault("a lane that left", "dequant_matmul.cu", "  Codes next;", "  if (lane == 31) return;\n  Codes next;",
@@ -322,6 +326,9 @@ FAULTS = (
     Fault("a zero point for columns that are not there", "scaled_matmul.cu", "uint32_t(size) *",
           "uint32_t(0 * size + a.bk) *", "",
           CODES),
+    Fault("sums of a few rows read before they are there", "scaled_rows.cuh", "  __syncthreads();\n", "", "", FEW),
+    Fault("codes past the last of a few rows", "scaled_rows.cuh", "16 * i + 8 * h < rows\n",
+          "16 * i + 8 * h < rows + 8\n", "heap-buffer-overflow", FEW),
 )  # fmt: skip
 
 # A planted executable has int8 codes and bfloat16 alone in the kernel of matrix instructions: it compiles in seconds.

@@ -38,8 +38,6 @@ struct Codes {
   Vector<uint32_t, 4> of[kBands][2];
 };
 
-QL_DEVICE int at_most(int64_t n, int most) { return n < most ? int(n) : most; }
-
 template <class F, class X, bool TILED>
 __global__ void __launch_bounds__(32 * kWarps, F::bits == 4 && !TILED ? 1 : 2)  // an SM has room for two, if it can be
     dequant_matmul_kernel(const DecodeArgs<X> a) {

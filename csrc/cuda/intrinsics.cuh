@@ -6,6 +6,8 @@
 namespace quantlib {
 namespace cuda {
 
+QL_DEVICE int at_most(int64_t n, int most) { return n < most ? int(n) : most; }
+
 #ifdef __CUDACC__
 
 // Four bytes of those of a (0 to 3) and b (4 to 7), the lowest nibble of `selector` naming the lowest; 8 more and the

@@ -3,8 +3,7 @@
 // Everything is int8 to the matrix instructions: uint8 codes and their zero points less 128, int4 codes widened. Zeros
 // fill what is missing on every side. With zero points, d = sum a q - z_x sum q - z sum a + K z_x z, modulo 2^32, where
 // a product with ones gives the sums, in the registers that have d.
-#include "intrinsics.cuh"
-#include "matmul.cuh"
+#include "scaled_rows.cuh"
 
 namespace quantlib {
 namespace cuda {
@@ -13,33 +12,6 @@ namespace {
 constexpr int kTile = 64;            // rows of x, rows of the weight, columns of both: 64 bytes
 constexpr int kStride = 20;          // words from a row to the next: no two of a fragment's in one bank
 constexpr int kScaledThreads = 128;  // four warps, each 32 by 32 of a tile of y
-constexpr uint32_t kOnes = 0x01010101;
-
-// Codes [rows, K] of eight bits, or of four.
-struct CodesArgs {
-  const uint8_t* codes;
-  int64_t rows, row_bytes;
-  bool packed, vector;  // 16 codes may be read at once
-  uint8_t flip;         // the sign bit of uint8
-};
-
-struct ScaledArgs {
-  CodesArgs x, w;
-  const float *x_scale, *scale;
-  const int32_t *x_zero_point, *zero_point;
-  bool x_per_row;
-  int x_lowest, lowest, highest;  // of zero points
-  float x_scale_max, scale_max;
-  int64_t K, bk, groups;
-  Divisor br;
-  Epilogue epilogue;
-  void* y;
-  Type y_type;
-  int64_t row_blocks;
-};
-
-// Four codes of four bits, in the low halves of bytes, to int8.
-QL_DEVICE uint32_t widen(uint32_t nibbles) { return nibbles | (nibbles & 0x08080808u) * 30; }
 
 // Codes [k, k + 16) of a row as int8, zero from `end` on.
 QL_DEVICE Vector<uint32_t, 4> load_codes(const CodesArgs& c, int64_t row, int64_t k, int64_t end) {
@@ -70,8 +42,6 @@ QL_DEVICE Vector<uint32_t, 4> load_codes(const CodesArgs& c, int64_t row, int64_
   return codes;
 }
 
-QL_DEVICE int32_t clamp(int32_t z, int lowest, int highest) { return z < lowest ? lowest : z > highest ? highest : z; }
-
 template <bool AFFINE>
 __global__ void __launch_bounds__(kScaledThreads) scaled_matmul_kernel(const ScaledArgs a) {
   alignas(16) __shared__ uint32_t x[kTile][kStride], w[kTile][kStride];
@@ -86,9 +56,9 @@ __global__ void __launch_bounds__(kScaledThreads) scaled_matmul_kernel(const Sca
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t m = m0 + row + 16 * i + 8 * h + g, at = a.x_per_row && m < a.x.rows ? m : 0;
-      x_scale[i][h] = effective_scale(a.x_scale[at], a.x_scale_max);
-      x_zero[i][h] = clamp(a.x_zero_point ? a.x_zero_point[at] : 0, a.x_lowest, a.x_lowest + 255) - a.x.flip;
+      const int64_t m = m0 + row + 16 * i + 8 * h + g, at = m < a.x.rows ? m : 0;
+      x_scale[i][h] = a.scale_of_x(at);
+      x_zero[i][h] = a.zero_of_x(at);
     }
 
   // A thread brings two times 16 codes of either side, from rows r and r + 32.
@@ -147,8 +117,8 @@ __global__ void __launch_bounds__(kScaledThreads) scaled_matmul_kernel(const Sca
       for (int c = 0; c < 4; ++c) {
         const int64_t n = n0 + column + 8 * j + 2 * t + c % 2;
         const int64_t block = n < a.w.rows ? a.br.divide(n) * a.groups + group : 0;
-        const float scale = effective_scale(a.scale[block], a.scale_max);
-        const int32_t z = clamp(a.zero_point ? a.zero_point[block] : 0, a.lowest, a.highest) - a.w.flip;
+        const float scale = a.scale_of(block);
+        const int32_t z = a.zero_of(block);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint32_t exact = uint32_t(d[i][j][c]);
@@ -231,6 +201,7 @@ void scaled_matmul(const ScaledMatmul& p, Stream stream) {
                      p.y_type,
                      ceil_div(p.M, kTile)};
   const bool affine = p.x_zero_point || p.weight.zero_point || a.x.flip || a.w.flip;
+  if (takes_rows(a)) return multiply_rows(a, affine, stream);
   launch("scaled_matmul", affine ? scaled_matmul_kernel<true> : scaled_matmul_kernel<false>,
          a.row_blocks * ceil_div(g.M, kTile), kScaledThreads, stream, a);
 }

@@ -1,9 +1,9 @@
-// y[m, n] = epilogue(total[m, n - first] * scale[n / br]), total[m, j] = sum over k of x[m, k] * w[j, k], w[n - first, k]
-// = decode(codes[n, k]) - zero_point[n / br, k / bk]: many rows of x, and some rows n of the weight at a time. w in x's
-// 16-bit type is made here, total by the vendor's product, see slab.h.
+// y[m, n] = epilogue(total[m, n - first] * scale[n / br]), total[m, j] = sum over k of x[m, k] * w[j, k],
+// w[n - first, k] = decode(codes[n, k]) - zero_point[n / br, k / bk], for some rows n of the weight at a time
 //
-// Where a row has one scale the operands are exact and it multiplies the sums; else they are times their scale, rounded
-// to bfloat16, which has room for every such product.
+// This makes w, in x's 16-bit type, and y; between the two lies the vendor's product, see slab.h. Where a row has one
+// scale the operands are exact and it multiplies the sums; else they are times their scale, rounded to bfloat16, which
+// has room for every such product.
 #include "matmul.cuh"
 #include "operand.cuh"
 

@@ -1,0 +1,50 @@
+// What the two kernels of scaled_matmul share: its problem, and codes as int8, which they are to matrix instructions.
+#pragma once
+#include "intrinsics.cuh"
+#include "matmul.cuh"
+
+namespace quantlib {
+namespace cuda {
+
+constexpr uint32_t kOnes = 0x01010101;
+
+// Codes [rows, K] of eight bits, or of four.
+struct CodesArgs {
+  const uint8_t* codes;
+  int64_t rows, row_bytes;
+  bool packed, vector;  // 16 codes may be read at once
+  uint8_t flip;         // the sign bit of uint8
+};
+
+QL_DEVICE int32_t clamp(int32_t z, int lowest, int highest) { return z < lowest ? lowest : z > highest ? highest : z; }
+
+struct ScaledArgs {
+  CodesArgs x, w;
+  const float *x_scale, *scale;
+  const int32_t *x_zero_point, *zero_point;
+  bool x_per_row;
+  int x_lowest, lowest, highest;  // of zero points
+  float x_scale_max, scale_max;
+  int64_t K, bk, groups;
+  Divisor br;
+  Epilogue epilogue;
+  void* y;
+  Type y_type;
+  int64_t row_blocks;
+
+  QL_DEVICE float scale_of_x(int64_t m) const { return effective_scale(x_scale[x_per_row ? m : 0], x_scale_max); }
+  QL_DEVICE float scale_of(int64_t block) const { return effective_scale(scale[block], scale_max); }
+  // Less what the codes are less, too.
+  QL_DEVICE int32_t zero_of_x(int64_t m) const {
+    return clamp(x_zero_point ? x_zero_point[x_per_row ? m : 0] : 0, x_lowest, x_lowest + 255) - x.flip;
+  }
+  QL_DEVICE int32_t zero_of(int64_t block) const {
+    return clamp(zero_point ? zero_point[block] : 0, lowest, highest) - w.flip;
+  }
+};
+
+// Four codes of four bits, in the low halves of bytes, to int8.
+QL_DEVICE uint32_t widen(uint32_t nibbles) { return nibbles | (nibbles & 0x08080808u) * 30; }
+
+}  // namespace cuda
+}  // namespace quantlib
