@@ -1,10 +1,10 @@
-"""python -m benchmarks: measure, print, save."""
+"""python -m benchmarks: the same as ``quantlib bench``."""
 
 from __future__ import annotations
 
 import sys
 
-from .command import main
+from quantlib.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["bench", *sys.argv[1:]]))

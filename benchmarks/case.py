@@ -297,3 +297,8 @@ def seconds(value: float | None, sign: bool = False) -> str:
             digits = max(0, 2 - len(str(int(abs(value) / size))) + 1)
             return f"{plus}{value / size:.{digits}f} {unit}"
     return f"{plus}{value / 1e-9:.0f} ns"
+
+
+def described(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import quantlib
 from quantlib import backends
 
 from .case import Call, Limits, normal, ready
@@ -21,14 +22,16 @@ from .measure import timed
 
 PRODUCTS = ("float32", "bfloat16", "int8")  # dtypes with a peak
 SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # sizes of the products that the peaks are of
-PACKAGES = ("torch", "numpy", "triton", "torchao", "bitsandbytes")
+STATE = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+PACKAGES = ("torch", "numpy", "triton", "torchao", "bitsandbytes", "optimum-quanto")
 
 
 def describe(device: str, backend: str | None = None) -> dict[str, Any]:
     """Everything that a figure depends on and that can be asked for."""
+    gpu = gpu_facts() if device == "cuda" else {}
     return {
         "device": processor() if device == "cpu" else torch.cuda.get_device_name(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": gpu["architecture"] if gpu else torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": load(),
@@ -38,7 +41,29 @@ def describe(device: str, backend: str | None = None) -> dict[str, Any]:
         "quantlib": commit(),
         "backend": backends.serving(device),
         "date": datetime.date.today().isoformat(),
+        **({"gpu": gpu | gpu_state()} if gpu else {}),
     }
+
+
+def gpu_facts() -> dict[str, Any]:
+    """What the GPU is."""
+    facts = torch.cuda.get_device_properties("cuda")
+    return {
+        "architecture": f"sm_{facts.major}{facts.minor}",
+        "sms": facts.multi_processor_count,
+        "memory_bytes": facts.total_memory,
+        "l2_bytes": facts.L2_cache_size,
+    }
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, power and temperature at this moment, as nvidia-smi words them; nothing where it does not say."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+        return dict(zip(STATE, (value.strip() for value in said[torch.cuda.current_device()].split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {}
 
 
 def load() -> float | None:
@@ -64,13 +89,16 @@ def version(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """Of the checkout, where this is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def commit() -> str:
+    """Of the checkout, where this is one; of a wheel its version."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if (here.parent / "csrc").is_dir():
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        pass
+    return quantlib.__version__
 
 
 def limits(shape: tuple[int, ...], device: str) -> Limits:

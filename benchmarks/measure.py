@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from . import check
-from .case import LIMIT, OURS, PEER, Call, Case, Contender, Limits, Row, Tensors
+from .case import LIMIT, OURS, PEER, Call, Case, Contender, Limits, Row, Tensors, described
 
 MOST = 50  # timed runs of a contender
 PLAUSIBLE = 1.07  # on a GPU, more than this of a plain copy's bytes a second came out of a cache
@@ -99,11 +99,6 @@ def clock(case: Case, contender: Contender, inputs: Tensors, outs: Tensors, call
     from . import graphs
 
     return graphs.clock(case, contender, inputs, outs)
-
-
-def described(error: Exception) -> str:
-    """In one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:

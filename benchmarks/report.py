@@ -5,31 +5,57 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .case import Row, seconds
+from quantlib.cli import text
+from quantlib.cli.text import style
+
+from . import roofline
+from .case import LIMIT, OURS, Row, described, seconds
 from .targets import Verdict, verdicts
 
-VERSION = 1  # of the JSON
+VERSION = 2  # of the JSON
+READABLE = (1, 2)  # 1 lacks FLOPs, peaks, dtype and device
 
 COLUMNS = (
-    "op", "from -> to", "scale per", "shape", "backend", "min", "median", "spread", "runs", "MB", "GB/s", "of copy",
-    "vs best peer", "differ", "note",
+    "backend", "min", "median", "spread", "GB/s", "of copy", "TFLOP/s", "of peak", "vs best peer", "differ", "note",
 )  # fmt: skip
 OUTCOME = {True: "met", False: "MISSED", None: "not measured"}
-LEFT = {"op", "from -> to", "scale per", "backend", "note"}
+LEFT = {"case", "backend", "note"}
 
 
 def headline(machine: dict[str, Any]) -> str:
-    """What was measured on, in a line."""
+    """What was measured on and what it can do, in a line."""
+    peaks = ", ".join(
+        f"{roofline.PEAKS[name]} {figures(rate)}" for name, rate in machine.get("peak_tflop_per_s", {}).items()
+    )
     return (
         f"{machine['device']} ({machine['instructions']}), {machine['threads']} threads of {machine['cores']} cores, "
         f"load {machine['load']}, plain copy {machine['copy_gb_per_s']:.1f} GB/s"
+        + (f", products {peaks} TFLOP/s" if peaks else "")
     )
+
+
+def figures(value: float | None) -> str:
+    """Three of them: 1234, 12.3, 0.123, 1.23e-05."""
+    if value is None:
+        return ""
+    if abs(value) < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def heading(row: Row) -> str:
+    """What all rows of a case share: "quantize float32 -> int8 row, 4096x4096, 83.9 MB, 0.5 FLOPs a byte"."""
+    shape = "x".join(map(str, row.shape))
+    moved = f"{row.bytes / 1e6:.1f} MB" if row.bytes else ""
+    intensity = f"{figures(row.intensity)} FLOPs a byte" if row.intensity else ""
+    return ", ".join(filter(None, (row.case, shape, moved, intensity)))
 
 
 def cells(row: Row) -> list[str]:
@@ -38,39 +64,52 @@ def cells(row: Row) -> list[str]:
     if row.above is not None:
         against = f"{seconds(row.above, sign=True)}"
     return [
-        row.op if row.family == row.op else f"{row.family} {row.op}",
-        row.conversion,
-        row.per,
-        "x".join(map(str, row.shape)),
         row.backend,
         seconds(row.min),
         seconds(row.median),
         "" if row.spread is None else f"{row.spread:.0%}",
-        str(row.runs or ""),
-        "" if row.bytes is None else f"{row.bytes / 1e6:.1f}",
-        "" if row.gb_per_s is None else f"{row.gb_per_s:.2f}",
+        figures(row.gb_per_s),
         "" if row.of_copy is None else f"{row.of_copy:.2f}",
+        figures(row.tflop_per_s),
+        "" if row.of_peak is None else f"{row.of_peak:.2f}",
         against,
         "" if row.differing is None else str(row.differing),
         "; ".join(filter(None, (row.error, row.note))),
     ]
 
 
+def own(rows: Sequence[Row]) -> Row:
+    """The row that says most of a case's bytes and FLOPs: quantlib's if it has a time."""
+    return max(rows, key=lambda row: (row.role == OURS, row.min is not None, row.role != LIMIT))
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Aligned columns, a blank line between cases."""
-    lines = [list(COLUMNS), *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    keys = [None, *(row.case for row in rows)]
-    text = []
-    for key, group in groupby(zip(keys, lines, strict=True), key=lambda pair: pair[0]):
-        text += [] if key is None else [""]
-        for _, line in group:
-            padded = (
-                cell.ljust(width) if column in LEFT else cell.rjust(width)
-                for cell, width, column in zip(line, widths, COLUMNS, strict=True)
-            )
-            text.append("  ".join(padded).rstrip())
-    return "\n".join(text)
+    """Aligned columns, a heading above every case; columns that nobody fills are left out."""
+    lines = [
+        [style(cell, "bold") if row.role == OURS and k == 0 else cell for k, cell in enumerate(cells(row))]
+        for row in rows
+    ]
+    kept = [k for k, column in enumerate(COLUMNS) if column == "backend" or any(line[k] for line in lines)]
+    align = "".join("<" if COLUMNS[k] in LEFT else ">" for k in kept)
+    header, *body = text.table(
+        [COLUMNS[k] for k in kept], [[line[k] for k in kept] for line in lines], align
+    ).splitlines()
+    found, take = [header], iter(body)
+    for group in roofline.grouped(rows):
+        found += ["", style(heading(own(group)), "cyan"), *itertools.islice(take, len(group))]
+    return "\n".join(found)
+
+
+def bars(rows: Sequence[Row], width: int = 30) -> str:
+    """A bar for quantlib in each case: the share of what this machine can do, and the fastest peer's."""
+    lines = []
+    for row in (own(group) for group in roofline.grouped(rows)):
+        share = roofline.share(row)
+        if row.role == OURS and share is not None:
+            length = round(min(share, 1.5) * width)
+            behind = f"{row.speedup:.2f}x the best peer" if row.speedup else ""
+            lines.append((heading(row).partition(", ")[0], f"{share:.2f}", "\u2588" * length or "\u258f", behind))
+    return text.table(("quantlib in", "of the limit", "", ""), lines, "<><<") if lines else ""
 
 
 def target_table(found: Iterable[Verdict]) -> str:
@@ -125,32 +164,41 @@ def read_json(path: str | Path) -> tuple[dict[str, Any], list[Row]]:
     Raises
     ------
     ValueError
-        For a file of another version.
+        For a file of another kind or version.
     """
-    content = json.loads(Path(path).read_text())
-    if content.get("version") != VERSION:
-        raise ValueError(f"{path}: version must be {VERSION}, got {content.get('version')}")
-    return content["machine"], [Row(**{**row, "shape": tuple(row["shape"])}) for row in content["rows"]]
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such
+        raise ValueError(f"{path} must be the JSON of a run, got {described(error)}") from None
+    if not isinstance(content, dict) or not {"version", "machine", "rows"} <= content.keys():
+        raise ValueError(f"{path} must be the JSON of a run, got other JSON")
+    if content["version"] not in READABLE:
+        raise ValueError(f"{path} must be of version {' or '.join(map(str, READABLE))}, got {content['version']!r}")
+    try:
+        return content["machine"], [Row(**{**row, "shape": tuple(row["shape"])}) for row in content["rows"]]
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} must hold rows as `quantlib bench --json` writes them, got {described(error)}"
+        ) from None
 
 
 def as_csv(rows: Sequence[Row]) -> str:
     """A line a row, the fields of Row; the shape as 8192x4096."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({**dataclasses.asdict(row), "shape": "x".join(map(str, row.shape))})
-    return text.getvalue()
+    return file.getvalue()
 
 
 def as_markdown(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     """The table and the targets for a page of documentation."""
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     about = f"{headline(machine)}; {machine['date']}, Python {machine['python']}, {versions}."
-    shown = [i for i, column in enumerate(COLUMNS) if column not in ("runs", "MB")]
-    head = [COLUMNS[i] for i in shown]
+    head = ["case", *COLUMNS]
     rule = [":--" if column in LEFT else "--:" for column in head]
-    body = [[cells(row)[i] for i in shown] for row in rows]
+    body = [[" ".join(filter(None, (row.case, "x".join(map(str, row.shape))))), *cells(row)] for row in rows]
     kept = [
         (v.target.case, " ".join(filter(None, (str(v.target), peer(v)))), figure(v), OUTCOME[v.met])
         for v in verdicts(rows)

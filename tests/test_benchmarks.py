@@ -11,12 +11,28 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import case, cast, chart, check, command, measure, peers, report, targets
-from benchmarks.case import OURS, PEER, Case, Contender, Row
+from benchmarks import case, cast, chart, check, command, machine, measure, peers, report, roofline, targets
+from benchmarks.case import OURS, PEER, Case, Contender, Limits, Row
+from quantlib import cli
 
 TINY = ["--shape", "64", "256", "--seconds", "0.001", *(f"--without={p}" for p in ("torch.compile", "torchao"))]
 SHAPE = (64, 256)
 ROW = Row("cast", "cast", "float32 -> float16", "", (8192, 4096), "quantlib cpp", OURS, runs=3, min=1.0, of_copy=0.5)
+
+
+LIMITS = Limits(copy=40e9, products={"float32": 1e11, "bfloat16": 2e11, "int8": 4e11})
+MACHINE = {"device": "a machine", "instructions": "none", "cores": 2, "threads": 2, "load": 0.0, "copy_gb_per_s": 40.0}
+MACHINE |= {"peak_tflop_per_s": {"float32": 0.1, "bfloat16": 0.2, "int8": 0.4}, "versions": {}, "date": "today"}
+
+
+@pytest.fixture(autouse=True)
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the machine take seconds to measure."""
+    monkeypatch.setattr(machine, "limits", lambda shape, device: LIMITS)
+
+
+def bench(*arguments: object) -> int:
+    return cli.main(["bench", *map(str, arguments)])
 
 
 def every_case(quick: bool) -> list[Case]:
@@ -31,17 +47,20 @@ def measured(one: Case, **options: Any) -> dict[str, Row]:
 
 
 def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
-    arguments = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
-    assert command.main([*TINY, "--quick", "--family", "quantize", "--family", "call", *arguments]) == 0
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "html")}
+    arguments = [word for kind, path in files.items() for word in (f"--{kind}", path)]
+    assert bench(*TINY, "--quick", "--family", "quantize", "--family", "call", *arguments) == 0
 
-    _, _, text = capsys.readouterr().out.partition("\n\n")
-    header, *lines = text.splitlines()
-    edges = [header.index(column) for column in report.COLUMNS if column in report.LEFT]
-    assert all(line[edge - 1 : edge] in ("", " ") for line in lines[: lines.index("")] for edge in edges)
+    headline, header, *blocks = capsys.readouterr().out.split("\n\n")
+    assert "plain copy 40.0 GB/s, products FP32 0.100, BF16 0.200, INT8 0.400 TFLOP/s" in headline
+    heading, *lines = blocks[0].splitlines()
+    assert heading == "quantize float32 -> int8 tensor, 64x256, 0.1 MB"
+    ends = [header.index(column) + len(column) for column in ("min", "median", "spread", "of copy")]
+    assert all(line[end : end + 2].strip() == "" and line[end - 1] != " " for line in lines for end in ends)
+    assert files["html"].read_text().startswith("<!doctype html>")
 
-    machine, rows = report.read_json(files["json"])
-    assert {"device", "threads", "versions", "copy_gb_per_s"} <= machine.keys()
+    about, rows = report.read_json(files["json"])
+    assert {"device", "threads", "versions", "copy_gb_per_s", "peak_tflop_per_s"} <= about.keys()
     assert json.loads(files["json"].read_text())["complete"] is True
     assert [row["backend"] for row in csv.DictReader(files["csv"].open())] == [row.backend for row in rows]
     by_name = {row.backend: row for row in rows if row.family == "quantize"}
@@ -112,11 +131,14 @@ def test_ctrl_c_keeps_what_was_measured(
         return timed(*args)
 
     monkeypatch.setattr(measure, "timed", interrupted)
-    path = tmp_path / "out.json"
-    assert command.main([*TINY, "--family", "cast", "--json", str(path)]) == command.INTERRUPTED
+    path, table, page = (tmp_path / f"out.{kind}" for kind in ("json", "csv", "html"))
+    outs = ("--json", path, "--csv", table, "--html", page)
+    assert bench(*TINY, "--family", "cast", *outs) == command.INTERRUPTED
     assert json.loads(path.read_text())["complete"] is False
     rows = report.read_json(path)[1]
     assert [row.runs for row in rows] == [2, 1, 1, 1]
+    assert len(table.read_text().splitlines()) == 1 + 4
+    assert "was interrupted" in page.read_text()
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -147,8 +169,12 @@ def test_verdicts(target: targets.Target, peer: float, expected: float | None, m
 def test_the_chart(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [ROW, dataclasses.replace(ROW, backend="torch.compile", role=PEER), dataclasses.replace(ROW, of_copy=None)]
-    chart.draw({"device": "a machine", "threads": 2, "copy_gb_per_s": 40.0}, rows, tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    chart.draw(MACHINE, rows, tmp_path / "chart.png")
+    product = dataclasses.replace(ROW, flops=10**9, bytes=10**8, of_peak=0.1)
+    chart.draw_roofline(MACHINE, [product, dataclasses.replace(product, role=PEER, min=0.5)], tmp_path / "roof.png")
+    chart.draw_roofline({**MACHINE, "peak_tflop_per_s": {}}, [], tmp_path / "empty.png")
+    for name in ("chart.png", "roof.png", "empty.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_targets_are_not_judged_on_tensors_that_fit_a_cache() -> None:
@@ -166,20 +192,72 @@ def test_seconds(value: float | None, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "said"),
     [
-        ["--family", "matmuls"],
-        ["--shape", "0", "4"],
-        ["--threads", "x"],
-        ["--json", "/no/such/folder/out.json"],
-        ["--backend", "cpu"],
+        (["--family", "matmuls"], "--family must be cast,"),
+        (["--shape", "0", "4"], "--shape must be an integer >= 1, got '0'"),
+        (["--threads", "x"], "--threads must be an integer >= 1, got 'x'"),
+        (["--seconds", "-1"], "--seconds must be a number > 0, got '-1'"),
+        (["--json", "/no/such/folder/out.json"], "--json must be a file in an existing folder, got '/no/such"),
+        (["--backend", "cpu"], "--backend must be one of triton, cuda, cpp, composite, got 'cpu'"),
+        (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+        (["--device", "cuda"], "--device must be a device of this machine, got 'cuda': "),
     ],
 )
-def test_a_wrong_argument_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        command.main(arguments)
-    assert stopped.value.code == 2
-    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+def test_a_wrong_argument_is_one_line(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"quantlib bench: {said}")
+
+
+def test_save_wants_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "PAGE", Path("/no/such/page.md"))
+    assert bench(*TINY, "--save") == 2
+    assert "--save must be in a checkout" in capsys.readouterr().err
+
+
+def test_shares_of_what_the_machine_can_do() -> None:
+    """A product of 2 GFLOP over 10 MB in 10 ms, beside 40 GB/s and 400 GFLOP/s."""
+
+    class Product(cast.Cast):
+        streams, multiplies, flops = False, "int8", 2 * 10**9
+
+    row = measure.with_rates(dataclasses.replace(ROW, min=0.01), 10**7, Product(SHAPE), LIMITS)
+    assert (row.gb_per_s, row.of_copy) == (pytest.approx(1), pytest.approx(1 / 40))
+    assert (row.tflop_per_s, row.of_peak) == (pytest.approx(0.2), pytest.approx(0.5))
+    assert row.intensity == 200
+    assert roofline.share(row) == row.of_peak
+    unknown = measure.with_rates(dataclasses.replace(ROW, min=0.01), 0, Product(SHAPE), Limits())
+    assert (unknown.of_copy, unknown.of_peak, unknown.gb_per_s) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("of_copy", "peer_seconds", "device", "found"),
+    [
+        (1.07, 1.9, "cuda", ""),
+        (1.08, 1.9, "cuda", "artefact? 1.08 of a plain copy"),
+        (1.00, 2.1, "cuda", "artefact? 2.10x F.linear bfloat16, which moves 2.00x the bytes"),
+        (1.41, 2.1, "cpu", ""),  # a CPU reads what it writes, so that an op that writes less is above a copy
+    ],
+)
+def test_what_no_memory_can_do_on_a_gpu_is_marked(of_copy: float, peer_seconds: float, device: str, found: str) -> None:
+    row = dataclasses.replace(ROW, of_copy=of_copy, device=device, bytes=100)
+    assert measure.artefact(row, {"F.linear bfloat16": (peer_seconds, 200)}) == found
+
+
+def test_the_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "1980 MHz, 1980 MHz, 3201 MHz, 123.45 W, 700.00 W, 41\n"
+    done = type("Done", (), {"stdout": said})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
+    assert machine.gpu_state()["clocks.sm"] == "1980 MHz"
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: type("Done", (), {"stdout": "No devices\n"}))
+    assert machine.gpu_state() == {}
 
 
 def test_the_page_shows_the_saved_run() -> None:
@@ -191,7 +269,7 @@ def test_the_page_shows_the_saved_run() -> None:
 
 
 @pytest.mark.skipif("not config.getoption('benchmark_only', False)", reason="asked for with --benchmark-only")
-@pytest.mark.parametrize("one", command.chosen(command.parser().parse_args(["--quick"])), ids=lambda one: one.name)
+@pytest.mark.parametrize("one", command.chosen(quick=True), ids=lambda one: one.name)
 def test_quick_set(one: Case, benchmark: Any) -> None:
     """quantlib's calls for pytest-benchmark to compare with saved ones, and the rows of `measure` as extra_info."""
     rows: list[Row] = []

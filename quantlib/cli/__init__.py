@@ -10,10 +10,17 @@ import sys
 from collections.abc import Sequence
 
 from quantlib import __version__
-from quantlib.cli import bits, formats, info, quantize, verify
+from quantlib.cli import bench, bits, formats, info, quantize, verify
 from quantlib.cli.parser import Parser
 
-VERBS = {"bits": bits, "formats": formats, "info": info, "quantize": quantize, "verify": verify}
+VERBS = {
+    "bench": bench,
+    "bits": bits,
+    "formats": formats,
+    "info": info,
+    "quantize": quantize,
+    "verify": verify,
+}
 
 FAILED, WRONG, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # exit statuses; 0 is success
 

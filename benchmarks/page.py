@@ -1,0 +1,198 @@
+"""The whole run as one HTML page that needs nothing else: no network, no library, light or dark as the reader's."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from . import report, roofline, svg
+from .case import LIMIT, OURS, PEER, Row
+from .targets import Verdict, verdicts
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # it cannot load a thing
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --card: #f5f6f8; --text: #1b1f24; --faint: #66707c; --edge: #dfe3e8;
+  --ours: #2458b8; --tint: #2458b814; --peer: #c07a1a; --good: #1a7f4b; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1d2126; --text: #e4e7eb; --faint: #98a2ad;
+  --edge: #333a42; --ours: #7aa7ff; --tint: #7aa7ff1c; --peer: #e0a458; --good: #5fc98f; --bad: #ff8a80; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; background: var(--back); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+p { max-width: 46rem; } .faint { color: var(--faint); } .bad { color: var(--bad); } .good { color: var(--good); }
+nav a { margin-right: .9rem; color: var(--ours); text-decoration: none; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: .7rem .9rem; }
+.card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.chart { overflow-x: auto; } svg { width: 100%; min-width: 640px; height: auto; }
+svg text { font-size: 12px; fill: var(--text); } svg .faint { fill: var(--faint); } svg .strong { font-weight: 600; }
+.ours rect { fill: var(--ours); } .peer rect { fill: var(--peer); opacity: .75; }
+.limit { stroke: var(--faint); stroke-dasharray: 4 3; } .grid { stroke: var(--edge); }
+.roof { stroke: var(--text); stroke-width: 1.6; } .between { stroke: var(--faint); opacity: .5; }
+.dot { fill: var(--ours); } .ring { fill: var(--back); stroke: var(--peer); stroke-width: 2; }
+.table { overflow-x: auto; border: 1px solid var(--edge); border-radius: 10px; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .28rem .6rem; text-align: right; white-space: nowrap; }
+th { background: var(--card); position: sticky; top: 0; } .sorts th { cursor: pointer; user-select: none; }
+th.left, td.left { text-align: left; } td.wrap { white-space: normal; min-width: 12rem; }
+tr.first td { border-top: 1px solid var(--edge); } tr.mine { background: var(--tint); }
+tr.mine td.who { font-weight: 600; }
+th[aria-sort=ascending]::after { content: " \\25b4"; } th[aria-sort=descending]::after { content: " \\25be"; }
+"""
+
+# A click on a column sorts by it, a second one turns it round, a third restores the order of the run.
+SCRIPT = """
+for (const table of document.querySelectorAll("table.sorts")) {
+  const body = table.tBodies[0], original = [...body.rows], heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => head.addEventListener("click", () => {
+    const next = { null: "ascending", ascending: "descending", descending: null }[head.getAttribute("aria-sort")];
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    if (next) head.setAttribute("aria-sort", next);
+    const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+    const order = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      return (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y) * (next === "ascending" ? 1 : -1);
+    };
+    body.append(...(next ? [...original].sort(order) : original));
+  }));
+}
+"""
+
+LIMITS = (
+    "The least time that the op's bytes need at the speed of a plain copy, or its FLOPs at the speed of torch's own "
+    "products, over the time it took: 1 is the limit. Beside a bar stands how many times faster than the fastest peer "
+    "of the case quantlib is."
+)
+ROOF = (
+    "Every op that has FLOPs, under what memory and products of this machine allow, both measured in this run. "
+    "Dots are quantlib, rings its fastest peer."
+)
+ROWS = (
+    "A click on a column sorts. <i>differ</i> counts elements whose bytes are not the reference's; quantlib has a time "
+    "only where there are none."
+)
+
+COLUMNS = ("case", "shape", *report.COLUMNS)
+
+
+def as_html(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str:
+    """The page of a run."""
+    families = list(dict.fromkeys(row.family for row in rows))
+    found = verdicts(rows)
+    links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a>' for name in families)
+    unfinished = "" if complete else '<p class="bad">The run was interrupted: this is what was measured until then.</p>'
+    parts = [
+        "<h1>quantlib bench</h1>",
+        f'<p class="faint">{html.escape(report.headline(machine))}<br>{html.escape(circumstances(machine))}</p>',
+        unfinished,
+        cards(machine, rows, found),
+        f"<nav>{links}</nav>",
+        "<h2>How near to the limit</h2>",
+        f"<p>{LIMITS}</p>",
+        f'<div class="chart">{svg.bars(rows)}</div>',
+        "<h2>Roofline</h2>",
+        f"<p>{ROOF}</p>",
+        f'<div class="chart">{svg.roof(machine, rows)}</div>',
+        targets(found),
+        "<h2>Every row</h2>",
+        f'<p class="faint">{ROWS}</p>',
+        *(family(name, [row for row in rows if row.family == name]) for name in families),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>quantlib bench: {html.escape(str(machine['device']))}</title><style>{STYLE}</style></head>\n<body>"
+        + "\n".join(filter(None, parts))
+        + f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def circumstances(machine: dict[str, Any]) -> str:
+    """What else the figures depend on."""
+    versions = (f"{name} {version}" for name, version in machine.get("versions", {}).items() if version)
+    return ", ".join(
+        [f"quantlib {machine.get('quantlib')}", *versions, f"Python {machine.get('python')}", str(machine.get("date"))]
+    )
+
+
+def cards(machine: dict[str, Any], rows: Sequence[Row], found: Sequence[Verdict]) -> str:
+    """The run in a few numbers."""
+    raced = [best for group in roofline.grouped(rows) if (best := roofline.fastest(group, OURS)) and best.speedup]
+    won, peers = (
+        sum((row.speedup or 0) >= 1 for row in raced),
+        {row.backend for row in rows if row.role == PEER and row.min},
+    )
+    judged = [v for v in found if v.met is not None]
+    content = [
+        ("plain copy", f"{machine['copy_gb_per_s']:.1f} GB/s"),
+        *(
+            (f"{roofline.PEAKS.get(dtype, dtype)} products", f"{report.figures(rate)} TFLOP/s")
+            for dtype, rate in machine.get("peak_tflop_per_s", {}).items()
+        ),
+        ("fastest of all in", f"{won} of {len(raced)} cases"),
+        ("peers that ran", str(len(peers))),
+        ("targets met", f"{sum(bool(v.met) for v in judged)} of {len(judged)}"),
+    ]
+    inner = (
+        f'<div class="card"><span class="faint">{html.escape(a)}</span><b>{html.escape(b)}</b></div>'
+        for a, b in content
+    )
+    return f'<div class="cards">{"".join(inner)}</div>'
+
+
+def targets(found: Sequence[Verdict]) -> str:
+    if not found:
+        return ""
+    rows = (
+        cell(v.target.case, "left")
+        + cell(" ".join(filter(None, (str(v.target), report.peer(v)))), "left wrap")
+        + cell(report.figure(v), value=v.measured)
+        + cell(report.OUTCOME[v.met], {True: "left good", False: "left bad", None: "left faint"}[v.met])
+        for v in found
+    )
+    head = ("case", "target", "measured", "")
+    return f"<h2>Targets</h2>{table(head, ('<tr>' + row + '</tr>' for row in rows), {'case', 'target', ''})}"
+
+
+def family(name: str, rows: Sequence[Row]) -> str:
+    """The table of a family."""
+    lines = []
+    for group in roofline.grouped(rows):
+        for k, row in enumerate(group):
+            kind = " ".join(filter(None, ("first" if k == 0 else "", "mine" if row.role == OURS else "")))
+            lines.append(f'<tr class="{kind}">{cells(row)}</tr>')
+    return f'<h3 id="{html.escape(name)}">{html.escape(name)}</h3>' + table(
+        COLUMNS, lines, {"case", "shape", *report.LEFT}
+    )
+
+
+def cells(row: Row) -> str:
+    backend, *figures, note = report.cells(row)
+    values = (
+        row.min, row.median, row.spread, row.gb_per_s, row.of_copy, row.tflop_per_s, row.of_peak,
+        row.above if row.above is not None else row.speedup, row.differing,
+    )  # fmt: skip
+    who = "left who faint" if row.role == LIMIT else "left who"
+    return (
+        cell(row.case, "left")
+        + cell("x".join(map(str, row.shape)), "left")
+        + cell(backend, who)
+        + "".join(cell(text, value=value) for text, value in zip(figures, values, strict=True))
+        + cell(note, "left wrap bad" if row.error or "artefact" in note else "left wrap faint")
+    )
+
+
+def cell(text: str, kind: str = "", value: float | None = None) -> str:
+    """``value`` is what it is sorted by."""
+    attributes = (f' class="{kind}"' if kind else "") + (f' data-value="{value!r}"' if value is not None else "")
+    return f"<td{attributes}>{html.escape(text)}</td>"
+
+
+def table(head: Sequence[str], rows: Iterable[str], left: set[str]) -> str:
+    titles = "".join(f"<th{' class=left' if name in left else ''}>{html.escape(name)}</th>" for name in head)
+    inner = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="table"><table class="sorts">{inner}</table></div>'
