@@ -37,7 +37,7 @@ W8A16, W4A16, W8A8 = map(QuantSpec.parse, ("W8A16", "W4A16", "W8A8"))
 
 
 def sizes(quick: bool, rows: Sequence[int], common: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """(M, N, K): weights of SHAPES, or of ``shape`` where that is small and nothing is to be learned but that it works."""
+    """(M, N, K): weights of SHAPES, or of ``shape`` where that is small, to see that everything works."""
     small = math.prod(common["shape"]) < CACHE // 4
     shapes = SHAPES[common.get("device", "cpu")]
     shapes = (tuple(common["shape"]),) if small else shapes[:1] if quick else shapes
@@ -45,14 +45,10 @@ def sizes(quick: bool, rows: Sequence[int], common: dict[str, Any]) -> list[tupl
 
 
 @dataclass(frozen=True)
-class Product(Scaled):
-    """y[m, n] = sum over k of x[m, k] * w[n, k]. ``shape`` is (M, N, K), ``dtype`` that of x and y."""
+class Multiplied(Scaled):
+    """A case with products of ``dtype`` and of codes, or of codes alone where ``spec`` has an activation."""
 
     streams = False
-
-    @property
-    def op(self) -> str:
-        return f"{self.shape[1]}x{self.shape[2]} M={self.shape[0]}"
 
     @property
     def conversion(self) -> str:
@@ -67,6 +63,15 @@ class Product(Scaled):
     @property
     def multiplies(self) -> str:
         return "int8" if self.dynamic else self.dtype
+
+
+@dataclass(frozen=True)
+class Product(Multiplied):
+    """y[m, n] = sum over k of x[m, k] * w[n, k]. ``shape`` is (M, N, K), ``dtype`` that of x and y."""
+
+    @property
+    def op(self) -> str:
+        return f"{self.shape[1]}x{self.shape[2]} M={self.shape[0]}"
 
     @property
     def flops(self) -> int:
@@ -90,9 +95,7 @@ class Product(Scaled):
         return (poisoned((M, N), getattr(torch, self.dtype), self.device),)
 
     def expected(self, rows: slice, x: Tensor, codes: Tensor, scale: Tensor) -> Iterator[tuple[slice, Array]]:
-        meaning = reference.dynamic_matmul if self.dynamic else reference.dequant_matmul
-        q, s = as_integers(codes, self.spec), numbers(scale)
-        yield rows, meaning(numbers(x[rows]), q, s, self.spec.format, block=self.block, dtype=self.dtype)
+        yield rows, exact_y(x[rows], codes, scale, self.spec)
 
     def floats(self) -> list[Contender]:
         """The product with the weight in floating point; cuBLAS on a GPU."""
@@ -139,13 +142,22 @@ def exact_weight(shape: tuple[int, int], spec: QuantSpec, device: str = "cpu", s
     """Codes and scale, powers of two. The largest code is in every block: whoever quantizes the values finds both."""
     generator, highest = torch.Generator().manual_seed(seed), int(spec.row.max)
     (N, K), (br, bk) = shape, spec.block(shape)
+    exponent = -round(math.log2(0.58 * highest * math.sqrt(K)))  # y is about as large as x
     q = torch.randint(-highest, highest + 1, shape, generator=generator, dtype=torch.int8)
     q[::br, ::bk] = highest
-    scale = torch.exp2(torch.randint(-12, -8, spec.scale_shape(shape), generator=generator))
+    scale = torch.exp2(torch.randint(exponent - 1, exponent + 2, spec.scale_shape(shape), generator=generator))
     if spec.row.packed:
         low, high = F.pad(q, (0, K % 2)).view(N, -1, 2).unbind(-1)
         q = (low & 15 | high << 4).view(torch.uint8)
     return q.to(device), scale.to(device)
+
+
+def exact_y(x: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Array:
+    """What a linear layer of these operands gives, bit for bit."""
+    meaning = reference.dequant_matmul if spec.activation is None else reference.dynamic_matmul
+    weight = as_integers(codes, spec), numbers(scale), spec.format
+    dtype = str(x.dtype).removeprefix("torch.")
+    return meaning(numbers(x), *weight, block=spec.block((len(codes), x.shape[1])), dtype=dtype)
 
 
 def as_integers(codes: Tensor, spec: QuantSpec) -> Array:

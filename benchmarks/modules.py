@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 import quantlib
 from quantlib import reference
-from quantlib.spec import QuantSpec
-from quantlib.testing.bytes import Array, poisoned
+from quantlib.testing.bytes import Array
 
 from . import peer_models
 from .case import Call, Case, Contender, Scaled, Tensors, normal, numbers
