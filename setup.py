@@ -54,7 +54,7 @@ setup(
     packages=[*find_packages(include=["quantlib", "quantlib.*"]), "quantlib._csrc"],
     package_dir={"quantlib._csrc": "csrc"},
     package_data={
-        "quantlib": ["ops.def", "py.typed"],
+        "quantlib": ["ops.def", "py.typed", "backends/triton/tuned/*"],
         "quantlib._csrc": ["*.h", "*.cpp", "cpu/*.h", "cpu/*.cpp", "cuda/*.cuh", "cuda/*.h", "cuda/*.cu", "cuda/*.cpp"],
     },
     ext_modules=[Extension(f"quantlib.{Path(BUILD['FILES'][name]).stem}", []) for name in NAMES],

@@ -87,10 +87,10 @@ def test_what_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_largest_tile_of_which_there_are_enough(
     shape: tuple[int, int, int], dtype: torch.dtype, tile: tuple[int, int]
 ) -> None:
-    chosen = tuning.choose_scaled(shape, INT8, shape[2], "a device", dtype, True)
+    chosen = tuning.choose_scaled(shape, INT8, shape[2], "a device", 232448, dtype, True)
     assert (chosen.tile_m, chosen.tile_n, chosen.described) == (*tile, True)
 
 
 def test_small_batches_and_other_devices_take_the_plain_kernel() -> None:
-    assert not tuning.choose_scaled((64, 4096, 4096), INT8, 4096, "a device", torch.bfloat16, True).described
-    assert not tuning.choose_scaled((4096, 4096, 4096), INT8, 4096, "a device", torch.bfloat16, False).described
+    assert not tuning.choose_scaled((64, 4096, 4096), INT8, 4096, "a device", 232448, torch.bfloat16, True).described
+    assert not tuning.choose_scaled((4096, 4096, 4096), INT8, 4096, "a device", 232448, torch.bfloat16, False).described

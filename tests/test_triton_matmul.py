@@ -123,17 +123,17 @@ def test_slabs_of_a_large_batch(
 def test_slabs_are_for_large_batches_of_what_they_hold() -> None:
     int8, bf16, fp16, fp32 = formats.get("int8"), torch.bfloat16, torch.float16, torch.float32
     shape = (1024, 4096, 4096)
-    chosen = tuning.choose_matmul(shape, int8, bf16, 128, True, False, "a device")
+    chosen = tuning.choose_matmul(shape, int8, bf16, 128, True, False, "a device", 232448)
     assert chosen.slab == 2048
-    assert not tuning.choose_matmul((512, 4096, 4096), int8, bf16, 128, True, False, "a device").slab
-    assert not tuning.choose_matmul(shape, int8, bf16, 128, True, True, "a device").slab
-    assert not tuning.choose_matmul(shape, int8, fp16, 128, True, False, "a device").slab
-    assert not tuning.choose_matmul(shape, int8, fp32, 4096, True, False, "a device").slab
+    assert not tuning.choose_matmul((512, 4096, 4096), int8, bf16, 128, True, False, "a device", 232448).slab
+    assert not tuning.choose_matmul(shape, int8, bf16, 128, True, True, "a device", 232448).slab
+    assert not tuning.choose_matmul(shape, int8, fp16, 128, True, False, "a device", 232448).slab
+    assert not tuning.choose_matmul(shape, int8, fp32, 4096, True, False, "a device", 232448).slab
 
 
 def test_splits_of_k_are_summed_in_order() -> None:
     weight = Weight(20, 2100, "int8", (1, -1), True)
-    choice = tuning.choose_matmul((2, 20, 2100), weight.format, torch.float32, 2100, True, False, "")
+    choice = tuning.choose_matmul((2, 20, 2100), weight.format, torch.float32, 2100, True, False, "", 232448)
     assert choice.splits == 4
     x, y = torch.randint(-8, 9, (2, 2100)).float(), poisoned((2, 20), torch.float32)
     backend.KERNELS["dequant_matmul"](x, *weight.launched(True), None, None, False, True, y)
@@ -240,18 +240,12 @@ def test_activations(activation: str | None) -> None:
     assert_same_bytes(y, reference.activate(x.numpy(), activation).view(np.uint32), f"activate {activation}")
 
 
-def test_a_choice_is_shown_and_what_was_measured_comes_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_choice_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("QUANTLIB_SHOW_LAUNCH", "1")
-    found = tuning.MatmulTile(32, 8, 64, 2, 2, 5)
-    monkeypatch.setitem(tuning.MEASURED, "a device", {(4096, 4096, 4, "int8", "bfloat16"): found})
-    arguments = ((3, 4096, 4096), formats.get("int8"), torch.bfloat16, 4096, True, False)
     tuning.choose_matmul.cache_clear()
-    assert tuning.choose_matmul(*arguments, "a device") == found
-    assert tuning.choose_matmul(*arguments, "another").splits == 8
+    tuning.choose_matmul((3, 4096, 4096), formats.get("int8"), torch.bfloat16, 4096, True, False, "a device", 232448)
     assert capsys.readouterr().err.startswith(
-        "MatmulTile(tile_n=32, tile_m=8, tile_k=64, splits=2, warps=2, stages=5, slab=0)"
+        "MatmulTile(tile_n=64, tile_m=8, tile_k=64, splits=8, warps=2, stages=4, slab=0, described=False)"
     )
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from quantlib import __version__
-from quantlib.cli import bench, bits, formats, info, quantize, verify
+from quantlib.cli import bench, bits, formats, info, quantize, tune, verify
 from quantlib.cli.parser import Parser
 
 VERBS = {
@@ -19,6 +19,7 @@ VERBS = {
     "formats": formats,
     "info": info,
     "quantize": quantize,
+    "tune": tune,
     "verify": verify,
 }
 

@@ -22,6 +22,7 @@ VARIABLES = {
     "QUANTLIB_BUILD": "0: never compile the kernels; 1: a build that fails is an error",
     "QUANTLIB_CACHE": "where compiled kernels are kept",
     "QUANTLIB_SHOW_LAUNCH": "1: print the tile that each Triton launch chose",
+    "QUANTLIB_TUNED": "where quantlib tune keeps its tables, and the kernels read them",
     "TRITON_INTERPRET": "1: run Triton kernels in its interpreter, on the CPU",
     "OMP_NUM_THREADS": "threads of the CPU kernels",
     "CXX": "the C++ compiler",
@@ -39,7 +40,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are no C++ kernels is a line of this report
-        facts = {"versions": versions(), **serving(), "environment": {name: os.environ.get(name) for name in VARIABLES}}
+        environment = {name: os.environ.get(name) for name in VARIABLES}
+        facts = {"versions": versions(), **serving(), "tuning": tuning(), "environment": environment}
     print(json.dumps(facts, indent=2) if args.json else show(facts))
     return 0
 
@@ -137,6 +139,33 @@ def server(op: str, device: str) -> str:
     return next(backend for backend in rest if backends.refuses(backend, device, op) is None)
 
 
+def tuning() -> dict[str, Any]:
+    """Of each GPU here the files whose tiles its matmuls take, and of each what was read or is wrong."""
+    import torch
+
+    from quantlib.backends.triton import tables
+
+    found: dict[str, dict[str, str]] = {}
+    for name in {torch.cuda.get_device_name(k): None for k in range(torch.cuda.device_count())}:
+        found[name] = {}
+        for path in tables.paths(name):
+            table_of, wrong = tables.read(path, name)
+            read = f"{len(table_of.entries) if table_of else 0} matmuls"
+            found[name][str(path)] = "; ".join([read, *wrong])
+    return {"devices": found, "shipped": tables.shipped()}
+
+
+def tuning_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [(device, path, read) for device, files in facts["devices"].items() for path, read in files.items()]
+    rows += [
+        (device, "no table", "the default tiles; quantlib tune measures faster ones")
+        for device, files in facts["devices"].items()
+        if not files
+    ]
+    shipped = ", ".join(facts["shipped"]) or "none: no GPU has been measured yet"
+    return [*(rows or [("no GPU", "-", "no table is read")]), ("in the package", "-", shipped)]
+
+
 def show(facts: dict[str, Any]) -> str:
     devices = list(facts["refusals"])
     served = [(op, *backends.values()) for op, backends in facts["ops"].items()]
@@ -153,6 +182,7 @@ def show(facts: dict[str, Any]) -> str:
         for name, why in refusals.items()
     ]
     blocks.append(table(("device", "backend", "by order of preference"), reasons, "<<<"))
+    blocks.append(table(("tiles of the Triton matmuls", "table", ""), tuning_rows(facts["tuning"]), "<<<"))
     environment = [(name, value or "-", VARIABLES[name]) for name, value in facts["environment"].items()]
     blocks.append(table(("environment", "value", "meaning"), environment, "<<<"))
     return "\n\n".join(blocks)

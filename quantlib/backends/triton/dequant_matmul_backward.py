@@ -56,8 +56,25 @@ def dequant_matmul_backward(
     zero_point: torch.Tensor | None,
     dx: torch.Tensor,
 ) -> None:
+    (M, N), K, device = dy.shape, dx.shape[1], dy.device
+    tile = tuning.choose_backward(
+        (M, N, K), format, dy.dtype, block[1], launch.device_name(device), launch.shared_memory(device)
+    )
+    multiply(dy, codes, scale, format, block, zero_point, dx, tile)
+
+
+def multiply(
+    dy: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    format: Format,
+    block: launch.Shape,
+    zero_point: torch.Tensor | None,
+    dx: torch.Tensor,
+    tile: tuning.MatmulTile,
+) -> None:
+    """dequant_matmul_backward, cut as ``tile`` says."""
     (M, N), K = dy.shape, dx.shape[1]
-    tile = tuning.choose_backward((M, N, K), dy.dtype)
     rounded = M >= 64 and dy.dtype != torch.float32
     launch.launch(
         dequant_matmul_backward_kernel, triton.cdiv(M, tile.tile_m) * triton.cdiv(K, tile.tile_k), dy.device,

@@ -163,6 +163,19 @@ def arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
+# Bytes of shared memory that a program may have, by compute capability; of one not listed, the fewest.
+SHARED = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
+LEAST_SHARED = 101376
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; without a device, those of its architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return SHARED[80] if INTERPRETED else SHARED.get(arch(device), LEAST_SHARED)
+
+
 @functools.cache
 def device_name(device: torch.device) -> str:
     """What a table of measurements calls the device, "" in the interpreter."""

@@ -1,70 +1,48 @@
 """How a matmul is cut: one frozen dataclass, chosen by one function of shapes, formats and device.
 
-What was measured on a device stands in MEASURED and comes first; nothing is timed at a call. The rest follows from
-what the compiler makes of the kernels (tests/test_triton_matmul_static.py). ``QUANTLIB_SHOW_LAUNCH=1`` prints every
-choice.
+What was measured on a device comes first (tables.py); nothing is timed at a call. The rest follows from what the
+compiler makes of the kernels, which the static tests say. ``QUANTLIB_SHOW_LAUNCH=1`` prints every choice.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import triton
 
 from quantlib.backends.tiles import TileLayout
 from quantlib.backends.triton.launch import divisor, power_of_2, shown
+from quantlib.backends.triton.tables import FEW, Key, MatmulTile, bucket, lookup, shared_bytes
 from quantlib.formats import Format
 
-FEW = 32  # rows of x up to which a group's scale multiplies its sum, and two warps share a tile
 PROGRAMS = 512  # enough to fill a device: a number of no device, so that the bytes are those of every device
 ENOUGH = 96  # tiles, nearly one a multiprocessor
 SLAB = 1 << 23  # weights of a slab: 16 MiB
+UNTUNED = "an untuned device"
 LONGEST = 8  # steps at least of a split, so that its loads overlap
-
-
-@dataclass(frozen=True)
-class MatmulTile:
-    """What one program multiplies: tile_n rows of the weight by tile_m rows of x, tile_k columns at a time."""
-
-    tile_n: int
-    tile_m: int
-    tile_k: int
-    splits: int  # of K; the last program to arrive adds their sums in order
-    warps: int
-    stages: int  # of loads in flight
-    slab: int = 0  # rows of the weight that are made floats at a time, for the vendor's matmul; 0: none are
-    described: bool = False  # loaded through tensor descriptors (descriptors.py)
-
 
 Shape = tuple[int, int, int]  # M, N, K
 
-# device name -> (N, K, bucket of M, format, type of x) -> what was fastest; tile_k must suit tiles and blocks
-Key = tuple[int, int, int, str, str]
-MEASURED: dict[str, dict[Key, MatmulTile]] = {}
 
-
-def bucket(M: int) -> int:
-    """The M of a table: the next power of two, at most 4096."""
-    return min(power_of_2(max(M, 1)), 4096)
-
-
-def measured(device: str, shape: Shape, names: tuple[str, str]) -> MatmulTile | None:
+def key_of(op: str, shape: Shape, format: Format, dtype: torch.dtype, bk: int, tiled: bool = False) -> Key:
     M, N, K = shape
-    return MEASURED.get(device, {}).get((N, K, bucket(M), *names))
+    name = str(dtype).removeprefix("torch.")
+    return Key(op, N, K, bucket(M), format.name, name, bk if bk < K else 0, tiled)
 
 
 @functools.lru_cache(4096)
 def choose_matmul(
-    shape: Shape, format: Format, dtype: torch.dtype, bk: int, tiled: bool, invariant: bool, device: str
+    shape: Shape, format: Format, dtype: torch.dtype, bk: int, tiled: bool, invariant: bool, device: str, shared: int
 ) -> MatmulTile:
     """The tile of dequant_matmul of x [M, K] with codes [N, K]; ``invariant``: the same for every M."""
     M, N, K = (FEW, *shape[1:]) if invariant else shape
-    found = measured(device, (M, N, K), (format.name, str(dtype).removeprefix("torch.")))
+    key = key_of("dequant_matmul", (M, N, K), format, dtype, bk, tiled)
+    found = lookup(device, key)
     if found:
         return shown(found)
-    if device and not invariant and takes_slabs(shape, format, dtype, bk):
+    if device and takes_slabs((M, N, K), format, dtype, bk):
         return shown(MatmulTile(64, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1, slab_rows(K)))
     tile_k = TileLayout(format).columns if tiled else step_of(bk, 64) if bk < K else 64
     wide = dtype == torch.float32  # multiplied without tensor cores
@@ -77,7 +55,7 @@ def choose_matmul(
     else:
         tile_n, tile_m, warps, stages = 128, 128, 8, 3
     splits = splits_of((M, N, K), tile_n, tile_m, tile_k)
-    return shown(MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages))
+    return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages), shared))
 
 
 def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bool:
@@ -92,22 +70,28 @@ def slab_rows(K: int) -> int:
 
 
 @functools.lru_cache(4096)
-def choose_backward(shape: Shape, dtype: torch.dtype) -> MatmulTile:
+def choose_backward(shape: Shape, format: Format, dtype: torch.dtype, bk: int, device: str, shared: int) -> MatmulTile:
     """The tile of dequant_matmul_backward of dy [M, N] with codes [N, K]: tile_n is what its steps take of N."""
-    M = shape[0]
+    M, key = shape[0], key_of("dequant_matmul_backward", shape, format, dtype, bk)
+    found = lookup(device, key)
+    if found:
+        return shown(found)
     if M < 64 or dtype == torch.float32:
-        return shown(MatmulTile(32, 16 if M <= 16 else 32, 64, 1, 4, 2))
-    return shown(MatmulTile(32, 64 if M <= 64 else 128, 64, 1, 4, 3))
+        tile = MatmulTile(32, 16 if M <= 16 else 32, 64, 1, 4, 2)
+    else:
+        tile = MatmulTile(32, 64 if M <= 64 else 128, 64, 1, 4, 3)
+    return shown(fitted(key, tile, shared))
 
 
 @functools.lru_cache(4096)
 def choose_scaled(
-    shape: Shape, format: Format, bk: int, device: str, dtype: torch.dtype, describable: bool
+    shape: Shape, format: Format, bk: int, device: str, shared: int, dtype: torch.dtype, describable: bool
 ) -> MatmulTile:
     """The tile of scaled_matmul of x_codes [M, K] with codes [N, K], y of ``dtype``."""
     M, _, K = shape
-    found = measured(device, shape, (format.name, "int8"))
-    if found:
+    key = key_of("scaled_matmul", shape, format, dtype, bk)
+    found = lookup(device, key)
+    if found and (describable or not found.described):
         return shown(found)
     if describable and M > 64:
         return shown(choose_described(shape, dtype))
@@ -120,7 +104,7 @@ def choose_scaled(
     if bk < K:  # two sums are held, of a group and of all
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
     splits = splits_of(shape, tile_n, tile_m, tile_k) if bk >= K else 1
-    return shown(MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages))
+    return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages), shared))
 
 
 def choose_described(shape: Shape, dtype: torch.dtype) -> MatmulTile:
@@ -131,6 +115,20 @@ def choose_described(shape: Shape, dtype: torch.dtype) -> MatmulTile:
     enough = (size for size in sizes if triton.cdiv(N, size[0]) * triton.cdiv(M, size[1]) >= ENOUGH)
     tile_n, tile_m, warps, stages = next(enough, sizes[-1])
     return MatmulTile(tile_n, tile_m, 128, 1, warps, stages, described=True)
+
+
+def fitted(key: Key, tile: MatmulTile, shared: int) -> MatmulTile:
+    """``tile`` with fewer loads in flight, then of fewer rows, until the device has the shared memory for it."""
+    while shared_bytes(key, tile) > shared:
+        if tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif tile.tile_m > 16:
+            tile = replace(tile, tile_m=tile.tile_m // 2)
+        elif tile.tile_n > 16:
+            tile = replace(tile, tile_n=tile.tile_n // 2)
+        else:
+            break
+    return tile
 
 
 def step_of(bk: int, most: int) -> int:

@@ -1,0 +1,182 @@
+"""The fastest tile of a matmul on this device: what ``quantlib tune`` does for every key of a table.
+
+From the default, and from the other way to load or to multiply where there is one, a field of the tile at a time is
+halved or doubled as long as that is faster. A candidate is timed only when operands that no order of sums can round
+give the bytes of the default.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+
+from quantlib import formats
+from quantlib.backends.tiles import TileLayout
+from quantlib.backends.triton import dequant_matmul, dequant_matmul_backward, launch, scaled_matmul, tuning
+from quantlib.backends.triton.descriptors import describable
+from quantlib.backends.triton.tables import Entry, Key, MatmulTile, is_sound
+
+# The matmuls that modules start: op, format, columns that share a scale, and whether the codes lie in tiles.
+FAMILIES = {
+    "W8A16": ("dequant_matmul", "int8", 0, True),
+    "W4A16": ("dequant_matmul", "int4", 128, True),
+    "W8A8": ("scaled_matmul", "int8", 0, False),
+    "backward": ("dequant_matmul_backward", "int8", 0, False),
+}
+ROWS = tuple(1 << power for power in range(13))  # every bucket
+FASTER = 0.98  # of the time of another tile: less of a gain is noise
+
+Timer = Callable[[Callable[[int], None], int], float]  # (run(copy), copies) -> microseconds
+
+
+def keys(families: Iterable[str], shapes: Iterable[tuple[int, int]], rows: Iterable[int]) -> Iterator[Key]:
+    for family, (N, K), M in itertools.product(families, shapes, rows):
+        op, format, group, tiled = FAMILIES[family]
+        yield Key(op, N, K, M, format, "bfloat16", group if group < K else 0, tiled)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the search must know of a device."""
+
+    device: torch.device
+    name: str
+    shared: int  # bytes of shared memory a program may have
+    cache: int  # bytes of the L2 cache
+
+
+def machine(device: torch.device) -> Machine:
+    found = torch.cuda.get_device_properties(device)
+    return Machine(device, launch.device_name(device), launch.shared_memory(device), found.L2_cache_size)
+
+
+def search(key: Key, on: Machine, timer: Timer) -> Entry:
+    """The entry of ``key``."""
+    matmul = Matmul(key, on)
+    default, *others = starts(key, on, matmul.describable)
+    want = matmul.exact(default)
+    times: dict[MatmulTile, float] = {}
+
+    def time(tile: MatmulTile) -> float:
+        if tile not in times:
+            same = tile == default or gives(matmul, tile, want)
+            times[tile] = timer(lambda copy: matmul.run(tile, copy), matmul.copies) if same else float("inf")
+        return times[tile]
+
+    for start in (default, *others):
+        best, improved = start, True
+        time(start)
+        while improved:
+            faster = min(neighbours(key, best, on.shared), key=time, default=best)
+            improved = time(faster) < FASTER * time(best)
+            best = faster if improved else best
+    fastest = min(times, key=lambda tile: times[tile])
+    fastest = fastest if times[fastest] < FASTER * times[default] else default
+    return Entry(fastest, times[fastest], times[default])
+
+
+def starts(key: Key, on: Machine, describable: bool) -> list[MatmulTile]:
+    """The default without a table, then the other kernels that multiply the same."""
+    default, shape = default_tile(key, on, describable), (key.M, key.N, key.K)
+    others = []
+    if default.slab:
+        others = [tuning.fitted(key, MatmulTile(128, 128, default.tile_k, 1, 8, 3), on.shared)]
+    elif key.op == "dequant_matmul":
+        others = [MatmulTile(64, 0, default.tile_k, 1, 4, 1, tuning.slab_rows(key.K))]
+    elif default.described:
+        others = [default_tile(key, on, False)]
+    elif describable:
+        others = [tuning.choose_described(shape, torch.bfloat16)]
+    return [default, *(tile for tile in others if is_sound(key, tile, on.shared))]
+
+
+def default_tile(key: Key, on: Machine, describable: bool) -> MatmulTile:
+    shape, format, dtype = (key.M, key.N, key.K), formats.get(key.format), getattr(torch, key.dtype)
+    bk = key.group or key.K
+    if key.op == "dequant_matmul":
+        return tuning.choose_matmul(shape, format, dtype, bk, key.tiled, False, tuning.UNTUNED, on.shared)
+    if key.op == "scaled_matmul":
+        return tuning.choose_scaled(shape, format, bk, tuning.UNTUNED, on.shared, dtype, describable)
+    return tuning.choose_backward(shape, format, dtype, bk, tuning.UNTUNED, on.shared)
+
+
+def neighbours(key: Key, tile: MatmulTile, shared: int) -> Iterator[MatmulTile]:
+    """The sound tiles with one field halved or doubled; of loads in flight, one more or less."""
+    for name in ("tile_n", "tile_m", "tile_k", "splits", "warps", "stages", "slab"):
+        value = getattr(tile, name)
+        steps = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
+        for changed in (replace(tile, **{name: step}) for step in steps if step != value):
+            if is_sound(key, changed, shared):
+                yield changed
+
+
+def gives(matmul: Matmul, tile: MatmulTile, want: torch.Tensor) -> bool:
+    """Whether a tile compiles, starts and gives the bytes of the default."""
+    try:
+        same = torch.equal(matmul.exact(tile), want)
+    except (triton.TritonError, RuntimeError):  # the compiler's, and the device's that lacks what the tile needs
+        return False
+    if not same:
+        warnings.warn(f"{matmul.key}: {tile} gives other bytes than the default, a bug", RuntimeWarning, stacklevel=2)
+    return same
+
+
+class Matmul:
+    """The operands of a key: random codes in copies that no cache holds, and once more such that sums are exact."""
+
+    def __init__(self, key: Key, on: Machine) -> None:
+        self.key, self.format = key, formats.get(key.format)
+        M, N, K, device = key.M, key.N, key.K, on.device
+        self.block, self.dtype = (1, key.group or K), getattr(torch, key.dtype)
+        groups = -(-K // self.block[1])
+        shape = TileLayout(self.format).shape(N, K) if key.tiled else (N, -(-K * self.format.bits // 8))
+        stored = torch.uint8 if key.tiled or self.format.packed else getattr(torch, self.format.dtype_name)
+        bytes_of_codes = torch.Size(shape).numel()
+        self.copies = max(1, min(64, -(-3 * on.cache // bytes_of_codes)))
+        self.codes = [random_bytes(shape, device).view(stored) for _ in range(self.copies)]
+        self.scale = torch.exp2(torch.randint(-3, 3, (N, groups), device=device).float())
+        if key.op == "scaled_matmul":
+            self.x, self.x_scale = random_bytes((M, K), device).view(torch.int8), torch.ones(M, 1, device=device)
+            self.exact_x = self.x
+        else:
+            width = N if key.op == "dequant_matmul_backward" else K
+            self.x = torch.randn(M, width, device=device).to(self.dtype)
+            self.exact_x = torch.randint(-1, 2, (M, width), device=device).to(self.dtype)
+        self.y = torch.empty(M, K if key.op == "dequant_matmul_backward" else N, dtype=self.dtype, device=device)
+        self.describable = key.op == "scaled_matmul" and describable(self.x, self.codes[0], self.scale, None, None)
+
+    def exact(self, tile: MatmulTile) -> torch.Tensor:
+        """y of a tile, whose memory held NaN before."""
+        self.y.fill_(float("nan"))
+        self.call(self.exact_x, self.codes[0], tile)
+        return self.y.view(torch.uint8).clone()
+
+    def run(self, tile: MatmulTile, copy: int) -> None:
+        self.call(self.x, self.codes[copy], tile)
+
+    def call(self, x: torch.Tensor, codes: torch.Tensor, tile: MatmulTile) -> None:
+        weight: tuple[Any, ...] = (codes, self.scale, self.format, self.block)
+        if self.key.op == "dequant_matmul":
+            dequant_matmul.multiply(x, *weight, None, None, None, self.key.tiled, self.y, tile)
+        elif self.key.op == "scaled_matmul":
+            scaled_matmul.multiply(x, self.x_scale, *weight, None, None, None, None, self.y, tile)
+        else:
+            dequant_matmul_backward.multiply(x, *weight, None, self.y, tile)
+
+
+def random_bytes(shape: Any, device: torch.device) -> torch.Tensor:
+    return torch.randint(0, 256, tuple(shape), dtype=torch.uint8, device=device)
+
+
+def graph_timer(run: Callable[[int], None], copies: int) -> float:
+    """The median over a CUDA graph in which copies take turns."""
+    milliseconds = triton.testing.do_bench_cudagraph(
+        lambda: [run(copy) for copy in range(copies)], rep=20, return_mode="median"
+    )
+    return 1000 * milliseconds / copies
