@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu.emulator import COMPILER, CSRC, FLAGS, HERE
+from cuda_on_cpu.emulator import COMPILER, CSRC, FLAGS, HERE, RUNTIME
 
 import quantlib
 from quantlib import _build, backends, formats
@@ -33,7 +33,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> None:
         header.write_text(header.read_text().replace(right, smaller))
     installed = _build.find_torch()
     include = ("-I", str(HERE), "-I", str(csrc), "-I", str(_build.PACKAGE), "-isystem", str(installed / "include"))
-    sources = [str(path) for path in (HERE / "library.cpp", csrc / "cuda/slab.cu", csrc / "cuda/cast.cu")]
+    sources = [str(path) for path in (HERE / "library.cpp", *RUNTIME, csrc / "cuda/slab.cu", csrc / "cuda/cast.cu")]
     needed = ("-x", "none", str(installed / "lib/libtorch_cpu.so"))
     flags = (*FLAGS, *_build.COMMON[2:], "-DUSE_CUDA", "-fPIC", "-shared", "-O0")
     subprocess.run([*COMPILER, *flags, *include, "-x", "c++", *sources, *needed, "-o", str(made)], check=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import struct
 import subprocess
@@ -26,9 +27,25 @@ from quantlib.testing.table import OPS
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = (*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17")
-FLAGS = ("-O1", "-g1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off")
+FLAGS = (
+    "-g1",
+    "-O1",
+    "-fno-pie",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+)
+RUNTIME = tuple(HERE / f"{name}.cpp" for name in ("block", "image", "intrinsics", "memory"))
 # Of the checks for undefined behaviour those that a kernel can meet: all of them take half as long again to compile.
-SANITIZERS = ("-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all")
+UNDEFINED = ("-fsanitize=bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all")
+ADDRESS = ("-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all")
+# How kernels are compiled, and the rest. watched: each access is told to memory.cpp, as it is written in the source.
+MODES = {
+    "watched": ((*UNDEFINED, "-fsanitize=thread", "-fno-tree-sra"), UNDEFINED),
+    "address": (ADDRESS, ADDRESS),
+}
 MATMULS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul")
 SLAB = "slab"  # not an op: what serves dequant_matmul of many rows
 FAKE = ("fake_quantize", "fake_quantize_backward")
@@ -44,6 +61,7 @@ class Emulator:
     """An executable of main.cpp and some of the ops."""
 
     path: Path
+    watched: bool = True  # whether memory.cpp judges every access
 
     def run(self, calls: Sequence[Call]) -> list[tuple[Array, ...]]:
         """Every buffer of every call, as it is afterwards.
@@ -57,10 +75,11 @@ class Emulator:
             given, made = Path(folder, "calls"), Path(folder, "buffers")
             given.write_bytes(b"".join(call.packed() for call in calls))
             options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+            options["CUDA_ON_CPU_UNWATCHED"] = "" if self.watched else "1"
             command = [str(self.path), str(given), str(made)]
             done = subprocess.run(command, env=os.environ | options, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise KernelError(done.stderr)
+                raise KernelError(self.with_lines(done.stderr))
             memory = made.read_bytes()
         start, results = 0, []
         for call in calls:
@@ -73,6 +92,21 @@ class Emulator:
                 start += size
             results.append(tuple(buffers))
         return results
+
+    def with_lines(self, text: str) -> str:
+        """``text`` with lines of the sources for "from 0x...", and those that call them where functions are inlined."""
+        for address in set(re.findall(r"(?<=from )0x\w+", text)):
+            command = [
+                "addr2line",
+                "-i",
+                "-s",
+                "-e",
+                str(self.path),
+                hex(int(address, 16) - 1),
+            ]  # in the call, not after
+            lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
+            text = text.replace(f"from {address}", " in ".join(line.split(" ")[0] for line in lines if line))
+        return text
 
 
 @dataclass(frozen=True)
@@ -140,32 +174,45 @@ def expected_buffers(case: Case, call: Call) -> list[Array]:
     return [b.values if b.given else bits(next(written)) for b in call.buffers if b is not None]
 
 
-def build(cache: Path, ops: Sequence[str] = OPS, csrc: Path = CSRC, sanitize: bool = True) -> Emulator:
+def build(cache: Path, ops: Sequence[str] = OPS, csrc: Path = CSRC, mode: str = "watched") -> Emulator:
     """The executable of these sources, made now or before."""
-    flags = (*FLAGS, *(SANITIZERS if sanitize else ()), "-I", str(HERE), "-I", str(csrc))
-    digest = hashlib.sha256(repr((COMPILER, flags, ops)).encode())
-    for path in sorted(
-        p for folder in (csrc, HERE) for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")
-    ):
-        digest.update(path.name.encode() + path.read_bytes())
-    made = cache / digest.hexdigest()[:16]
-    with open(made.with_suffix(".lock"), "w") as lock:  # the workers of pytest-xdist share what one of them makes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
-                sources = [HERE / "main.cpp", *(csrc / f"cuda/{op}.cu" for op in ops)]
-                objects = [str(Path(scratch, f"{source.stem}.o")) for source in sources]
-                commands = [
-                    [*COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", o]
-                    for source, o in zip(sources, objects, strict=True)
-                ]
-                list(pool.map(_compile, commands))
-                _compile([*COMPILER, *flags, *objects, "-o", str(Path(scratch, "run"))])
-                os.replace(Path(scratch, "run"), made)
+    made = link(cache, [HERE / "main.cpp", *(csrc / f"cuda/{op}.cu" for op in ops)], csrc, mode)
     return Emulator(made)
 
 
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise KernelError(f"{shlex.join(command)}\n{done.stderr}")
+def link(cache: Path, sources: Sequence[Path], csrc: Path = CSRC, mode: str = "watched") -> Path:
+    """The executable of ``sources``, kernels (.cu) and others, with what runs them."""
+    headers = hashlib.sha256()
+    for path in sorted(p for folder in (csrc, HERE) for p in folder.rglob("*.*h")):
+        headers.update(path.name.encode() + path.read_bytes())
+    objects = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for source in (
+            *reversed(sources),
+            *RUNTIME,
+            HERE / "tsan.cpp",
+        ):  # the longest to compile comes last in an op's name
+            kernels = source.suffix == ".cu"
+            flags = (*FLAGS, *MODES[mode][not kernels], "-I", str(HERE), "-I", str(csrc))
+            command = [*COMPILER, *flags, "-x", "c++", "-c", str(source)]
+            key = headers.copy()
+            key.update(repr((COMPILER, flags[:-1])).encode() + source.read_bytes())
+            objects.append(pool.submit(_made, cache / f"{source.stem}-{key.hexdigest()[:16]}.o", command))
+        paths = [str(made.result()) for made in objects]
+    # Templates that several objects have: the linker takes those of the first, which are not watched.
+    paths.reverse()
+    digest = hashlib.sha256(repr(paths).encode()).hexdigest()[:16]
+    return _made(cache / f"run-{digest}", [*COMPILER, "-no-pie", *MODES[mode][1], *paths])
+
+
+def _made(path: Path, command: list[str]) -> Path:
+    """``path``, which ``command`` makes; the workers of pytest-xdist share what one of them makes."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            scratch = path.with_suffix(".part")
+            done = subprocess.run([*command, "-o", str(scratch)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise KernelError(f"{shlex.join(command)}\n{done.stderr}")
+            os.replace(scratch, path)
+    return path

@@ -21,6 +21,7 @@ namespace cuda_on_cpu {
 // Saves the registers that a call preserves on this stack, and goes on where `to` left off.
 extern "C" void cuda_on_cpu_switch(void** from, void* to);
 asm(R"(
+  .pushsection .text
   .weak cuda_on_cpu_switch
   .type cuda_on_cpu_switch, @function
 cuda_on_cpu_switch:
@@ -40,6 +41,7 @@ cuda_on_cpu_switch:
   pop %rbp
   ret
   .size cuda_on_cpu_switch, . - cuda_on_cpu_switch
+  .popsection
 )");
 using Context = void*;
 inline void switch_context(Context& from, Context& to) { cuda_on_cpu_switch(&from, to); }
@@ -88,6 +90,8 @@ class Fiber {
     leave_stack(outside_fake_);
     return !running_;
   }
+
+  bool has(const void* p) const { return size_t(static_cast<const char*>(p) - stack_) < kStack; }
 
   // Called inside: back to run(), which returns false.
   void suspend() {

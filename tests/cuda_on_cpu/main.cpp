@@ -3,14 +3,22 @@
 // write holds 0xa5 before it. Exit status 3: a kernel or a launch failed, and stderr says why.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "absent.h"
+#include "block.h"
 #include "cuda/kernels.h"
+#include "memory.h"
 #include "numerics.h"
 
 using namespace quantlib;
+namespace memory = cuda_on_cpu::memory;
 
 struct Call {
   int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py, 32 and in FAKE
@@ -34,19 +42,24 @@ class Buffer {
     in.read(reinterpret_cast<char*>(&h), sizeof h);
     bytes_ = h.bytes, shift_ = h.shift;
     if (bytes_ < 0) return;
-    memory_ = static_cast<char*>(std::malloc(kGuard + shift_ + bytes_ + kGuard));
-    std::memset(memory_, 0xa5, kGuard + shift_ + bytes_ + kGuard);
+    memory_ = static_cast<char*>(std::malloc(2 * kGap + shift_ + bytes_));
+    std::memset(data() - shift_ - kGuard, 0xa5, kGuard + shift_ + bytes_ + kGuard);
     if (h.given) in.read(data(), bytes_);
+    known_ = std::make_unique<memory::Buffer>(data(), bytes_, h.given);
   }
-  Buffer(Buffer&& other) : bytes_(other.bytes_), shift_(other.shift_), memory_(std::exchange(other.memory_, nullptr)) {}
+  Buffer(Buffer&& other)
+      : bytes_(other.bytes_),
+        shift_(other.shift_),
+        memory_(std::exchange(other.memory_, nullptr)),
+        known_(std::move(other.known_)) {}
   ~Buffer() { std::free(memory_); }
 
-  char* data() const { return memory_ ? memory_ + kGuard + shift_ : nullptr; }
+  char* data() const { return memory_ ? memory_ + kGap + shift_ : nullptr; }
   bool overrun() const {
     const auto written = [&](const char* p, int64_t n) {
       return std::any_of(p, p + n, [](char c) { return c != '\xa5'; });
     };
-    return memory_ && (written(memory_, kGuard + shift_) || written(data() + bytes_, kGuard));
+    return memory_ && (written(data() - shift_ - kGuard, kGuard + shift_) || written(data() + bytes_, kGuard));
   }
   void write(std::ostream& out) const {
     if (memory_) out.write(data(), bytes_);
@@ -54,12 +67,13 @@ class Buffer {
 
  private:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr int64_t kGuard = 0;  // so that it sees the first byte past the end
+  static constexpr int64_t kGuard = 0, kGap = 0;  // so that it sees the first byte past the end
 #else
-  static constexpr int64_t kGuard = 64;
+  static constexpr int64_t kGuard = 64, kGap = 1 << 20;  // a row too far is still in no other buffer
 #endif
   int64_t bytes_ = -1, shift_ = 0;
   char* memory_ = nullptr;
+  std::unique_ptr<memory::Buffer> known_;
 };
 
 // dequant_matmul as csrc/cuda/slab.h does it, with a product of loops, two slabs, and no byte to spare.
@@ -73,6 +87,8 @@ static void multiply_slabs(const DequantMatmul& p) {
     const int64_t end = std::min(first + half, N), n = end - first;
     const auto slab = std::make_unique<uint16_t[]>(size_t(n * K));
     const auto total = std::make_unique<float[]>(size_t(p.M * n));
+    const memory::Buffer known_slab(slab.get(), size_t(n * K) * 2, false),
+        known_total(total.get(), size_t(p.M * n) * 4, true);
     const void* w = cuda::decode_slab(p, first, end, slab.get(), nullptr);
     for (int64_t m = 0; m < p.M; ++m)
       for (int64_t j = 0; j < n; ++j)
@@ -131,6 +147,7 @@ int main(int, char** argv) {
     std::vector<Buffer> buffers;
     for (uint32_t k = 0; k < c.buffers; ++k) buffers.emplace_back(in);
     cuda_on_cpu::random_order.seed(c.seed);
+    cuda_on_cpu::call = n;
     try {
       run(c, buffers);
     } catch (const std::exception& error) {
