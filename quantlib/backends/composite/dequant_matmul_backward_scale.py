@@ -27,7 +27,7 @@ def dequant_matmul_backward_scale(
     for n, w in weight_slabs(codes, ones, format, block, zero_point, K):
         terms = product(dy[:, n].float().T, rows).mul_(w)
         terms = torch.nn.functional.pad(terms, (0, -K % bk)).unflatten(1, (-1, bk)).sum(2)
-        block_row = torch.arange(n.start, n.stop, device=x.device).div(br, rounding_mode="floor")
-        for row in block_row.unique().tolist():
-            sums[row] += terms[block_row == row].sum(0)
+        for row in range(n.start // br, -(-n.stop // br)):
+            within = slice(max(row * br - n.start, 0), (row + 1) * br - n.start)
+            sums[row] += terms[within].sum(0)
     dscale.copy_(canonical(sums))
