@@ -63,8 +63,8 @@ def pieces(cores: int = os.cpu_count() or 1) -> Iterator[Piece]:
     python = sys.executable
     yield Piece("build", (python, "quantlib/_build.py", "cpu", "cuda"), 150, alone=True)
     for backend in BACKENDS:
-        kernels = (python, "-m", "quantlib.testing.kernels", backend, "--device", "cuda")
-        yield Piece(f"kernels {backend}", kernels, 60)
+        table = (python, "-m", "quantlib.testing", backend, "--device", "cuda", "--jobs", str(min(cores, 14)))
+        yield Piece(f"cases {backend}", table, 120)
     yield from tests("graphs", ["tests/test_graph_capture.py"], 90, 1, "gpu")
     yield from tests("device", ["tests"], 240, cores, "gpu and not network")
     yield from sanitizers()
@@ -99,12 +99,16 @@ def tests(name: str, paths: list[str], seconds: int, cores: int, marked: str) ->
 
 
 def sanitizers() -> Iterator[Piece]:
-    """compute-sanitizer over every CUDA kernel. Only ours are looked at; every tensor is memory of its own."""
+    """compute-sanitizer over every CUDA kernel in every way it is launched. Every tensor is memory of its own.
+
+    Only our kernels are looked at, except by initcheck, which has to see who else wrote what they read.
+    """
     tool = compute_sanitizer()
     own = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    driver = (sys.executable, "-m", "quantlib.testing.kernels", "cuda", "--device", "cuda", "--small")
+    driver = (sys.executable, "-m", "quantlib.testing", "cuda", "--device", "cuda", "--launches")
     for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        options = ("--tool", check, "--error-exitcode", "9", "--kernel-regex", "kns=quantlib", "--print-limit", "20")
+        ours = ("--kernel-regex", "kns=quantlib") if check != "initcheck" else ()
+        options = ("--tool", check, "--error-exitcode", "9", "--print-limit", "20", *ours)
         lacks = "" if tool else "there is no compute-sanitizer"
         yield Piece(f"sanitizer {check}", (tool or "", *options, *driver), 150, environment=own, lacks=lacks)
 

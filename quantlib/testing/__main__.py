@@ -1,4 +1,4 @@
-"""``python -m quantlib.testing [BACKEND] [--op OP] [--format FORMAT] [--device DEVICE]``: the case table on a backend.
+"""``python -m quantlib.testing [BACKEND] [--op OP] [--format FORMAT] [--device DEVICE]``: the case tables on a backend.
 
 Exit status 0 where every byte is right, 1 where one is wrong, 2 where the backend does not serve the device.
 """
@@ -6,33 +6,76 @@ Exit status 0 where every byte is right, 1 where one is wrong, 2 where the backe
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
 import sys
+from collections.abc import Sequence
 
 from quantlib import backends, formats
-from quantlib.testing.compare import check
-from quantlib.testing.table import OPS, cases
+from quantlib.testing import every
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m quantlib.testing", description="The case table on one backend.")
-    parser.add_argument("backend", nargs="?", default="auto", choices=("auto", *backends.BACKENDS))
-    parser.add_argument("--op", choices=OPS)
-    parser.add_argument("--format", choices=tuple(formats.FORMATS))
-    parser.add_argument("--device", default="cpu", choices=tuple(backends.DEVICES))
-    given = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(argv)
     if given.backend != "auto" and (why := backends.refuses(given.backend, given.device)):
         print(f"{given.backend} does not serve {given.device} tensors: {why}")
         return 2
+    if given.jobs > 1:
+        return in_processes(given.jobs, list(sys.argv[1:] if argv is None else argv))
+    if given.launches:
+        table = every.launches(given.op, given.format)
+    else:
+        table = every.every(given.op, given.format, large=given.device != "cpu")
+    part, parts = given.part
+    table = table[part::parts]
+    served = [case for case in table if every.refuses(case, given.backend, given.device) is None]
     wrong = []
-    table = cases(given.op, given.format)
     with backends.use_backend(given.backend):
-        for case in table:
+        for case in served:
             try:
-                check(case, given.device)
+                every.check(case, given.device)
             except AssertionError as error:
                 wrong.append(str(error))
-    print(*wrong[:20], f"{given.backend}: {len(table) - len(wrong)} of {len(table)} cases", sep="\n")
+            except RuntimeError as error:  # a launch that fails, say; of a lost device nothing more can be had
+                wrong.append(f"{case}: {type(error).__name__}: {error}")
+                if "CUDA error" in str(error):
+                    break
+    refused = f", {len(table) - len(served)} that it refuses" if len(served) < len(table) else ""
+    print(*wrong[:20], f"{given.backend}: {len(served) - len(wrong)} of {len(served)} cases{refused}", sep="\n")
     return 1 if wrong else 0
+
+
+def in_processes(jobs: int, argv: list[str]) -> int:
+    """The tables dealt out to ``jobs`` processes: most of a case is its reference, and the compiler of its kernel."""
+    command = [sys.executable, "-m", "quantlib.testing", *argv, "--jobs", "1"]
+    running = [
+        subprocess.Popen([*command, "--part", f"{n}/{jobs}"], stdout=subprocess.PIPE, text=True) for n in range(jobs)
+    ]
+    said = [process.communicate()[0] for process in running]
+    counts = [[int(n) for n in re.findall(r"(\d+) (?:of|cases|that)", text.splitlines()[-1])] for text in said if text]
+    print(*(line for text in said for line in text.splitlines()[:-1]), sep="\n")
+    right, of, refused = (sum(row[k] for row in counts if len(row) > k) for k in range(3))
+    ended = [process.returncode for process in running]
+    broken = f", {sum(code not in (0, 1) for code in ended)} of {jobs} processes broke" if set(ended) - {0, 1} else ""
+    print(f"{argv[0] if argv else 'auto'}: {right} of {of} cases, {refused} that it refuses{broken}")
+    return 1 if any(ended) else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m quantlib.testing", description="The case tables on one backend.")
+    top.add_argument("backend", nargs="?", default="auto", choices=("auto", *backends.BACKENDS))
+    top.add_argument("--op", choices=every.OPS)
+    top.add_argument("--format", choices=tuple(formats.FORMATS))
+    top.add_argument("--device", default="cpu", choices=tuple(backends.DEVICES))
+    top.add_argument("--launches", action="store_true", help="only what starts every kernel in every way there is")
+    top.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+    top.add_argument("--part", type=fraction, default=(0, 1), metavar="I/N", help="every Nth case from the Ith on")
+    return top
+
+
+def fraction(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    return int(part), int(parts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,226 @@
+"""The table of products: every way to call a matmul whose bytes the contract fixes.
+
+The sums of integer codes are exact. Where a product is one of floats, its operands are small integers times powers of
+two, so that every partial sum is exact too, in any order.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantlib import formats, ops, reference
+from quantlib.formats import FloatFormat, IntFormat
+from quantlib.reference.activation import ACTIVATIONS
+from quantlib.testing.bytes import Array, bits, tensor
+from quantlib.testing.compare import prove
+from quantlib.testing.table import DTYPES, Block
+
+OPS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul", "dynamic_matmul")
+WEIGHTS = tuple(
+    (f.name, symmetric) for f in formats.TABLE for symmetric in (True, False) if symmetric or not f.is_float
+)
+BLOCKS: tuple[Block, ...] = ((1, -1), (-1, -1), (1, 64), (1, 32), (4, 16), (3, 7))
+
+# M, N, K: one row; few rows; tiles of the batch and what lies beyond; K split among programs; a batch for slabs
+SHAPES = ((1, 64, 512), (3, 18, 70), (16, 40, 129), (17, 33, 256), (64, 80, 128), (70, 48, 320), (130, 136, 192))
+LARGE = ((1, 96, 4096), (4, 64, 2048), (600, 130, 256))
+
+
+@dataclass(frozen=True)
+class Product:
+    """One call of one matmul."""
+
+    op: str
+    format: str  # of the weight
+    shape: tuple[int, int, int]  # M, N, K
+    block: Block = (1, -1)
+    dtype: str = "bfloat16"  # of x and y; for scaled_matmul of y
+    symmetric: bool = True
+    bias: bool = False
+    activation: str | None = None
+    layout: str = "contiguous"  # or offset: x begins at no address that a vector load likes
+    tiled: bool = False
+    batch_invariant: bool = False
+    x_format: str = "int8"  # of scaled_matmul
+    x_symmetric: bool = True
+    per_row: bool = True  # x_scale
+
+    def __str__(self) -> str:
+        (M, N, K), (br, bk) = self.shape, ("all" if b == -1 else b for b in self.block)
+        words = [self.op, self.format, "symmetric" if self.symmetric else "affine", self.dtype, f"{M}x{N}x{K}"]
+        words += [f"block{br}x{bk}", self.layout, str(self.activation)] + ["bias"] * self.bias
+        words += ["tiled"] * self.tiled + ["invariant"] * self.batch_invariant
+        if self.op == "scaled_matmul":
+            words += [self.x_format, "" if self.x_symmetric else "affine", "rows" if self.per_row else "one"]
+        return "-".join(filter(None, words))
+
+    @property
+    def resolved(self) -> Block:
+        _, N, K = self.shape
+        br, bk = (n if b == -1 else min(b, n) for b, n in zip(self.block, (N, K), strict=True))
+        return br, bk
+
+
+@functools.lru_cache(64)
+def inputs(case: Product) -> dict[str, Array]:
+    """The arrays of ``case``, x as float32: what it is called with and what the reference is."""
+    (M, N, K), rng = case.shape, np.random.default_rng(zlib.crc32(str(case).encode()))
+    given = _weight(case, rng) if case.op.startswith("dequant") else _codes(case, rng)
+    if case.bias:
+        given["bias"] = rng.integers(-4, 5, N).astype(np.float32)
+    if case.op == "scaled_matmul":
+        given["x_codes"] = rng.integers(0, 256, (M, K), np.uint8).view(case.x_format)
+        given["x_scale"] = rng.uniform(0.01, 2, (M if case.per_row else 1, 1)).astype(np.float32)
+        if not case.x_symmetric:
+            low, high = _int(case.x_format).range(affine=True)
+            given["x_zero_point"] = rng.integers(low, high + 1, given["x_scale"].shape, np.int32)
+    elif case.op == "dynamic_matmul":
+        x = rng.standard_normal((M, K)) * np.exp2(rng.integers(-20, 20, (M, 1)))
+        given["x"] = _rounded(x.astype(np.float32), case.dtype)
+    else:
+        columns = N if case.op.endswith("backward") else K
+        given["x"] = rng.integers(-8, 9, (M, columns)).astype(np.float32)
+    return given
+
+
+def _weight(case: Product, rng: np.random.Generator) -> dict[str, Array]:
+    """Codes of small integers times a power of two."""
+    (_, N, K), (br, bk) = case.shape, case.resolved
+    grid = -(-N // br), -(-K // bk)
+    scale = np.exp2(rng.integers(-3, 4, grid)).astype(np.float32)
+    z = None if case.symmetric else rng.integers(0, 4, grid, np.int32)
+    w = rng.integers(0 if case.format == "uint8" and case.symmetric else -3, 4, (N, K)).astype(np.float32)
+    w *= np.repeat(np.repeat(scale, br, 0)[:N], bk, 1)[:, :K]
+    codes = reference.quantize(w, scale, case.format, block=(br, bk), zero_point=z)
+    return {"codes": codes, "scale": scale} | ({} if z is None else {"zero_point": z})
+
+
+def _codes(case: Product, rng: np.random.Generator) -> dict[str, Array]:
+    """Any codes, and anything in the nibble past an odd row's end."""
+    (_, N, K), (br, bk), f = case.shape, case.resolved, _int(case.format)
+    grid = -(-N // br), -(-K // bk)
+    codes = rng.integers(0, 256, (N, (K + 1) // 2 if f.packed else K), np.uint8).view(f.storage)
+    given: dict[str, Array] = {"codes": codes, "scale": rng.uniform(0.5, 2, grid).astype(np.float32)}
+    low, high = f.range(affine=True)
+    return given if case.symmetric else given | {"zero_point": rng.integers(low, high + 1, grid, np.int32)}
+
+
+def _rounded(x: Array, dtype: str) -> Array:
+    f = formats.get(dtype)
+    assert isinstance(f, FloatFormat)
+    return x if f.bits == 32 else reference.decode_float(reference.encode_float(x, f), f)
+
+
+def _int(name: str) -> IntFormat:
+    f = formats.get(name)
+    assert isinstance(f, IntFormat)
+    return f
+
+
+@functools.lru_cache(64)
+def expected(case: Product) -> Array:
+    """What ``case`` gives, bit for bit, by :mod:`quantlib.reference`."""
+    given: dict[str, Any] = {**inputs(case), "block": case.resolved, "format": case.format, "dtype": case.dtype}
+    if case.op == "dequant_matmul_backward":
+        return reference.dequant_matmul_backward(given.pop("x"), size=case.shape[2], **given)
+    function: Any = getattr(reference, case.op)
+    result: Array = function(activation=case.activation, **given)
+    return result
+
+
+def tensors(case: Product, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """:func:`inputs` as tensors."""
+    given = {}
+    for name, array in inputs(case).items():
+        if name == "x":
+            given[name] = torch.from_numpy(array.copy()).to(getattr(torch, case.dtype)).to(device)
+        elif name == "codes":
+            given[name] = tensor(bits(array), case.format, device)
+        else:
+            given[name] = torch.from_numpy(array.copy()).to(device)
+    if case.tiled:
+        size = case.shape[2] if formats.get(case.format).packed else None
+        given["codes"] = ops.tile(given["codes"], case.format, size=size)
+    if case.layout == "offset":
+        name = "x_codes" if case.op == "scaled_matmul" else "x"
+        x = given[name]
+        given[name] = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    return given
+
+
+def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+    """Run ``case``, into ``out`` where there is one."""
+    if case.op == "dequant_matmul_backward":
+        packet = torch.ops.quantlib.dequant_matmul_backward
+        z = given.get("zero_point")
+        args = (given["x"], given["codes"], given["scale"], case.format, case.resolved, z, case.shape[2])
+        if out is not None:
+            packet.out(*args, out=out)
+        return packet(*args) if out is None else out
+    more: dict[str, Any] = {"format": case.format, "block": case.block, "activation": case.activation, "out": out}
+    if case.op == "dequant_matmul":
+        more |= {"batch_invariant": case.batch_invariant, "size": case.shape[1] if case.tiled else None}
+    elif case.op == "scaled_matmul":
+        more |= {"dtype": getattr(torch, case.dtype)}
+    function: Any = getattr(ops, case.op)
+    y: torch.Tensor = function(**given, **more)
+    return y
+
+
+def check(case: Product, device: str = "cpu") -> None:
+    """As :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
+    given = tensors(case, device)
+
+    def run(out: Any) -> tuple[torch.Tensor, ...]:
+        return (call(case, given, None if out is None else out[0]),)
+
+    prove(str(case), given, (expected(case),), ("y",), run)
+
+
+def products(op: str | None = None, format: str | None = None, large: bool = False) -> tuple[Product, ...]:
+    """The table; ``large`` adds the shapes for which a GPU has ways of its own."""
+    return tuple(c for c in _table(large) if op in (None, c.op) and format in (None, c.format))
+
+
+@functools.cache
+def _table(large: bool) -> tuple[Product, ...]:
+    return tuple(case for op in OPS for case in _cases(op, (*SHAPES, *LARGE) if large else SHAPES))
+
+
+def _cases(op: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Product]:
+    """Every weight, dtype and block; what else there is takes turns."""
+    epilogues = itertools.cycle(
+        [(False, None), *((n % 2 == 0, name) for n, name in enumerate(ACTIVATIONS)), (True, None)]
+    )
+    sides = itertools.cycle(itertools.product(("int8", "uint8"), (True, False), (True, False)))
+    n = 0
+    for (format, symmetric), dtype, block in itertools.product(WEIGHTS, DTYPES, BLOCKS):
+        f = formats.get(format)
+        if f.is_float and op in ("scaled_matmul", "dynamic_matmul"):
+            continue
+        turns = (n, n + 3, n + 5, n + 8) if len(shapes) > len(SHAPES) else (n, n + 3)
+        for turn in turns:
+            shape, layout = shapes[turn % len(shapes)], "offset" if turn % 5 == 4 else "contiguous"
+            if op == "dequant_matmul_backward":
+                yield Product(op, format, shape, block, dtype, symmetric, layout=layout)
+                continue
+            bias, activation = next(epilogues)
+            case = Product(op, format, shape, block, dtype, symmetric, bias, activation, layout)
+            if op == "dequant_matmul":
+                tiled, invariant = f.bits <= 8 and turn % 2 == 1, turn % 7 == 3
+                yield Product(**vars(case) | {"tiled": tiled, "batch_invariant": invariant})
+            elif op == "scaled_matmul":
+                x_format, x_symmetric, per_row = next(sides)
+                side = {"x_format": x_format, "x_symmetric": x_symmetric, "per_row": per_row}
+                yield Product(**vars(case) | side)
+            else:
+                yield case
+        n += 1
