@@ -64,4 +64,4 @@ class DequantMatmul(Product):
         return turns([functools.partial(run, x, c, self.block[1], pairs) for c in self.copies(packed)])
 
     def of_models(self) -> list[Contender]:
-        return [q.contender(self.model, self.count) for q in peer_models.of(self.model)]
+        return [q.contender(self.model, self.nbytes) for q in peer_models.of(self.model)]

@@ -5,6 +5,7 @@ y and dx are fresh memory for everybody, as they are in training.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,6 @@ class FakeQuantize(Scaled):
             return (k.clamp(qmin, qmax) * s).view(x.shape).to(x.dtype)
 
         def compiled(inputs: Tensors, outs: Tensors) -> Call:
-            torch.compiler.reset()
             run = torch.compile(formula, fullgraph=True, dynamic=False)
             once = self.way != "backward"  # or what was saved is read by every call
             with torch._functorch.config.patch(donated_buffer=once):
@@ -107,27 +107,20 @@ class FakeQuantize(Scaled):
 
     def of_torch(self, qmin: int, qmax: int) -> list[tuple[str, Forward]]:
         """torch's own ops; the one that does not learn leaves the scale without a gradient."""
+        count = 1 if self.spec.per == "tensor" else self.shape[0]
+        zeros = functools.cache(lambda dtype: torch.zeros(count, dtype=dtype, device=self.device))
         if self.spec.per == "tensor":
-            zero = torch.zeros(1, device=self.device)
+            fixed, learned = torch.fake_quantize_per_tensor_affine, torch._fake_quantize_learnable_per_tensor_affine
             return [
-                (
-                    "torch.fake_quantize_per_tensor_affine",
-                    lambda x, s: torch.fake_quantize_per_tensor_affine(
-                        x, s.detach().view(()), zero.int().view(()), qmin, qmax
-                    ),
-                ),
-                (
-                    "torch learnable",
-                    lambda x, s: torch._fake_quantize_learnable_per_tensor_affine(x, s.view(1), zero, qmin, qmax, 1.0),
-                ),
-            ]
-        zero = torch.zeros(self.shape[0], device=self.device)
-        zero_codes = zero.int()
+                (f"torch.{fixed.__name__}",
+                 lambda x, s: fixed(x, s.detach().view(()), zeros(torch.int32).view(()), qmin, qmax)),
+                ("torch learnable", lambda x, s: learned(x, s.view(1), zeros(torch.float32), qmin, qmax, 1.0)),
+            ]  # fmt: skip
+        fixed, learned = torch.fake_quantize_per_channel_affine, torch._fake_quantize_learnable_per_channel_affine
         return [
-            ("torch.fake_quantize_per_channel_affine",
-             lambda x, s: torch.fake_quantize_per_channel_affine(x, s.detach()[:, 0], zero_codes, 0, qmin, qmax)),
-            ("torch learnable",
-             lambda x, s: torch._fake_quantize_learnable_per_channel_affine(x, s[:, 0], zero, 0, qmin, qmax, 1.0)),
+            (f"torch.{fixed.__name__}",
+             lambda x, s: fixed(x, s.detach()[:, 0], zeros(torch.int32), 0, qmin, qmax)),
+            ("torch learnable", lambda x, s: learned(x, s[:, 0], zeros(torch.float32), 0, qmin, qmax, 1.0)),
         ]  # fmt: skip
 
     def trained(self, forward: Forward) -> Callable[[Tensors, Tensors], Call]:

@@ -7,7 +7,6 @@ turns, so that none is found in a cache: a model's weights are not, either.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array, bits, poisoned
 
+from . import graphs
 from .case import Call, Contender, Scaled, Tensors, numbers
 
 SHAPES = {  # (N, K)
@@ -121,9 +121,9 @@ class Product(Multiplied):
         return LinearModel(self.shape[1:], self.spec, self.dtype, self.device)
 
     @property
-    def count(self) -> int:
-        """How many quantized weights take turns."""
-        return rotation(math.prod(self.shape[1:]) * self.spec.row.bits // 8, self.device)
+    def nbytes(self) -> int:
+        """Of the quantized weight."""
+        return self.spec.weight_only.nbytes(self.shape[1:])
 
     def copies(self, weight: Tensor) -> list[Tensor]:
         """``weight``, as often as no cache holds."""
@@ -167,19 +167,14 @@ def as_integers(codes: Tensor, spec: QuantSpec) -> Array:
 
 
 def rotation(nbytes: int, device: str) -> int:
-    """How many copies no cache holds; on a GPU `graphs.clock` makes them."""
-    return 1 if device == "cuda" else max(2, 1 + 3 * CACHE // max(nbytes, CACHE // 8))
+    """How many copies no cache holds; two of what is too small to tell anything."""
+    cache = CACHE if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
+    return graphs.rotation(nbytes, cache) if nbytes > cache // 32 else 2
 
 
-def turns(calls: Sequence[Call]) -> Call:
+def turns(calls: Sequence[Call]) -> graphs.Turns:
     """One of ``calls`` after the other, without gradients."""
-    take = itertools.cycle(calls)
-
-    def call() -> Any:
-        with torch.inference_mode():
-            return next(take)()
-
-    return call
+    return graphs.Turns([torch.inference_mode()(call) for call in calls])
 
 
 @dataclass(frozen=True)

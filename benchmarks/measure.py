@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from . import check
+from . import check, peers
 from .case import LIMIT, OURS, PEER, Call, Case, Contender, Limits, Row, Tensors, described
 
 MOST = 50  # timed runs of a contender
@@ -55,6 +55,7 @@ def measure(
     limits : Limits
         What shares are of.
     """
+    peers.forget_compiled()
     inputs = case.inputs()
     outs = case.outs(*inputs)
     expected = check.parts(case, inputs)

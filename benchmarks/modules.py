@@ -22,7 +22,7 @@ from quantlib.testing.bytes import Array
 
 from . import peer_models
 from .case import Call, Case, Contender, Scaled, Tensors, normal, numbers
-from .matmul import CACHE, W4A16, W8A8, W8A16, Product, as_integers, exact_weight, rotation, sizes, turns
+from .matmul import CACHE, W4A16, W8A8, W8A16, Product, as_integers, exact_weight, sizes, turns
 from .peer_models import QUANTLIB
 
 LOOKUPS = 512  # rows of a table that are looked up at a time
@@ -73,9 +73,9 @@ class Linear(Product):
         floats = peer_models.floats(*dict.fromkeys((self.dtype, "bfloat16")))
         weights = math.prod(self.shape[1:])
         return [
-            *self.ours(functools.partial(QUANTLIB.bind, self.model, self.count)),
-            *(f.contender(self.model, rotation(2 * weights, self.device)) for f in floats),
-            *(q.contender(self.model, self.count) for q in peer_models.of(self.model)),
+            *self.ours(functools.partial(QUANTLIB.bind, self.model, self.nbytes)),
+            *(f.contender(self.model, 2 * weights) for f in floats),
+            *(q.contender(self.model, self.nbytes) for q in peer_models.of(self.model)),
         ]
 
 

@@ -20,7 +20,7 @@ import quantlib
 from quantlib.spec import QuantSpec
 
 from .case import Call, Contender, Tensors
-from .matmul import W4A16, W8A8, W8A16, turns
+from .matmul import W4A16, W8A8, W8A16, rotation, turns
 from .peers import package
 
 
@@ -59,19 +59,18 @@ class Quantizer:
     dtype: str | None = None
     note: str = ""
 
-    def contender(self, model: Model, count: int, moved: int = 0) -> Contender:
-        """``count`` copies of the quantized model in turn."""
-        return Contender(self.name, functools.partial(self.bind, model, count), note=self.note, moved=moved)
+    def contender(self, model: Model, nbytes: int, moved: int = 0) -> Contender:
+        """Copies of the quantized model in turn, each of about ``nbytes``."""
+        return Contender(self.name, functools.partial(self.bind, model, nbytes), note=self.note, moved=moved)
 
-    def bind(self, model: Any, count: int, inputs: Tensors, outs: Tensors) -> Call:
+    def bind(self, model: Any, nbytes: int, inputs: Tensors, outs: Tensors) -> Call:
         if self.dtype is not None:
             model = dataclasses.replace(model, dtype=self.dtype)
-        dtype, run = getattr(torch, model.dtype), forward
+        dtype = getattr(torch, model.dtype)
         x = [t.to(dtype) if t.is_floating_point() else t for t in model.takes(inputs)]
-        if self.compiled:
-            torch.compiler.reset()
-            run = torch.compile(forward, fullgraph=True, dynamic=False)
-        return turns([functools.partial(run, m, *x) for m in copies(self, model, count)])
+        models = copies(self, model, rotation(nbytes, model.device))
+        run = torch.compile(forward, fullgraph=True, dynamic=False) if self.compiled else forward
+        return turns([functools.partial(run, m, *x) for m in models])
 
 
 def forward(model: nn.Module, *x: Tensor) -> Tensor:

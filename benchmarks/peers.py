@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -37,11 +38,14 @@ def eager(formula: Formula, name: str = "torch eager") -> Contender:
 def compiled(formula: Formula) -> Contender:
     """The formula, fused by Inductor for these very shapes."""
 
-    def bind(inputs: Tensors, outs: Tensors) -> Call:
-        torch.compiler.reset()  # the formula's earlier cases would count against the limit of recompilations
-        return functools.partial(torch.compile(formula, fullgraph=True, dynamic=False), inputs, outs)
+    run = functools.cache(lambda: torch.compile(formula, fullgraph=True, dynamic=False))
+    return Contender("torch.compile", lambda inputs, outs: functools.partial(run(), inputs, outs))
 
-    return Contender("torch.compile", bind)
+
+def forget_compiled() -> None:
+    """What torch.compile made for earlier cases, which would count against a function's limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def torch_quantize(spec: QuantSpec, dtype: str) -> list[Contender]:

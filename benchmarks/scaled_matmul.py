@@ -39,7 +39,7 @@ class DynamicMatmul(Product):
             call = functools.partial(quantlib.dynamic_matmul, format=self.spec.format, block=self.block, out=outs[0])
             return turns([functools.partial(call, x, c, scale) for c in self.copies(codes)])
 
-        peers = [q.contender(self.model, self.count) for q in peer_models.of(self.model)]
+        peers = [q.contender(self.model, self.nbytes) for q in peer_models.of(self.model)]
         return [*self.ours(ours), *self.floats(), *peers]
 
 
@@ -72,7 +72,6 @@ class ScaledMatmul(Product):
 
         def int_mm(inputs: Tensors, outs: Tensors) -> Call:
             x_codes, x_scale, codes, scale = inputs
-            torch.compiler.reset()
             run = torch.compile(by_int_mm, fullgraph=True, dynamic=False)
             return turns([functools.partial(run, x_codes, x_scale, c, scale.t(), outs[0]) for c in self.copies(codes)])
 

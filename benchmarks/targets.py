@@ -22,6 +22,7 @@ class Target:
     measure: str
     bound: float
     against: tuple[str, ...] = ()
+    device: str = "cpu"
 
     def __str__(self) -> str:
         others = " and ".join(self.against)
@@ -33,6 +34,7 @@ class Target:
 
 
 COPY, COMPILE, EMPTY = ("torch copy_",), ("torch.compile",), ("torch.empty_like",)
+FLOAT, CUBLAS = ("torch bfloat16",), ("F.linear bfloat16",)
 
 TARGETS = (
     Target("cast float32 -> float16", "speedup", 0.95, COPY),
@@ -60,6 +62,10 @@ TARGETS = (
         Target(f"dequant_matmul {N}x{K} M=1 bfloat16 x int4 group:128", "speedup", 1.5, ("quantlib W8A16",))
         for N, K in SHAPES["cpu"]
     ),
+    *(
+        Target(f"modules linear 4096x4096 M={M} bfloat16 x int8 row", "speedup", 1 if M <= 16 else 0.9, FLOAT)
+        for M in (1, 16, 64, 256)
+    ),
     Target("call cast float32 -> bfloat16", "above", 3e-6, EMPTY),
     Target("call compute_scale float32 -> int8", "above", 3e-6, EMPTY),
     Target("call quantize float32 -> int8", "above", 3e-6, EMPTY),
@@ -67,6 +73,35 @@ TARGETS = (
     Target("call dequantize int8 -> float32", "above", 3e-6, EMPTY),
     Target("startup import", "above", 0.15, ("import torch",)),
 )
+
+GPU_TARGETS = tuple(
+    Target(case, measure, bound, against, "cuda")
+    for case, measure, bound, against in (
+        *((f"cast float32 -> {format}", "of_copy", 0.97, ()) for format in ("float16", "bfloat16", "float8_e4m3fn")),
+        ("quantize float32 -> int8 tensor", "of_copy", 0.97, ()),
+        ("quantize float32 -> int8 tensor", "speedup", 1.05, COMPILE),
+        ("quantize_dynamic float32 -> int8 row", "of_copy", 0.97, ()),
+        ("quantize_dynamic float32 -> int8 row", "speedup", 1.05, COMPILE),
+        ("fake_quantize forward float32 -> int8 row", "of_copy", 0.95, ()),
+        ("fake_quantize backward float32 -> int8 row", "of_copy", 0.93, ()),
+        ("fake_quantize float32 -> int8 row", "speedup", 2.2, ("torch learnable",)),
+        *(
+            (f"{family} {N}x{K} M={M} {conversion}", "speedup", square if (N, K) == (4096, 4096) else bound, CUBLAS)
+            for N, K in SHAPES["cuda"]
+            for family, conversion, rows, square, bound in (
+                ("dequant_matmul", "bfloat16 x int8 row", (1, 4, 16), 1.7, 1.9),
+                ("dequant_matmul", "bfloat16 x int8 row", (64,), 1.7, 1.7),
+                ("dequant_matmul", "bfloat16 x int8 row", (256,), 0.95, 0.95),
+                ("dequant_matmul", "bfloat16 x int8 row", (1024, 4096), 0.92, 0.92),
+                ("dequant_matmul", "bfloat16 x int4 group:128", (1, 4, 16), 2.2, 3.5),
+                ("dequant_matmul", "bfloat16 x int4 group:128", (1024, 4096), 0.92, 0.92),
+                ("scaled_matmul", "bfloat16 -> int8 x int8 row", (1, 4, 16), 1.9, 1.9),
+                ("scaled_matmul", "bfloat16 -> int8 x int8 row", (1024, 4096), 1.6, 1.6),
+            )
+            for M in rows
+        ),
+    )
+)  # on an H200; none has been measured yet
 
 LARGE = 1 << 24  # elements
 
@@ -93,11 +128,13 @@ class Verdict:
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     """Of every target whose case was run, and, but for calls, on tensors that no cache holds."""
-    cases: dict[str, list[Row]] = {}
+    cases: dict[tuple[str, str], dict[tuple[int, ...], list[Row]]] = {}
     for row in rows:
-        cases.setdefault(row.case, []).append(row)
-    run = ((target, cases[target.case]) for target in TARGETS if target.case in cases)
-    return [verdict(t, own) for t, own in run if t.measure == "above" or math.prod(own[0].shape) >= LARGE]
+        cases.setdefault((row.case, row.device), {}).setdefault(row.shape, []).append(row)
+    run = (
+        (t, shape, own) for t in (*TARGETS, *GPU_TARGETS) for shape, own in cases.get((t.case, t.device), {}).items()
+    )
+    return [verdict(t, own) for t, shape, own in run if t.measure == "above" or math.prod(shape) >= LARGE]
 
 
 def verdict(target: Target, rows: list[Row]) -> Verdict:

@@ -28,7 +28,7 @@ from quantlib.testing.bytes import Array
 
 from . import peer_models
 from .case import Case, Contender, Tensors
-from .matmul import W4A16, W8A8, W8A16, Multiplied, exact_weight, exact_x, exact_y, rotation
+from .matmul import W4A16, W8A8, W8A16, Multiplied, exact_weight, exact_x, exact_y
 from .peer_models import QUANTLIB
 
 HEAD = 64  # features of an attention head
@@ -37,7 +37,7 @@ MARGIN = 2.0
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    """Of every scheme a token and a prompt; a token of the first and a prompt of the second where it has to be quick."""
+    """Of every scheme a token and a prompt; if it has to be quick, a token of the first, a prompt of the second."""
     small = math.prod(common["shape"]) < 1 << 20
     hidden = 2 * HEAD if small else 4096 if common.get("device") == "cuda" else 1024 if quick else 2048
     token, prompt = ((1, 3), (4, 0)) if small else ((1, PAST), (PROMPT, 0))
@@ -163,16 +163,15 @@ class Transformer(Multiplied):
             yield rows, exact_y(self.exact(shape[1])[rows], codes, scale, self.spec)
 
     def contenders(self) -> list[Contender]:
-        count = rotation(sum(map(self.spec.weight_only.nbytes, self.weights)), self.device)
-        whole = rotation(2 * sum(map(math.prod, self.weights)), self.device)
+        nbytes, of_floats = sum(map(self.spec.weight_only.nbytes, self.weights)), 2 * sum(map(math.prod, self.weights))
         floats = peer_models.floats("bfloat16", *(["float32"] if self.device == "cpu" else []))
         if self.spec == W8A16:
             floats.append(peer_models.Quantizer("torch.compile bfloat16", peer_models.as_it_is, compiled=True))
         others = [
-            *(q.contender(self.model, whole) for q in floats),
-            *(q.contender(self.model, count) for q in peer_models.of(self.model)),
+            *(q.contender(self.model, of_floats) for q in floats),
+            *(q.contender(self.model, nbytes) for q in peer_models.of(self.model)),
         ]
-        ours = functools.partial(QUANTLIB.bind, self.model, count)
+        ours = functools.partial(QUANTLIB.bind, self.model, nbytes)
         return [
             *(dataclasses.replace(c, read=self.layers) for c in self.ours(ours)),
             *(dataclasses.replace(c, read=lambda _: ()) for c in others),
