@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,10 @@ def draw_roofline(machine: dict[str, Any], rows: Sequence[Row], path: str | Path
     plt = pyplot()
     roof, points = roofline.roof(machine), roofline.points(rows)
     frame = roofline.frame(roof, points)
-    left, right = (10.0**power for power in frame.x)
+    left, right = frame.x
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     slope = max(roof.peaks.values(), default=roof.bandwidth * right) / roof.bandwidth
     axes.plot([left, slope], [left * roof.bandwidth, slope * roof.bandwidth], color="black", linewidth=1.2)
-    axes.text(left * 1.1, left * roof.bandwidth * 1.5, f"{roof.bandwidth / 1e9:.1f} GB/s", fontsize=8)
     for dtype, peak in roof.peaks.items():
         axes.plot([roof.ridge(dtype), right], [peak, peak], color="black", linewidth=1.2)
         name = f"{roofline.PEAKS[dtype]} {peak / 1e12:.3g} TFLOP/s"
@@ -98,12 +98,18 @@ def draw_roofline(machine: dict[str, Any], rows: Sequence[Row], path: str | Path
         marker = MARKERS[families.index(name) % len(MARKERS)]
         axes.plot([], [], marker, linestyle="none", color=COLOURS["quantlib"], label=name)
     axes.plot([], [], "o", linestyle="none", markerfacecolor="white", markeredgecolor="gray", label="the fastest peer")
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=tuple(10.0**power for power in frame.y))
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=frame.y)
     axes.set_xlabel("FLOPs a byte", fontsize=8)
     axes.set_ylabel("FLOPs a second", fontsize=8)
     axes.set_title(f"under what memory and products allow: {title(machine)}", fontsize=9)
     axes.legend(fontsize=7, loc="lower right")
     axes.grid(color="#eeeeee", linewidth=0.6)
+    figure.draw_without_rendering()  # from here on the slope has an angle
+    start = max(left, frame.y[0] / roof.bandwidth)
+    (x0, y0), (x1, y1) = axes.transData.transform([(v, v * roof.bandwidth) for v in (start, slope)])
+    beside = {"rotation": math.degrees(math.atan2(y1 - y0, x1 - x0)), "rotation_mode": "anchor", "fontsize": 8}
+    name = f"plain copy {roof.bandwidth / 1e9:.1f} GB/s"
+    axes.annotate(name, (start, start * roof.bandwidth), (4, 10), textcoords="offset points", **beside)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

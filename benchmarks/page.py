@@ -18,14 +18,14 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1d2126; --text: #e4e7eb; --faint: #98a2ad;
   --edge: #333a42; --ours: #7aa7ff; --tint: #7aa7ff1c; --peer: #e0a458; --good: #5fc98f; --bad: #ff8a80; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; background: var(--back); color: var(--text);
+body { margin: 0 auto; max-width: 1280px; padding: 2rem 1.25rem 4rem; background: var(--back); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p { max-width: 46rem; } .faint { color: var(--faint); } .bad { color: var(--bad); } .good { color: var(--good); }
 nav a { margin-right: .9rem; color: var(--ours); text-decoration: none; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: .7rem .9rem; }
-.card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 1.15rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .chart { overflow-x: auto; } svg { width: 100%; min-width: 640px; height: auto; }
 svg text { font-size: 12px; fill: var(--text); } svg .faint { fill: var(--faint); } svg .strong { font-weight: 600; }
 .ours rect { fill: var(--ours); } .peer rect { fill: var(--peer); opacity: .75; }
@@ -34,9 +34,9 @@ svg text { font-size: 12px; fill: var(--text); } svg .faint { fill: var(--faint)
 .dot { fill: var(--ours); } .ring { fill: var(--back); stroke: var(--peer); stroke-width: 2; }
 .table { overflow-x: auto; border: 1px solid var(--edge); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .6rem; text-align: right; white-space: nowrap; }
+th, td { padding: .28rem .5rem; text-align: right; white-space: nowrap; }
 th { background: var(--card); position: sticky; top: 0; } .sorts th { cursor: pointer; user-select: none; }
-th.left, td.left { text-align: left; } td.wrap { white-space: normal; min-width: 12rem; }
+th.left, td.left { text-align: left; } td.wrap { white-space: normal; min-width: 9rem; }
 tr.first td { border-top: 1px solid var(--edge); } tr.mine { background: var(--tint); }
 tr.mine td.who { font-weight: 600; }
 th[aria-sort=ascending]::after { content: " \\25b4"; } th[aria-sort=descending]::after { content: " \\25be"; }
@@ -159,31 +159,35 @@ def targets(found: Sequence[Verdict]) -> str:
 
 
 def family(name: str, rows: Sequence[Row]) -> str:
-    """The table of a family."""
+    """The table of a family, without the columns that nobody fills."""
+    shapes = {"x".join(map(str, row.shape)) for row in rows}
+    common = ", ".join(shapes) if len(shapes) == 1 else ""
+    told = len({row.case for row in rows}) == len({(row.case, row.shape) for row in rows})  # by the shape or the name
+    kept = [k for k, name in enumerate(COLUMNS) if not (name == "shape" and told)]
+    kept = [k for k in kept if any("></td>" not in cells(row)[k] for row in rows)]
     lines = []
     for group in roofline.grouped(rows):
-        for k, row in enumerate(group):
-            kind = " ".join(filter(None, ("first" if k == 0 else "", "mine" if row.role == OURS else "")))
-            lines.append(f'<tr class="{kind}">{cells(row)}</tr>')
-    return f'<h3 id="{html.escape(name)}">{html.escape(name)}</h3>' + table(
-        COLUMNS, lines, {"case", "shape", *report.LEFT}
-    )
+        for first, row in enumerate(group):
+            kind = " ".join(filter(None, ("" if first else "first", "mine" if row.role == OURS else "")))
+            lines.append(f'<tr class="{kind}">{"".join(cells(row)[k] for k in kept)}</tr>')
+    title = f'<h3 id="{html.escape(name)}">{html.escape(name)} <span class="faint">{html.escape(common)}</span></h3>'
+    return title + table([COLUMNS[k] for k in kept], lines, {"case", "shape", *report.LEFT})
 
 
-def cells(row: Row) -> str:
+def cells(row: Row) -> list[str]:
+    """A row in the words of COLUMNS."""
     backend, *figures, note = report.cells(row)
     values = (
         row.min, row.median, row.spread, row.gb_per_s, row.of_copy, row.tflop_per_s, row.of_peak,
         row.above if row.above is not None else row.speedup, row.differing,
     )  # fmt: skip
-    who = "left who faint" if row.role == LIMIT else "left who"
-    return (
-        cell(row.case, "left")
-        + cell("x".join(map(str, row.shape)), "left")
-        + cell(backend, who)
-        + "".join(cell(text, value=value) for text, value in zip(figures, values, strict=True))
-        + cell(note, "left wrap bad" if row.error or "artefact" in note else "left wrap faint")
-    )
+    return [
+        cell(svg.within(row) or row.case, "left"),
+        cell("x".join(map(str, row.shape)), "left"),
+        cell(backend, "left who faint" if row.role == LIMIT else "left who"),
+        *(cell(text, value=value) for text, value in zip(figures, values, strict=True)),
+        cell(note, "left wrap bad" if row.error or "artefact" in note else "left wrap faint"),
+    ]
 
 
 def cell(text: str, kind: str = "", value: float | None = None) -> str:

@@ -170,7 +170,8 @@ def read_json(path: str | Path) -> tuple[dict[str, Any], list[Row]]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such
         raise ValueError(f"{path} must be the JSON of a run, got {described(error)}") from None
-    if not isinstance(content, dict) or not {"version", "machine", "rows"} <= content.keys():
+    parts = {"version": int, "machine": dict, "rows": list}
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in parts.items()):
         raise ValueError(f"{path} must be the JSON of a run, got other JSON")
     if content["version"] not in READABLE:
         raise ValueError(f"{path} must be of version {' or '.join(map(str, READABLE))}, got {content['version']!r}")

@@ -41,10 +41,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Frame:
-    """The decades that a chart spans."""
+    """The first and the last value on the axes of a chart."""
 
-    x: tuple[int, int]
-    y: tuple[int, int]
+    x: tuple[float, float]
+    y: tuple[float, float]
 
 
 def roof(machine: Mapping[str, Any]) -> Roof:
@@ -65,18 +65,16 @@ def points(rows: Iterable[Row]) -> list[Point]:
 
 
 def frame(roof: Roof, points: Iterable[Point]) -> Frame:
-    """Whole decades around every point, ridge and peak."""
+    """Around every point, ridge and peak."""
     points = list(points)
     intensities = [*(p.intensity for p in points), *(roof.ridge(dtype) for dtype in roof.peaks)] or [1.0]
     rates = [r for p in points for r in (p.rate, p.peer_rate) if r] + [*roof.peaks.values()] or [roof.bandwidth]
-    return Frame(decades(intensities), decades(rates))
+    return Frame((min(intensities) / 2, 3 * max(intensities)), (min(rates) / 3, 2 * max(rates)))
 
 
-def decades(values: Iterable[float]) -> tuple[int, int]:
-    """The powers of ten around ``values``, at least one apart."""
-    values = list(values)
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    return low, max(high, low + 1)
+def decades(first: float, last: float) -> list[float]:
+    """The powers of ten from ``first`` to ``last``."""
+    return [10.0**power for power in range(math.ceil(math.log10(first)), math.floor(math.log10(last)) + 1)]
 
 
 def share(row: Row) -> float | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import roofline
-from .case import OURS, Row, seconds
+from .case import OURS, Row, case_name, seconds
 from .chart import contest
 
 WIDTH, LABEL, BAR = 960, 330, 15  # pixels: a chart, the names beside its bars, a bar
@@ -41,14 +41,23 @@ def said(row: Row) -> str:
     return f"{row.case} {'x'.join(map(str, row.shape))}: {row.backend} {seconds(row.min)}{limit}"
 
 
+def within(row: Row) -> str:
+    """The name of a case below that of its family."""
+    return case_name("", row.op if row.op != row.family else "", row.conversion, row.per)
+
+
 def bars(rows: Sequence[Row]) -> str:
     """quantlib and its fastest peer in each case: the share of the nearer limit."""
     groups = [found for group in roofline.grouped(rows) if (found := contest(group))]
     longest = max((roofline.share(row) or 0.0 for group in groups for row in group), default=1.0)
     scale = (WIDTH - LABEL - 210) / max(1.0, longest)
-    y, parts = 22.0, []
+    y, parts, family = 22.0, [], ""
     for group in groups:
-        parts.append(text(LABEL - 8, y + BAR * len(group) / 2 + 4, group[0].case, "end"))
+        if group[0].family != family:
+            family = group[0].family
+            parts.append(text(0, y + BAR, family, kind="strong"))
+            y += BAR if within(group[0]) else 0
+        parts.append(text(LABEL - 8, y + BAR * len(group) / 2 + 3, within(group[0]), "end"))
         for row in group:
             length, mine = (roofline.share(row) or 0.0) * scale, row.role == OURS
             shape = f'<rect x="{LABEL}" y="{y:.1f}" width="{length:.1f}" height="{BAR - 3}" rx="2"/>'
@@ -69,13 +78,15 @@ def roof(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     limits, points = roofline.roof(machine), roofline.points(rows)
     frame = roofline.frame(limits, points)
     x, y = axis(frame.x, LEFT, WIDTH - RIGHT), axis(frame.y, HEIGHT - BOTTOM, TOP)
-    low, right = 10.0 ** frame.y[0], 10.0 ** frame.x[1]
+    right = frame.x[1]
     parts = [*grid(frame, x, y)]
-    start = max(10.0 ** frame.x[0], low / limits.bandwidth)
+    start = max(frame.x[0], frame.y[0] / limits.bandwidth)
     end = max(limits.peaks.values(), default=right * limits.bandwidth) / limits.bandwidth
     ends = x(start), y(start * limits.bandwidth), x(end), y(end * limits.bandwidth)
     parts.append(line(*ends, "roof"))
-    parts.append(text(ends[0] + 8, ends[1] - 14, f"plain copy {limits.bandwidth / 1e9:.1f} GB/s", kind="strong"))
+    angle = math.degrees(math.atan2(ends[3] - ends[1], ends[2] - ends[0]))
+    name = text(12, -7, f"plain copy {limits.bandwidth / 1e9:.1f} GB/s", kind="strong")
+    parts.append(f'<g transform="translate({ends[0]:.1f} {ends[1]:.1f}) rotate({angle:.1f})">{name}</g>')
     for dtype, peak in limits.peaks.items():
         parts.append(line(x(limits.ridge(dtype)), y(peak), x(right), y(peak), "roof"))
         name = f"{roofline.PEAKS.get(dtype, dtype)} {peak / 1e12:.3g} TFLOP/s"
@@ -90,29 +101,27 @@ def roof(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     return svg(HEIGHT, "Roofline: FLOPs a second over FLOPs a byte", parts)
 
 
-def axis(decades: tuple[int, int], start: float, end: float) -> Callable[[float], float]:
+def axis(ends: tuple[float, float], start: float, end: float) -> Callable[[float], float]:
     """Where a value is, on a logarithmic axis from pixel ``start`` to ``end``."""
-    low, high = decades
+    low, high = map(math.log10, ends)
     return lambda value: start + (math.log10(value) - low) / (high - low) * (end - start)
 
 
 def grid(frame: roofline.Frame, x: Callable[[float], float], y: Callable[[float], float]) -> Iterable[str]:
     """A line a decade, and the names of the axes."""
-    for power in range(frame.x[0], frame.x[1] + 1):
-        at = x(10.0**power)
-        yield line(at, TOP, at, HEIGHT - BOTTOM, "grid")
-        yield text(at, HEIGHT - BOTTOM + 16, f"{10.0**power:g}", "middle", "faint")
-    for power in range(frame.y[0], frame.y[1] + 1):
-        at = y(10.0**power)
-        yield line(LEFT, at, WIDTH - RIGHT, at, "grid")
-        yield text(LEFT - 6, at + 4, rate(power), "end", "faint")
+    for value in roofline.decades(*frame.x):
+        yield line(x(value), TOP, x(value), HEIGHT - BOTTOM, "grid")
+        yield text(x(value), HEIGHT - BOTTOM + 16, f"{value:g}", "middle", "faint")
+    for value in roofline.decades(*frame.y):
+        yield line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")
+        yield text(LEFT - 6, y(value) + 4, short(value), "end", "faint")
     yield text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, "FLOPs a byte", "middle")
-    yield text(LEFT, 12, "FLOPs a second", "middle")
+    yield text(4, 12, "FLOPs a second")
 
 
-def rate(power: int) -> str:
-    """10^11 as 100 G."""
-    for size, unit in ((12, "T"), (9, "G"), (6, "M")):
-        if power >= size:
-            return f"{10 ** (power - size)} {unit}"
-    return f"{10.0**power:g}"
+def short(value: float) -> str:
+    """1e11 as 100 G."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g}"
