@@ -266,18 +266,3 @@ def test_the_page_shows_the_saved_run() -> None:
         pytest.skip("no run is saved")
     page = command.PAGE.read_text()
     assert any(page == command.with_figures(page, report.as_markdown(*report.read_json(path))) for path in saved)
-
-
-@pytest.mark.skipif("not config.getoption('benchmark_only', False)", reason="asked for with --benchmark-only")
-@pytest.mark.parametrize("one", command.chosen(quick=True), ids=lambda one: one.name)
-def test_quick_set(one: Case, benchmark: Any) -> None:
-    """quantlib's calls for pytest-benchmark to compare with saved ones, and the rows of `measure` as extra_info."""
-    rows: list[Row] = []
-    measure.measure(one, rows, seconds=0.1)
-    own = next(row for row in rows if row.role == OURS)
-    assert not own.error
-    contender = next(c for c in one.contenders() if c.role == OURS)
-    inputs = one.inputs()
-    benchmark.group = one.family
-    benchmark.extra_info.update(dataclasses.asdict(own), rows=[dataclasses.asdict(row) for row in rows])
-    benchmark(contender.bind(inputs, one.outs(*inputs)))
