@@ -51,12 +51,13 @@ class Wheel(bdist_wheel):
 NAMES = [] if BUILD["mode"]() == "0" else ["cpu", "cuda"] if BUILD["nvcc"]() else ["cpu"]
 
 setup(
-    packages=[*find_packages(include=["quantlib", "quantlib.*"]), "quantlib._csrc"],
-    package_dir={"quantlib._csrc": "csrc"},
+    packages=[*find_packages(include=["quantlib", "quantlib.*"]), "quantlib._csrc", "quantlib.benchmarks"],
+    package_dir={"quantlib._csrc": "csrc", "quantlib.benchmarks": "benchmarks"},
     package_data={
         "quantlib": ["ops.def", "py.typed", "backends/triton/tuned/*"],
         "quantlib._csrc": ["*.h", "*.cpp", "cpu/*.h", "cpu/*.cpp", "cuda/*.cuh", "cuda/*.h", "cuda/*.cu", "cuda/*.cpp"],
     },
+    exclude_package_data={"quantlib.benchmarks": ["**"]},
     ext_modules=[Extension(f"quantlib.{Path(BUILD['FILES'][name]).stem}", []) for name in NAMES],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

@@ -54,6 +54,8 @@ def choose_matmul(
         tile_n, tile_m, warps, stages = 64, 64, 4, 3
     else:
         tile_n, tile_m, warps, stages = 128, 128, 8, 3
+    if device and K % 16:
+        tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, tile_k if tiled else 32)
     splits = splits_of((M, N, K), tile_n, tile_m, tile_k)
     return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages), shared))
 
@@ -103,6 +105,8 @@ def choose_scaled(
         tile_n, tile_m, tile_k, warps, stages = 128, 128, 128, 8, 3
     if bk < K:  # two sums are held, of a group and of all
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
+    if device and K % 16:
+        tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, 32)
     splits = splits_of(shape, tile_n, tile_m, tile_k) if bk >= K else 1
     return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages), shared))
 
@@ -134,6 +138,11 @@ def fitted(key: Key, tile: MatmulTile, shared: int) -> MatmulTile:
 def step_of(bk: int, most: int) -> int:
     """Columns of a step that lie inside one block, where a power of two from 16 on divides it."""
     return min(most, max(divisor(bk), 16))
+
+
+def ragged(tile_n: int, tile_m: int, tile_k: int) -> tuple[int, int, int, int]:
+    """Sizes and warps where rows begin anywhere: they are loaded an element at a time, and a thread holds few."""
+    return min(tile_n, 32), min(tile_m, 32), tile_k, 4
 
 
 def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int) -> int:
