@@ -21,7 +21,7 @@ from .case import Call, Limits, normal, ready
 from .measure import timed
 
 PRODUCTS = ("float32", "bfloat16", "int8")  # dtypes with a peak
-SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # sizes of the products that the peaks are of
+SQUARES = {"cpu": (2048,), "cuda": (4096, 8192)}  # sizes of the products that the peaks are of
 STATE = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
 PACKAGES = ("torch", "numpy", "triton", "torchao", "bitsandbytes", "optimum-quanto")
 
@@ -106,13 +106,13 @@ def limits(shape: tuple[int, ...], device: str) -> Limits:
     return Limits(copy_bandwidth(shape, device), {dtype: peak(dtype, device) for dtype in PRODUCTS})
 
 
-def copy_bandwidth(shape: tuple[int, ...], device: str, runs: int = 20) -> float:
+def copy_bandwidth(shape: tuple[int, ...], device: str, runs: int = 12) -> float:
     """Bytes a second that a plain copy of float32 reads and writes, best of ``runs``."""
     x, y = normal(shape, "float32", device), ready(shape, device)
     return 2 * x.nbytes / best(lambda: y.copy_(x), device, runs)
 
 
-def peak(dtype: str, device: str, runs: int = 5) -> float:
+def peak(dtype: str, device: str, runs: int = 4) -> float:
     """FLOPs a second of torch's own product of square matrices, best of ``runs`` and of the sizes."""
     rates = []
     for size in SQUARES[device]:

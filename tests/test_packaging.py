@@ -16,7 +16,17 @@ import pytest
 from quantlib import _build, formats
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("quantlib", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "Makefile")
+SHIPPED = (
+    "quantlib",
+    "csrc",
+    "benchmarks",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "Makefile",
+)
 NO_COMPILER = {"QUANTLIB_BUILD": "auto", "CXX": "/no/compiler", "NVCC": "/no/nvcc"}
 
 checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
@@ -92,7 +102,9 @@ def test_the_wheel_holds_all_that_a_first_import_compiles(wheel: Path, sources: 
     names = set(zipfile.ZipFile(wheel).namelist())
     csrc = {f"quantlib/_csrc/{p.relative_to(sources / 'csrc')}" for p in sources.glob("csrc/**/*.*")}
     package = {str(p.relative_to(sources)) for p in sources.glob("quantlib/**/*.py")}
-    assert (csrc | package | {"quantlib/ops.def", "quantlib/py.typed"}) - names == set()
+    benchmarks = {f"quantlib/benchmarks/{p.name}" for p in sources.glob("benchmarks/*.py")}
+    assert (csrc | package | benchmarks | {"quantlib/ops.def", "quantlib/py.typed"}) - names == set()
+    assert {name for name in names if name.startswith("quantlib/benchmarks/")} == benchmarks, "no figures of ours"
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"quantlib"}
 
 
@@ -101,6 +113,22 @@ def test_the_wheel_installs_the_command(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
     assert "quantlib = quantlib.cli:main" in archive.read(entry).decode()
+
+
+@checkout
+def test_the_wheel_measures_itself_anywhere(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    code = """if True:
+        from quantlib.cli import main
+        tiny = "--quick --family cast --shape 16 16 --seconds 0.001 --without torch --json run.json"
+        for arguments in (tiny, "compare run.json run.json", "--save"):
+            print("status", main(["bench", *arguments.split()]))
+    """
+    done = run("-c", code, cwd=tmp_path / "elsewhere", PYTHONPATH=str(tmp_path), QUANTLIB_BUILD="0")
+    assert [line for line in done.stdout.splitlines() if "status" in line] == ["status 0", "status 0", "status 2"]
+    assert "quantlib composite" in done.stdout
+    assert done.stderr == f"quantlib bench: --save must be in a checkout, got {tmp_path / 'quantlib/benchmarks'}\n"
 
 
 @checkout
