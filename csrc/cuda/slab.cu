@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) decode_slab_kernel(const DecodeSlabA
         for (int e = 0; e < 4; ++e) w.put(e, encode<X>(mul(decode_float<X>(unscaled[e]), scale), false));
       }
     }
-    w.store(a.slab + (row - a.first) * a.K + k);
+    w.store_whole(a.slab + (row - a.first) * a.K + k);
   }
 }
 

@@ -77,6 +77,18 @@ struct Vector {
     else if constexpr (sizeof(Access) == 8) a = make_uint2(word[0], word[1]);
     else a = Access(word[0]);
   }
+  // To global memory, certainly in one instruction: of an assignment the compiler may make several.
+  QL_DEVICE void store_whole(T* p) const {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(Access) == 16)
+      asm("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+          : "memory");
+    else if constexpr (sizeof(Access) == 8)
+      asm("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(word[0]), "r"(word[1]) : "memory");
+    else
+#endif
+      store(p);
+  }
 };
 
 inline bool is_aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
@@ -178,7 +190,7 @@ QL_DEVICE Vector<T, V> load(const T* x, int first, int last, bool vector) {
 
 template <int V, class T>
 QL_DEVICE void store(T* y, const Vector<T, V>& value, int first, int last, bool vector) {
-  if (vector && first == 0 && last == V) return value.store(y);
+  if (vector && first == 0 && last == V) return value.store_whole(y);
 #pragma unroll
   for (int e = 0; e < V; ++e)
     if (first <= e && e < last) y[e] = value[e];
