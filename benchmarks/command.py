@@ -139,8 +139,8 @@ def publish(args: argparse.Namespace, about: dict[str, Any], rows: list[Row], co
             chart.draw_roofline(about, rows, path)
     except ImportError as error:
         print(f"no chart: {error}", file=sys.stderr)
-    parts = (report.headline(about), report.table(rows), report.bars(rows), report.target_table(verdicts(rows)))
-    print("\n\n".join(filter(None, parts)))
+    tables = (report.table(rows), report.line_table(rows), report.bars(rows), report.target_table(verdicts(rows)))
+    print("\n\n".join(filter(None, (report.headline(about), *tables))))
 
 
 def with_figures(page: str, figures: str) -> str:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from . import report, roofline, svg
+from . import graphs, report, roofline, svg
 from .case import LIMIT, OURS, PEER, Row
 from .targets import Verdict, verdicts
 
@@ -97,6 +97,7 @@ def as_html(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str
         f"<p>{ROOF}</p>",
         f'<div class="chart">{svg.roof(machine, rows)}</div>',
         targets(found),
+        sizes(rows),
         "<h2>Every row</h2>",
         f'<p class="faint">{ROWS}</p>',
         *(family(name, [row for row in rows if row.family == name]) for name in families),
@@ -156,6 +157,18 @@ def targets(found: Sequence[Verdict]) -> str:
     )
     head = ("case", "target", "measured", "")
     return f"<h2>Targets</h2>{table(head, ('<tr>' + row + '</tr>' for row in rows), {'case', 'target', ''})}"
+
+
+def sizes(rows: Sequence[Row]) -> str:
+    """Slope and intercept of the cases that were timed at several sizes."""
+    lines = [
+        f"<tr>{cell(line.case, 'left')}{cell(line.backend, 'left')}"
+        f"{cell(report.figures(line.gb_per_s), value=line.gb_per_s)}"
+        f"{cell(f'{line.microseconds:.2f}', value=line.microseconds)}</tr>"
+        for line in graphs.lines(rows)
+    ]
+    head = ("case", "backend", "GB/s", "us a call")
+    return f"<h2>Over all sizes</h2>{table(head, lines, report.LEFT)}" if lines else ""
 
 
 def family(name: str, rows: Sequence[Row]) -> str:

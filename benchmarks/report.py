@@ -15,7 +15,7 @@ from typing import Any
 from quantlib.cli import text
 from quantlib.cli.text import style
 
-from . import roofline
+from . import graphs, roofline
 from .case import LIMIT, OURS, Row, described, seconds
 from .targets import Verdict, verdicts
 
@@ -32,13 +32,17 @@ LEFT = {"case", "backend", "note"}
 def headline(machine: dict[str, Any]) -> str:
     """What was measured on and what it can do, in a line."""
     peaks = ", ".join(
-        f"{roofline.PEAKS[name]} {figures(rate)}" for name, rate in machine.get("peak_tflop_per_s", {}).items()
+        f"{roofline.PEAKS.get(dtype, dtype)} {figures(rate)}"
+        for dtype, rate in machine.get("peak_tflop_per_s", {}).items()
     )
-    return (
-        f"{machine['device']} ({machine['instructions']}), {machine['threads']} threads of {machine['cores']} cores, "
-        f"load {machine['load']}, plain copy {machine['copy_gb_per_s']:.1f} GB/s"
-        + (f", products {peaks} TFLOP/s" if peaks else "")
-    )
+    if gpu := machine.get("gpu"):
+        state = (gpu[name] for name in ("clocks.sm", "power.draw", "temperature.gpu") if gpu.get(name))
+        parts = [f"{gpu['sms']} SMs", f"{gpu['l2_bytes'] / 2**20:.0f} MiB of L2", *state]
+    else:
+        parts = [f"{machine['threads']} threads of {machine['cores']} cores"]
+    parts += [f"load {machine['load']}", f"plain copy {machine['copy_gb_per_s']:.1f} GB/s"]
+    parts += [f"products {peaks} TFLOP/s"] if peaks else []
+    return f"{machine['device']} ({machine['instructions']}), {', '.join(parts)}"
 
 
 def figures(value: float | None) -> str:
@@ -112,6 +116,14 @@ def bars(rows: Sequence[Row], width: int = 30) -> str:
     return text.table(("quantlib in", "of the limit", "", ""), lines, "<><<") if lines else ""
 
 
+def line_table(rows: Sequence[Row]) -> str:
+    """What a call costs before the first byte and how fast it is from there on, of cases of several sizes."""
+    lines = [
+        (line.case, line.backend, figures(line.gb_per_s), f"{line.microseconds:.2f}") for line in graphs.lines(rows)
+    ]
+    return text.table(("over all sizes", "backend", "GB/s", "us a call"), lines, "<<>>") if lines else ""
+
+
 def target_table(found: Iterable[Verdict]) -> str:
     """Every target with what was measured: met or missed."""
     lines = []
@@ -137,7 +149,7 @@ def peer(v: Verdict) -> str:
 
 
 def as_json(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str:
-    """One object: version, machine, complete, rows, targets."""
+    """One object: version, machine, complete, rows, lines (slope and intercept over sizes), targets."""
     targets = [
         {
             **dataclasses.asdict(v.target),
@@ -153,6 +165,7 @@ def as_json(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str
         "machine": machine,
         "complete": complete,
         "rows": [dataclasses.asdict(row) for row in rows],
+        "lines": [line._asdict() for line in graphs.lines(rows)],
         "targets": targets,
     }
     return json.dumps(content, indent=1) + "\n"

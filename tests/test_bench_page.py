@@ -105,6 +105,13 @@ def test_numbers_sort_as_numbers(text: str) -> None:
     assert f'data-value="{ROW.spread!r}">10%' in text
 
 
+def test_sizes_have_a_line() -> None:
+    rows = [dataclasses.replace(ROW, shape=(n,), bytes=n, min=1e-6 + n / 1e11) for n in (10**6, 10**7, 10**8)]
+    found = Structure(page.as_html(MACHINE, rows, complete=True))
+    assert found.open == []
+    assert "Over all sizes" in found.words
+
+
 def test_an_interrupted_run_says_so(text: str) -> None:
     assert "was interrupted" not in text
     assert "was interrupted" in page.as_html(MACHINE, ROWS[:1], complete=False)

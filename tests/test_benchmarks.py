@@ -250,6 +250,24 @@ def test_what_no_memory_can_do_on_a_gpu_is_marked(of_copy: float, peer_seconds: 
     assert measure.artefact(row, {"F.linear bfloat16": (peer_seconds, 200)}) == found
 
 
+def test_a_gpu_is_described_by_what_decides_its_figures() -> None:
+    gpu = {"architecture": "sm_90", "sms": 132, "l2_bytes": 60 << 20, "clocks.sm": "1980 MHz", "power.draw": "120.00 W"}
+    line = report.headline({**MACHINE, "instructions": "sm_90", "gpu": gpu})
+    assert line.startswith(
+        "a machine (sm_90), 132 SMs, 60 MiB of L2, 1980 MHz, 120.00 W, load 0.0, plain copy 40.0 GB/s"
+    )
+    assert "threads" not in line
+
+
+def test_several_sizes_have_a_line() -> None:
+    """1 us and then 100 GB/s."""
+    sizes = (10**6, 10**7, 10**8)
+    rows = [dataclasses.replace(ROW, shape=(n,), bytes=n, min=1e-6 + n / 1e11) for n in sizes]
+    assert report.line_table(rows).splitlines()[1].split()[-2:] == ["100", "1.00"]
+    assert report.line_table(rows[:2]) == ""
+    assert len(json.loads(report.as_json(MACHINE, rows, True))["lines"]) == 1
+
+
 def test_the_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "1980 MHz, 1980 MHz, 3201 MHz, 123.45 W, 700.00 W, 41\n"
     done = type("Done", (), {"stdout": said})
