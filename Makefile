@@ -8,10 +8,10 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.c
 # One worker a core, each with one thread.
 WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8)
 
-.PHONY: help demo qat test setup lint format bench verify gpu sanitize clean
+.PHONY: help demo qat test setup lint format bench verify gpu gpu-static sanitize clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
 
 demo: kernels-demo  ## quantize a real model to every format, check it, draw the table
 	$(RUN) -m quantlib.examples.demo $(ARGS)
@@ -43,6 +43,9 @@ verify: kernels-test  ## all 2^32 inputs of every cast, and of int8 at the scale
 
 gpu:  ## on a machine with a GPU, offline too: build for it, every proof on it, then the benchmarks
 	$(if $(PYTHON),$(PYTHON),python3) scripts/gpu_acceptance.py $(ARGS)
+
+gpu-static: .venv/ready-test  ## on any machine: compile the GPU kernels, hold their machine code to its contracts
+	PYTHONPATH=tests $(RUN) -m gpu_static $(ARGS)
 
 # Python is not built with them, so their libraries have to be there before it; it also leaks on purpose.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g

@@ -1,0 +1,61 @@
+"""Broken contracts that are known: shown in the table, not counted. One that no kernel breaks any more has to go."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from gpu_static.measured import Measured
+
+
+@dataclass(frozen=True)
+class Known:
+    """Kernels by name, what is wrong with them, and why it stays."""
+
+    name: str  # searched in `language kernel config`
+    fault: str
+    why: str
+    archs: tuple[int, ...] = (80, 89, 90)
+
+    def excuses(self, m: Measured, fault: str) -> bool:
+        return m.arch in self.archs and bool(re.search(self.name, m.name) and re.match(self.fault, fault))
+
+
+KNOWN: tuple[Known, ...] = (
+    Known(
+        r"^triton (quantize|dequantize|quantize_dynamic|compute_scale)_kernel \S+ (int4|float4_e2m1fn) ",
+        "above the ceiling",
+        "half a byte a code leaves few bytes to wait for while codes are packed and scales are found",
+    ),
+    Known(
+        r"^triton quantize_dynamic_kernel \S+ u?int8 .*affine",
+        "above the ceiling",
+        "both ends of the range are reduced; a 200th too many",
+        (90,),
+    ),
+    Known(
+        r"^triton dequant_matmul_kernel bfloat16 int4 M=16 ",
+        "above the ceiling",
+        "products of 16 rows take twice the instructions of 8",
+        (90,),
+    ),
+    Known(
+        r"^cuda ",
+        "above the ceiling",
+        "C++ rounds 16-bit and 8-bit floats in portable integer steps; Triton comes first where it is installed",
+    ),
+    Known(
+        r"^cuda (quantize|dequantize|fake_quantize|fake_quantize_backward|quantize_dynamic)_kernel ",
+        "writes 4 bytes at once, want 16",
+        "nvcc splits a vector that is made of halves into its four registers",
+    ),
+)
+
+
+def reason(m: Measured, fault: str) -> str | None:
+    return next((known.why for known in KNOWN if known.excuses(m, fault)), None)
+
+
+def unused(found: list[tuple[Measured, str]]) -> list[Known]:
+    """Those that excuse nothing of what was found."""
+    return [known for known in KNOWN if not any(known.excuses(m, fault) for m, fault in found)]

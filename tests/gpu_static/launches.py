@@ -1,0 +1,158 @@
+"""What the launchers start: they are called with tensors that have no memory, and told that they are on a GPU.
+
+Triton itself says what it would tell its compiler, so that a configuration in use is neither forgotten nor made up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_static.calls import Call, calls
+
+
+@dataclass(frozen=True)
+class Config:
+    """A kernel as its launcher asks for it, and the first call that starts it."""
+
+    call: Call
+    kernel: Any
+    args: dict[str, Any]
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Of all that the compiler is told."""
+        import triton
+
+        told = (self.kernel.cache_key, self.signature, self.constants, self.attributes, self.options)
+        return hashlib.sha256(repr((triton.__version__, *told)).encode()).hexdigest()[:20]
+
+    @property
+    def tile(self) -> Any:
+        """The one dataclass that its launcher chose, or None."""
+        return self.args.get("T") or self.args.get("B")
+
+
+def configs(
+    arch: int, chosen: Iterable[Call] | None = None, everything: bool = False, instead: Any = None
+) -> list[Config]:
+    """Every configuration in use on ``arch``, once; ``instead``: the launcher that is called for each."""
+    found: dict[str, Config] = {}
+    with recording(arch) as launched:
+        for call in chosen or calls(devices(), everything):
+            start(call, instead)
+            for config in (Config(call, *told(launch, arch)) for launch in launched):
+                found.setdefault(config.key, config)
+            launched.clear()
+    return list(found.values())
+
+
+def devices() -> tuple[str, ...]:
+    """Those whose tables of measurements are part of the package."""
+    from quantlib.backends.triton import tables
+
+    return tuple(tables.shipped())
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[list[Any]]:
+    """(kernel, arguments, options) of what is launched meanwhile, by launchers that believe to be on ``arch``."""
+    from triton.runtime.jit import JITFunction
+
+    from quantlib.backends.triton import launch, slab
+
+    launched: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "arch", lambda device: arch)
+        patch.setattr(launch, "context", lambda device: contextlib.nullcontext())
+        patch.setattr(launch, "device_name", lambda device: ON[0])
+        patch.setattr(slab, "product", lambda x, w: torch.empty(len(x), len(w), device="meta"))
+        patch.setattr(
+            JITFunction, "run", lambda self, *args, grid, warmup, **options: launched.append((self, args, options))
+        )
+        yield launched
+
+
+ON = ["no device"]  # what a launcher is told of its device
+
+
+def start(call: Call, instead: Any = None) -> None:
+    """Call the launcher of ``call`` with tensors that have no memory."""
+    from quantlib import formats
+    from quantlib.backends import triton as backend
+    from quantlib.backends.tiles import TileLayout
+
+    ON[0] = call.device
+    f, (M, K), block, source = formats.get(call.format), call.shape, call.block, getattr(torch, call.source)
+    with torch.device("meta"):
+        wide = TileLayout(f).shape(M, K) if call.tiled else (M, (K + 1) // 2 if f.packed else K)
+        codes = torch.empty(wide, dtype=torch.uint8 if call.tiled else getattr(torch, f.dtype_name))
+        scale, dscale = (torch.empty(-(-M // block[0]), -(-K // block[1])) for _ in range(2))
+        zero_point = torch.empty_like(scale, dtype=torch.int32) if call.affine else None
+        x, dy, dx = (torch.empty(M, K, dtype=source) for _ in range(3))
+        batch, y = torch.empty(call.M, K, dtype=source), torch.empty(call.M, M, dtype=source)
+        x_codes, x_scale = torch.empty(call.M, K, dtype=torch.int8), torch.empty(call.M, 1)
+        bias = torch.empty(M) if call.activation else None
+    weight = (codes, scale, f, block)
+    shared = zero_point if zero_point is None else zero_point.float()
+    limits = (0, 0) if f.is_float else f.range(call.affine)
+    arguments = {
+        "cast": lambda: (x.view(-1), formats.get(source), codes.view(-1), f, f.saturates),
+        "compute_scale": lambda: (x, f, block, scale, zero_point),
+        "quantize": lambda: (x, scale, f, block, zero_point, codes),
+        "dequantize": lambda: (*weight, zero_point, x),
+        "quantize_dynamic": lambda: (x, f, block, codes, scale, zero_point),
+        "fake_quantize": lambda: (x, scale, f, block, shared, limits, dx),
+        "fake_quantize_backward": lambda: (
+            *(dy, x, scale, f, block, shared, limits, call.lsq, 1.0),
+            *(dx, dscale, dscale if call.affine else None),
+        ),
+        "dequant_matmul": lambda: (
+            *(batch, *weight, zero_point, bias, call.activation),
+            *(call.invariant, call.tiled, y),
+        ),
+        "dequant_matmul_backward": lambda: (y, *weight, zero_point, batch),
+        "scaled_matmul": lambda: (x_codes, x_scale, *weight, None, zero_point, bias, call.activation, y),
+    }[call.op]()
+    (instead or backend.KERNELS[call.op])(*arguments)
+
+
+def told(launch: Any, arch: int) -> tuple[Any, ...]:
+    """What the compiler is told of a launch: types, constants, and what is a multiple of 16, as Triton finds them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, args, options = launch
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    bound, specialization, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, debug=False, **options
+    )
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    return kernel, dict(bound), signature, constants, attributes, options
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What a contract asks of a configuration."""
+    given, tile, call = config.args, config.tile, config.call
+    return {
+        "bits": {name: given[name].bits for name in ("X", "Y", "F") if hasattr(given.get(name), "bits")},
+        "ragged": call.ragged,
+        "M": call.M,
+        "tiled": call.tiled,
+        "per": call.per,
+        "scales": given.get("SCALES"),
+        "tile": str(tile),
+        "tile_m": getattr(tile, "tile_m", 0),
+        "splits": getattr(tile, "splits", 1),
+    }

@@ -1,0 +1,95 @@
+"""Faults put in on purpose: the checker that finds nothing wrong with the kernels must find each of these.
+
+Each is compiled for one architecture and read like any other kernel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gpu_static.calls import Call
+
+ARCH = 90
+LONG_ROW = Call("quantize_dynamic", "bfloat16", "int8", (64, 28672))
+DECODE = Call("dequant_matmul", "bfloat16", "int8", M=1, tiled=True)
+SUMS = Call("fake_quantize_backward", "float32", "int8", per="tensor", affine=True)
+
+# plant -> the call, how it is compiled instead, what the checker must say
+TRITON: dict[str, tuple[Call, dict[str, Any], str]] = {
+    "lost divisibility": (LONG_ROW, {"aligned": False}, "bytes at once"),
+    "lost divisibility of a matmul": (DECODE, {"aligned": False}, r"no LDGSTS"),
+    "too few registers": (LONG_ROW, {"maxnreg": 32}, "spills"),
+    "too few registers of a matmul": (DECODE, {"maxnreg": 32}, "spills"),
+    "contraction": (LONG_ROW, {"enable_fp_fusion": True}, "is inexact: contraction"),
+    "too many stages": (DECODE, {"num_stages": 64}, "bytes of shared memory > 232448"),
+    "atomic": (SUMS, {"edit": ("tl.store(at, sums(dscale))", "tl.atomic_add(at, sums(dscale))")}, "adds floats with"),
+}
+
+Edits = dict[str, tuple[str, str]]  # file of csrc -> what is replaced, by what
+CAST_KERNEL = "  constexpr int V = kCastElements<X, Y>;\n  Chunk at"
+ATOMIC = "  if (a.saturate) atomicAdd(reinterpret_cast<float*>(a.y), 1.0f);\n"
+VECTOR = "  if (vector && first == 0 && last == V) return Vector<T, V>::load(x);\n"
+FEW_CASTS = ("    case Type::float8_e5m2:\n      return run(float8_e5m2{});\n", "")  # compiles in less time
+BOUNDS = "__launch_bounds__(kThreads)"
+OPERAND = "return fma2(X{}, value, two_to<X>(0), minus_zero);"
+SLOW = "return both(encode_float<X>(float(value & 15) * float(minus_zero & 15), false));"
+CUDA: dict[str, tuple[str, tuple[str, ...], Edits, str]] = {
+    "narrow loads": ("cast", (), {"vector.cuh": (VECTOR, ""), "launch.cuh": FEW_CASTS}, "bytes at once"),
+    "too few registers": ("cast", ("-maxrregcount=24",), {"cast.cu": (BOUNDS, ""), "launch.cuh": FEW_CASTS}, "spills"),
+    "atomic": ("cast", (), {"cast.cu": (CAST_KERNEL, ATOMIC + CAST_KERNEL), "launch.cuh": FEW_CASTS}, "adds floats"),
+    "conversion": ("dequant_matmul", (), {"operand.cuh": (OPERAND, SLOW)}, "I2F.* on its main path"),
+}
+
+
+def triton() -> dict[str, Callable[[], list[dict[str, Any]]]]:
+    return {name: lambda plant=plant: plant_triton(*plant[:2]) for name, plant in TRITON.items()}
+
+
+def cuda() -> dict[str, Callable[[], list[dict[str, Any]]]]:
+    return {name: lambda plant=plant: plant_cuda(*plant[:3]) for name, plant in CUDA.items()}
+
+
+def plant_triton(call: Call, how: dict[str, Any]) -> list[dict[str, Any]]:
+    from gpu_static import launches, triton_kernels
+
+    edit = how.get("edit")
+    configs = launches.configs(ARCH, [call], instead=edited(call.op, *edit) if edit else None)
+    how = {key: value for key, value in how.items() if key != "edit"}
+    return [asdict(triton_kernels.measure(config, ARCH, **how)) for config in configs]
+
+
+def edited(op: str, right: str, wrong: str) -> Any:
+    """The launcher of ``op``, from a copy of its file with other words in it."""
+    from quantlib.backends import triton as backend
+
+    text = Path(backend.__file__).with_name(f"{op}.py").read_text()
+    assert right in text, f"{op}.py has no {right}"
+    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:  # Triton reads it when it compiles
+        file.write(text.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(f"planted_{op}", file.name)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, op)
+
+
+def plant_cuda(stem: str, flags: tuple[str, ...], edits: Edits) -> list[dict[str, Any]]:
+    from gpu_static import cuda_kernels
+
+    def edit(source: Path) -> None:
+        for name, (right, wrong) in edits.items():
+            path = source.with_name(name)
+            assert right in path.read_text(), f"{name} has no {right}"
+            path.write_text(path.read_text().replace(right, wrong))
+        if stem == "dequant_matmul":
+            source.write_text(re.sub(r"    case Type::float\w+:\n      return run.*\n", "", source.read_text()))
+
+    source = next(path for path in cuda_kernels.sources() if path.stem == stem)
+    return cuda_kernels.measure(source, ARCH, *flags, edit=edit)
