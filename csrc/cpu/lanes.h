@@ -74,6 +74,34 @@ QL_FN void stream(const void* from, char* to, int64_t bytes) {
   }
 }
 
+QL_FN void put(char* to, Floats v, bool past_caches) {
+  if (past_caches) stream(&v, to, sizeof v);
+  else store(to, v);
+}
+
+// Bytes at p, one a lane
+template <bool SIGNED>
+QL_FN Ints<Floats> widen(const void* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = load<__m128i>(p);
+  return Ints<Floats>(SIGNED ? _mm512_maskz_cvtepi8_epi32(0xffff, bytes) : _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+  return Ints<Floats>(SIGNED ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#elif defined(__x86_64__)
+  int32_t four;
+  __builtin_memcpy(&four, p, sizeof four);
+  const __m128i bytes = _mm_cvtsi32_si128(four), twice = _mm_unpacklo_epi8(bytes, bytes);
+  const __m128i upper = _mm_unpacklo_epi16(twice, twice);  // each byte four times in its lane
+  return Ints<Floats>(SIGNED ? _mm_srai_epi32(upper, 24) : _mm_srli_epi32(upper, 24));
+#else
+  Ints<Floats> lanes;
+  const auto* bytes = static_cast<const uint8_t*>(p);
+  for (int l = 0; l < kLanes; ++l) lanes[l] = SIGNED ? int8_t(bytes[l]) : bytes[l];
+  return lanes;
+#endif
+}
+
 // The formats that every machine of this instruction set converts in hardware, to nearest and with subnormals.
 template <class F>
 constexpr bool in_hardware = false;
@@ -98,6 +126,52 @@ QL_FN Floats load_half([[maybe_unused]] const void* p) {
 #else
   return Floats{};
 #endif
+}
+
+// The float16 of a, then of b
+QL_FN Floats halves_of([[maybe_unused]] Floats a, [[maybe_unused]] Floats b) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_castsi256_si512(_mm512_maskz_cvtps_ph(0xffff, a, 0));
+  return Floats(_mm512_maskz_inserti64x4(0xff, low, _mm512_maskz_cvtps_ph(0xffff, b, 0), 1));
+#elif defined(__F16C__)
+  return Floats(_mm256_set_m128i(_mm256_cvtps_ph(b, 0), _mm256_cvtps_ph(a, 0)));
+#else
+  return Floats{};
+#endif
+}
+
+// The upper 16 bits of the lanes of a, then of b
+QL_FN Floats upper_halves(Bits<Floats> a, Bits<Floats> b) {
+#if defined(__AVX512BW__)
+  typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
+  Halves upper;
+  for (int l = 0; l < 2 * kLanes; ++l) upper[l] = uint16_t(2 * l + 1);
+  return Floats(__builtin_shuffle(Halves(a), Halves(b), upper));
+#elif defined(__AVX2__)
+  return Floats(_mm256_permute4x64_epi64(_mm256_packus_epi32(__m256i(a >> 16), __m256i(b >> 16)), 0xd8));
+#elif defined(__x86_64__)
+  return Floats(_mm_packs_epi32(_mm_srai_epi32(__m128i(a), 16), _mm_srai_epi32(__m128i(b), 16)));
+#else
+  uint16_t halves[2 * kLanes];
+  for (int l = 0; l < kLanes; ++l) halves[l] = uint16_t(a[l] >> 16), halves[kLanes + l] = uint16_t(b[l] >> 16);
+  return load<Floats>(halves);
+#endif
+}
+
+// encode_float<F>(x, false) of a, then of b, for the formats of 16 bits
+template <class F>
+QL_FN Floats encode_pair(Floats a, Floats b) {
+  if constexpr (F::bias == 127) {  // the upper half of FP32: rounding may carry into the exponent, and into infinity
+    const auto rounded = [](Floats x) {
+      const Bits<Floats> bits = bits_of(x);
+      return x == x ? bits + (bits >> 16 & 1u) + 0x7fffu : splat<Bits<Floats>>(uint32_t(F::nan_code) << 16);
+    };
+    return upper_halves(rounded(a), rounded(b));
+  } else if constexpr (in_hardware<F>) {
+    return halves_of(canonical(a), canonical(b));
+  } else {
+    return upper_halves(encode_float<F>(a, false) << 16, encode_float<F>(b, false) << 16);
+  }
 }
 
 }  // namespace quantlib
