@@ -33,7 +33,7 @@ def cast(x: torch.Tensor, x_format: Format, out: torch.Tensor, out_format: Forma
     n = x.numel()
     tile = launch.choose_tile((1, n), (1, n), out_format)
     launch.launch(
-        cast_kernel, triton.cdiv(n, tile.cols), x.device,
+        cast_kernel, launch.cdiv(n, tile.cols), x.device,
         launch.codes_of(x), launch.codes_of(out), n, x_format, out_format, saturate, tile.cols, launch.arch(x.device),
         warps=tile.warps,
     )  # fmt: skip

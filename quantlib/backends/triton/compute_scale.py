@@ -120,7 +120,7 @@ def compute_scale(
     X, affine, scale_cols, blocks = formats.get(x.dtype), zero_point is not None, scale.shape[1], scale.numel()
     if chosen.chunks:
         launch.launch(
-            compute_scale_kernel, triton.cdiv(blocks, chosen.count), x.device,
+            compute_scale_kernel, launch.cdiv(blocks, chosen.count), x.device,
             x, scale, zero_point, *shape, *block, scale_cols, blocks, X, format, affine, chosen,
             warps=chosen.warps,
         )  # fmt: skip

@@ -142,7 +142,7 @@ def multiply(
     if tile.slab:
         multiply_slabs(x, codes, scale, format, block, zero_point, bias, activation, tiled, y, tile)
         return
-    tiles = triton.cdiv(N, tile.tile_n) * triton.cdiv(M, tile.tile_m)
+    tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.float32, tiles, x.device)
     launch.launch(
         dequant_matmul_kernel, tiles * tile.splits, x.device,

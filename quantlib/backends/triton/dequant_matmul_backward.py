@@ -77,7 +77,7 @@ def multiply(
     (M, N), K = dy.shape, dx.shape[1]
     rounded = M >= 64 and dy.dtype != torch.float32
     launch.launch(
-        dequant_matmul_backward_kernel, triton.cdiv(M, tile.tile_m) * triton.cdiv(K, tile.tile_k), dy.device,
+        dequant_matmul_backward_kernel, launch.cdiv(M, tile.tile_m) * launch.cdiv(K, tile.tile_k), dy.device,
         dy, launch.codes_of(codes), scale, zero_point, dx,
         M, N, K, *block, scale.shape[1], codes.shape[1], formats.get(dy.dtype), format, rounded,
         scale.shape[1] == 1 or block[1] % tile.tile_k == 0, tile, launch.arch(dy.device),

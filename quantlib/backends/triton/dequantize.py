@@ -76,7 +76,7 @@ def dequantize(
     tile = launch.choose_tile(shape, block, format)
     launch.launch(
         dequantize_kernel, launch.tiles(shape, block, tile), out.device,
-        launch.codes_of(codes), scale, zero_point, out, *shape, *block, triton.cdiv(shape[1], block[1]), codes.shape[1],
+        launch.codes_of(codes), scale, zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]), codes.shape[1],
         format, formats.get(out.dtype), zero_point is not None, tile, launch.arch(out.device),
         warps=tile.warps,
     )  # fmt: skip

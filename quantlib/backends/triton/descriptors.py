@@ -99,7 +99,7 @@ def multiply_described(
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     (M, K), N, device = x_codes.shape, y.shape[1], codes.device
-    tiles = triton.cdiv(M, tile.tile_m) * triton.cdiv(N, tile.tile_n)
+    tiles = launch.cdiv(M, tile.tile_m) * launch.cdiv(N, tile.tile_n)
     launch.launch(
         described_matmul_kernel, min(tiles, launch.processors(device)), device,
         TensorDescriptor(x_codes, [M, K], [K, 1], [tile.tile_m, tile.tile_k]),

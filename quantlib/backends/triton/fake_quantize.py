@@ -102,7 +102,7 @@ def fake_quantize(
     tile = launch.choose_tile(shape, block, formats.FLOAT32)
     launch.launch(
         fake_quantize_kernel, launch.tiles(shape, block, tile), x.device,
-        x, scale, zero_point, out, *shape, *block, triton.cdiv(shape[1], block[1]),
+        x, scale, zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]),
         formats.get(x.dtype), format, zero_point is not None, limits, tile, launch.arch(x.device),
         warps=tile.warps,
     )  # fmt: skip

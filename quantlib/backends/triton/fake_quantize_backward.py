@@ -176,7 +176,7 @@ def fake_quantize_backward(
     meaning = (formats.get(x.dtype), format, affine, limits, lsq_mask, chosen, launch.arch(x.device))
     if chosen.chunks:
         launch.launch(
-            fake_quantize_backward_kernel, triton.cdiv(blocks, chosen.count), x.device,
+            fake_quantize_backward_kernel, launch.cdiv(blocks, chosen.count), x.device,
             dy, x, scale, zero_point, dx, dscale, dzero_point,
             *shape, *block, scale_cols, blocks, float(grad_factor), *meaning,
             warps=chosen.warps,

@@ -47,6 +47,11 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def cdiv(n: int, by: int) -> int:
+    """How many parts of size ``by`` cover n: triton.cdiv, which takes microseconds on the host."""
+    return -(-n // by)
+
+
 def divisor(n: int) -> int:
     """The largest power of two that divides n."""
     return n & -n
@@ -110,7 +115,7 @@ class Blocks:
 def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> Blocks:
     """The chunks of a reduction over the blocks of x [M, K]."""
     (M, K), (br, bk) = shape, block
-    blocks = triton.cdiv(M, br) * triton.cdiv(K, bk)
+    blocks = cdiv(M, br) * cdiv(K, bk)
     width = max(power_of_2(bk), 4)  # a conversion takes four values
     held = (br * width if br > 1 else bk) * itemsize
     fits = held <= HELD and (br == 1 or bk <= ELEMENTS)
@@ -120,7 +125,7 @@ def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> 
         elements //= 2  # then no chunk is ragged
     cols = min(elements, width)
     rows = min(elements // cols, power_of_2(br))
-    chunks = triton.cdiv(br, rows) * triton.cdiv(bk, cols)
+    chunks = cdiv(br, rows) * cdiv(bk, cols)
     count = min(elements // (rows * cols), power_of_2(blocks)) if chunks == 1 else 1
     parts = 1 if fits else min(PARTS // power_of_2(min(blocks, PARTS)), power_of_2(chunks))
     exact = M % br == 0 and K % bk == 0 and br % rows == 0 and bk % cols == 0 and blocks % count == 0
@@ -144,8 +149,8 @@ def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> 
 def tiles(shape: Shape, block: Shape, tile: Tile) -> int:
     """How many tiles cover x [M, K]; no tile straddles two block rows unless br is 1."""
     (M, K), (br, _) = shape, block
-    row_tiles = triton.cdiv(M, tile.rows) if br == 1 else triton.cdiv(M, br) * triton.cdiv(br, tile.rows)
-    return row_tiles * triton.cdiv(K, tile.cols)
+    row_tiles = cdiv(M, tile.rows) if br == 1 else cdiv(M, br) * cdiv(br, tile.rows)
+    return row_tiles * cdiv(K, tile.cols)
 
 
 def shown(choice: Any) -> Any:
@@ -217,4 +222,4 @@ def context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
         import numpy as np
 
         return np.errstate(all="ignore")
-    return torch.cuda.device(device)
+    return torch.cuda.device(device.index)

@@ -76,7 +76,7 @@ def quantize(
     tile = launch.choose_tile(shape, block, format)
     launch.launch(
         quantize_kernel, launch.tiles(shape, block, tile), x.device,
-        x, scale, zero_point, launch.codes_of(codes), *shape, *block, triton.cdiv(shape[1], block[1]), codes.shape[1],
+        x, scale, zero_point, launch.codes_of(codes), *shape, *block, launch.cdiv(shape[1], block[1]), codes.shape[1],
         formats.get(x.dtype), format, zero_point is not None, tile, launch.arch(x.device),
         warps=tile.warps,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def quantize_dynamic(
         return
     scale_size = scale.shape[1], scale.numel()
     launch.launch(
-        quantize_dynamic_kernel, triton.cdiv(scale.numel(), chosen.count), x.device,
+        quantize_dynamic_kernel, launch.cdiv(scale.numel(), chosen.count), x.device,
         x, launch.codes_of(codes), scale, zero_point, *shape, *flat_block, *scale_size, codes.shape[1],
         formats.get(x.dtype), format, zero_point is not None, chosen, launch.arch(x.device),
         warps=chosen.warps,

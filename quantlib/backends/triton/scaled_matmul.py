@@ -145,7 +145,7 @@ def multiply(
     if tile.described:
         multiply_described(x_codes, x_scale, codes, scale, format, block, bias, activation, y, tile)
         return
-    tiles = triton.cdiv(N, tile.tile_n) * triton.cdiv(M, tile.tile_m)
+    tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.int32, tiles, y.device)
     masked = min(block[1], K) % tile.tile_k > 0 or K % block[1] % tile.tile_k > 0
     launch.launch(

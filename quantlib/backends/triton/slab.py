@@ -108,14 +108,14 @@ def multiply_slabs(
     for first in range(0, N, tile.slab):
         end = min(first + tile.slab, N)
         launch.launch(
-            slab_kernel, triton.cdiv(end - first, tile.tile_n) * triton.cdiv(K, tile.tile_k), x.device,
+            slab_kernel, launch.cdiv(end - first, tile.tile_n) * launch.cdiv(K, tile.tile_k), x.device,
             launch.codes_of(codes), scale, zero_point, slab,
             first, end, K, *block, scale.shape[1], codes.shape[1],
             X, format, scales, tiled, K % tile.tile_k > 0, tile, arch,
             warps=tile.warps,
         )  # fmt: skip
         total = product(x, slab[: end - first])
-        programs = triton.cdiv(M, FINISH_ROWS.value) * triton.cdiv(end - first, FINISH_COLS.value)
+        programs = launch.cdiv(M, FINISH_ROWS.value) * launch.cdiv(end - first, FINISH_COLS.value)
         launch.launch(
             finish_kernel, programs, x.device,
             total, scale, bias, y, M, N, first, end, block[0], X, format, activation, by_row, arch,

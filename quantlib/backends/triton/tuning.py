@@ -10,10 +10,9 @@ import functools
 from dataclasses import replace
 
 import torch
-import triton
 
 from quantlib.backends.tiles import TileLayout
-from quantlib.backends.triton.launch import divisor, power_of_2, shown
+from quantlib.backends.triton.launch import cdiv, divisor, power_of_2, shown
 from quantlib.backends.triton.tables import FEW, Key, MatmulTile, bucket, lookup, shared_bytes
 from quantlib.formats import Format
 
@@ -116,7 +115,7 @@ def choose_described(shape: Shape, dtype: torch.dtype) -> MatmulTile:
     M, N, _ = shape
     wide = dtype.itemsize == 2 and N % 16 == 0
     sizes = [(256, 128, 8, 3)] * wide + [(128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 4)]
-    enough = (size for size in sizes if triton.cdiv(N, size[0]) * triton.cdiv(M, size[1]) >= ENOUGH)
+    enough = (size for size in sizes if cdiv(N, size[0]) * cdiv(M, size[1]) >= ENOUGH)
     tile_n, tile_m, warps, stages = next(enough, sizes[-1])
     return MatmulTile(tile_n, tile_m, 128, 1, warps, stages, described=True)
 
@@ -148,6 +147,6 @@ def ragged(tile_n: int, tile_m: int, tile_k: int) -> tuple[int, int, int, int]:
 def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int) -> int:
     """How many programs share K where the tiles of y are few; a power of two."""
     M, N, K = shape
-    tiles, steps = triton.cdiv(N, tile_n) * triton.cdiv(M, tile_m), triton.cdiv(K, tile_k)
+    tiles, steps = cdiv(N, tile_n) * cdiv(M, tile_m), cdiv(K, tile_k)
     splits = min(PROGRAMS // tiles, steps // LONGEST, 16) if M <= 64 else 1
     return 1 << max(splits, 1).bit_length() - 1
