@@ -14,7 +14,7 @@ from quantlib import reference
 from quantlib.testing import poisoned
 from quantlib.testing.bytes import Array
 
-from . import peers
+from . import graphs, peers
 from .case import Call, Case, Contender, Tensors, normal, numbers
 
 QUICK = (
@@ -32,7 +32,8 @@ MORE = (
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    return [Cast(dtype=dtype, format=format, **common) for dtype, format in (QUICK if quick else QUICK + MORE)]
+    chosen = QUICK if quick else QUICK + MORE
+    return [Cast(dtype=dtype, format=format, **each) for dtype, format in chosen for each in graphs.shaped(common)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array
 
-from . import formulas, peers
+from . import formulas, graphs, peers
 from .case import Call, Case, Contender, Scaled, Tensors, normal, numbers
 
 QUICK = (("float32", "int8:row"),)
@@ -27,7 +27,11 @@ MORE = (
 
 def cases(quick: bool, **common: Any) -> list[Case]:
     chosen = QUICK if quick else QUICK + MORE
-    return [ComputeScale(dtype=dtype, spec=QuantSpec.parse(spec), **common) for dtype, spec in chosen]
+    return [
+        ComputeScale(dtype=dtype, spec=QuantSpec.parse(spec), **each)
+        for dtype, spec in chosen
+        for each in graphs.shaped(common)
+    ]
 
 
 class Ranged(Scaled):

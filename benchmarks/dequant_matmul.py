@@ -64,4 +64,5 @@ class DequantMatmul(Product):
         return turns([functools.partial(run, x, c, self.block[1], pairs) for c in self.copies(packed)])
 
     def of_models(self) -> list[Contender]:
-        return [q.contender(self.model, self.nbytes) for q in peer_models.of(self.model)]
+        """Without optimum-quanto, whose modules are around torch's ops, which are here already."""
+        return [q.contender(self.model, self.nbytes) for q in peer_models.of(self.model) if q is not peer_models.QUANTO]

@@ -15,7 +15,7 @@ from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array, bits, poisoned
 
-from . import formulas, peers
+from . import formulas, graphs, peers
 from .case import Call, Case, Contender, Scaled, Tensors, normal, of_block_rows
 
 QUICK = (("int8:row", "float32"),)
@@ -30,7 +30,11 @@ MORE = (
 
 def cases(quick: bool, **common: Any) -> list[Case]:
     chosen = QUICK if quick else QUICK + MORE
-    return [Dequantize(dtype=dtype, spec=QuantSpec.parse(spec), **common) for spec, dtype in chosen]
+    return [
+        Dequantize(dtype=dtype, spec=QuantSpec.parse(spec), **each)
+        for spec, dtype in chosen
+        for each in graphs.shaped(common)
+    ]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array
 
-from . import peers
+from . import graphs, peers
 from .case import Call, Case, Contender, Scaled, Tensors, normal, numbers, of_block_rows
 
 QUICK = (("float32", "int8:row"),)
@@ -31,7 +31,11 @@ def cases(quick: bool, **common: Any) -> list[Case]:
     """Both ways for every spec, each way by itself for the first."""
     chosen = [(dtype, QuantSpec.parse(spec)) for dtype, spec in (QUICK if quick else QUICK + MORE)]
     parts = [(way, *chosen[0]) for way in ("forward", "backward")] + [("", *one) for one in chosen]
-    return [FakeQuantize(way=way, dtype=dtype, spec=spec, **common) for way, dtype, spec in parts]
+    return [
+        FakeQuantize(way=way, dtype=dtype, spec=spec, **each)
+        for way, dtype, spec in parts
+        for each in graphs.shaped(common)
+    ]
 
 
 @dataclass(frozen=True)

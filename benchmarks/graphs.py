@@ -12,6 +12,7 @@ Nothing here has been run on a GPU yet but the arithmetic.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,8 +23,10 @@ import torch
 
 from .case import Call, Case, Contender, Row, Tensors
 
+SHAPES = ((1, 4096), (16, 4096), (64, 8192), (1024, 4096), (4096, 8192), (16384, 8192))  # that a line is laid through
 CACHES = 3  # of L2, which the inputs that take turns exceed
 MOST = 1024  # copies of small inputs, which then do fit into it: that is what the intercept is about
+SMALL = 1 << 22  # elements, of a shape that somebody asked for to see that it works
 WARM_UP = 3  # calls before the capture, in which kernels are compiled and memory is allocated
 
 
@@ -50,6 +53,13 @@ class Line(NamedTuple):
     microseconds: float  # of a call that moves nothing
 
 
+def shaped(common: dict[str, Any]) -> list[dict[str, Any]]:
+    """``common`` as it is, and on a GPU once more with each of `SHAPES`, unless its own shape is small."""
+    if common.get("device") != "cuda" or math.prod(common["shape"]) < SMALL:
+        return [common]
+    return [{**common, "shape": shape} for shape in dict.fromkeys((common["shape"], *SHAPES))]
+
+
 def rotation(nbytes: int, cache: int) -> int:
     """How many copies of ``nbytes`` exceed `CACHES` times the cache; two at least."""
     return max(2, CACHES * cache // max(nbytes, 1) + 1)
@@ -57,19 +67,26 @@ def rotation(nbytes: int, cache: int) -> int:
 
 def clock(case: Case, contender: Contender, inputs: Tensors, outs: Tensors) -> Callable[[], float]:
     """Seconds a call, each time it is asked."""
-    call = contender.bind(inputs, outs)
     if case.calls > 1 or not inputs:
+        call = contender.bind(inputs, outs)
         return lambda: hosted(call, case.calls)
-    if isinstance(call, Turns):
-        calls = call.calls
-    else:
-        L2 = torch.cuda.get_device_properties(case.device).L2_cache_size
-        count = min(MOST, rotation(sum(t.nbytes for t in (*inputs, *outs)), L2))
-        copies = ((tuple(map(torch.clone, inputs)), tuple(map(torch.clone, outs))) for _ in range(count - 1))
-        calls = [call, *(contender.bind(*copy) for copy in copies)]
-    with contender.within():
-        graph = captured(calls)
+    stream = torch.cuda.Stream(case.device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), contender.within():  # a backward runs where its forward ran, which was at binding
+        calls = in_turn(contender, inputs, outs)
+        graph = captured(calls, stream)
     return lambda: replayed(graph) / len(calls)
+
+
+def in_turn(contender: Contender, inputs: Tensors, outs: Tensors) -> Sequence[Call]:
+    """Calls that share no memory, so many that no cache holds it."""
+    call = contender.bind(inputs, outs)
+    if isinstance(call, Turns):
+        return call.calls
+    L2 = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    count = min(MOST, rotation(sum(t.nbytes for t in (*inputs, *outs)), L2))
+    copies = ((tuple(map(torch.clone, inputs)), tuple(map(torch.clone, outs))) for _ in range(count - 1))
+    return [call, *(contender.bind(*copy) for copy in copies)]
 
 
 def hosted(call: Call, calls: int) -> float:
@@ -82,15 +99,12 @@ def hosted(call: Call, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """The graph of all of ``calls``, one after the other."""
-    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for call in itertools.islice(itertools.cycle(calls), max(WARM_UP, len(calls))):
-            call()
-    torch.cuda.current_stream().wait_stream(aside)
-    with torch.cuda.graph(graph):
+def captured(calls: Sequence[Call], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """The graph of all of ``calls``, one after the other; ``stream`` is the current one."""
+    for call in itertools.islice(itertools.cycle(calls), max(WARM_UP, len(calls))):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
     return graph

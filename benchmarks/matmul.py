@@ -38,7 +38,7 @@ W8A16, W4A16, W8A8 = map(QuantSpec.parse, ("W8A16", "W4A16", "W8A8"))
 
 def sizes(quick: bool, rows: Sequence[int], common: dict[str, Any]) -> list[tuple[int, int, int]]:
     """(M, N, K): weights of SHAPES, or of ``shape`` where that is small, to see that everything works."""
-    small = math.prod(common["shape"]) < CACHE // 4
+    small = math.prod(common["shape"]) < graphs.SMALL
     shapes = SHAPES[common.get("device", "cpu")]
     shapes = (tuple(common["shape"]),) if small else shapes[:1] if quick else shapes
     return [(M, N, K) for N, K in shapes for M in rows]

@@ -20,15 +20,15 @@ import quantlib
 from quantlib import reference
 from quantlib.testing.bytes import Array
 
-from . import peer_models
+from . import graphs, peer_models
 from .case import Call, Case, Contender, Scaled, Tensors, normal, numbers
-from .matmul import CACHE, W4A16, W8A8, W8A16, Product, as_integers, exact_weight, sizes, turns
+from .matmul import W4A16, W8A8, W8A16, Product, as_integers, exact_weight, sizes, turns
 from .peer_models import QUANTLIB
 
 LOOKUPS = 512  # rows of a table that are looked up at a time
 
 LINEAR = {  # quick -> (spec, dtype, rows)
-    True: ((W8A16, "bfloat16", (1, 16)), (W8A8, "bfloat16", (16,))),
+    True: ((W8A16, "bfloat16", (1,)), (W8A8, "bfloat16", (16,))),
     False: (
         (W8A16, "bfloat16", (1, 16, 64, 256)),
         (W8A16, "float32", (1, 64)),
@@ -40,8 +40,8 @@ LINEAR = {  # quick -> (spec, dtype, rows)
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    small = math.prod(common["shape"]) < CACHE // 4
-    table = common["shape"] if small else (32_000, 1024 if quick else 4096)
+    small = math.prod(common["shape"]) < graphs.SMALL
+    table = common["shape"] if small else (32_000, 1024 if quick else 2048)
     image = (4, 8, 6, 6) if small else (256, 256, 28, 28)  # channels out, in; height, width
     return [
         *(

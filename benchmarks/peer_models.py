@@ -51,6 +51,8 @@ class Quantizer:
     dtype : str, optional
         Of the float model and of what goes in, where that is not for the case to choose.
     note : str
+    copied : bool
+        What it makes can be copied, which takes less time than to make it again.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Quantizer:
     compiled: bool = False
     dtype: str | None = None
     note: str = ""
+    copied: bool = True
 
     def contender(self, model: Model, nbytes: int, moved: int = 0) -> Contender:
         """Copies of the quantized model in turn, each of about ``nbytes``."""
@@ -80,9 +83,12 @@ def forward(model: nn.Module, *x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def copies(quantizer: Quantizer, model: Model, count: int) -> tuple[nn.Module, ...]:
-    """Each quantized by itself: not every peer's modules can be copied."""
+    """The quantized model, as often as its weights are to take turns."""
     source = model()
-    return tuple(quantizer.quantize(copy.deepcopy(source), model.spec) for _ in range(count))
+    first = quantizer.quantize(copy.deepcopy(source), model.spec)
+    if quantizer.copied:
+        return (first, *(copy.deepcopy(first) for _ in range(count - 1)))
+    return (first, *(quantizer.quantize(copy.deepcopy(source), model.spec) for _ in range(count - 1)))
 
 
 def by_quantlib(model: nn.Module, spec: QuantSpec) -> nn.Module:
@@ -156,11 +162,11 @@ def replaced(model: nn.Module, convert: Callable[[nn.Linear], nn.Module]) -> nn.
 
 QUANTLIB = Quantizer("quantlib", by_quantlib)
 TORCHAO = Quantizer("torchao compiled", by_torchao, compiled=True)
-QUANTO = Quantizer("optimum-quanto", by_quanto)
+QUANTO = Quantizer("optimum-quanto", by_quanto, copied=False)
 TORCH = Quantizer("torch quantize_dynamic", by_torch, dtype="float32", note="float32 in and out")
 NF4 = Quantizer("bitsandbytes nf4", by_bitsandbytes, note="codes of its own codebook")
 INT8 = Quantizer("bitsandbytes int8", by_bitsandbytes, dtype="float16", note="float16 in and out")
-GEMLITE = Quantizer("gemlite", by_gemlite)
+GEMLITE = Quantizer("gemlite", by_gemlite, copied=False)
 
 PEERS = {W8A16: (TORCHAO, QUANTO), W8A8: (TORCH, TORCHAO, INT8), W4A16: (QUANTO, NF4)}
 

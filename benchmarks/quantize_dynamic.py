@@ -12,7 +12,7 @@ from quantlib import reference
 from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array
 
-from . import formulas, peers
+from . import formulas, graphs, peers
 from .case import Call, Case, Contender, Tensors, numbers, of_block_rows
 from .compute_scale import Ranged
 
@@ -29,7 +29,11 @@ MORE = (
 
 def cases(quick: bool, **common: Any) -> list[Case]:
     chosen = QUICK if quick else QUICK + MORE
-    return [QuantizeDynamic(dtype=dtype, spec=QuantSpec.parse(spec), **common) for dtype, spec in chosen]
+    return [
+        QuantizeDynamic(dtype=dtype, spec=QuantSpec.parse(spec), **each)
+        for dtype, spec in chosen
+        for each in graphs.shaped(common)
+    ]
 
 
 class QuantizeDynamic(Ranged):

@@ -26,7 +26,7 @@ import quantlib
 from quantlib.nn.functional import project
 from quantlib.testing.bytes import Array
 
-from . import peer_models
+from . import graphs, peer_models
 from .case import Case, Contender, Tensors
 from .matmul import W4A16, W8A8, W8A16, Multiplied, exact_weight, exact_x, exact_y
 from .peer_models import QUANTLIB
@@ -38,7 +38,7 @@ MARGIN = 2.0
 
 def cases(quick: bool, **common: Any) -> list[Case]:
     """Of every scheme a token and a prompt; if it has to be quick, a token of the first, a prompt of the second."""
-    small = math.prod(common["shape"]) < 1 << 20
+    small = math.prod(common["shape"]) < graphs.SMALL
     hidden = 2 * HEAD if small else 4096 if common.get("device") == "cuda" else 1024 if quick else 2048
     token, prompt = ((1, 3), (4, 0)) if small else ((1, PAST), (PROMPT, 0))
     every = [(spec, tokens) for spec in (W8A16, W8A8, W4A16) for tokens in (token, prompt)]

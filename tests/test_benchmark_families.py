@@ -158,26 +158,22 @@ def test_slope_and_intercept() -> None:
     assert line[1:] == pytest.approx(("quantlib cuda", 1000, 2.0))
 
 
-def test_a_clock_binds_once_for_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_no_two_calls_in_turn_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes turns by itself is captured as it is; anything else is bound to so many copies that no cache holds."""
-    bound: list[Any] = []
+    bound: list[int] = []
 
     def bind(inputs: Any, outs: Any) -> Callable[[], None]:
         bound.append(inputs[0].data_ptr())
         return lambda: None
 
-    monkeypatch.setattr(graphs, "captured", lambda calls: calls)
-    monkeypatch.setattr(graphs, "replayed", lambda calls: 8.0 * len(calls))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: type("Device", (), {"L2_cache_size": 1000})()
-    )
-    one = command.FAMILIES["cast"].cases(True, shape=SHAPE)[0]
+    device = type("Device", (), {"L2_cache_size": 1000})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     x = torch.zeros(250)
-    assert graphs.clock(one, Contender("somebody", bind), (x,), ())() == 8.0
+    assert len(graphs.in_turn(Contender("somebody", bind), (x,), ())) == 4
     assert len(set(bound)) == 4
     bound.clear()
     turns = Contender("in turn", lambda inputs, outs: matmul.turns([bind(inputs, outs)] * 5))
-    assert graphs.clock(one, turns, (x,), ())() == 8.0
+    assert len(graphs.in_turn(turns, (x,), ())) == 5
     assert len(bound) == 1
 
 
@@ -197,3 +193,12 @@ def test_every_gpu_target_has_its_case_and_peers() -> None:
     names = {one.name: {c.name for c in one.contenders()} for one in every}
     for target in targets.GPU_TARGETS:
         assert set(target.against) <= names[target.case], target
+
+
+def test_a_gpu_has_sizes_enough_for_a_line() -> None:
+    for name in ("cast", "quantize", "quantize_dynamic", "dequantize", "compute_scale", "fake_quantize"):
+        shapes: dict[str, set[tuple[int, ...]]] = {}
+        for one in command.FAMILIES[name].cases(True, shape=command.FULL, device="cuda"):
+            shapes.setdefault(one.name, set()).add(one.shape)
+        assert all(len(of) == len(graphs.SHAPES) + 1 for of in shapes.values()), name
+        assert {one.shape for one in command.FAMILIES[name].cases(True, shape=SHAPE, device="cuda")} == {SHAPE}
