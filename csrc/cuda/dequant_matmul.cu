@@ -11,7 +11,12 @@ namespace quantlib {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 8;  // of a thread block: each sums its share of the columns
+// Warps of a thread block, each of which sums its share of the columns: registers are enough for two blocks of eight an
+// SM, but where the weight has few rows there is one, and it has as many warps as that.
+constexpr int kWarps = 8;
+constexpr int64_t kFewRows = 4096;
+template <class F, bool TILED>
+constexpr int kMostWarps = F::bits == 4 && !TILED ? kWarps : 2 * kWarps;
 constexpr int kBands = 2;  // of 16 rows of the weight
 constexpr int kRows = 16 * kBands;
 constexpr int kBatch = 16;  // rows of x
@@ -28,9 +33,9 @@ struct DecodeArgs {
   int64_t M, N, K, row_bytes;
   int groups;
   Divisor br;
-  int tiles, per_group, chunks;  // tiles of 64 bytes a row; of them that share a scale; chunks of x's rows
-  uint32_t flip;                 // see Operand
-  int32_t lowest, highest;       // zero point
+  int warps, tiles, per_group, chunks;  // tiles of 64 bytes a row; of them that share a scale; chunks of x's rows
+  uint32_t flip;                        // see Operand
+  int32_t lowest, highest;              // zero point
 };
 
 // The codes of a lane in a tile of each band: rows g and g + 8.
@@ -39,19 +44,22 @@ struct Codes {
 };
 
 template <class F, class X, bool TILED>
-__global__ void __launch_bounds__(32 * kWarps, F::bits == 4 && !TILED ? 1 : 2)  // an SM has room for two, if it can be
-    dequant_matmul_kernel(const DecodeArgs<X> a) {
+__global__ void __launch_bounds__(32 * kMostWarps<F, TILED>, 1) dequant_matmul_kernel(const DecodeArgs<X> a) {
   using Order = Columns<F, TILED>;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int64_t n0 = blockIdx.x / unsigned(a.chunks) * int64_t(kRows), m0 = blockIdx.x % unsigned(a.chunks) * kBatch;
-  const int begin = int(int64_t(a.tiles) * warp / kWarps), end = int(int64_t(a.tiles) * (warp + 1) / kWarps);
+  const int begin = a.tiles * warp / a.warps, end = a.tiles * (warp + 1) / a.warps;
 
   // A lane has rows n0 + 16 i + 8 r + g of the weight and m0 + 8 b + g of x; zeros where one, or its end, is missing.
   const int rows = at_most(a.N - n0 - g, kRows), batch = at_most(a.M - m0 - g, kBatch);
-  const int K = int(a.K) - t * Order::lane, ends[2] = {0 < batch ? K : 0, 8 < batch ? K : 0};
+  const int K = int(a.K) - t * Order::lane - begin * Order::tile;
+  int ends[2] = {0 < batch ? K : 0, 8 < batch ? K : 0};  // columns that there are from the next tile's first on
   const int last = TILED ? end : at_most((a.row_bytes - t * 16 + 63) / 64, end);  // tile past its codes
   const uint8_t* codes = a.codes + n0 * a.row_bytes + (TILED ? lane * 32 : g * a.row_bytes + t * 16);
-  const Unit<X>* x = a.x + (m0 + g) * a.K + t * Order::lane;
+  const uint8_t* next_codes[kBands] = {codes + int64_t(begin) * Order::bytes,
+                                       codes + 16 * a.row_bytes + int64_t(begin) * Order::bytes};
+  const Unit<X>* x = a.x + (m0 + g) * a.K + t * Order::lane + int64_t(begin) * Order::tile;
+  const Unit<X>* next_x[2] = {x, x + 8 * a.K};
 
   Codes next;  // on their way while those before them are multiplied
   const auto load_codes = [&](int tile) {
@@ -60,14 +68,15 @@ __global__ void __launch_bounds__(32 * kWarps, F::bits == 4 && !TILED ? 1 : 2)  
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         next.of[i][r] = tile < last && 16 * i + (TILED ? 0 : 8 * r) < rows
-                            ? load_once(codes + 16 * i * a.row_bytes + r * (TILED ? 16 : 8 * a.row_bytes) +
-                                        int64_t(tile) * (TILED ? 1024 : 64))
+                            ? load_once(next_codes[i] + r * (TILED ? 16 : 8 * a.row_bytes))
                             : Vector<uint32_t, 4>::zero();
+#pragma unroll
+    for (const uint8_t*& of_band : next_codes) of_band += Order::bytes;
   };
   load_codes(begin);
 
   int row[kBands][2];  // of scale, its first index
-  float scale[kBands][2];
+  SplitScale<X> scale[kBands][2];
   uint32_t zero[kBands][2];
 #pragma unroll
   for (int i = 0; i < kBands; ++i)
@@ -79,57 +88,57 @@ __global__ void __launch_bounds__(32 * kWarps, F::bits == 4 && !TILED ? 1 : 2)  
     for (int i = 0; i < kBands; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        scale[i][r] = effective_scale<F>(a.scale[row[i][r] + group]);
+        scale[i][r] = SplitScale<X>(effective_scale<F>(a.scale[row[i][r] + group]));
         const int32_t z = a.zero_point ? a.zero_point[row[i][r] + group] : 0;
         zero[i][r] = uint32_t((z < a.lowest ? a.lowest : z > a.highest ? a.highest : z) - a.lowest);
       }
   };
 
-  int group = begin / a.per_group, remaining = (group + 1) * a.per_group - begin;  // tiles until the scale changes
-  if (begin < end) load_scale(group);
-  float total[kBands][2][4] = {}, sum[kBands][2][4] = {};
-  for (int tile = begin; tile < end; ++tile) {
-    const Codes now = next;
-    load_codes(tile + 1);
+  float total[kBands][2][4] = {};
+  for (int tile = begin, group = begin / a.per_group; tile < end; ++group) {
+    load_scale(group);
+    const int past = (group + 1) * a.per_group < end ? (group + 1) * a.per_group : end;
+    float sum[kBands][2][4] = {};
+    for (; tile < past; ++tile) {
+      const Codes now = next;
+      load_codes(tile + 1);
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int h = 0; h < Order::halves; ++h) {
-        uint32_t right[2][2];
+        for (int h = 0; h < Order::halves; ++h) {
+          uint32_t right[2][2];
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int k = tile * Order::tile + j * Order::word + h * Order::half;
-          const auto four = k < ends[b] ? Vector<Unit<X>, 4>::load(x + 8 * b * a.K + k) : Vector<Unit<X>, 4>::zero();
-          right[b][0] = four.word[0], right[b][1] = four.word[1];
-        }
-#pragma unroll
-        for (int i = 0; i < kBands; ++i) {
-          uint32_t left[4];
-#pragma unroll
-          for (int f = 0; f < 4; ++f) {
-            const int r = f % 2, pair = 2 * h + f / 2;
-            left[f] = Operand<F, X>(zero[i][r])(now.of[i][r].word[j], pair, Order::selector(pair), a.flip);
+          for (int b = 0; b < 2; ++b) {
+            const int k = j * Order::word + h * Order::half;
+            const auto four = k < ends[b] ? Vector<Unit<X>, 4>::load(next_x[b] + k) : Vector<Unit<X>, 4>::zero();
+            right[b][0] = four.word[0], right[b][1] = four.word[1];
           }
 #pragma unroll
-          for (int b = 0; b < 2; ++b) mma(X{}, sum[i][b], left, right[b]);
+          for (int i = 0; i < kBands; ++i) {
+            uint32_t left[4];
+#pragma unroll
+            for (int f = 0; f < 4; ++f) {
+              const int r = f % 2, pair = 2 * h + f / 2;
+              left[f] = Operand<F, X>(zero[i][r], scale[i][r].power)(now.of[i][r].word[j], pair, Order::selector(pair),
+                                                                     a.flip);
+            }
+#pragma unroll
+            for (int b = 0; b < 2; ++b) mma(X{}, sum[i][b], left, right[b]);
+          }
         }
-      }
-    if (--remaining > 0 && tile + 1 < end) continue;
+#pragma unroll
+      for (int b = 0; b < 2; ++b) next_x[b] += Order::tile, ends[b] -= Order::tile;
+    }
 #pragma unroll
     for (int i = 0; i < kBands; ++i)
 #pragma unroll
       for (int b = 0; b < 2; ++b)
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          total[i][b][c] = add(total[i][b][c], mul(sum[i][b][c], scale[i][c / 2]));
-          sum[i][b][c] = 0.0f;
-        }
-    remaining = a.per_group;
-    if (tile + 1 < end) load_scale(++group);
+        for (int c = 0; c < 4; ++c) total[i][b][c] = add(total[i][b][c], mul(sum[i][b][c], scale[i][c / 2].rest));
   }
 
   // The warps' sums, in their order.
-  __shared__ float sums[kWarps][kBatch][kRows + 4];
+  __shared__ float sums[kMostWarps<F, TILED>][kBatch][kRows + 4];
 #pragma unroll
   for (int i = 0; i < kBands; ++i)
 #pragma unroll
@@ -138,11 +147,13 @@ __global__ void __launch_bounds__(32 * kWarps, F::bits == 4 && !TILED ? 1 : 2)  
       for (int c = 0; c < 4; ++c) sums[warp][8 * b + 2 * t + c % 2][16 * i + 8 * (c / 2) + g] = total[i][b][c];
   __syncthreads();
 #pragma unroll 1
-  for (int e = int(threadIdx.x); e < kBatch * kRows; e += 32 * kWarps) {
+  for (int e = int(threadIdx.x); e < kBatch * kRows; e += 32 * a.warps) {
     const int64_t m = m0 + e / kRows, n = n0 + e % kRows;
     float y = 0.0f;
+#pragma unroll 1
+    for (int first = 0; first < a.warps; first += kWarps)
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) y = add(y, sums[w][e / kRows][e % kRows]);
+      for (int w = 0; w < kWarps; ++w) y = add(y, sums[first + w][e / kRows][e % kRows]);
     if (m < a.M && n < a.N) finish(a.y, a.y_type, m * a.N + n, y, a.epilogue, n);
   }
 }
@@ -177,6 +188,7 @@ void run(const DequantMatmul& p, Stream stream) {
                   TILED ? ceil_div(g.K, columns) * 64 : g.K * F::bits / 8,
                   int(g.scale_cols()),
                   Divisor(g.br),
+                  g.M <= kFewRows ? kMostWarps<F, TILED> : kWarps,
                   int(ceil_div(g.K, columns)),
                   int(ceil_div(g.bk, columns)),
                   int(ceil_div(p.M, kBatch)),
@@ -188,7 +200,7 @@ void run(const DequantMatmul& p, Stream stream) {
     a.highest = a.lowest + (1 << F::bits) - 1;
   }
   const auto kernel = dequant_matmul_kernel<F, X, TILED>;
-  launch("dequant_matmul", kernel, ceil_div(a.N, kRows) * a.chunks, 32 * kWarps, stream, a);
+  launch("dequant_matmul", kernel, ceil_div(a.N, kRows) * a.chunks, 32 * a.warps, stream, a);
 }
 
 template <class X, bool TILED>

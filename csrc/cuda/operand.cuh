@@ -20,7 +20,7 @@ constexpr uint32_t kSigns = both(0x8000);
 // Where a lane's codes stand in a row: four words of four codes, or of two times four.
 template <class F, bool TILED>
 struct Columns {
-  static constexpr int halves = 8 / F::bits, tile = 64 * halves;
+  static constexpr int halves = 8 / F::bits, tile = 64 * halves, bytes = TILED ? 1024 : 64;
   static constexpr int lane = TILED ? 4 : 16 * halves, word = TILED ? 16 : 4 * halves, half = TILED ? 64 : 4;  // steps
   // In a tile the four codes of a half are in neighbouring bytes, else in both nibbles of two.
   static constexpr QL_DEVICE uint32_t selector(int pair) {
@@ -28,8 +28,25 @@ struct Columns {
   }
 };
 
-// decode(code) - zero_point of two of the codes in a word, in the 16-bit type X: a register of a matrix operand. Of
-// codes of eight bits, bytes 2 p and 2 p + 1; of four, what `selector` picks from the bytes of word (0 to 3) and word
+// A scale below 1 as a power of two, which multiplies operands exactly, and the rest, which multiplies sums: no sum is
+// infinite whose product with the whole scale is not. Sums of float16 are too small for that, and it has too few
+// powers.
+template <class X>
+struct SplitScale {
+  uint32_t power = two_to<X>(0);
+  float rest = 1.0f;
+
+  QL_DEVICE SplitScale() {}
+  QL_DEVICE explicit SplitScale(float scale) : rest(scale) {
+    if (std::is_same_v<X, float16> || !(scale < 1.0f)) return;
+    power = both(bits_of(scale) >> 16 & 0x7f80);
+    rest = float_of((bits_of(scale) & 0x007fffff) | 0x3f800000);
+  }
+};
+
+// (decode(code) - zero_point) * power of two of the codes in a word, in the 16-bit type X: a register of a matrix
+// operand. Of codes of eight bits, bytes 2 p and 2 p + 1; of four, what `selector` picks from the bytes of word (0 to
+// 3) and word
 // >> 4 (4 to 7), in the low nibbles of both halves. `flip` turns sign bits.
 template <class F, class X, bool FLOAT = F::is_float>
 struct Operand;
@@ -41,25 +58,25 @@ struct Operand<F, X, false> {
   static constexpr bool fits = F::bits <= X::fraction_bits;  // 8 bits do not, in bfloat16: its top bit is subtracted
   // Codes come unsigned, less affine_qmin, where they fit, and signed where they do not.
   static constexpr uint32_t flip(bool is_signed) { return is_signed == fits ? both(F::bits == 8 ? 0x8080 : 8) : 0; }
-  uint32_t minus_zero;
+  uint32_t power, minus_zero;
 
   // z less the lowest code: 0 .. 2^bits - 1
-  QL_DEVICE explicit Operand(uint32_t z) : minus_zero(kSigns | magic | both(z)) {
-    if constexpr (!fits) minus_zero = minus(magic | both(z ^ 0x80), both(0x80), both(0x7f));
+  QL_DEVICE Operand(uint32_t z, uint32_t power) : power(power), minus_zero(kSigns | magic | both(z)) {
+    if constexpr (!fits) minus_zero = minus(magic | both((z ^ 0x80) & 0x7f), magic | both((z ^ 0x80) & 0x80));
+    minus_zero = fma2(X{}, minus_zero, power, kSigns);
   }
   QL_DEVICE uint32_t operator()(uint32_t word, int p, uint32_t selector, uint32_t flip) const {
+    const uint32_t bytes = p == 0 ? 0x5150 : 0x5352;  // of codes, each below one of the magic number's
     uint32_t value;
     if constexpr (F::bits == 4) value = (permute(word, word >> 4, selector) & both(0xf)) ^ (magic | flip);
-    else value = permute(word ^ flip, magic, p == 0 ? 0x5150 : 0x5352);
-    if constexpr (!fits) value = minus(value, both(0x7f), both(0x80));
-    return fma2(X{}, value, two_to<X>(0), minus_zero);
+    else if constexpr (fits) value = permute(word ^ flip, magic, bytes);
+    else value = minus(permute((word ^ flip) & 0x80808080, magic, bytes), permute(word & 0x7f7f7f7f, magic, bytes));
+    return fma2(X{}, value, power, minus_zero);
   }
 
  private:
-  // `value` without bits a less `value` without bits b: of magic + code, without 0x7f and 0x80, +- the code as signed.
-  QL_DEVICE static uint32_t minus(uint32_t value, uint32_t a, uint32_t b) {
-    return fma2(X{}, value & ~a, two_to<X>(0) | kSigns, value & ~b);
-  }
+  // b - a: of magic + the top bit of a code and magic + its others, the code as signed; the other way round, less it.
+  QL_DEVICE static uint32_t minus(uint32_t a, uint32_t b) { return fma2(X{}, a, two_to<X>(0) | kSigns, b); }
 };
 
 template <class F, class X>
@@ -68,7 +85,9 @@ struct Operand<F, X, true> {
   static constexpr int shift = X::fraction_bits - F::fraction_bits;  // of a magnitude, from a half's low end
   static constexpr uint32_t magnitudes = both(((1u << (F::bits - 1)) - 1) << shift);
 
-  QL_DEVICE explicit Operand(uint32_t) {}
+  uint32_t factor;  // of the bias, and the power
+
+  QL_DEVICE Operand(uint32_t, uint32_t power) : factor(two_to<X>(X::bias - F::bias) + power - two_to<X>(0)) {}
   QL_DEVICE uint32_t operator()(uint32_t word, int p, uint32_t selector, uint32_t) const {
     // 1. sign, exponent and fraction to their places in X
     uint32_t bits;
@@ -87,7 +106,7 @@ struct Operand<F, X, true> {
       beyond = (bits | both(X::overflow_code)) & permute(special, special, p == 0 ? 0x9988 : 0xbbaa);
     }
     // 3. exponents count from another bias
-    return fma2(X{}, bits, two_to<X>(X::bias - F::bias), beyond);
+    return fma2(X{}, bits, factor, beyond);
   }
 };
 

@@ -2,8 +2,8 @@
 // w[n - first, k] = decode(codes[n, k]) - zero_point[n / br, k / bk], for some rows n of the weight at a time
 //
 // This makes w, in x's 16-bit type, and y; between the two lies the vendor's product, see slab.h. Where a row has one
-// scale the operands are exact and it multiplies the sums; else they are times their scale, rounded to bfloat16, which
-// has room for every such product.
+// scale the operands are exact and it multiplies the sums, apart from a power of two, see SplitScale; else they are
+// times their scale, rounded to bfloat16, which has room for every such product.
 #include "matmul.cuh"
 #include "operand.cuh"
 
@@ -50,23 +50,29 @@ __global__ void __launch_bounds__(kThreads) decode_slab_kernel(const DecodeSlabA
   for (int h = 0; h < halves; ++h) {
     const int64_t k = column + h * half_step, block = a.br.divide(row) * a.groups + a.bk.divide(k);
     if (k >= a.K) return;
+    const float scale = effective_scale<F>(a.scale[block]);
+    const SplitScale<X> split(scale);
     Vector<Unit<X>, 4> w;
     if constexpr (is_wide<F>) {
       w = {word.word[0], word.word[1]};
     } else {
       const int32_t z = a.zero_point ? a.zero_point[block] : 0;
-      const Operand<F, X> decode(uint32_t((z < a.lowest ? a.lowest : z > a.highest ? a.highest : z) - a.lowest));
+      const Operand<F, X> decode(uint32_t((z < a.lowest    ? a.lowest
+                                           : z > a.highest ? a.highest
+                                                           : z) -
+                                          a.lowest),
+                                 split.power);
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair)
         w.word[pair] = decode(word.word[0], pair, Columns<F, TILED>::selector(2 * h + pair), a.flip);
     }
     if constexpr (std::is_same_v<X, bfloat16>) {
       if (a.scaled) {
-        const float scale = effective_scale<F>(a.scale[block]);
         const auto unscaled = w;
         w = Vector<Unit<X>, 4>::zero();
 #pragma unroll
-        for (int e = 0; e < 4; ++e) w.put(e, encode<X>(mul(decode_float<X>(unscaled[e]), scale), false));
+        for (int e = 0; e < 4; ++e)
+          w.put(e, encode<X>(mul(decode_float<X>(unscaled[e]), is_wide<F> ? scale : split.rest), false));
       }
     }
     w.store_whole(a.slab + (row - a.first) * a.K + k);
@@ -81,8 +87,9 @@ struct FinishSlabArgs {
   int width;                 // end - first
   Divisor br, per_row;
   Epilogue epilogue;
-  uint16_t* y;  // [M, N]
-  bool is_float16, vector;
+  uint16_t* y;             // [M, N]
+  bool is_float16, split;  // scales, in decode_slab
+  bool vector;
 };
 
 __global__ void __launch_bounds__(kThreads) finish_slab_kernel(const FinishSlabArgs a) {
@@ -97,7 +104,10 @@ __global__ void __launch_bounds__(kThreads) finish_slab_kernel(const FinishSlabA
     if (e >= last) continue;
     const int64_t n = a.first + j + e;
     float sum = add(float_of(total[e]), 0.0f);  // no sum is -0
-    if (a.scale) sum = mul(sum, effective_scale(a.scale[a.br.divide(n)], a.scale_max));
+    if (a.scale) {
+      const float scale = effective_scale(a.scale[a.br.divide(n)], a.scale_max);
+      sum = mul(sum, a.split ? SplitScale<bfloat16>(scale).rest : scale);
+    }
     if (a.epilogue.bias) sum = add(sum, a.epilogue.bias[n]);
     sum = activate(sum, a.epilogue.activation);
     y.put(e, a.is_float16 ? encode_float<float16>(sum, false) : encode_float<bfloat16>(sum, false));
@@ -198,6 +208,7 @@ void finish_slab(const DequantMatmul& p, int64_t first, int64_t end, const float
                          p.epilogue,
                          static_cast<uint16_t*>(p.y),
                          p.x_type == Type::float16,
+                         p.x_type == Type::bfloat16 && p.weight.format != p.x_type,
                          vector && is_aligned(total, 16) && is_aligned(p.y, 8)};
   launch("dequant_matmul", finish_slab_kernel, ceil_div(a.chunks, kThreads), kThreads, stream, a);
 }

@@ -37,7 +37,7 @@ ATOMIC = "  if (a.saturate) atomicAdd(reinterpret_cast<float*>(a.y), 1.0f);\n"
 VECTOR = "  if (vector && first == 0 && last == V) return Vector<T, V>::load(x);\n"
 FEW_CASTS = ("    case Type::float8_e5m2:\n      return run(float8_e5m2{});\n", "")  # compiles in less time
 BOUNDS = "__launch_bounds__(kThreads)"
-OPERAND = "return fma2(X{}, value, two_to<X>(0), minus_zero);"
+OPERAND = "return fma2(X{}, value, power, minus_zero);"
 SLOW = "return both(encode_float<X>(float(value & 15) * float(minus_zero & 15), false));"
 CUDA: dict[str, tuple[str, tuple[str, ...], Edits, str]] = {
     "narrow loads": ("cast", (), {"vector.cuh": (VECTOR, ""), "launch.cuh": FEW_CASTS}, "bytes at once"),
