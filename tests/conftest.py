@@ -1,22 +1,25 @@
 """What every test finds: Triton's interpreter where there is no GPU, one thread a worker, the same random numbers.
 
-Tests run on every device there is. With QUANTLIB_STAND_IN=1 that is also one which is made up, see stand_in.py: what
-would fail on a GPU because of where a tensor lies fails there.
+Tests run on every device there is. With QUANTLIB_STAND_IN=lazy that is also one which is made up, see stand_in.py: what
+would fail on a GPU because of where a tensor lies fails there. It cannot be compiled for; QUANTLIB_STAND_IN=cpu:0 is
+the CPU by another name, which can.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -28,7 +31,7 @@ import stand_in  # noqa: E402
 
 from quantlib import backends  # noqa: E402
 
-DEVICES = ["cpu", *["cuda"] * GPU, *[stand_in.NAME] * (os.environ.get("QUANTLIB_STAND_IN") == "1")]
+DEVICES = ["cpu", *["cuda"] * GPU, *filter(None, [os.environ.get("QUANTLIB_STAND_IN")])]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Served:
 
     def __str__(self) -> str:
         return self.backend if (self.backend, self.device) in HOME else f"{self.backend} on {self.device}"
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether everything takes a thousand times as long."""
+        return self.backend == "triton" and self.device == "cpu"
 
     def refusal(self, overload: str | None = None) -> str | None:
         if self.device not in DEVICES:
@@ -59,35 +67,52 @@ def serving(overload: str) -> tuple[Served, ...]:
     return tuple(s for s in SERVED if s.refusal(overload) is None)
 
 
-class Placed(TorchFunctionMode):
-    """What a test makes lies on the device, and what it reads as an array comes from there.
+MAKERS = (
+    *("arange", "as_tensor", "empty", "eye", "from_numpy", "full", "linspace", "ones", "rand", "randint", "randn"),
+    *("randperm", "tensor", "zeros"),
+)
 
-    What the library makes lies where the library says: only its constructors, like those of torch, follow.
+
+def maker(make: Callable[..., torch.Tensor], device: str) -> Callable[..., torch.Tensor]:
+    """What a test makes lies on ``device``; what the library makes lies where the library says.
+
+    Only its constructors, like those of torch, follow the test. The numbers are the same on every device.
     """
 
-    MAKERS = frozenset({
-        *(torch.as_tensor, torch.from_numpy, torch.tensor, torch.empty, torch.full, torch.ones, torch.zeros, torch.eye),
-        *(torch.arange, torch.linspace, torch.rand, torch.randn, torch.randint, torch.randperm),
-    })  # fmt: skip
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or func not in self.MAKERS | {torch.Tensor.numpy}:
-            return func(*args, **kwargs)
-        caller = sys._getframe(1)
-        module = str(caller.f_globals.get("__name__"))
-        if module.startswith("quantlib.") and caller.f_code.co_name != "__init__":
-            return func(*args, **kwargs)
-        if func is torch.Tensor.numpy:
-            return func(args[0].cpu(), *args[1:], **kwargs)
-        if kwargs.get("device") is not None or "out" in kwargs or any(isinstance(a, torch.Tensor) for a in args):
-            return func(*args, **kwargs)
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        chosen = kwargs.get("device") is not None or "out" in kwargs or any(isinstance(a, torch.Tensor) for a in args)
+        chosen = chosen or torch.compiler.is_compiling() or torch.get_default_device().type != "cpu"
+        if chosen or not of_a_test(sys._getframe(1)):
+            return make(*args, **kwargs)
         leaf = kwargs.pop("requires_grad", False)
-        return func(*args, **kwargs).to(self.device).requires_grad_(leaf)  # the same numbers on every device
+        return make(*args, **kwargs).to(device).requires_grad_(leaf)
+
+    return made
+
+
+def of_a_test(caller: FrameType | None) -> bool:
+    """Whether ``caller`` is a function of a test, or at work for a constructor."""
+    while caller is not None:
+        module = str(caller.f_globals.get("__name__"))
+        if not module.startswith("quantlib."):
+            return module.startswith(("test_", "torch.nn.modules"))
+        if caller.f_code.co_name == "__init__":
+            return True
+        caller = caller.f_back
+        if caller is not None and not str(caller.f_globals.get("__name__")).startswith("quantlib."):
+            return False
+    return False
+
+
+def read(numpy: Callable[..., Any]) -> Callable[..., Any]:
+    """What a test reads as an array comes from the device; what the library reads has to be here."""
+
+    @functools.wraps(numpy)
+    def array(x: torch.Tensor, **kwargs: Any) -> Any:
+        return numpy(x.cpu() if of_a_test(sys._getframe(1)) else x, **kwargs)
+
+    return array
 
 
 @contextlib.contextmanager
@@ -97,7 +122,9 @@ def placed(device: str) -> Iterator[None]:
         if device == stand_in.NAME:
             stack.enter_context(stand_in.present())
         if device != "cpu":
-            stack.enter_context(Placed(device))
+            for name in MAKERS:
+                stack.enter_context(mock.patch.object(torch, name, maker(getattr(torch, name), device)))
+            stack.enter_context(mock.patch.object(torch.Tensor, "numpy", read(torch.Tensor.numpy)))
         yield
 
 
@@ -128,7 +155,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "device" in metafunc.fixturenames and len(DEVICES) > 1:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "device" in metafunc.fixturenames and "device" not in own and len(DEVICES) > 1:
         metafunc.parametrize("device", DEVICES, indirect=True)
 
 

@@ -41,6 +41,9 @@ class Away(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"Away({self.inner!r})"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.inner, spec)
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -57,14 +60,22 @@ class StandIn(TorchDispatchMode):
 
 @contextlib.contextmanager
 def present() -> Iterator[None]:
-    """Inside, the device is there, and torch.autocast takes its name for the CPU's."""
-    autocast = torch.autocast
+    """Inside, the device is there, and autocast takes its name for the CPU's."""
+    with contextlib.ExitStack() as stack:
+        for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
+            stack.enter_context(mock.patch.object(torch, name, _either(getattr(torch, name))))
+        import quantlib.api
 
-    def either(device: str, *args: Any, **kwargs: Any) -> Any:
-        return autocast("cpu" if device == NAME else device, *args, **kwargs)
-
-    with mock.patch("torch.autocast", either), StandIn():
+        kind = {"type": lambda t: torch.nn.Parameter if isinstance(t, Away) else type(t)}
+        stack.enter_context(mock.patch.dict(vars(quantlib.api), kind))  # which takes none but plain parameters
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # what a wrapper holds cannot be exchanged
+        stack.enter_context(StandIn())
         yield
+
+
+def _either(function: Any) -> Any:
+    return lambda *args, **kwargs: function(*("cpu" if a == NAME else a for a in args), **kwargs)
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -83,7 +94,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
     own = {id(a.inner): a for a in away}
     inner_args, inner_kwargs = tree_map(lambda a: a.inner if isinstance(a, Away) else a, (args, kwargs))
-    if asked is not None:
+    if asked is not None and torch.device(asked).type == NAME:
         inner_kwargs["device"] = torch.device("cpu")
     out = func(*inner_args, **inner_kwargs)
     if name == "aten::copy_":

@@ -9,6 +9,8 @@ import torch
 
 from quantlib import ops
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("format", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from conftest import Served, forced, serving
 
 import quantlib
-from quantlib import backends, formats, ops, reference, testing
+from quantlib import formats, ops, reference, testing
 from quantlib.reference.numerics import Array
 from quantlib.reference.ops import reduce_blocks
 from quantlib.testing import values
 
 SHAPE = (6, 67)
 BLOCKS = [(1, 67), (6, 67), (1, 8), (4, 5)]
-BACKENDS = [b for b in ("composite", "cpp", "triton") if backends.refuses(b, "cpu", "fake_quantize") is None]
 
 
 def scale_shape(block: tuple[int, int]) -> tuple[int, int]:
@@ -35,17 +35,17 @@ def adversarial(format: str, scale: Array, block: tuple[int, int], affine: bool)
     return np.where(rng.random(SHAPE) < 0.1, rng.choice(special, SHAPE), x).astype(np.float32)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with quantlib.use_backend(request.param):
-        yield request.param
+@pytest.fixture(params=serving("fake_quantize"), ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """Each backend in turn, forced, on a device it serves."""
+    yield from forced(request.param)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
 @pytest.mark.parametrize("format", [f.name for f in formats.TABLE])
 def test_forward_and_backward_are_the_references(
-    backend: str, format: str, affine: bool, block: tuple[int, int]
+    backend: Served, format: str, affine: bool, block: tuple[int, int]
 ) -> None:
     f = formats.get(format)
     if affine and f.is_float:
@@ -80,7 +80,7 @@ def assert_sum(got: torch.Tensor, terms: Array, block: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_narrow_inputs_are_worked_on_in_float32(backend: str, dtype: torch.dtype) -> None:
+def test_narrow_inputs_are_worked_on_in_float32(backend: Served, dtype: torch.dtype) -> None:
     x = torch.randn(4, 33).to(dtype).requires_grad_()
     scale = torch.rand(4, 1).add_(0.01)
     y = quantlib.fake_quantize(x, scale, "int8", block=(1, -1))
@@ -90,7 +90,7 @@ def test_narrow_inputs_are_worked_on_in_float32(backend: str, dtype: torch.dtype
     assert x.grad.dtype == dtype
 
 
-def test_the_values_are_those_of_quantize_and_dequantize(backend: str) -> None:
+def test_the_values_are_those_of_quantize_and_dequantize(backend: Served) -> None:
     x, scale = torch.linspace(-3, 3, 512).reshape(8, 64), torch.linspace(0.001, 4, 16).reshape(8, 2)
     with quantlib.use_backend("composite"):
         codes = quantlib.quantize(x, scale, "int4", block=(1, 32))
@@ -98,7 +98,7 @@ def test_the_values_are_those_of_quantize_and_dequantize(backend: str) -> None:
     testing.assert_same_bytes(quantlib.fake_quantize(x, scale, "int4", block=(1, 32)), expected, "y")
 
 
-def test_two_runs_give_the_same_bytes(backend: str) -> None:
+def test_two_runs_give_the_same_bytes(backend: Served) -> None:
     x, dy = torch.randn(64, 1000), torch.randn(64, 1000)
 
     def gradients() -> list[torch.Tensor]:
@@ -137,7 +137,7 @@ def test_any_axis_can_be_the_channels() -> None:
     assert torch.equal(got, torch.fake_quantize_per_channel_affine(x, scale, zero, 2, -128, 127))
 
 
-def test_gradients_of_a_saturated_and_of_a_rounded_value(backend: str) -> None:
+def test_gradients_of_a_saturated_and_of_a_rounded_value(backend: Served) -> None:
     """Where x saturates, y = c * s is linear in s; where it does not, x moves with the rounding: dy/ds = k - t."""
     scale = torch.full((1, 1), 0.5, requires_grad=True)
     saturated = torch.tensor([[100.0, -100.0]])
@@ -149,7 +149,7 @@ def test_gradients_of_a_saturated_and_of_a_rounded_value(backend: str) -> None:
     assert math.isclose(ds.item(), 2 - 1.1 / 0.5, rel_tol=1e-6)
 
 
-def test_gradients_of_saturated_values_match_float64_differences(backend: str) -> None:
+def test_gradients_of_saturated_values_match_float64_differences(backend: Served) -> None:
     """Where every x saturates y is smooth in scale and zero point: (c - z) * s, c the lowest or the highest code."""
     rng = np.random.default_rng(2)
     x = np.where(rng.random((4, 32)) < 0.5, -1e6, 1e6)
@@ -184,7 +184,7 @@ def test_a_second_derivative_is_refused() -> None:
         dx.sum().backward()
 
 
-def test_compiled_training_is_the_eager_one(backend: str) -> None:
+def test_compiled_training_is_the_eager_one(backend: Served) -> None:
     def loss(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return quantlib.fake_quantize(x * 1.5, scale, "int8", block=(1, -1)).square().sum()
 
@@ -222,7 +222,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(backend: str, message: str) -> None:
+@pytest.mark.parametrize("backend", [s for s in serving("fake_quantize") if s.device == "cpu"], ids=str, indirect=True)
+def test_bad_input(backend: Served, message: str) -> None:
     given = {"x": torch.randn(2, 8), "scale": torch.ones(2, 1), "format": "int8", "block": (1, -1)} | BAD[message]
     with pytest.raises(RuntimeError, match=f"quantlib::fake_quantize: {message}"):
         quantlib.fake_quantize(**given)

@@ -11,6 +11,8 @@ from torch import nn
 
 from quantlib.nn import LoRALinear, QuantLinear
 
+pytestmark = pytest.mark.usefixtures("device")
+
 N, K = 24, 40
 
 

@@ -15,6 +15,8 @@ from quantlib.nn.functional import project, quantize_weight
 from quantlib.nn.linear import product_of
 from quantlib.spec import QuantSpec
 
+pytestmark = pytest.mark.usefixtures("device")
+
 N, K = 19, 70
 TILED = ("int8", "uint8:group:16", "int4:group:8:affine", "float8_e4m3fn", "float4_e2m1fn:group:16", "int8:tile:8")
 

@@ -18,6 +18,8 @@ from quantlib.nn import QUANTIZED, QuantConv1d, QuantConv2d, QuantEmbedding, Qua
 from quantlib.nn.functional import quantize_weight
 from quantlib.spec import QuantSpec
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SPECS = ("float16", "float8_e4m3fn", "float16:row", "int8", "int8:tensor", "int8:tile:8", "int4:group:8:affine")
 ROWS, FEATURES = 21, 35
 
@@ -218,7 +220,7 @@ def test_a_checkpoint_and_its_float_form(words: str, tmp_path: Path) -> None:
     expected = copy.deepcopy(model)
     dequantize_(expected)
     found = safetensors.torch.load_file(tmp_path / "f.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+    assert all(torch.equal(found[name].to(tensor.device), tensor) for name, tensor in expected.state_dict().items())
     source.load_state_dict(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -18,10 +19,11 @@ from quantlib import dequantize_, quantize_
 from quantlib.checkpoint import load_quantized, save_quantized
 from quantlib.nn import QuantConv1d, QuantEmbedding, QuantLinear, QuantModule
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SCHEMES = ("W8A16", "W8A8", "W4A16")
 TYPES = (nn.Linear, nn.Embedding, nn.Conv1d)
 WORDS, FEATURES, HEADS = 50, 32, 4
-IDS = torch.arange(2 * 7).reshape(2, 7)
 
 
 class Block(nn.Module):
@@ -45,6 +47,10 @@ class Block(nn.Module):
         x = x + self.down(F.gelu(self.up(self.second(x))))
         y: Tensor = self.head(x)
         return y
+
+
+def ids() -> Tensor:
+    return torch.arange(2 * 7).reshape(2, 7)
 
 
 def block(scheme: str | None = None) -> Block:
@@ -71,19 +77,19 @@ def test_every_layer_and_the_tie(scheme: str) -> None:
     assert model.head.weight is model.embedding.weight
     assert model.head.weight_scale is model.embedding.weight_scale
     assert model.head.spec.activation == model.qkv.spec.activation
-    y, expected = model(IDS), source(IDS)
+    y, expected = model(ids()), source(ids())
     assert (y - expected).norm() < (0.03 if scheme.startswith("W8") else 0.3) * expected.norm()
     assert dequantize_(model) == list(dict.fromkeys(["embedding", "mix", "qkv", "out", "up", "down", "head"]))
     assert type(model.head) is nn.Linear
     assert model.head.weight is model.embedding.weight
     if scheme != "W8A8":
-        torch.testing.assert_close(model(IDS), y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids()), y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_copies_and_states(scheme: str, tmp_path: Path) -> None:
     model = block(scheme)
-    y = model(IDS)
+    y = model(ids())
     copied = copy.deepcopy(model)
     torch.save(model, tmp_path / "model.pt")
     for other in (
@@ -92,14 +98,14 @@ def test_copies_and_states(scheme: str, tmp_path: Path) -> None:
         torch.load(tmp_path / "model.pt", weights_only=False),
     ):
         assert same(other, model)
-        assert torch.equal(other(IDS), y)
+        assert torch.equal(other(ids()), y)
         assert other.head.weight is other.embedding.weight
     fresh = block(scheme)
     for module in fresh.modules():
         if isinstance(module, QuantModule):
             module.reset_parameters()
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh(IDS), y)
+    assert torch.equal(fresh(ids()), y)
     assert fresh.head.weight is fresh.embedding.weight
     safetensors.torch.save_model(model, str(tmp_path / "state.safetensors"))
     safetensors.torch.load_model(copied, str(tmp_path / "state.safetensors"))
@@ -108,21 +114,22 @@ def test_copies_and_states(scheme: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("into", ["float", "quantized", "tiled", "meta"])
-def test_a_checkpoint(scheme: str, into: str, tmp_path: Path) -> None:
+def test_a_checkpoint(scheme: str, into: str, device: str, tmp_path: Path) -> None:
     model = block(scheme)
     save_quantized(model, tmp_path / "q.safetensors")
-    with torch.device("meta" if into == "meta" else "cpu"):
+    with torch.device("meta") if into == "meta" else contextlib.nullcontext():
         other = Block().eval()
     if into in ("quantized", "tiled"):
         quantize_(other, scheme, types=TYPES)
     if into == "tiled" and scheme != "W8A8":
         other.up.tile_()
     load_quantized(other, tmp_path / "q.safetensors")
+    other.to(device)  # what was on meta comes to the CPU
     assert other.up.tiled == (into == "tiled" and scheme != "W8A8")
     assert other.head.weight is other.embedding.weight
     assert other.head.spec == model.head.spec
     assert same(other, model)
-    torch.testing.assert_close(other(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other(ids()), model(ids()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -130,15 +137,15 @@ def test_casts_and_moves(scheme: str) -> None:
     model = block(scheme)
     codes = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     half = copy.deepcopy(model).to(torch.bfloat16)
-    y = half(IDS)
+    y = half(ids())
     assert y.dtype == torch.bfloat16
-    assert (y.float() - model(IDS)).norm() < 0.05 * y.norm()
+    assert (y.float() - model(ids())).norm() < 0.05 * y.norm()
     after = dict(half.named_parameters())
     for name, kept in codes.items():
         assert after[name].dtype == kept.dtype
         assert torch.equal(after[name].view(torch.uint8), kept.view(torch.uint8))
     assert half.head.weight is half.embedding.weight
-    assert copy.deepcopy(model).to("meta")(IDS.to("meta")).shape == (2, 7, WORDS)
+    assert copy.deepcopy(model).to("meta")(ids().to("meta")).shape == (2, 7, WORDS)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -147,11 +154,11 @@ def test_compile(scheme: str) -> None:
     model = block(scheme)
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
-    torch.testing.assert_close(compiled(IDS), model(IDS))
+    torch.testing.assert_close(compiled(ids()), model(ids()))
     assert graphs.frame_count == 1
     for batch in (3, 5, 6):
-        ids = torch.randint(WORDS, (batch, 7))
-        torch.testing.assert_close(compiled(ids), model(ids))
+        given = torch.randint(WORDS, (batch, 7))
+        torch.testing.assert_close(compiled(given), model(given))
     assert graphs.frame_count == 2  # the second batch size makes it a symbol
 
 
@@ -160,7 +167,7 @@ def test_compile(scheme: str) -> None:
 def test_inductor(scheme: str) -> None:
     torch._dynamo.reset()
     model = block(scheme)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(IDS), model(IDS), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(ids()), model(ids()), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
@@ -168,22 +175,22 @@ def test_inductor(scheme: str) -> None:
 def test_export(scheme: str, strict: bool, tmp_path: Path) -> None:
     model = block(scheme)
     shapes = {"ids": {0: torch.export.Dim("batch", min=1, max=64)}}
-    program = torch.export.export(model, (IDS,), dynamic_shapes=shapes, strict=strict)
+    program = torch.export.export(model, (ids(),), dynamic_shapes=shapes, strict=strict)
     products = "dynamic_matmul" if scheme == "W8A8" else "dequant_matmul"
     assert sum(products in str(node.target) for node in program.graph.nodes) == 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(program, tmp_path / "program.pt2")
         again = torch.export.load(tmp_path / "program.pt2")
-    for ids in (IDS, torch.randint(WORDS, (5, 7))):
-        assert torch.equal(program.module()(ids), model(ids))
-        assert torch.equal(again.module()(ids), model(ids))
+    for given in (ids(), torch.randint(WORDS, (5, 7))):
+        assert torch.equal(program.module()(given), model(given))
+        assert torch.equal(again.module()(given), model(given))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_training_through_frozen_codes(scheme: str) -> None:
     model = block(scheme)
-    model(IDS).square().mean().backward()
+    model(ids()).square().mean().backward()
     for name, parameter in model.named_parameters():
         frozen = "weight" in name and not name.startswith(("first", "second"))
         assert (parameter.grad is None) == frozen, name

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SERVED, Served, forced
+from conftest import Served, forced, serving
 from torch import Tensor
 
 import quantlib
@@ -29,12 +29,9 @@ SIZES = [(0, 64), (1, 0), (2, 1), (17, 7), (1, 63), (17, 64), (2, 65), (17, 65),
 EPILOGUES = [(None, None), *((torch.float32, name) for name in ACTIVATIONS), (torch.bfloat16, None)]
 
 
-@pytest.fixture(params=[s for s in SERVED if s.device == "cpu"], ids=str)
+@pytest.fixture(params=serving("scaled_matmul"), ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """Each backend that multiplies on the CPU in turn, forced."""
-    why = backends.refuses(request.param.backend, "cpu", "scaled_matmul")
-    if why is not None:
-        pytest.skip(f"{request.param}: {why}")
+    """Each backend that multiplies in turn, forced, on a device it serves."""
     yield from forced(request.param)
 
 
@@ -114,7 +111,7 @@ class Case:
 def test_bytes_of_the_reference(
     backend: Served, x_format: str, x_affine: bool, format: str, affine: bool, block: tuple[int, int]
 ) -> None:
-    interpreted = backend.backend == "triton"
+    interpreted = backend.interpreted
     variants = itertools.cycle(itertools.product(DTYPES, EPILOGUES))
     for M, K in [(3, 65)] if interpreted else SIZES:
         dtype, (bias, activation) = next(variants)
@@ -126,7 +123,7 @@ def test_bytes_of_the_reference(
 @pytest.mark.parametrize(("format", "affine"), WEIGHTS, ids=str)
 def test_larger_than_what_stays_in_a_cache(backend: Served, format: str, affine: bool) -> None:
     """Several pieces of the rows of x, of those of the weight and of the columns, none of them whole."""
-    if backend.backend == "triton":
+    if backend.interpreted:
         pytest.skip("the interpreter would take minutes")
     for x_format, block in (("int8", (1, -1)), ("uint8", (1, 2700))):
         Case(261, 131, 5301, x_format, affine, format, affine, block, bias=torch.float16).check()
@@ -166,7 +163,9 @@ def test_special_scales(backend: Served, block: tuple[int, int]) -> None:
         case.check()
 
 
+@pytest.mark.parametrize("backend", [s for s in serving("scaled_matmul") if s.device == "cpu"], ids=str, indirect=True)
 def test_a_zero_point_out_of_range(backend: Served) -> None:
+    """Which is told where no device has to be waited for."""
     case = Case(2, 5, 9, "uint8", True, "int4", True, (1, -1))
     for name, qmax in (("x_zero_point", 255), ("zero_point", 7)):
         kept = case.tensors[name]
@@ -179,7 +178,7 @@ def test_a_zero_point_out_of_range(backend: Served) -> None:
 
 @pytest.mark.parametrize("per_row", [False, True])
 def test_a_row_alone_and_in_batches(backend: Served, per_row: bool) -> None:
-    M, N, K = (9, 18, 40) if backend.backend == "triton" else (300, 70, 333)
+    M, N, K = (9, 18, 40) if backend.interpreted else (300, 70, 333)
     case = Case(M, N, K, "int8", True, "int8", True, (1, 32), per_row, torch.float32, "silu", torch.bfloat16)
     y = case.call()
     assert_same_bytes(case.call(), y, "a second run")
@@ -220,7 +219,7 @@ def test_an_output_over_an_input(backend: Served) -> None:
 def test_dynamic_matmul_is_quantize_dynamic_and_scaled_matmul(
     backend: Served, format: str, affine: bool, block: tuple[int, int]
 ) -> None:
-    interpreted = backend.backend == "triton"
+    interpreted = backend.interpreted
     variants = itertools.cycle(itertools.product(DTYPES, EPILOGUES))
     for M, K in [(3, 65)] if interpreted else [*SIZES, (140, 200)]:
         dtype, (bias, activation) = next(variants)

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Served
+from conftest import GPU, Served
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quantlib
 from quantlib import backends
+from quantlib.nn import QuantLinear
 from quantlib.testing import assert_same_bytes
 
 quant = torch.ops.quantlib
 M, K = 6, 35
+HERE = ["cpu", *["cuda"] * GPU]
 
 
 def x() -> Tensor:
@@ -142,17 +144,17 @@ def test_every_overload_is_called_here() -> None:
 
 
 @pytest.fixture
-def served_call(call: Call, on_cpu: Served) -> Call:
-    """A call, and a backend that is forced; not every backend has every op."""
+def served_call(call: Call, served: Served) -> Call:
+    """A call, and a backend that is forced on a device; not every backend has every op."""
     name = call[0]._schema.name.removeprefix("quantlib::")
     overload = f"{name}.{call[0]._overloadname}".removesuffix(".default")
-    if why := backends.refuses(on_cpu.backend, "cpu", overload):
-        pytest.skip(f"{on_cpu}: {why}")
-    return call
+    if why := served.refusal(overload):
+        pytest.skip(f"{served}: {why}")
+    return call[0], tuple(a.to(served.device) if isinstance(a, Tensor) else a for a in call[1])
 
 
-def test_opcheck(served_call: Call, on_cpu: Served) -> None:
-    if on_cpu.backend == "triton":
+def test_opcheck(served_call: Call, served: Served) -> None:
+    if served.interpreted:
         pytest.skip("triton: torch sees the same Python layer as composite's")
     function, arguments = served_call
     torch.library.opcheck(function, arguments)
@@ -169,18 +171,18 @@ def test_opcheck_of_the_out_form(call: Call) -> None:
 # ---- traced and compiled --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["meta", "fake"])
-def test_shapes_without_data(call: Call, device: str) -> None:
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_shapes_without_data(call: Call, kind: str) -> None:
     function, arguments = call
     want = results(function(*arguments))
-    if device == "meta":
+    if kind == "meta":
         got = results(function(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)))
     else:
         with FakeTensorMode() as mode:
             got = results(function(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments)))
     for a, b in zip(got, want, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-        assert a.device.type == ("meta" if device == "meta" else "cpu")
+        assert a.device.type == ("meta" if kind == "meta" else "cpu")
 
 
 @pytest.fixture
@@ -228,15 +230,16 @@ def everything(a: Tensor) -> tuple[Tensor, ...]:
     y = quantlib.dequantize(codes, s, "int8", block=(1, -1), dtype=torch.bfloat16)
     packed, s4, z4 = quantlib.quantize_dynamic(a, torch.uint8, block=(2, 16), symmetric=False)
     eight, s8 = quantlib.quantize_dynamic(a.half(), "int4", block=(-1, -1))
-    out = quantlib.cast(a, "bfloat16", out=torch.empty(a.shape, dtype=torch.bfloat16))
+    out = quantlib.cast(a, "bfloat16", out=torch.empty(a.shape, dtype=torch.bfloat16, device=a.device))
     return half, s, codes, y + 1, packed, s4, z4, eight, s8, out
 
 
+@pytest.mark.parametrize("where", HERE)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_inductor(dynamic: bool, fresh: None) -> None:
+def test_inductor(dynamic: bool, where: str, fresh: None) -> None:
     graph = torch.compile(everything, fullgraph=True, dynamic=dynamic)
     for shape in [(M, K), (5, 37)]:
-        a = torch.randn(shape)
+        a = torch.randn(shape, device=where)
         for got, want in zip(graph(a), everything(a), strict=True):
             assert_same_bytes(got, want)
 
@@ -257,15 +260,33 @@ def test_export_save_load(dynamic: bool, tmp_path: Path) -> None:
             assert_same_bytes(got, want)
 
 
+class Model(torch.nn.Module):
+    """A layer of every product, then `everything`, which passes a dtype: AOTInductor of torch 2.11 passes another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        words = ("int8", "int4:group:16", "W8A8", "float8_e4m3fn")
+        self.layers = torch.nn.Sequential(*(QuantLinear.from_float(torch.nn.Linear(K, K), w) for w in words))
+
+    def forward(self, a: Tensor) -> tuple[Tensor, ...]:
+        y = self.layers(a)
+        return (y, *everything(y)) if torch.__version__ >= "2.13" else (y,)
+
+
 @pytest.mark.slow
-def test_aot_inductor(tmp_path: Path) -> None:
-    """A compiled package calls the C++ kernels through the dispatcher, as anyone else does."""
-    if why := backends.refuses("cpp", "cpu"):
+@pytest.mark.parametrize("where", HERE)
+def test_aot_inductor(where: str, tmp_path: Path) -> None:
+    """A compiled package calls the kernels through the dispatcher, as anyone else does."""
+    if where == "cpu" and (why := backends.refuses("cpp", "cpu")):
         pytest.skip(f"cpp: {why}")
-    program = torch.export.export(Everything(), (x(),))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
-    for got, want in zip(torch._inductor.aoti_load_package(path)(x()), everything(x()), strict=True):
-        assert_same_bytes(got, want)
+    model, a = Model().to(where), x().to(where)
+    with torch.no_grad():
+        program = torch.export.export(model, (a,))
+    # The package runs without Python: of a GPU's kernels, with those of CUDA C++.
+    with quantlib.use_backend("cuda" if where == "cuda" else "auto"), torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
+        for got, want in zip(torch._inductor.aoti_load_package(path)(a), model(a), strict=True):
+            assert_same_bytes(got, want)
 
 
 # ---- batched --------------------------------------------------------------------------------------------------------
@@ -303,17 +324,17 @@ def test_vmap(call: Call) -> None:
 @pytest.mark.parametrize(
     "mode",
     [
-        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-        torch.inference_mode,
-        torch.no_grad,
+        lambda device: torch.autocast(device, dtype=torch.bfloat16),
+        lambda device: torch.inference_mode(),
+        lambda device: torch.no_grad(),
     ],
     ids=["autocast", "inference_mode", "no_grad"],
 )
-def test_modes_change_no_byte(served_call: Call, mode: Callable[[], Any]) -> None:
+def test_modes_change_no_byte(served_call: Call, served: Served, mode: Callable[[str], Any]) -> None:
     function, arguments = served_call
     want = results(function(*arguments))
     out, given = into(served_call)
-    with mode():
+    with mode(served.device):
         got = results(function(*arguments))
         out(*arguments, **given)
     for a, b, c in zip(got, want, given.values(), strict=True):
@@ -334,8 +355,8 @@ def test_default_dtype_changes_no_byte(served_call: Call) -> None:
         assert_same_bytes(a, b)
 
 
-def test_cast_passes_the_gradient_straight_through(on_cpu: Served) -> None:
-    a = x().requires_grad_()
+def test_cast_passes_the_gradient_straight_through(served: Served) -> None:
+    a = x().to(served.device).requires_grad_()
     y = quantlib.cast(a, "bfloat16")
     dy = torch.randn(M, K).bfloat16()
     y.backward(dy)
