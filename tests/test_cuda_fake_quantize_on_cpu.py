@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +26,7 @@ def emulator(request: pytest.FixtureRequest) -> Emulator:
     return build(request.config.cache.mkdir("cuda_on_cpu"), FAKE)
 
 
-def run(
-    emulator: Emulator,
+def calls(
     x: Array,
     dy: Array,
     scale: Array,
@@ -35,8 +36,8 @@ def run(
     dtype: str = "float32",
     lsq: bool = False,
     seed: int = 0,
-) -> tuple[Array, ...]:
-    """y, dx, dscale, dzero_point"""
+) -> list[Call]:
+    """Forward and backward."""
     f = formats.get(format)
     limits = np.array((0, 0) if f.is_float else f.range(zero_point is not None), np.int32)
     grid, empty = (*x.shape, *block), lambda like: Buffer(np.empty_like(like), False, like.itemsize * (seed % 3))
@@ -45,12 +46,21 @@ def run(
     dzero_point = None if z is None else empty(scale)
     partial = Buffer(np.empty((2, PARTIALS), np.float32), False)
     made = (empty(x), empty(scale), dzero_point, partial)
-    calls = [
+    return [
         Call(FAKE[0], dtype, format, False, seed, grid, (*given, empty(x))),
         Call(FAKE[1], dtype, format, lsq, seed, grid, (Buffer(dy, True, dy.itemsize * (seed % 3)), *given, *made)),
     ]
-    forward, backward = emulator.run(calls)
-    return forward[-1], *backward[-3 - (z is not None) : -1]
+
+
+def results(forward: tuple[Array, ...], backward: tuple[Array, ...], affine: bool) -> tuple[Array, ...]:
+    """y, dx, dscale, dzero_point"""
+    return forward[-1], *backward[-3 - affine : -1]
+
+
+def run(emulator: Emulator, *args: Any, **options: Any) -> tuple[Array, ...]:
+    forward, backward = calls(*args, **options)
+    affine = forward.buffers[2] is not None
+    return results(*emulator.run([forward, backward]), affine)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -72,6 +82,38 @@ def test_bytes_and_sums(emulator: Emulator, format: str, affine: bool, block: tu
         assert_same_bytes(dx, terms.dx, "dx")
         for got, exact in zip(sums, (terms.dscale, terms.dzero_point), strict=False):
             assert_sum(torch.from_numpy(got.copy()), exact, block)
+
+
+def test_every_kernel_runs(emulator: Emulator) -> None:
+    """Every instance of every template, and its bytes."""
+    rng = np.random.default_rng(3)
+    asked, wanted, block = [], [], (1, 67)
+    ways = itertools.product([f.name for f in formats.TABLE], ("float32", "float16", "bfloat16"), (False, True))
+    for seed, (format, dtype, lsq) in enumerate(ways):
+        for affine in (False,) if formats.get(format).is_float else (False, True):
+            scale = np.exp2(rng.uniform(-4, 4, (6, 1))).astype(np.float32)
+            z = (rng.standard_normal(scale.shape) * 9).astype(np.float32) if affine else None
+            x, dy = (
+                reference.cast(v, dtype)
+                for v in (adversarial(format, scale, block, affine), rng.standard_normal(SHAPE).astype(np.float32))
+            )
+            wide_x, wide_dy = (reference.decode_float(v, formats.get(dtype)) for v in (x, dy))
+            y = reference.fake_quantize(wide_x, scale, format, block=block, zero_point=z)
+            terms = reference.fake_quantize_backward(
+                wide_dy, wide_x, scale, format, block=block, zero_point=z, lsq_mask=lsq
+            )
+            asked += calls(x, dy, scale, z, format, block, dtype, lsq, seed)
+            wanted.append((f"{format} of {dtype}, {affine=}, {lsq=}", affine, reference.cast(y, dtype, saturate=False),
+                           reference.cast(terms.dx, dtype, saturate=False)))  # fmt: skip
+    x, dy = rng.standard_normal((2, 3, 20011)).astype(np.float32)
+    asked += calls(x, dy, np.ones((1, 1), np.float32), None, "int8", x.shape)  # slices
+    launched: set[str] = set()
+    got = emulator.run(asked, launched)
+    for (what, affine, y, dx), forward, backward in zip(wanted, got[0:-2:2], got[1:-2:2], strict=True):
+        made = results(forward, backward, affine)
+        assert_same_bytes(made[0], y, f"y, {what}")
+        assert_same_bytes(made[1], dx, f"dx, {what}")
+    assert launched == set(emulator.kernels().values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

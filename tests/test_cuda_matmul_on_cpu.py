@@ -129,9 +129,10 @@ def expected(case: Case) -> tuple[Call, Array, Array]:
     return Call(case.op, case.dtype, case.format, case.tiled, buffers=buffers, **kept), y, off
 
 
-def check(emulator: Emulator, cases: list[Case]) -> None:
+def check(emulator: Emulator, cases: list[Case], launched: set[str] | None = None) -> None:
     wanted = [expected(case) for case in cases]
-    for case, (_, want, off), buffers in zip(cases, wanted, emulator.run([w[0] for w in wanted]), strict=True):
+    results = emulator.run([w[0] for w in wanted], launched)
+    for case, (_, want, off), buffers in zip(cases, wanted, results, strict=True):
         got = buffers[-1]
         if case.exact or case.op == "scaled_matmul":
             assert_same_bytes(got, bits(want), str(case))
@@ -252,6 +253,26 @@ def test_slabs_of_a_weight(emulator: Emulator, format: str) -> None:
     ])  # fmt: skip
 
 
+def test_every_kernel_runs(emulator: Emulator) -> None:
+    """Every instance of every template, and its bytes."""
+    tensor_core = [
+        Case("dequant_matmul", format, (M, 20, 128), dtype=dtype, tiled=tiled)
+        for format, dtype, tiled, M in itertools.product(EIGHT, ("bfloat16", "float16"), (False, True), (3, 129))
+    ]  # fmt: skip
+    scaled = [
+        Case("scaled_matmul", format, (M, 20, 64), affine=affine, exact=False)
+        for format, M, affine in itertools.product(("int8", "int4"), (3, 65), (False, True))
+    ]
+    others = [
+        Case("dequant_matmul", "bfloat16", (129, 20, 64), (1, 4)),
+        Case("dequant_matmul", "int8", (3, 20, 37)),
+        Case("dequant_matmul_backward", "int8", (3, 20, 37)),
+    ]
+    launched: set[str] = set()
+    check(emulator, [*tensor_core, *scaled, *others], launched)
+    assert launched == set(emulator.kernels().values())
+
+
 @pytest.mark.parametrize("format", ALL)
 def test_backward(emulator: Emulator, format: str) -> None:
     shapes = (((5, 9, 37), (1, -1)), ((66, 70, 65), (3, 7)), ((2, 33, 128), (-1, 32)))
@@ -338,7 +359,7 @@ FAULTS = (
     Fault("a zero point for columns that are not there", "scaled_matmul.cu", "uint32_t(size) *",
           "uint32_t(0 * size + a.bk) *", "",
           CODES),
-    Fault("sums of a few rows read before they are there", "scaled_rows.cuh", "  __syncthreads();\n", "", "", FEW),
+    Fault("sums of a few rows read before they are there", "scaled_rows.cuh", "  __syncthreads();\n", "", EARLY, FEW),
     Fault("codes past the last of a few rows", "scaled_rows.cuh", "16 * i + 8 * h < rows\n",
           "16 * i + 8 * h < rows + 8\n", "outside of every buffer", FEW),
 )  # fmt: skip

@@ -8,9 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu.emulator import COMPILER, CSRC, Call, Emulator, KernelError, build, call_of, expected_buffers
+from cuda_on_cpu.emulator import (
+    COMPILER,
+    CSRC,
+    FAKE,
+    MATMULS,
+    SLAB,
+    Call,
+    Emulator,
+    KernelError,
+    build,
+    call_of,
+    expected_buffers,
+)
 
 from quantlib import formats
+from quantlib.formats import IntFormat
 from quantlib.testing import Case, assert_same_bytes, cases
 from quantlib.testing.table import CASTS, OPS
 
@@ -41,8 +54,8 @@ def emulator(cache: Path) -> Emulator:
     return build(cache)
 
 
-def check(emulator: Emulator, chosen: list[Case], calls: list[Call]) -> None:
-    for case, call, got in zip(chosen, calls, emulator.run(calls), strict=True):
+def check(emulator: Emulator, chosen: list[Case], calls: list[Call], launched: set[str] | None = None) -> None:
+    for case, call, got in zip(chosen, calls, emulator.run(calls, launched), strict=True):
         for k, (a, b) in enumerate(zip(got, expected_buffers(case, call), strict=True)):
             assert_same_bytes(a, b, f"{case}, thread order {call.seed}, buffer {k}")
 
@@ -67,6 +80,26 @@ def test_every_way_a_launcher_takes(emulator: Emulator, op: str) -> None:
         for dtype in ("float32", "bfloat16")
     ]
     check(emulator, chosen, [call_of(case, seed, shift=seed % 3) for seed, case in enumerate(chosen)])
+
+
+def test_every_kernel_runs(emulator: Emulator) -> None:
+    """Every instance of every template, in each of them a ragged end, and its bytes."""
+    ways = (((6, 35), (1, -1)), ((2, 515), (1, -1)), ((1, 8209), (-1, -1)))  # a few lanes a row, a thread block, slices
+    chosen = [
+        Case(op, name, dtype, shape, block, symmetric=symmetric)
+        for op in OPS
+        for name in served(op)
+        for dtype in (CASTS if op == "cast" else ("float32", "float16", "bfloat16"))
+        for symmetric in ((True, False) if isinstance(formats.get(name), IntFormat) else (True,))
+        for shape, block in (ways if op == "compute_scale" else ways[:2] if op == "quantize_dynamic" else ways[:1])
+    ]
+    launched: set[str] = set()
+    check(emulator, chosen, [call_of(case, seed) for seed, case in enumerate(chosen)], launched)
+    assert launched == set(emulator.kernels().values())
+
+
+def test_every_file_of_kernels_runs_here() -> None:
+    assert {path.stem for path in CSRC.glob("cuda/*.cu")} == {*OPS, *MATMULS, SLAB, *FAKE}
 
 
 @pytest.mark.parametrize("shape", [(6, 515), (3, 4099), (2, 20011)], ids=str)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu.emulator import COMPILER, CSRC, FLAGS, HERE, RUNTIME
+from cuda_on_cpu.emulator import COMPILER, CSRC, FLAGS, HERE, RUNTIME, digest, make
 
 import quantlib
 from quantlib import _build, backends, formats
@@ -23,21 +23,27 @@ M, N, K = 300, 200, 40  # two parts of x, two slabs, both ragged
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> None:
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     """torch.ops.quantlib_on_cpu: csrc/cuda/register.cpp and what it needs here, for slabs of few rows."""
-    folder = tmp_path_factory.mktemp("library")
-    made, csrc = folder / "library.so", Path(shutil.copytree(CSRC, folder / "csrc"))
+    csrc = Path(shutil.copytree(CSRC, tmp_path_factory.mktemp("library") / "csrc"))
     header = csrc / "cuda/slab.h"
     for right, smaller in SMALLER:
         assert header.read_text().count(right) == 1
         header.write_text(header.read_text().replace(right, smaller))
     installed = _build.find_torch()
     include = ("-I", str(HERE), "-I", str(csrc), "-I", str(_build.PACKAGE), "-isystem", str(installed / "include"))
-    sources = [str(path) for path in (HERE / "library.cpp", *RUNTIME, csrc / "cuda/slab.cu", csrc / "cuda/cast.cu")]
+    sources = (HERE / "library.cpp", *RUNTIME, csrc / "cuda/register.cpp", csrc / "cuda/slab.cu", csrc / "cuda/cast.cu")
+    compiled = [str(source) for source in sources if source.stem != "register"]  # library.cpp includes it
     needed = ("-x", "none", str(installed / "lib/libtorch_cpu.so"))
     flags = (*FLAGS, *_build.COMMON[2:], "-DUSE_CUDA", "-fPIC", "-shared", "-O0")
-    subprocess.run([*COMPILER, *flags, *include, "-x", "c++", *sources, *needed, "-o", str(made)], check=True)
-    torch.ops.load_library(made)
+    read = (
+        torch.__version__,
+        digest((HERE, csrc)),
+        [path.read_bytes() for path in (*sources, _build.PACKAGE / "ops.def")],
+    )
+    key = hashlib.sha256(repr((COMPILER, flags, read)).encode()).hexdigest()[:16]
+    made = request.config.cache.mkdir("cuda_on_cpu") / f"library-{key}.so"
+    torch.ops.load_library(make(made, [*COMPILER, *flags, *include, "-x", "c++", *compiled, *needed]))
 
 
 Products = list[tuple[torch.Size, torch.Size]]

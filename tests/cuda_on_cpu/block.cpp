@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <set>
 
 #include "memory.h"
 
@@ -19,6 +18,7 @@ namespace cuda_on_cpu {
 
 std::mt19937 random_order;
 int call = 0;
+std::set<uintptr_t> launched;
 
 void fail(const std::string& why) {
   std::string where;
@@ -60,6 +60,8 @@ void ThreadBlock::resume(unsigned t) {
     spare.pop_back();
   }
   if (!thread.fiber->run(kernel_)) return;
+  for (const auto& group : thread.copies)
+    if (!group.empty()) fail("it left without waiting for its asynchronous copies");
   thread.left = true;
   spare.push_back(std::move(thread.fiber));
 }
@@ -126,7 +128,8 @@ std::string ThreadBlock::waiting(const std::vector<unsigned>& present) const {
 cudaError_t launch(const Launch& launch, dim3 grid, dim3 block) {
   if (grid.size() == 0 || block.size() == 0 || block.size() > 1024 || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
-  memory::start_launch(launch);
+  launched.insert(uintptr_t(launch.kernel));
+  memory::start_launch();
   gridDim = grid, blockDim = block;
   std::vector<size_t> order(grid.size());
   for (size_t b = 0; b < order.size(); ++b) order[b] = b;
@@ -142,23 +145,3 @@ cudaError_t launch(const Launch& launch, dim3 grid, dim3 block) {
 }
 
 }  // namespace cuda_on_cpu
-
-using cuda_on_cpu::Meeting;
-using cuda_on_cpu::ThreadBlock;
-
-void __syncthreads(int line) { ThreadBlock::running->wait({Meeting::block, line, 0}); }
-
-void __syncwarp(uint32_t mask, int line) { ThreadBlock::running->wait({Meeting::warp, line, mask}); }
-
-int32_t __shfl_xor_sync(uint32_t mask, int32_t value, int distance, int line) {
-  ThreadBlock& block = *ThreadBlock::running;
-  const int from = block.lane() ^ distance;
-  if (!(mask >> from & 1))
-    cuda_on_cpu::fail("a shuffle reads a lane that is not in its mask, line " + std::to_string(line));
-  return int32_t(block.shown(from, block.exchange({uint32_t(value)}, mask, line))[0]);
-}
-
-const char* cudaGetErrorString(cudaError_t e) {
-  return e == cudaSuccess ? "no error" : "invalid configuration argument";
-}
-cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -11,8 +12,9 @@
 
 namespace cuda_on_cpu {
 
-extern std::mt19937 random_order;  // seeded by the test
-extern int call;                   // of the test, for messages
+extern std::mt19937 random_order;     // seeded by the test
+extern int call;                      // of the test, for messages
+extern std::set<uintptr_t> launched;  // addresses of kernels
 
 // Ends the process: kernels are not to be gone on with.
 [[noreturn]] void fail(const std::string& why);
@@ -25,12 +27,20 @@ struct Meeting {
   bool operator==(const Meeting& o) const { return kind == o.kind && line == o.line && mask == o.mask; }
 };
 
+// 16 bytes on their way to shared memory, the last of them zeros.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Thread {
   std::unique_ptr<Fiber> fiber;  // null before it starts and after it has left
   bool left = false;
   Meeting at;
   int exchanges = 0;
-  uint32_t shown[2][6];  // what this lane gave to its last two exchanges
+  uint32_t shown[2][6];                   // what this lane gave to its last two exchanges
+  std::vector<std::vector<Copy>> copies;  // in groups, the oldest first; the last is still open
 };
 
 class ThreadBlock {
@@ -54,6 +64,7 @@ class ThreadBlock {
   const uint32_t* shown(int lane, int turn) const { return threads_[current_ / 32 * 32 + unsigned(lane)].shown[turn]; }
   int lane() const { return int(current_ % 32); }
   unsigned current() const { return current_; }
+  Thread& me() { return threads_[current_]; }
   bool on_stack(const void* p) const { return threads_[current_].fiber->has(p); }
 
   static inline ThreadBlock* running = nullptr;

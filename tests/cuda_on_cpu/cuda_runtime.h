@@ -34,10 +34,18 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 void __syncthreads(int line = __builtin_LINE());
 void __syncwarp(uint32_t mask = 0xffffffffu, int line = __builtin_LINE());
+int32_t __shfl_sync(uint32_t mask, int32_t value, int lane, int line = __builtin_LINE());
 int32_t __shfl_xor_sync(uint32_t mask, int32_t value, int distance, int line = __builtin_LINE());
+int32_t __shfl_up_sync(uint32_t mask, int32_t value, unsigned distance, int line = __builtin_LINE());
+int32_t __shfl_down_sync(uint32_t mask, int32_t value, unsigned distance, int line = __builtin_LINE());
+uint32_t __ballot_sync(uint32_t mask, int predicate, int line = __builtin_LINE());
+int __any_sync(uint32_t mask, int predicate, int line = __builtin_LINE());
+int __all_sync(uint32_t mask, int predicate, int line = __builtin_LINE());
 
 int32_t atomicMax(int32_t* p, int32_t value);
 int32_t atomicMin(int32_t* p, int32_t value);
+uint32_t atomicAdd(uint32_t* p, uint32_t value);
+void __threadfence();
 
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }

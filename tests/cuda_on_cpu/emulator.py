@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -63,8 +64,8 @@ class Emulator:
     path: Path
     watched: bool = True  # whether memory.cpp judges every access
 
-    def run(self, calls: Sequence[Call]) -> list[tuple[Array, ...]]:
-        """Every buffer of every call, as it is afterwards.
+    def run(self, calls: Sequence[Call], launched: set[str] | None = None) -> list[tuple[Array, ...]]:
+        """Every buffer of every call, as it is afterwards; adds the kernels that ran to ``launched``.
 
         Raises
         ------
@@ -81,6 +82,9 @@ class Emulator:
             if done.returncode:
                 raise KernelError(self.with_lines(done.stderr))
             memory = made.read_bytes()
+        if launched is not None:
+            names = self.kernels()
+            launched |= {names[int(address)] for address in done.stdout.split()}
         start, results = 0, []
         for call in calls:
             buffers = []
@@ -92,6 +96,13 @@ class Emulator:
                 start += size
             results.append(tuple(buffers))
         return results
+
+    def kernels(self) -> dict[int, str]:
+        """Address and name of every instance of every kernel in the executable."""
+        name = "|".join(kernel for source in CSRC.glob("cuda/*.cu*") for kernel in kernels(source))
+        table = subprocess.run(["nm", "-C", str(self.path)], capture_output=True, text=True, check=True).stdout
+        found = re.findall(rf"^(\w+) \w .*?\b((?:{name})(?:<.*>)?)\(", table.replace("quantlib::", ""), re.M)
+        return {int(address, 16): kernel for address, kernel in found}
 
     def with_lines(self, text: str) -> str:
         """``text`` with lines of the sources for "from 0x...", and those that call them where functions are inlined."""
@@ -147,6 +158,14 @@ class Call:
         return call + b"".join(struct.pack("<qqq", -1, 0, 0) if b is None else b.packed() for b in self.buffers)
 
 
+def kernels(source: Path) -> list[str]:
+    """The names of what is ``__global__`` in a file."""
+    text = source.read_text()
+    names = re.findall(r"__global__.*?(\w+_kernel)\(", text, re.DOTALL)
+    assert len(names) == text.count("__global__"), f"{source}: a kernel is not named so"
+    return names
+
+
 def call_of(case: Case, seed: int = 0, shift: int = 0) -> Call:
     """``case`` as a call; every buffer begins ``shift`` of its elements past an aligned address."""
     given = {name: bits(values) for name, values in inputs(case).items()}
@@ -181,31 +200,32 @@ def build(cache: Path, ops: Sequence[str] = OPS, csrc: Path = CSRC, mode: str = 
 
 
 def link(cache: Path, sources: Sequence[Path], csrc: Path = CSRC, mode: str = "watched") -> Path:
-    """The executable of ``sources``, kernels (.cu) and others, with what runs them."""
-    headers = hashlib.sha256()
-    for path in sorted(p for folder in (csrc, HERE) for p in folder.rglob("*.*h")):
-        headers.update(path.name.encode() + path.read_bytes())
+    """The executable of ``sources``, kernels (.cu) and others, with what runs them. Only kernels are of ``csrc``."""
     objects = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for source in (
-            *reversed(sources),
-            *RUNTIME,
-            HERE / "tsan.cpp",
-        ):  # the longest to compile comes last in an op's name
-            kernels = source.suffix == ".cu"
-            flags = (*FLAGS, *MODES[mode][not kernels], "-I", str(HERE), "-I", str(csrc))
-            command = [*COMPILER, *flags, "-x", "c++", "-c", str(source)]
-            key = headers.copy()
-            key.update(repr((COMPILER, flags[:-1])).encode() + source.read_bytes())
-            objects.append(pool.submit(_made, cache / f"{source.stem}-{key.hexdigest()[:16]}.o", command))
+        # Templates that several objects have: the linker takes those of the first, which are not watched.
+        for source in (*RUNTIME, HERE / "tsan.cpp", *sources):
+            is_kernel = source.suffix == ".cu"
+            include = (HERE, csrc if is_kernel else CSRC)
+            flags = (*FLAGS, *MODES[mode][not is_kernel])
+            key = hashlib.sha256(repr((COMPILER, flags, digest(include))).encode() + source.read_bytes())
+            command = [*COMPILER, *flags, *(f"-I{folder}" for folder in include), "-x", "c++", "-c", str(source)]
+            objects.append(pool.submit(make, cache / f"{source.stem}-{key.hexdigest()[:16]}.o", command))
         paths = [str(made.result()) for made in objects]
-    # Templates that several objects have: the linker takes those of the first, which are not watched.
-    paths.reverse()
-    digest = hashlib.sha256(repr(paths).encode()).hexdigest()[:16]
-    return _made(cache / f"run-{digest}", [*COMPILER, "-no-pie", *MODES[mode][1], *paths])
+    key = hashlib.sha256(repr(paths).encode())
+    return make(cache / f"run-{key.hexdigest()[:16]}", [*COMPILER, "-no-pie", *MODES[mode][1], *paths])
 
 
-def _made(path: Path, command: list[str]) -> Path:
+@functools.cache
+def digest(folders: tuple[Path, ...]) -> str:
+    """Of the headers in them."""
+    found = hashlib.sha256()
+    for path in sorted(p for folder in folders for p in folder.rglob("*.*h")):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def make(path: Path, command: list[str]) -> Path:
     """``path``, which ``command`` makes; the workers of pytest-xdist share what one of them makes."""
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

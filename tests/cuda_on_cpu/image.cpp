@@ -49,13 +49,4 @@ const Image& image() {
   return image;
 }
 
-std::string function_at(uintptr_t address) {
-  std::string found;
-  each_symbol([&](const Elf64_Sym& s, const char* name) {
-    if (ELF64_ST_TYPE(s.st_info) == STT_FUNC && s.st_value <= address && address < s.st_value + s.st_size)
-      found = demangled(name);
-  });
-  return found;
-}
-
 }  // namespace cuda_on_cpu

@@ -1,4 +1,4 @@
-// What the linker knows of this executable: its shared arrays and its kernels.
+// What the linker knows of this executable's memory.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -17,7 +17,5 @@ struct Image {
 };
 
 const Image& image();
-// Of the function at this address.
-std::string function_at(uintptr_t address);
 
 }  // namespace cuda_on_cpu

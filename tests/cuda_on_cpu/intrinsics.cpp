@@ -13,11 +13,42 @@ using cuda_on_cpu::fail;
 using cuda_on_cpu::ThreadBlock;
 namespace memory = cuda_on_cpu::memory;
 
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  memory::write_from_host(p, bytes);
-  std::memset(p, value, bytes);
-  return cudaSuccess;
+// ---- those of cuda_runtime.h ----------------------------------------------------------------------------------------
+
+using cuda_on_cpu::Meeting;
+
+void __syncthreads(int line) { ThreadBlock::running->wait({Meeting::block, line, 0}); }
+void __syncwarp(uint32_t mask, int line) { ThreadBlock::running->wait({Meeting::warp, line, mask}); }
+
+// The value of lane `from`, or the own one where there is no such lane.
+static int32_t shuffle(uint32_t mask, int32_t value, int from, int line) {
+  ThreadBlock& block = *ThreadBlock::running;
+  if (from < 0 || from > 31) from = block.lane();
+  if (!(mask >> from & 1)) fail("a shuffle reads a lane that is not in its mask, line " + std::to_string(line));
+  return int32_t(block.shown(from, block.exchange({uint32_t(value)}, mask, line))[0]);
 }
+static int lane() { return ThreadBlock::running->lane(); }
+int32_t __shfl_sync(uint32_t mask, int32_t value, int from, int line) { return shuffle(mask, value, from & 31, line); }
+int32_t __shfl_xor_sync(uint32_t mask, int32_t value, int distance, int line) {
+  return shuffle(mask, value, lane() ^ distance, line);
+}
+int32_t __shfl_up_sync(uint32_t mask, int32_t value, unsigned distance, int line) {
+  return shuffle(mask, value, lane() - int(distance), line);
+}
+int32_t __shfl_down_sync(uint32_t mask, int32_t value, unsigned distance, int line) {
+  return shuffle(mask, value, lane() + int(distance), line);
+}
+
+uint32_t __ballot_sync(uint32_t mask, int predicate, int line) {
+  ThreadBlock& block = *ThreadBlock::running;
+  const int turn = block.exchange({uint32_t(predicate != 0)}, mask, line);
+  uint32_t votes = 0;
+  for (int from = 0; from < 32; ++from)
+    if (mask >> from & 1) votes |= block.shown(from, turn)[0] << from;
+  return votes;
+}
+int __any_sync(uint32_t mask, int predicate, int line) { return __ballot_sync(mask, predicate, line) != 0; }
+int __all_sync(uint32_t mask, int predicate, int line) { return __ballot_sync(mask, predicate, line) == mask; }
 
 template <class T, class Run>
 static T atomic(T* p, const void* from, Run run) {
@@ -30,6 +61,22 @@ int32_t atomicMax(int32_t* p, int32_t value) {
 int32_t atomicMin(int32_t* p, int32_t value) {
   return atomic(p, __builtin_return_address(0), [&](int32_t old) { return std::min(old, value); });
 }
+uint32_t atomicAdd(uint32_t* p, uint32_t value) {
+  return atomic(p, __builtin_return_address(0), [&](uint32_t old) { return old + value; });
+}
+void __threadfence() { memory::fence(); }
+
+const char* cudaGetErrorString(cudaError_t e) {
+  return e == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  memory::write_from_host(p, bytes);
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+
+// ---- those of csrc/cuda/intrinsics.cuh ------------------------------------------------------------------------------
 
 namespace quantlib {
 namespace cuda {
@@ -113,6 +160,37 @@ void mma(int8, int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
       sum += uint32_t(byte(warp.a(row, k % 16 / 4, k / 16), k) * byte(warp.b(column, k % 16 / 4, k / 16), k));
     c[e] = int32_t(sum);
   });
+}
+
+// What was at `to` is gone when a copy to it begins, and what comes is there when its thread has waited.
+void copy_async(void* to, const void* from, int bytes) {
+  const void* code = __builtin_return_address(0);
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16) fail("misaligned: an asynchronous copy of 16 bytes");
+  if (bytes > 0) memory::touch(from, size_t(bytes), memory::Access::read, code);
+  memory::start_copy(to, 16, code);
+  std::memset(to, 0xa5, 16);
+  auto& copies = ThreadBlock::running->me().copies;
+  if (copies.empty()) copies.emplace_back();
+  copies.back().push_back({to, from, bytes});
+}
+
+void commit_copies() {
+  auto& copies = ThreadBlock::running->me().copies;
+  if (copies.empty()) copies.emplace_back();
+  copies.emplace_back();
+}
+
+void wait_copies(int groups_left) {
+  const void* code = __builtin_return_address(0);
+  auto& copies = ThreadBlock::running->me().copies;
+  while (int(copies.size()) - 1 > groups_left) {
+    for (const cuda_on_cpu::Copy& copy : copies.front()) {
+      memory::finish_copy(copy.to, 16, code);
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+    }
+    copies.erase(copies.begin());
+  }
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
-// Runs calls of csrc/cuda's ops: reads them from the file argv[1], writes every buffer as it is afterwards to argv[2].
-// Each buffer is exactly as large as the call says and begins `shift` bytes past an aligned address; what a call must
-// write holds 0xa5 before it. Exit status 3: a kernel or a launch failed, and stderr says why.
+// Runs calls of csrc/cuda's ops: reads them from the file argv[1], writes every buffer as it is afterwards to argv[2],
+// and the addresses of the kernels that ran to its output. Each buffer is exactly as large as the call says and begins
+// `shift` bytes past an aligned address; what a call must write holds 0xa5 before it. Exit status 3: a kernel or a
+// launch failed, and stderr says why.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -162,5 +163,6 @@ int main(int, char** argv) {
       buffer.write(out);
     }
   }
+  for (uintptr_t kernel : cuda_on_cpu::launched) std::printf("%zu\n", size_t(kernel));
   return out ? 0 : 1;
 }

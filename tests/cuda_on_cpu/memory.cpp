@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <deque>
+#include <map>
 
 #include "block.h"
 #include "image.h"
@@ -28,13 +29,28 @@ struct Event {
   bool atomic = false;
 };
 
+// What a thread of a block that is over knew when it was at a fence: all of its own, of others what was before a
+// barrier.
+struct Release {
+  uint32_t block_began, barrier_passed, fence;
+  uint16_t thread;
+};
+std::map<uintptr_t, std::vector<Release>> told;  // by atomic operations at this address, in this launch
+// What this block has learned so, and the time and the thread that did; the others know after a barrier.
+struct Lesson {
+  Release release;
+  uint32_t time;
+  uint16_t thread;
+};
+std::vector<Lesson> lessons;
+std::vector<Release> fences;  // of this block
+
 struct Byte {
-  Event written, read;          // last
-  uint32_t other_block = 0;     // code that read it in another block of this launch, before
-  uint32_t other_block_at = 0;  // its time
-  uint32_t more_at = 0;         // time of
-  int32_t more = -1;            // an index into `readers`: others that read it since the last barrier
-  bool in_flight = false;       // an asynchronous copy to it has not been waited for
+  Event written, read;      // last
+  Event in_another_block;   // one that read it, before those in this one
+  int32_t more = -1;        // an index into `readers`: others that read it since the last barrier,
+  uint32_t more_since = 0;  // this one
+  bool in_flight = false;   // an asynchronous copy to it has not been waited for
 };
 
 struct Reader {
@@ -83,11 +99,28 @@ Event event_of(const void* from, bool atomic) {
   return {now, known[thread][thread % 32], uint32_t(uintptr_t(from)), uint16_t(thread), atomic};
 }
 
+bool was_told(const Event& e, const Event& me) {
+  return std::any_of(lessons.begin(), lessons.end(), [&](const Lesson& lesson) {
+    const Release& of = lesson.release;
+    return (lesson.time < barrier_passed || lesson.thread == me.thread) && of.block_began <= e.time &&
+           (e.time < of.barrier_passed || (e.time <= of.fence && e.thread == of.thread));
+  });
+}
+
+// An atomic operation tells what was known at the thread's last fence, and learns what others told.
+void tell(uintptr_t p, const Event& me) {
+  for (const Release& release : told[p])
+    if (release.block_began < block_began) lessons.push_back({release, now, me.thread});
+  const auto fence =
+      std::find_if(fences.rbegin(), fences.rend(), [&](const Release& f) { return f.thread == me.thread; });
+  if (fence != fences.rend()) told[p].push_back(*fence);
+}
+
 // Whether what happened is sure to have happened before the running thread goes on; each block has its own shared
 // arrays.
 bool is_before(const Region& r, const Event& e, const Event& me) {
   if (e.time < launch_began) return true;
-  if (e.time < block_began) return r.shared;
+  if (e.time < block_began) return r.shared || was_told(e, me);
   return e.time < barrier_passed || e.thread == me.thread ||
          (e.thread / 32 == me.thread / 32 && known[me.thread][e.thread % 32] >= e.clock);
 }
@@ -99,23 +132,22 @@ bool is_before(const Region& r, const Event& e, const Event& me) {
        hex(me.from) + "; " + who + " did from " + hex(other.from));
 }
 
-void check_readers(const Region& r, uintptr_t p, Byte& b, const Event& me, const char* what) {
-  if (!is_before(r, b.read, me) && !(b.read.atomic && me.atomic)) race(what, r, p, me, b.read);
-  if (!r.shared && b.other_block_at >= launch_began && !me.atomic)
-    race(what, r, p, me, {b.other_block_at, 0, b.other_block, 0, false});
-  if (b.more_at != barrier_passed) return;
-  for (int32_t k = b.more; k >= 0; k = readers[size_t(k)].next)
-    if (!is_before(r, readers[size_t(k)].event, me) && !(readers[size_t(k)].event.atomic && me.atomic))
-      race(what, r, p, me, readers[size_t(k)].event);
+void check_readers(const Region& r, uintptr_t p, const Byte& b, const Event& me) {
+  const auto check = [&](const Event& reader) {
+    if (!is_before(r, reader, me) && !(reader.atomic && me.atomic)) race("writes what is read", r, p, me, reader);
+  };
+  check(b.read);
+  check(b.in_another_block);
+  if (b.more_since == barrier_passed)
+    for (int32_t k = b.more; k >= 0; k = readers[size_t(k)].next) check(readers[size_t(k)].event);
 }
 
 void add_reader(const Region& r, Byte& b, const Event& me) {
-  if (b.read.time >= launch_began && b.read.time < block_began)
-    b.other_block = b.read.from, b.other_block_at = b.read.time;
-  if (b.read.time >= block_began && b.read.thread != me.thread && !is_before(r, b.read, me)) {
-    if (b.more_at != barrier_passed) b.more = -1, b.more_at = barrier_passed;
-    readers.push_back({b.read, b.more});
-    b.more = int32_t(readers.size()) - 1;
+  if (b.read.time >= launch_began && b.read.time < block_began) {
+    b.in_another_block = b.read;
+  } else if (b.read.thread != me.thread && !is_before(r, b.read, me)) {
+    readers.push_back({b.read, b.more_since == barrier_passed ? b.more : -1});
+    b.more = int32_t(readers.size()) - 1, b.more_since = barrier_passed;
   }
   b.read = me;
 }
@@ -133,10 +165,11 @@ void read(const Region& r, uintptr_t p, Byte& b, const Event& me) {
 void write(const Region& r, uintptr_t p, Byte& b, const Event& me) {
   if (!is_before(r, b.written, me) && !(b.written.atomic && me.atomic))
     race("writes what is written", r, p, me, b.written);
-  check_readers(r, p, b, me, "writes what is read");
-  if (me.atomic) return add_reader(r, b, me), void(b.written = me);
+  check_readers(r, p, b, me);
   b.written = me;
-  b.read = {}, b.other_block_at = 0, b.more = -1;
+  if (me.atomic) return add_reader(r, b, me);
+  b.read = b.in_another_block = {};
+  b.more = -1;
 }
 
 Byte* bytes_of(Region& r, uintptr_t p) {
@@ -163,6 +196,7 @@ void touch(const void* address, size_t bytes, Access access, const void* from) {
   Region* r = region_of(p, bytes, from, access == Access::read ? "reads" : "writes");
   const Event me = event_of(from, access == Access::atomic);
   Byte* b = bytes_of(*r, p);
+  if (access == Access::atomic) tell(p, me);
   for (size_t k = 0; k < bytes; ++k) {
     if (access == Access::read) read(*r, p + k, b[k], me);
     else write(*r, p + k, b[k], me);
@@ -190,8 +224,13 @@ void finish_copy(void* p, size_t bytes, const void* from) {
   for (size_t k = 0; k < bytes; ++k) b[k].in_flight = false;
 }
 
-void start_launch(const Launch&) {
+void fence() {
+  if (is_running()) fences.push_back({block_began, barrier_passed, now, uint16_t(ThreadBlock::running->current())});
+}
+
+void start_launch() {
   launch_began = block_began = barrier_passed = ++now;
+  told.clear();
   if (!watched || !shared.empty()) return;
   for (const Symbol& s : image().shared) shared.push_back({s.begin, s.end, "shared " + s.name, true, false, {}});
 }
@@ -199,6 +238,8 @@ void start_launch(const Launch&) {
 void start_block() {
   block_began = barrier_passed = ++now;
   readers.clear();
+  lessons.clear();
+  fences.clear();
   if (!watched) return;
   for (unsigned t = 0; t < blockDim.size(); ++t) {
     std::fill_n(known[t], 32, 0);

@@ -30,7 +30,10 @@ void write_from_host(const void* p, size_t bytes);
 void start_copy(void* p, size_t bytes, const void* from);
 void finish_copy(void* p, size_t bytes, const void* from);
 
-void start_launch(const Launch& launch);
+// What the running thread knows to have happened is known to whoever learns of an atomic operation that it does next.
+void fence();
+
+void start_launch();
 void start_block();
 void meet_block();                                // all threads of the block
 void meet(const std::vector<unsigned>& threads);  // threads of a warp
