@@ -99,18 +99,22 @@ class Product(Multiplied):
 
     def floats(self) -> list[Contender]:
         """The product with the weight in floating point; cuBLAS on a GPU."""
-        M, N, K = self.shape
 
         def linear(dtype: torch.dtype) -> Contender:
             def bind(inputs: Tensors, outs: Tensors) -> Call:
                 x, w = inputs[0].to(dtype), self.values(*inputs[1:]).to(dtype)
                 return turns([functools.partial(F.linear, x, c) for c in self.copies(w)])
 
-            moved = (N * K + M * K + M * N) * dtype.itemsize
-            return Contender(f"F.linear {str(dtype).removeprefix('torch.')}", bind, moved=moved)
+            name = str(dtype).removeprefix("torch.")
+            return Contender(f"F.linear {name}", bind, moved=self.moved_as(name))
 
         dtypes = (torch.bfloat16, torch.float32) if self.device == "cpu" else (torch.bfloat16,)
         return [linear(dtype) for dtype in dtypes]
+
+    def moved_as(self, dtype: str) -> int:
+        """Bytes that the product in floating point moves."""
+        M, N, K = self.shape
+        return (N * K + M * K + M * N) * itemsize(dtype)
 
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         return quantlib.dequantize(codes, scale, self.spec.format, block=self.block, size=self.shape[2])
@@ -164,6 +168,11 @@ def as_integers(codes: Tensor, spec: QuantSpec) -> Array:
     """Codes as the reference takes them."""
     q = bits(codes)
     return q.view(np.int8) if spec.format == "int8" else q
+
+
+def itemsize(dtype: str) -> int:
+    size: int = getattr(torch, dtype).itemsize
+    return size
 
 
 def rotation(nbytes: int, device: str) -> int:

@@ -22,7 +22,7 @@ from quantlib.testing.bytes import Array
 
 from . import graphs, peer_models
 from .case import Call, Case, Contender, Scaled, Tensors, normal, numbers
-from .matmul import W4A16, W8A8, W8A16, Product, as_integers, exact_weight, sizes, turns
+from .matmul import W4A16, W8A8, W8A16, Product, as_integers, exact_weight, itemsize, sizes, turns
 from .peer_models import QUANTLIB
 
 LOOKUPS = 512  # rows of a table that are looked up at a time
@@ -70,11 +70,10 @@ class Linear(Product):
         return super().moved(inputs, outs) + M * N * inputs[0].element_size()
 
     def contenders(self) -> list[Contender]:
-        floats = peer_models.floats(*dict.fromkeys((self.dtype, "bfloat16")))
-        weights = math.prod(self.shape[1:])
+        dtypes = dict.fromkeys((self.dtype, "bfloat16"))
         return [
             *self.ours(functools.partial(QUANTLIB.bind, self.model, self.nbytes)),
-            *(f.contender(self.model, 2 * weights) for f in floats),
+            *peer_models.floats(self.model, dtypes, math.prod(self.shape[1:]), self.moved_as),
             *(q.contender(self.model, self.nbytes) for q in peer_models.of(self.model)),
         ]
 
@@ -118,11 +117,16 @@ class Module(Scaled):
             return self.called(model, inputs)
 
         def as_it_is(dtype: str) -> Contender:
-            return Contender(f"torch {dtype}", lambda inputs, outs: self.called(self.built(dtype), inputs))
+            moved = self.moved_as(dtype)
+            return Contender(f"torch {dtype}", lambda inputs, outs: self.called(self.built(dtype), inputs), moved=moved)
 
         return [*self.ours(ours), *map(as_it_is, ("bfloat16", "float32"))]
 
     def called(self, model: nn.Module, inputs: Tensors) -> Call:
+        raise NotImplementedError
+
+    def moved_as(self, dtype: str) -> int:
+        """Bytes that the float module moves."""
         raise NotImplementedError
 
 
@@ -148,7 +152,10 @@ class Embedding(Module):
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
         """Of a call: ids, codes and their scales in, values out."""
         ids, K = inputs[0], self.shape[1]
-        return ids.nbytes + self.spec.nbytes((len(ids), K)) + len(ids) * K * getattr(torch, self.dtype).itemsize
+        return ids.nbytes + self.spec.nbytes((len(ids), K)) + len(ids) * K * itemsize(self.dtype)
+
+    def moved_as(self, dtype: str) -> int:
+        return min(LOOKUPS, self.shape[0]) * (8 + 2 * self.shape[1] * itemsize(dtype))
 
     def expected(self, rows: slice, *ids: Tensor) -> Iterator[tuple[slice, Array]]:
         codes, scale = (t[ids[0].cpu()[:128]].cpu() for t in self.weights())
@@ -205,6 +212,10 @@ class Conv2d(Module):
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
         (x,), (N, _, height, width) = inputs, self.shape
         return x.nbytes + self.spec.nbytes(self.matrix) + N * height * width * x.element_size()
+
+    def moved_as(self, dtype: str) -> int:
+        out, channels, height, width = self.shape
+        return (math.prod(self.matrix) + (out + channels) * height * width) * itemsize(dtype)
 
     def expected(self, rows: slice, x: Tensor) -> Iterator[tuple[slice, Array]]:
         """A convolution is a product with the patches of the image."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ import quantlib
 from quantlib.spec import QuantSpec
 
 from .case import Call, Contender, Tensors
-from .matmul import W4A16, W8A8, W8A16, rotation, turns
+from .matmul import W4A16, W8A8, W8A16, itemsize, rotation, turns
 from .peers import package
 
 
@@ -177,6 +177,9 @@ def of(model: Model) -> tuple[Quantizer, ...]:
     return peers if model.device == "cpu" else (*(p for p in peers if p is not TORCH), GEMLITE)
 
 
-def floats(*dtypes: str) -> list[Quantizer]:
-    """The float model, in each dtype."""
-    return [Quantizer(f"torch {dtype}", as_it_is, dtype=dtype) for dtype in dtypes]
+def floats(model: Model, dtypes: Iterable[str], weights: int, moved: Callable[[str], int]) -> list[Contender]:
+    """The float model of so many weights in each dtype, which moves ``moved(dtype)`` bytes."""
+    return [
+        Quantizer(f"torch {dtype}", as_it_is, dtype=dtype).contender(model, weights * itemsize(dtype), moved(dtype))
+        for dtype in dtypes
+    ]

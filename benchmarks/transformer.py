@@ -28,7 +28,7 @@ from quantlib.testing.bytes import Array
 
 from . import graphs, peer_models
 from .case import Case, Contender, Tensors
-from .matmul import W4A16, W8A8, W8A16, Multiplied, exact_weight, exact_x, exact_y
+from .matmul import W4A16, W8A8, W8A16, Multiplied, exact_weight, exact_x, exact_y, itemsize
 from .peer_models import QUANTLIB
 
 HEAD = 64  # features of an attention head
@@ -137,6 +137,11 @@ class Transformer(Multiplied):
         """What comes in, the codes and their scales, what goes out."""
         return sum(t.nbytes for t in (*inputs, inputs[0])) + sum(map(self.spec.weight_only.nbytes, self.weights))
 
+    def moved_as(self, dtype: str) -> int:
+        """Bytes that the float block moves: h in and out, keys, values and weights."""
+        tokens, past, hidden = self.shape
+        return (2 * (tokens + past) * hidden + sum(map(math.prod, self.weights))) * itemsize(dtype)
+
     def inputs(self) -> Tensors:
         """h, cos, sin, keys, values."""
         tokens, past, hidden = self.shape
@@ -163,14 +168,14 @@ class Transformer(Multiplied):
             yield rows, exact_y(self.exact(shape[1])[rows], codes, scale, self.spec)
 
     def contenders(self) -> list[Contender]:
-        nbytes, of_floats = sum(map(self.spec.weight_only.nbytes, self.weights)), 2 * sum(map(math.prod, self.weights))
-        floats = peer_models.floats("bfloat16", *(["float32"] if self.device == "cpu" else []))
-        if self.spec == W8A16:
-            floats.append(peer_models.Quantizer("torch.compile bfloat16", peer_models.as_it_is, compiled=True))
+        nbytes, weights = sum(map(self.spec.weight_only.nbytes, self.weights)), sum(map(math.prod, self.weights))
         others = [
-            *(q.contender(self.model, of_floats) for q in floats),
+            *peer_models.floats(self.model, ("bfloat16", "float32"), weights, self.moved_as),
             *(q.contender(self.model, nbytes) for q in peer_models.of(self.model)),
         ]
+        if self.spec == W8A16:
+            compiled = peer_models.Quantizer("torch.compile bfloat16", peer_models.as_it_is, compiled=True)
+            others.append(compiled.contender(self.model, 2 * weights, self.moved_as("bfloat16")))
         ours = functools.partial(QUANTLIB.bind, self.model, nbytes)
         return [
             *(dataclasses.replace(c, read=self.layers) for c in self.ours(ours)),
