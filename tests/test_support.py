@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ALL, SERVED
 
 from quantlib.testing import support
 
@@ -19,6 +20,13 @@ def test_column_is_what_this_machine_finds(backend: str) -> None:
     found = {str(row).strip(): entry for row, entry in zip(support.rows(), support.column(backend), strict=True)}
     recorded = support.recorded(TABLE.read_text(), backend)
     assert found == recorded, "python -m quantlib.testing.support tests/support.txt writes it anew"
+
+
+def test_what_is_not_run_here() -> None:
+    """The tests that take a backend and a device in turn leave these out: this one says so for all of them."""
+    left = {str(s): s.refusal() for s in ALL if s not in SERVED}
+    if left:
+        pytest.skip("; ".join(f"{name}: {why}" for name, why in left.items()))
 
 
 def test_table_is_complete() -> None:

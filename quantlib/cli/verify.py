@@ -19,7 +19,7 @@ from quantlib.cli.text import style
 
 if TYPE_CHECKING:
     from quantlib.testing.implementations import Backend
-    from quantlib.testing.sweep import Implementation, Suite
+    from quantlib.testing.sweep import Case, Implementation, Suite
 
 OPS = ("cast", "quantize", "dequantize", "activation")
 AUTHORITIES = ("reference", "cpp", "composite", "cuda-headers", "ml_dtypes")
@@ -68,7 +68,7 @@ def share(text: str) -> Fraction:
 def run(args: argparse.Namespace) -> int:
     if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json must be a file in a folder that exists, got {args.json!r}")
-    candidate, authority = backend(args.backend, args.device), implementation(args.against)
+    candidate, authority = backend(args.backend, args.device), implementation(args.against, args.device)
     chosen = [suite for suite in selected(args, authority) if suite.cases]
     if not chosen:
         asked = ", ".join([*(args.op or ()), *(args.format or ())])
@@ -110,12 +110,12 @@ def backend(name: str, device: str) -> Backend:
     return Backend(name, device)
 
 
-def implementation(name: str) -> Implementation:
-    """The authority; an oracle that is not here is a wrong argument."""
+def implementation(name: str, device: str) -> Implementation:
+    """The authority, pure torch on the device itself; an oracle that is not here is a wrong argument."""
     from quantlib.testing import implementations as known
 
     if name in ("cpp", "composite"):
-        return backend(name, "cpu")
+        return backend(name, device if name == "composite" else "cpu")
     oracles: dict[str, Callable[[], Implementation]] = {
         "reference": known.Reference,
         "ml_dtypes": known.MlDtypes,
@@ -145,12 +145,20 @@ def prove(
     """The results of a suite, added up, as a line of the report."""
     from tqdm import tqdm
 
-    from quantlib.testing.sweep import Inputs, sweep
+    from quantlib.testing.implementations import Backend
+    from quantlib.testing.on_device import sweep_on_device
+    from quantlib.testing.sweep import Inputs, Result, sweep
+
+    def swept(case: Case) -> Result:
+        sides = candidate, authority
+        if share == 1 and all(isinstance(side, Backend) and side.device == "cuda" for side in sides):
+            return sweep_on_device(case, *sides, progress.update)  # type: ignore[arg-type]
+        return sweep(case, *sides, share, jobs, progress.update)
 
     total = sum(Inputs(case, share).size for case in suite.cases)
     bar = {"unit": " inputs", "unit_scale": True, "leave": False, "disable": None}  # None: only on a terminal
     with tqdm(total=total, desc=suite.name, **bar) as progress:
-        results = [sweep(case, candidate, authority, share, jobs, progress.update) for case in suite.cases]
+        results = [swept(case) for case in suite.cases]
     first = next((result.first for result in results if result.first is not None), None)
     return {
         "suite": suite.name,

@@ -248,7 +248,7 @@ def sweep(
 
     def compare(batch: Callable[[], Array]) -> tuple[int, int, Mismatch | None]:
         codes = batch()
-        return codes.size, *_compare(case, codes, authority(case, codes), candidate(case, codes))
+        return codes.size, *compare_codes(case, codes, authority(case, codes), candidate(case, codes))
 
     started, inputs, mismatches, first = time.perf_counter(), 0, 0, None
     pool = ThreadPoolExecutor(jobs)
@@ -261,7 +261,7 @@ def sweep(
     return Result(inputs, mismatches, first, time.perf_counter() - started)
 
 
-def _compare(case: Case, codes: Array, expected: Array, got: Array) -> tuple[int, Mismatch | None]:
+def compare_codes(case: Case, codes: Array, expected: Array, got: Array) -> tuple[int, Mismatch | None]:
     """How many results differ, and the first; packed results are looked at one by one."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         sides = (f"{a.dtype} {list(a.shape)}" for a in (expected, got))
