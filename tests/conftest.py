@@ -27,6 +27,7 @@ if not GPU:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+import interpreter  # noqa: E402
 import stand_in  # noqa: E402
 
 from quantlib import backends  # noqa: E402
@@ -178,6 +179,11 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
             if "PYTEST_XDIST_WORKER" in os.environ:
                 os._exit(70)
             pytest.exit(f"{item.nodeid} broke the CUDA context: {error}", returncode=3)
+
+
+@pytest.fixture(autouse=True)
+def interpreted_once() -> None:
+    interpreter.patch_once()
 
 
 @pytest.fixture(autouse=True)
