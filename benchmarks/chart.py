@@ -17,6 +17,7 @@ COLOURS = {
     "F.linear": "#b9b9b9",
     "torchao": "#7a9e7e",
     "bitsandbytes": "#a05a8c",
+    "optimum-quanto": "#b5534a",
     "": "#c9a66b",
 }
 BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
@@ -59,7 +60,7 @@ def draw(machine: dict[str, Any], rows: Sequence[Row], path: str | Path) -> None
             axes.text(length + 0.01, y, beside, va="center", fontsize=7, bbox=BLANK)
             y += 1
         ticks.append(y - (len(bars) + 1) / 2)
-        labels.append(f"{bars[0].op}  {bars[0].conversion} {bars[0].per}".rstrip())
+        labels.append(bars[0].case)
         y += 0.6
     axes.set_yticks(ticks, labels, fontsize=7)
     axes.invert_yaxis()

@@ -24,7 +24,7 @@ from .targets import verdicts
 
 FAMILIES: dict[str, ModuleType] = {name: importlib.import_module(f".{name}", __package__) for name in bench.FAMILIES}
 FULL, QUICK = (8192, 4096), (4096, 4096)  # 32 and 16 Mi elements, several times the last cache
-SECONDS = {False: 0.4, True: 0.3}  # of timed runs for a contender, by whether the run is quick
+SECONDS = {False: 0.4, True: 0.15}  # of timed runs for a contender, by whether the run is quick
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs/benchmarks.md"

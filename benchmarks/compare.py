@@ -65,9 +65,9 @@ def main(before: str, after: str, tolerance: float, ours: bool) -> int:
 
 
 def compared(before: Iterable[Row], after: Iterable[Row], tolerance: float, ours: bool = False) -> Iterable[Change]:
-    """Every row of either run, in the order of the first."""
+    """What both runs have, in the order of the first; then what only one has."""
     a, b = ({key(row): row for row in rows if row.role == OURS or not ours} for rows in (before, after))
-    for k in dict.fromkeys((*a, *b)):
+    for k in sorted(dict.fromkeys((*a, *b)), key=lambda k: (k not in a, k not in b)):
         yield Change(a.get(k), b.get(k), verdict(a.get(k), b.get(k), tolerance))
 
 
