@@ -280,6 +280,10 @@ def test_backward(emulator: Emulator, format: str) -> None:
         Case("dequant_matmul_backward", format, shape, block, dtype, affine, True, False, 0, seed)
         for seed, ((shape, block), dtype, affine) in
         enumerate(itertools.product(shapes, ("float32", "float16"), affines(format)))
+    ] + [
+        Case("dequant_matmul_backward", format, shape, block, affine=affine)  # two slabs, of which one may be empty
+        for shape, block in (((130, 21, 264), (1, -1)), ((129, 16, 40), (3, 8))) for affine in affines(format)
+        if format != "float16"
     ])  # fmt: skip
 
 

@@ -21,13 +21,27 @@ void dequant_matmul(const DequantMatmul&, Stream);
 void dequant_matmul_backward(const DequantMatmulBackward&, Stream);
 void scaled_matmul(const ScaledMatmul&, Stream);
 
-// dequant_matmul of many rows of x in parts: the vendor's product lies between the two, see slab.h.
+// dequant_matmul and its gradient of many rows in parts: the vendor's product lies between the two, see slab.h.
+struct DecodeSlab {
+  Weight weight;
+  bool tiled, scaled;          // whether values are times their scale
+  Type type;                   // float16 or bfloat16
+  int64_t n, n_end, k, k_end;  // rows and columns of the weight; n is a multiple of 16, k of 128, and 0 in tiles
+  void* values;                // [n_end - n, k_end - k] of `type`
+};
+struct FinishSlab {
+  int64_t M;
+  const float* total;     // [M, end - first], the sums that become y[:, first .. end)
+  const Weight* of_rows;  // whose scales, one a row, the sums lack; or null
+  int64_t first, end, columns;
+  Epilogue epilogue;
+  Type type;
+  void* y;  // [M, columns] of `type`
+};
 bool takes_slabs(const DequantMatmul&);
-// Rows [first, end) of the weight in x's type; the first is at the address that it gives, mostly `slab`. `first` is a
-// multiple of 16.
-const void* decode_slab(const DequantMatmul&, int64_t first, int64_t end, void* slab, Stream);
-// y[:, first .. end) of total [M, end - first], the sums
-void finish_slab(const DequantMatmul&, int64_t first, int64_t end, const float* total, Stream);
+bool takes_slabs(const DequantMatmulBackward&);
+const void* decode_slab(const DecodeSlab&, Stream);  // where the values are: the weight itself where it holds them
+void finish_slab(const FinishSlab&, Stream);
 
 }  // namespace cuda
 }  // namespace quantlib

@@ -28,13 +28,17 @@ class Cuda {
   QL_FORWARD(quantize_dynamic, QuantizeDynamic)
   QL_FORWARD(fake_quantize, FakeQuantize)
   QL_FORWARD(fake_quantize_backward, FakeQuantizeBackward)
-  QL_FORWARD(dequant_matmul_backward, DequantMatmulBackward)
   QL_FORWARD(scaled_matmul, ScaledMatmul)
 #undef QL_FORWARD
 
-  void dequant_matmul(const DequantMatmul& p) const {
-    cuda::takes_slabs(p) ? cuda::multiply_slabs(p, device_, stream_) : cuda::dequant_matmul(p, stream_);
+#define QL_MULTIPLY(OP, PROBLEM)                                                     \
+  void OP(const PROBLEM& problem) const {                                            \
+    if (cuda::takes_slabs(problem)) cuda::multiply_slabs(problem, device_, stream_); \
+    else cuda::OP(problem, stream_);                                                 \
   }
+  QL_MULTIPLY(dequant_matmul, DequantMatmul)
+  QL_MULTIPLY(dequant_matmul_backward, DequantMatmulBackward)
+#undef QL_MULTIPLY
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

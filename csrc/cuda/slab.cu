@@ -1,9 +1,10 @@
-// y[m, n] = epilogue(total[m, n - first] * scale[n / br]), total[m, j] = sum over k of x[m, k] * w[j, k],
-// w[n - first, k] = decode(codes[n, k]) - zero_point[n / br, k / bk], for some rows n of the weight at a time
+// y[m, n] = epilogue(total[m, n] * scale[n / br]), total[m, n] = sum over k of x[m, k] * w[n, k],
+// w[n, k] = decode(codes[n, k]) - zero_point[n / br, k / bk], for some rows n of the weight at a time; and the
+// gradient, dx[m, k] = sum over n of dy[m, n] * w[n, k] * scale[n / br, k / bk], for some columns k.
 //
 // This makes w, in x's 16-bit type, and y; between the two lies the vendor's product, see slab.h. Where a row has one
-// scale the operands are exact and it multiplies the sums, apart from a power of two, see SplitScale; else they are
-// times their scale, rounded to bfloat16, which has room for every such product.
+// scale the operands of y are exact and it multiplies the sums, apart from a power of two, see SplitScale; else they
+// are times their scale, rounded to bfloat16, which has room for every such product.
 #include "matmul.cuh"
 #include "operand.cuh"
 
@@ -21,9 +22,10 @@ struct DecodeSlabArgs {
   const uint8_t* codes;       // [N, row_bytes], or tiles
   const float* scale;         // [ceil(N / br), groups]
   const int32_t* zero_point;  // the same shape, or null
-  Unit<X>* slab;              // [end - first, K]
-  int64_t first, end, K, words;
-  Divisor br, bk, per_row;  // the last: words of a row, or of a row of tiles
+  Unit<X>* slab;              // [n_end - n, k_end - k]
+  int64_t n, n_end, k, k_end;
+  int64_t words, row_words;  // of the slab, and of a row, or row of tiles, of the weight
+  Divisor br, bk, per_row;   // the last: words of a row of the slab
   int64_t groups;
   bool scaled;
   uint32_t flip;            // see Operand
@@ -37,19 +39,20 @@ __global__ void __launch_bounds__(kThreads) decode_slab_kernel(const DecodeSlabA
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= a.words) return;
   const int64_t above = a.per_row.divide(index), in_row = index - above * a.per_row.d;
-  int64_t row = a.first + above, column = in_row * 4 * halves;
+  int64_t row = a.n + above, column = a.k + in_row * 4 * halves;
+  int64_t at = (row * a.row_words + a.k / (4 * halves) + in_row) * bytes;
   if constexpr (TILED) {  // lane, one of its two rows, one of that row's four words: quantlib/backends/tiles.py
     const int in_tile = int(in_row % 256), lane = in_tile / 8;
-    row = a.first + above * 16 + in_tile / 4 % 2 * 8 + lane / 4;
+    row = a.n + above * 16 + in_tile / 4 % 2 * 8 + lane / 4;
     column = in_row / 256 * (64 * halves) + in_tile % 4 * 16 + lane % 4 * 4;
+    at = ((a.n / 16 + above) * a.row_words + in_row) * bytes;
   }
-  const uint8_t* codes = a.codes + (a.first / (TILED ? 16 : 1) * a.per_row.d + index) * bytes;
-  const auto word = Vector<uint32_t, bytes / 4>::load(reinterpret_cast<const uint32_t*>(codes));
-  if (row >= a.end) return;
+  const auto word = Vector<uint32_t, bytes / 4>::load(reinterpret_cast<const uint32_t*>(a.codes + at));
+  if (row >= a.n_end) return;
 #pragma unroll
   for (int h = 0; h < halves; ++h) {
     const int64_t k = column + h * half_step, block = a.br.divide(row) * a.groups + a.bk.divide(k);
-    if (k >= a.K) return;
+    if (k >= a.k_end) return;
     const float scale = effective_scale<F>(a.scale[block]);
     const SplitScale<X> split(scale);
     Vector<Unit<X>, 4> w;
@@ -75,16 +78,16 @@ __global__ void __launch_bounds__(kThreads) decode_slab_kernel(const DecodeSlabA
           w.put(e, encode<X>(mul(decode_float<X>(unscaled[e]), is_wide<F> ? scale : split.rest), false));
       }
     }
-    w.store_whole(a.slab + (row - a.first) * a.K + k);
+    w.store_whole(a.slab + (row - a.n) * (a.k_end - a.k) + (k - a.k));
   }
 }
 
 struct FinishSlabArgs {
-  const float* total;  // [M, end - first]
+  const float* total;  // [M, width]
   const float* scale;  // [ceil(N / br)], or null
   float scale_max;
   int64_t first, N, chunks;  // chunks of four columns of total, in all
-  int width;                 // end - first
+  int width;                 // of total
   Divisor br, per_row;
   Epilogue epilogue;
   uint16_t* y;             // [M, N]
@@ -116,26 +119,28 @@ __global__ void __launch_bounds__(kThreads) finish_slab_kernel(const FinishSlabA
 }
 
 template <class F, class X, bool TILED>
-void decode(const DequantMatmul& p, int64_t first, int64_t end, void* slab, Stream stream) {
+void decode(const DecodeSlab& p, Stream stream) {
   const Weight& w = p.weight;
   const Grid& g = w.grid;
   const bool is_signed = w.format != Type::uint8;
-  constexpr int columns = is_wide<F> ? 4 : 32 / F::bits;
-  const int64_t rows = TILED ? ceil_div(end - first, 16) : end - first;
-  const int64_t per_row = TILED ? ceil_div(g.K, columns * 16) * 256 : g.K / columns;
+  constexpr int columns = is_wide<F> ? 4 : 32 / F::bits;  // of a word
+  const auto words_of = [](int64_t k) { return TILED ? ceil_div(k, columns * 16) * 256 : k / columns; };
+  const int64_t rows = TILED ? ceil_div(p.n_end - p.n, 16) : p.n_end - p.n, per_row = words_of(p.k_end - p.k);
   DecodeSlabArgs<X> a{static_cast<const uint8_t*>(w.codes),
                       w.scale,
                       w.zero_point,
-                      static_cast<Unit<X>*>(slab),
-                      first,
-                      end,
-                      g.K,
+                      static_cast<Unit<X>*>(p.values),
+                      p.n,
+                      p.n_end,
+                      p.k,
+                      p.k_end,
                       rows * per_row,
+                      words_of(g.K),
                       Divisor(g.br),
                       Divisor(g.bk),
                       Divisor(per_row),
                       g.scale_cols(),
-                      g.scale_cols() > 1,
+                      p.scaled,
                       0,
                       0,
                       0};
@@ -144,73 +149,76 @@ void decode(const DequantMatmul& p, int64_t first, int64_t end, void* slab, Stre
     a.lowest = is_signed ? F::affine_qmin : 0;
     a.highest = a.lowest + (1 << F::bits) - 1;
   }
-  launch("dequant_matmul", decode_slab_kernel<F, X, TILED>, ceil_div(a.words, kThreads), kThreads, stream, a);
+  launch("decode_slab", decode_slab_kernel<F, X, TILED>, ceil_div(a.words, kThreads), kThreads, stream, a);
 }
 
 template <class X, bool TILED>
-void visit_codes(const DequantMatmul& p, int64_t first, int64_t end, void* slab, Stream stream) {
+void visit_codes(const DecodeSlab& p, Stream stream) {
   switch (p.weight.format) {
     case Type::int8:
     case Type::uint8:
-      return decode<int8, X, TILED>(p, first, end, slab, stream);
+      return decode<int8, X, TILED>(p, stream);
     case Type::int4:
-      return decode<int4, X, TILED>(p, first, end, slab, stream);
+      return decode<int4, X, TILED>(p, stream);
     case Type::float8_e4m3fn:
-      return decode<float8_e4m3fn, X, TILED>(p, first, end, slab, stream);
+      return decode<float8_e4m3fn, X, TILED>(p, stream);
     case Type::float8_e5m2:
-      return decode<float8_e5m2, X, TILED>(p, first, end, slab, stream);
+      return decode<float8_e5m2, X, TILED>(p, stream);
     case Type::float4_e2m1fn:
-      return decode<float4_e2m1fn, X, TILED>(p, first, end, slab, stream);
+      return decode<float4_e2m1fn, X, TILED>(p, stream);
     default:
-      if constexpr (std::is_same_v<X, bfloat16> && !TILED)
-        return decode<bfloat16, X, false>(p, first, end, slab, stream);
+      if constexpr (std::is_same_v<X, bfloat16> && !TILED) return decode<bfloat16, X, false>(p, stream);
       unknown_type();
   }
+}
+
+// Whether words of codes are whole, each under one scale, and values of `type` hold what they become.
+bool holds(const Weight& w, Type type, bool tiled, bool scaled) {
+  const Type f = w.format;
+  const bool byte = f >= Type::float8_e4m3fn, packed = f == Type::int4 || f == Type::float4_e2m1fn;
+  return type != Type::float32 && (byte || f == type) && is_aligned(w.codes, 8) && w.grid.K > 0 &&
+         w.grid.K % (packed && !tiled ? 8 : 4) == 0 && (w.grid.bk >= w.grid.K || w.grid.bk % 4 == 0) &&
+         (!scaled || type == Type::bfloat16);
 }
 
 }  // namespace
 
 bool takes_slabs(const DequantMatmul& p) {
-  const Grid& g = p.weight.grid;
-  const Type f = p.weight.format;
-  const bool byte = f >= Type::float8_e4m3fn, packed = f == Type::int4 || f == Type::float4_e2m1fn;
-  const bool by_row = g.bk >= g.K, aligned = is_aligned(p.weight.codes, 8);
-  return !p.batch_invariant && p.M > kLeast && p.x_type != Type::float32 && (byte || f == p.x_type) && aligned &&
-         g.K > 0 && g.K % (packed && !p.tiled ? 8 : 4) == 0 &&
-         (by_row || (p.x_type == Type::bfloat16 && g.bk % 4 == 0));
+  const bool scaled = p.weight.grid.bk < p.weight.grid.K;
+  return p.M > kLeast && !p.batch_invariant && holds(p.weight, p.x_type, p.tiled, scaled);
 }
 
-const void* decode_slab(const DequantMatmul& p, int64_t first, int64_t end, void* slab, Stream stream) {
-  const Grid& g = p.weight.grid;
-  if (p.weight.format == p.x_type && g.bk >= g.K) return static_cast<const uint16_t*>(p.weight.codes) + first * g.K;
-  if (p.x_type == Type::float16)
-    p.tiled ? visit_codes<float16, true>(p, first, end, slab, stream)
-            : visit_codes<float16, false>(p, first, end, slab, stream);
-  else
-    p.tiled ? visit_codes<bfloat16, true>(p, first, end, slab, stream)
-            : visit_codes<bfloat16, false>(p, first, end, slab, stream);
-  return slab;
+bool takes_slabs(const DequantMatmulBackward& p) {
+  return p.M > kLeast && p.weight.grid.M > 0 && holds(p.weight, p.dy_type, false, true);
 }
 
-void finish_slab(const DequantMatmul& p, int64_t first, int64_t end, const float* total, Stream stream) {
-  const Grid& g = p.weight.grid;
-  const int64_t per_row = ceil_div(end - first, 4);
-  const bool vector = (end - first) % 4 == 0 && g.M % 4 == 0 && first % 4 == 0;
-  const FinishSlabArgs a{total,
-                         g.bk >= g.K ? p.weight.scale : nullptr,
-                         scale_max(p.weight.format),
-                         first,
-                         g.M,
+const void* decode_slab(const DecodeSlab& p, Stream stream) {
+  if (p.weight.format == p.type && !p.scaled)
+    return static_cast<const uint16_t*>(p.weight.codes) + p.n * p.weight.grid.K;
+  if (p.type == Type::float16) p.tiled ? visit_codes<float16, true>(p, stream) : visit_codes<float16, false>(p, stream);
+  else p.tiled ? visit_codes<bfloat16, true>(p, stream) : visit_codes<bfloat16, false>(p, stream);
+  return p.values;
+}
+
+void finish_slab(const FinishSlab& p, Stream stream) {
+  const int64_t width = p.end - p.first, per_row = ceil_div(width, 4);
+  const bool vector = width % 4 == 0 && p.columns % 4 == 0 && p.first % 4 == 0;
+  const Weight* w = p.of_rows;
+  const FinishSlabArgs a{p.total,
+                         w ? w->scale : nullptr,
+                         w ? scale_max(w->format) : 0.0f,
+                         p.first,
+                         p.columns,
                          p.M * per_row,
-                         int(end - first),
-                         Divisor(g.br),
+                         int(width),
+                         Divisor(w ? w->grid.br : 1),
                          Divisor(per_row),
                          p.epilogue,
                          static_cast<uint16_t*>(p.y),
-                         p.x_type == Type::float16,
-                         p.x_type == Type::bfloat16 && p.weight.format != p.x_type,
-                         vector && is_aligned(total, 16) && is_aligned(p.y, 8)};
-  launch("dequant_matmul", finish_slab_kernel, ceil_div(a.chunks, kThreads), kThreads, stream, a);
+                         p.type == Type::float16,
+                         p.type == Type::bfloat16 && w && w->format != p.type,
+                         vector && is_aligned(p.total, 16) && is_aligned(p.y, 8)};
+  launch("finish_slab", finish_slab_kernel, ceil_div(a.chunks, kThreads), kThreads, stream, a);
 }
 
 }  // namespace cuda

@@ -20,9 +20,10 @@ ABSENT(dequant_matmul_backward, DequantMatmulBackward)
 ABSENT(scaled_matmul, ScaledMatmul)
 #undef ABSENT
 __attribute__((weak)) bool takes_slabs(const DequantMatmul&) { return false; }
-__attribute__((weak)) const void* decode_slab(const DequantMatmul&, int64_t, int64_t, void*, Stream) {
+__attribute__((weak)) bool takes_slabs(const DequantMatmulBackward&) { return false; }
+__attribute__((weak)) const void* decode_slab(const DecodeSlab&, Stream) {
   throw std::logic_error("decode_slab is not here");
 }
-__attribute__((weak)) void finish_slab(const DequantMatmul&, int64_t, int64_t, const float*, Stream) {}
+__attribute__((weak)) void finish_slab(const FinishSlab&, Stream) {}
 }  // namespace cuda
 }  // namespace quantlib

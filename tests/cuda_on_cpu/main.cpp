@@ -77,25 +77,61 @@ class Buffer {
   std::unique_ptr<memory::Buffer> known_;
 };
 
-// dequant_matmul as csrc/cuda/slab.h does it, with a product of loops, two slabs, and no byte to spare.
-static void multiply_slabs(const DequantMatmul& p) {
-  const int64_t N = p.weight.grid.M, K = p.weight.grid.K, half = (N / 2 + 15) / 16 * 16;
-  const auto value = [&](const void* x, int64_t at) {
-    const uint16_t code = static_cast<const uint16_t*>(x)[at];
-    return p.x_type == Type::float16 ? decode_float<float16>(code) : decode_float<bfloat16>(code);
+// total [M, n] += x [M, L] * w [L, n], w of these strides
+static void multiply(Type type, const void* x, const void* w, float* total, int64_t M, int64_t n, int64_t L,
+                     const int64_t (&strides)[2]) {
+  const auto value = [&](const void* values, int64_t at) {
+    const uint16_t code = static_cast<const uint16_t*>(values)[at];
+    return type == Type::float16 ? decode_float<float16>(code) : decode_float<bfloat16>(code);
   };
-  for (int64_t first = 0; first < N; first += half) {
-    const int64_t end = std::min(first + half, N), n = end - first;
-    const auto slab = std::make_unique<uint16_t[]>(size_t(n * K));
-    const auto total = std::make_unique<float[]>(size_t(p.M * n));
-    const memory::Buffer known_slab(slab.get(), size_t(n * K) * 2, false),
-        known_total(total.get(), size_t(p.M * n) * 4, true);
-    const void* w = cuda::decode_slab(p, first, end, slab.get(), nullptr);
-    for (int64_t m = 0; m < p.M; ++m)
-      for (int64_t j = 0; j < n; ++j)
-        for (int64_t k = 0; k < K; ++k) total[m * n + j] += value(p.x, m * K + k) * value(w, j * K + k);
-    cuda::finish_slab(p, first, end, total.get(), nullptr);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t l = 0; l < L; ++l)
+        total[m * n + j] += value(x, m * L + l) * value(w, l * strides[0] + j * strides[1]);
+}
+
+// dequant_matmul and its gradient as csrc/cuda/slab.h has them, with two slabs and no byte to spare: `columns` of y, a
+// multiple of `step` in the first slab.
+template <class Decode, class Finish>
+void in_slabs(Type type, const void* x, int64_t M, int64_t columns, int64_t L, int64_t step, bool transposed,
+              Decode decode, Finish finish) {
+  const int64_t half = (columns / 2 + step - 1) / step * step;
+  for (int64_t first = 0; first < columns; first += half) {
+    const int64_t end = std::min(first + half, columns), n = end - first;
+    const auto slab = std::make_unique<uint16_t[]>(size_t(n * L));
+    const auto total = std::make_unique<float[]>(size_t(M * n));
+    const memory::Buffer known_slab(slab.get(), size_t(n * L) * 2, false),
+        known_total(total.get(), size_t(M * n) * 4, true);
+    const void* w = decode(first, end, slab.get());
+    multiply(type, x, w, total.get(), M, n, L, {transposed ? n : 1, transposed ? 1 : L});
+    finish(first, end, total.get());
   }
+}
+
+static void multiply_slabs(const DequantMatmul& p) {
+  const Weight& weight = p.weight;
+  const int64_t N = weight.grid.M, K = weight.grid.K;
+  const bool scaled = weight.grid.bk < K;
+  in_slabs(
+      p.x_type, p.x, p.M, N, K, 16, false,
+      [&](int64_t n, int64_t end, void* slab) {
+        return cuda::decode_slab({weight, p.tiled, scaled, p.x_type, n, end, 0, K, slab}, nullptr);
+      },
+      [&](int64_t n, int64_t end, const float* total) {
+        cuda::finish_slab({p.M, total, scaled ? nullptr : &weight, n, end, N, p.epilogue, p.x_type, p.y}, nullptr);
+      });
+}
+
+static void multiply_slabs(const DequantMatmulBackward& p) {
+  const int64_t N = p.weight.grid.M, K = p.weight.grid.K;
+  in_slabs(
+      p.dy_type, p.dy, p.M, K, N, 128, true,
+      [&](int64_t k, int64_t end, void* slab) {
+        return cuda::decode_slab({p.weight, false, true, p.dy_type, 0, N, k, end, slab}, nullptr);
+      },
+      [&](int64_t k, int64_t end, const float* total) {
+        cuda::finish_slab({p.M, total, nullptr, k, end, K, {nullptr, Activation::none}, p.dy_type, p.dx}, nullptr);
+      });
 }
 
 static void run(const Call& c, const std::vector<Buffer>& buffers) {
@@ -118,9 +154,11 @@ static void run(const Call& c, const std::vector<Buffer>& buffers) {
       const DequantMatmul problem = {c.M, p(0), c.from, w, {scale(4), c.activation}, false, p(5), c.flag != 0};
       return cuda::takes_slabs(problem) ? multiply_slabs(problem) : cuda::dequant_matmul(problem, nullptr);
     }
-    case 17:
-      return cuda::dequant_matmul_backward({c.M, p(0), c.from, {c.grid, p(1), c.to, scale(2), zero_point(3)}, p(4)},
-                                           nullptr);
+    case 17: {
+      const Weight w = {c.grid, p(1), c.to, scale(2), zero_point(3)};
+      const DequantMatmulBackward problem = {c.M, p(0), c.from, w, p(4)};
+      return cuda::takes_slabs(problem) ? multiply_slabs(problem) : cuda::dequant_matmul_backward(problem, nullptr);
+    }
     case 18: {
       const Weight w = {c.grid, p(3), c.to, scale(4), zero_point(5)};
       return cuda::scaled_matmul(
