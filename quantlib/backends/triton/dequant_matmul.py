@@ -156,7 +156,8 @@ def multiply(
 def scales(x: torch.Tensor, scale: torch.Tensor, block: launch.Shape, tiled: bool, tile: tuning.MatmulTile) -> str:
     """What a scale multiplies: the sum of a row, the sum of a step, the weights of a step, or each weight its own.
 
-    A weight times its scale is rounded to x's type, for which it may be too large where that is float16.
+    A weight times its scale is rounded to x's type, for which it may be too large where that is float16. A sum comes
+    before its scale, and overflows where that of |x| |q - z| does: with values of x from 1e31 on.
     """
     if scale.shape[1] <= 1:
         return "row"
