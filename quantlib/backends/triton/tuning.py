@@ -50,7 +50,7 @@ def choose_matmul(
     elif M <= FEW:
         tile_n, tile_m, warps, stages = 64, max(8, power_of_2(M)), 2, 4
     elif M <= 64 or wide:
-        tile_n, tile_m, warps, stages = 64, 64, 4, 3
+        tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
     else:
         tile_n, tile_m, warps, stages = 128, 128, 8, 3
     if device and K % 16:
