@@ -58,11 +58,12 @@ def gpu_facts() -> dict[str, Any]:
 
 def gpu_state() -> dict[str, str]:
     """Clocks, power and temperature at this moment, as nvidia-smi words them; nothing where it does not say."""
-    query = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
+    which = f"--id=GPU-{torch.cuda.get_device_properties('cuda').uuid}"  # CUDA may count devices in another order
+    query = ["nvidia-smi", which, f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
-        return dict(zip(STATE, (value.strip() for value in said[torch.cuda.current_device()].split(",")), strict=True))
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+        return dict(zip(STATE, (value.strip() for value in said.split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError):
         return {}
 
 

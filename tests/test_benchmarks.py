@@ -268,13 +268,24 @@ def test_several_sizes_have_a_line() -> None:
     assert len(json.loads(report.as_json(MACHINE, rows, True))["lines"]) == 1
 
 
-def test_the_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "1980 MHz, 1980 MHz, 3201 MHz, 123.45 W, 700.00 W, 41\n"
-    done = type("Done", (), {"stdout": said})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
-    assert machine.gpu_state()["clocks.sm"] == "1980 MHz"
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: type("Done", (), {"stdout": "No devices\n"}))
+def test_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 1 << 37, "L2_cache_size": 60 << 20}
+    properties = type("Properties", (), {**facts, "uuid": "1234"})
+    said, asked = ["1980 MHz, 1980 MHz, 3201 MHz, 123.45 W, 700.00 W, 41\n", "No devices were found\n"], []
+
+    def smi(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        return type("Done", (), {"stdout": said.pop(0)})
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(machine, "subprocess", type("Subprocess", (), {"run": smi, "SubprocessError": OSError}))
+    monkeypatch.setattr(machine, "commit", lambda: "v1")
+    about = machine.describe("cuda")
+    assert (about["device"], about["instructions"], about["gpu"]["sms"]) == ("a GPU", "sm_90", 132)
+    assert about["gpu"]["clocks.sm"] == "1980 MHz"
+    assert about["gpu"]["temperature.gpu"] == "41"
+    assert asked[0][:2] == ["nvidia-smi", "--id=GPU-1234"]
     assert machine.gpu_state() == {}
 
 
