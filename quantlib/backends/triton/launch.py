@@ -174,10 +174,14 @@ LEAST_SHARED = 101376
 
 
 @functools.cache
+def properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; without a device, those of its architecture."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return properties(device).shared_memory_per_block_optin
     return SHARED[80] if INTERPRETED else SHARED.get(arch(device), LEAST_SHARED)
 
 
@@ -187,10 +191,9 @@ def device_name(device: torch.device) -> str:
     return "" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
-@functools.cache
 def processors(device: torch.device) -> int:
     """How many programs run at a time where one fills a multiprocessor; of no device, three."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: int, **options: int) -> None:

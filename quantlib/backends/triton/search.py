@@ -52,8 +52,8 @@ class Machine:
 
 
 def machine(device: torch.device) -> Machine:
-    found = torch.cuda.get_device_properties(device)
-    return Machine(device, launch.device_name(device), launch.shared_memory(device), found.L2_cache_size)
+    cache = launch.properties(device).L2_cache_size
+    return Machine(device, launch.device_name(device), launch.shared_memory(device), cache)
 
 
 def search(key: Key, on: Machine, timer: Timer) -> Entry:
