@@ -15,7 +15,7 @@ OUTSIDE, MISALIGNED, UNWRITTEN = "outside of every buffer", "misaligned: 16 byte
 READ, WRITE, OVERWRITE = (
     f"race: it {what}" for what in ("reads what is wr", "writes what is wr", "writes what is read")
 )
-IN_FLIGHT = "an asynchronous copy that nobody has waited for"
+IN_FLIGHT = "an asynchronous copy (that nobody has waited for|is on its way)"
 FAULTS = {
     "read_past_the_end": f"reads 4 bytes {OUTSIDE}",
     "read_before_the_start": f"reads 4 bytes {OUTSIDE}",
@@ -49,6 +49,7 @@ FAULTS = {
     "copy_not_met": f"{UNWRITTEN}|{READ}|{IN_FLIGHT}",
     "copy_one_group_left": IN_FLIGHT,
     "copy_overwritten": f"{OVERWRITE}|{IN_FLIGHT}",
+    "copy_written": f"writes where {IN_FLIGHT}",
     "copy_left": "it left without waiting for its asynchronous copies",
 }
 

@@ -180,15 +180,19 @@ def planted(fault: Fault, folder: Path) -> Path:
 NO_FAULT = Fault("none", "cuda/range.cuh", "", "", "")
 
 
-@pytest.mark.parametrize("fault", [NO_FAULT, *FAULTS], ids=str)
-def test_a_planted_fault_is_caught(fault: Fault, cache: Path, tmp_path: Path) -> None:
-    emulator = build(cache, (fault.op,), planted(fault, tmp_path))
+def few(op: str) -> tuple[list[Case], list[Call]]:
     chosen = [
-        Case(fault.op, "int8", "float32", shape, block, symmetric=symmetric)
+        Case(op, "int8", "float32", shape, block, symmetric=symmetric)
         for shape, block in (((4, 4099), (1, -1)), ((6, 35), (1, -1)), ((6, 35), (2, 3)))
         for symmetric in (True, False)
     ]
-    calls = [call_of(case, seed, shift=seed % 2) for seed, case in enumerate(chosen)]
+    return chosen, [call_of(case, seed, shift=seed % 2) for seed, case in enumerate(chosen)]
+
+
+@pytest.mark.parametrize("fault", [NO_FAULT, *FAULTS], ids=str)
+def test_a_planted_fault_is_caught(fault: Fault, cache: Path, tmp_path: Path) -> None:
+    emulator = build(cache, (fault.op,), planted(fault, tmp_path))
+    chosen, calls = few(fault.op)
     if fault is NO_FAULT:
         return check(emulator, chosen, calls)
     if fault.caught:
@@ -197,6 +201,16 @@ def test_a_planted_fault_is_caught(fault: Fault, cache: Path, tmp_path: Path) ->
     if not fault.caught or "race" in fault.caught:
         with pytest.raises(AssertionError, match="differ, first at"):
             check(replace(emulator, watched=False), chosen, calls)
+
+
+def test_address_sanitizer_agrees(cache: Path, tmp_path: Path) -> None:
+    """Another witness of what lies outside of a buffer."""
+    chosen, calls = few(NO_FAULT.op)
+    check(build(cache, (NO_FAULT.op,), planted(NO_FAULT, tmp_path / "right"), "address"), chosen, calls)
+    past_the_end = next(fault for fault in FAULTS if fault.name == "read past the end")
+    emulator = build(cache, (past_the_end.op,), planted(past_the_end, tmp_path / "wrong"), "address")
+    with pytest.raises(KernelError, match="heap-buffer-overflow"):
+        emulator.run(few(past_the_end.op)[1])
 
 
 def test_a_grid_that_no_gpu_takes_is_refused(emulator: Emulator) -> None:

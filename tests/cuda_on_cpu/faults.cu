@@ -260,7 +260,7 @@ __global__ void ticket_without_a_fence(const Args a) {
 
 // ---- asynchronous copies --------------------------------------------------------------------------------------------
 
-enum class Copy { right, not_waited, not_met, one_group_left, overwritten, left };
+enum class Copy { right, not_waited, not_met, one_group_left, overwritten, written, left };
 
 // y = x, by way of two buffers that take turns
 template <Copy FAULT>
@@ -276,7 +276,8 @@ __global__ void copies(const Args a) {
     if (FAULT == Copy::one_group_left) wait_copies<2>();
     else if (FAULT != Copy::not_waited) wait_copies<1>();  // fault
     if (FAULT != Copy::not_met) __syncthreads();
-    const uint32_t word = x[block % 2][kBlock - 1 - me()];  // fault
+    if (FAULT == Copy::written && me() == 0) x[(block + 1) % 2][0] = 0;  // fault
+    const uint32_t word = x[block % 2][kBlock - 1 - me()];               // fault
     if (int(blockIdx.x) == block) a.y[block * kBlock + kBlock - 1 - me()] = word;
     if (FAULT != Copy::overwritten) __syncthreads();
   }
@@ -286,48 +287,21 @@ __global__ void copies(const Args a) {
 // ---- the host -------------------------------------------------------------------------------------------------------
 
 using Kernel = void (*)(Args);
-#define BOTH(NAME)                     \
-  {                                    \
-    #NAME, { NAME<false>, NAME<true> } \
-  }
-#define COPY(NAME)                                             \
-  {                                                            \
-    "copy_" #NAME, { copies<Copy::right>, copies<Copy::NAME> } \
-  }
-const std::map<std::string, std::pair<Kernel, Kernel>> kernels = {BOTH(read_past_the_end),
-                                                                  BOTH(read_before_the_start),
-                                                                  BOTH(write_past_the_end),
-                                                                  BOTH(read_a_row_too_far),
-                                                                  BOTH(shared_past_the_end),
-                                                                  BOTH(index_of_a_shared_array),
-                                                                  BOTH(index_of_registers),
-                                                                  BOTH(misaligned),
-                                                                  BOTH(misaligned_store),
-                                                                  BOTH(misaligned_shared),
-                                                                  BOTH(shift_by_the_width),
-                                                                  BOTH(missing_barrier),
-                                                                  BOTH(overwritten_while_read),
-                                                                  BOTH(never_written),
-                                                                  BOTH(two_writers),
-                                                                  BOTH(neighbouring_bytes),
-                                                                  BOTH(warp_for_block),
-                                                                  BOTH(half_a_warp),
-                                                                  BOTH(shuffle_for_barrier),
-                                                                  BOTH(divergent_barrier),
-                                                                  BOTH(barrier_in_a_branch),
-                                                                  BOTH(a_lane_that_left),
-                                                                  BOTH(lane_outside_of_the_mask),
-                                                                  BOTH(votes_and_shuffles),
-                                                                  BOTH(blocks_write_the_same),
-                                                                  BOTH(block_reads_another),
-                                                                  BOTH(sum_without_an_atomic),
-                                                                  BOTH(reads_an_output),
-                                                                  BOTH(ticket_without_a_fence),
-                                                                  COPY(not_waited),
-                                                                  COPY(not_met),
-                                                                  COPY(one_group_left),
-                                                                  COPY(overwritten),
-                                                                  COPY(left)};
+// clang-format off
+#define BOTH(NAME) {#NAME, {NAME<false>, NAME<true>}}
+#define COPY(NAME) {"copy_" #NAME, {copies<Copy::right>, copies<Copy::NAME>}}
+const std::map<std::string, std::pair<Kernel, Kernel>> kernels = {
+    BOTH(read_past_the_end), BOTH(read_before_the_start), BOTH(write_past_the_end), BOTH(read_a_row_too_far),
+    BOTH(shared_past_the_end), BOTH(index_of_a_shared_array), BOTH(index_of_registers), BOTH(misaligned),
+    BOTH(misaligned_store), BOTH(misaligned_shared), BOTH(shift_by_the_width), BOTH(missing_barrier),
+    BOTH(overwritten_while_read), BOTH(never_written), BOTH(two_writers), BOTH(neighbouring_bytes),
+    BOTH(warp_for_block), BOTH(half_a_warp), BOTH(shuffle_for_barrier), BOTH(divergent_barrier),
+    BOTH(barrier_in_a_branch), BOTH(a_lane_that_left), BOTH(lane_outside_of_the_mask), BOTH(votes_and_shuffles),
+    BOTH(blocks_write_the_same), BOTH(block_reads_another), BOTH(sum_without_an_atomic), BOTH(reads_an_output),
+    BOTH(ticket_without_a_fence), COPY(not_waited), COPY(not_met), COPY(one_group_left), COPY(overwritten),
+    COPY(written), COPY(left)
+};
+// clang-format on
 
 template <int WORDS>
 class Words {

@@ -65,7 +65,8 @@ struct Region {
   bool shared, written;
   std::vector<Byte> bytes;  // made when it is first used
 };
-std::deque<Region> buffers, shared;
+std::deque<Region> buffers;
+std::vector<Region> shared;  // by address
 Region* last = nullptr;
 
 std::string hex(uintptr_t p) {
@@ -78,20 +79,25 @@ bool is_at(uintptr_t p, size_t bytes, const Region& r) { return r.begin <= p && 
 
 Region* find(uintptr_t p, size_t bytes) {
   if (last && is_at(p, bytes, *last)) return last;
-  for (auto* regions : {&buffers, &shared})
-    for (Region& r : *regions)
-      if (is_at(p, bytes, r)) return last = &r;
-  return nullptr;
+  for (Region& r : buffers)
+    if (is_at(p, bytes, r)) return last = &r;
+  const auto after = [&](const Region& r) { return r.begin <= p; };
+  const auto next = std::partition_point(shared.begin(), shared.end(), after);
+  return next != shared.begin() && is_at(p, bytes, next[-1]) ? last = &next[-1] : nullptr;
 }
 
+// Where p is, for who has gone too far.
 std::string near(uintptr_t p) {
-  for (auto* regions : {&buffers, &shared})
-    for (const Region& r : *regions)
-      if (r.begin <= p + 4096 && p < r.end + 4096)
-        return p < r.begin
-                   ? std::to_string(r.begin - p) + " bytes before " + r.name
-                   : std::to_string(p - r.begin) + " bytes into " + r.name + " of " + std::to_string(r.end - r.begin);
-  return "not near any";
+  const Region* nearest = nullptr;
+  const auto distance = [&](const Region& r) { return p < r.begin ? r.begin - p : p - r.begin; };
+  const auto compare = [&](const Region& r) {
+    if (!nearest || distance(r) < distance(*nearest)) nearest = &r;
+  };
+  std::for_each(buffers.begin(), buffers.end(), compare);
+  std::for_each(shared.begin(), shared.end(), compare);
+  if (!nearest) return "of which there is none";
+  return std::to_string(distance(*nearest)) + (p < nearest->begin ? " bytes before " : " bytes into ") + nearest->name +
+         " of " + std::to_string(nearest->end - nearest->begin);
 }
 
 Event event_of(const void* from, bool atomic) {
@@ -152,17 +158,23 @@ void add_reader(const Region& r, Byte& b, const Event& me) {
   b.read = me;
 }
 
-void read(const Region& r, uintptr_t p, Byte& b, const Event& me) {
-  if (b.in_flight) fail("it reads an asynchronous copy that nobody has waited for, from " + hex(me.from));
+void check_written(const Region& r, uintptr_t p, const Byte& b, const Event& me) {
   const bool written = r.shared ? b.written.time >= block_began : r.written || b.written.time;
   if (!written)
     fail("it reads byte " + std::to_string(p - r.begin) + " of " + r.name + ", which nobody wrote, from " +
          hex(me.from));
+}
+
+void read(const Region& r, uintptr_t p, Byte& b, const Event& me) {
+  if (b.in_flight) fail("it reads an asynchronous copy that nobody has waited for, from " + hex(me.from));
+  check_written(r, p, b, me);
   if (!is_before(r, b.written, me)) race("reads what is written", r, p, me, b.written);
   add_reader(r, b, me);
 }
 
 void write(const Region& r, uintptr_t p, Byte& b, const Event& me) {
+  if (b.in_flight) fail("it writes where an asynchronous copy is on its way, from " + hex(me.from));
+  if (me.atomic) check_written(r, p, b, me);
   if (!is_before(r, b.written, me) && !(b.written.atomic && me.atomic))
     race("writes what is written", r, p, me, b.written);
   check_readers(r, p, b, me);
@@ -185,6 +197,13 @@ Region* region_of(uintptr_t p, size_t bytes, const void* from, const char* what)
     fail("it " + std::string(what) + " " + std::to_string(bytes) + " bytes outside of every buffer and shared array, " +
          near(p) + ", from " + hex(uintptr_t(from)));
   return r;
+}
+
+void set_in_flight(void* address, size_t bytes, const void* from, bool value) {
+  if (!is_running()) return;
+  const auto p = uintptr_t(address);
+  Byte* b = bytes_of(*region_of(p, bytes, from, "writes"), p);
+  for (size_t k = 0; k < bytes; ++k) b[k].in_flight = value;
 }
 
 }  // namespace
@@ -212,16 +231,12 @@ void write_from_host(const void* address, size_t bytes) {
 
 void start_copy(void* p, size_t bytes, const void* from) {
   touch(p, bytes, Access::write, from);
-  if (!is_running()) return;
-  Byte* b = bytes_of(*region_of(uintptr_t(p), bytes, from, "writes"), uintptr_t(p));
-  for (size_t k = 0; k < bytes; ++k) b[k].in_flight = true;
+  set_in_flight(p, bytes, from, true);
 }
 
 void finish_copy(void* p, size_t bytes, const void* from) {
+  set_in_flight(p, bytes, from, false);
   touch(p, bytes, Access::write, from);
-  if (!is_running()) return;
-  Byte* b = bytes_of(*region_of(uintptr_t(p), bytes, from, "writes"), uintptr_t(p));
-  for (size_t k = 0; k < bytes; ++k) b[k].in_flight = false;
 }
 
 void fence() {
