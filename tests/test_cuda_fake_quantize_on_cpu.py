@@ -85,11 +85,12 @@ def test_bytes_and_sums(emulator: Emulator, format: str, affine: bool, block: tu
 
 
 def test_every_kernel_runs(emulator: Emulator) -> None:
-    """Every instance of every template, and its bytes."""
+    """Every instance of every template, in three orders of threads, and its bytes."""
     rng = np.random.default_rng(3)
     asked, wanted, block = [], [], (1, 67)
-    ways = itertools.product([f.name for f in formats.TABLE], ("float32", "float16", "bfloat16"), (False, True))
-    for seed, (format, dtype, lsq) in enumerate(ways):
+    names = [f.name for f in formats.TABLE]
+    ways = itertools.product(names, ("float32", "float16", "bfloat16"), (False, True), range(3))
+    for seed, (format, dtype, lsq, _) in enumerate(ways):
         for affine in (False,) if formats.get(format).is_float else (False, True):
             scale = np.exp2(rng.uniform(-4, 4, (6, 1))).astype(np.float32)
             z = (rng.standard_normal(scale.shape) * 9).astype(np.float32) if affine else None

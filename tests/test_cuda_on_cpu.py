@@ -83,7 +83,7 @@ def test_every_way_a_launcher_takes(emulator: Emulator, op: str) -> None:
 
 
 def test_every_kernel_runs(emulator: Emulator) -> None:
-    """Every instance of every template, in each of them a ragged end, and its bytes."""
+    """Every instance of every template, in each of them a ragged end, in three orders of threads, and its bytes."""
     ways = (((6, 35), (1, -1)), ((2, 515), (1, -1)), ((1, 8209), (-1, -1)))  # a few lanes a row, a thread block, slices
     chosen = [
         Case(op, name, dtype, shape, block, symmetric=symmetric)
@@ -92,6 +92,7 @@ def test_every_kernel_runs(emulator: Emulator) -> None:
         for dtype in (CASTS if op == "cast" else ("float32", "float16", "bfloat16"))
         for symmetric in ((True, False) if isinstance(formats.get(name), IntFormat) else (True,))
         for shape, block in (ways if op == "compute_scale" else ways[:2] if op == "quantize_dynamic" else ways[:1])
+        for _ in range(3)
     ]
     launched: set[str] = set()
     check(emulator, chosen, [call_of(case, seed) for seed, case in enumerate(chosen)], launched)

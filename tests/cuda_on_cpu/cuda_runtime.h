@@ -76,7 +76,9 @@ __attribute__((no_sanitize("thread"))) void start(const Launch& l) {
 }  // namespace cuda_on_cpu
 
 template <class Args>
-cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void** args, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
   static_assert(sizeof(Args) <= 4096, "a kernel takes at most 4096 bytes of arguments");
+  if (shared != 0)
+    return cudaErrorInvalidConfiguration;  // no kernel asks for more than its arrays, so nobody is given it
   return cuda_on_cpu::launch({cuda_on_cpu::start<Args>, reinterpret_cast<void (*)()>(kernel), args[0]}, grid, block);
 }
