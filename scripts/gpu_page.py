@@ -21,8 +21,8 @@ FACTS = {
 
 def rendered(results: Path = RESULTS) -> str:
     """A section for each summary; where there is none, that."""
-    summaries = sorted(results.glob("gpu-*.json"))
-    return "\n".join("".join(section(json.loads(path.read_text()))) for path in summaries) or NOTHING
+    summaries = (json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json")))
+    return "\n".join("".join(section(one)) for one in summaries if "pieces" in one) or NOTHING
 
 
 def section(summary: dict[str, Any]) -> Iterator[str]:
@@ -34,8 +34,24 @@ def section(summary: dict[str, Any]) -> Iterator[str]:
     for name, result in done.items():
         last = str(result["last"]).replace("|", "\\|")
         yield f"| {name} | {result['status']} | {result['seconds']:.0f} | {last} |\n"
+    if rows := [row for result in done.values() for row in figures(result)]:
+        yield "\n| op | x, weight | backend | us | GB/s | of copy | TFLOP/s | of peak | vs best peer |\n"
+        yield "| :-- | :-- | :-- " + "| --: " * 6 + "|\n"
+        yield from rows
     if machine.get("missing"):
         yield "\nNot installed there: " + "; ".join(machine["missing"]) + ".\n"
+
+
+def figures(result: dict[str, Any]) -> Iterator[str]:
+    """The rows of quantlib's own that a piece of the benchmarks left; the whole of them is in the JSON."""
+    for row in (result.get("results") or {}).get("rows", []):
+        if row["role"] == "ours":
+            what = " ".join(str(row[key]) for key in ("op", "conversion", "per") if row[key])
+            keys = ("gb_per_s", "of_copy", "tflop_per_s", "of_peak", "speedup")
+            time = f"{row['min'] * 1e6:.2f}" if row["min"] is not None else row["error"] or "-"
+            cells = [time, *(f"{row[key]:.3g}" if row.get(key) is not None else "-" for key in keys)]
+            words = [what, "x".join(map(str, row["shape"])), row["backend"], *cells]
+            yield "| " + " | ".join(word.replace("|", "\\|") for word in words) + " |\n"
 
 
 def with_results(page: str, text: str) -> str:

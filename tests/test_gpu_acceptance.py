@@ -174,10 +174,19 @@ def test_the_page_shows_what_is_checked_in() -> None:
 
 def test_the_page_of_a_run(accept: Accept, tmp_path: Path) -> None:
     accept(piece("good", "print('12 of 12 cases')"), piece("bad", "raise SystemExit('a | b')"))
-    (tmp_path / "gpu.json").rename(tmp_path / "gpu-a.json")
+    summary = json.loads((tmp_path / "gpu.json").read_text())
+    row = {"role": "ours", "op": "cast", "conversion": "float32 -> int8", "per": "", "shape": [8, 4], "error": ""}
+    row |= {"backend": "quantlib triton", "min": 2e-6, "gb_per_s": 4000.0, "of_copy": 0.97, "speedup": None}
+    failed = row | {"min": None, "error": "a wrong byte", "backend": "quantlib cuda"}
+    summary["pieces"]["good"]["results"] = {"rows": [row, failed, row | {"role": "peer"}]}
+    (tmp_path / "gpu-a.json").write_text(json.dumps(summary))
+    (tmp_path / "gpu-other.json").write_text('{"rows": []}')  # of the benchmarks alone
     text = gpu_page.rendered(tmp_path)
     assert "### A GPU, sm_90\n" in text
     assert "| good | passed | 0 | 12 of 12 cases |\n" in text
     assert "| bad | failed | 0 | a \\| b |\n" in text
+    assert "| cast float32 -> int8 | 8x4 | quantlib triton | 2.00 | 4e+03 | 0.97 | - | - | - |\n" in text
+    assert "| quantlib cuda | a wrong byte | 4e+03 |" in text
+    assert "peer |\n| :--" in text
     assert "Not installed there: a peer." in text
     assert gpu_page.rendered(tmp_path / "nothing") == gpu_page.NOTHING

@@ -13,7 +13,7 @@ from quantlib.testing.bytes import bits
 from quantlib.testing.implementations import Backend
 from quantlib.testing.sweep import Case, Mismatch, Result, compare_codes
 
-MOST, WORKSPACE = 1 << 28, 256  # inputs at a time; bytes of memory that pure torch may take for each
+MOST, WORKSPACE = 1 << 27, 256  # inputs at a time; bytes of memory that pure torch may take for each
 
 
 def sweep_on_device(
