@@ -185,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--only", default="", metavar="TEXT", help="the build, and the pieces whose name holds this")
     top.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help="stop after so many seconds")
     cores = os.cpu_count() or 1
-    top.add_argument("--jobs", type=int, default=max(1, min(3, cores // 5)), help="pieces at a time (%(default)s)")
+    top.add_argument("--jobs", type=int, default=max(1, min(2, cores // 8)), help="pieces at a time (%(default)s)")
     out = ROOT / "build/gpu.json"
     top.add_argument("--out", type=Path, default=out, metavar="FILE", help="the summary, also what to resume")
     top.add_argument("--save", metavar="NAME", help="also write benchmarks/results/gpu-NAME.json and docs/gpu.md")
