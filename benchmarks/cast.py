@@ -33,7 +33,11 @@ MORE = (
 
 def cases(quick: bool, **common: Any) -> list[Case]:
     chosen = QUICK if quick else QUICK + MORE
-    return [Cast(dtype=dtype, format=format, **each) for dtype, format in chosen for each in graphs.shaped(common)]
+    return [
+        Cast(dtype=dtype, format=format, **each)
+        for dtype, format in chosen
+        for each in graphs.shaped(common, (dtype, format) in QUICK)
+    ]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def cases(quick: bool, **common: Any) -> list[Case]:
     return [
         ComputeScale(dtype=dtype, spec=QuantSpec.parse(spec), **each)
         for dtype, spec in chosen
-        for each in graphs.shaped(common)
+        for each in graphs.shaped(common, (dtype, spec) in QUICK)
     ]
 
 

@@ -65,4 +65,5 @@ class DequantMatmul(Product):
 
     def of_models(self) -> list[Contender]:
         """Without optimum-quanto, whose modules are around torch's ops, which are here already."""
-        return [q.contender(self.model, self.nbytes) for q in peer_models.of(self.model) if q is not peer_models.QUANTO]
+        models = peer_models.of(self.model) if self.asks_models else ()
+        return [q.contender(self.model, self.nbytes) for q in models if q is not peer_models.QUANTO]

@@ -33,7 +33,7 @@ def cases(quick: bool, **common: Any) -> list[Case]:
     return [
         Dequantize(dtype=dtype, spec=QuantSpec.parse(spec), **each)
         for spec, dtype in chosen
-        for each in graphs.shaped(common)
+        for each in graphs.shaped(common, (spec, dtype) in QUICK)
     ]
 
 

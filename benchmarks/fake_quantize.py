@@ -34,7 +34,7 @@ def cases(quick: bool, **common: Any) -> list[Case]:
     return [
         FakeQuantize(way=way, dtype=dtype, spec=spec, **each)
         for way, dtype, spec in parts
-        for each in graphs.shaped(common)
+        for each in graphs.shaped(common, (dtype, spec) == chosen[0])
     ]
 
 

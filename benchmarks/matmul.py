@@ -33,6 +33,7 @@ SHAPES = {  # (N, K)
 }  # fmt: skip
 ROWS = {"cpu": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}  # M
 CACHE = 32 << 20  # bytes; the weights that take turns exceed three times that
+LARGE = 1 << 25  # codes
 W8A16, W4A16, W8A8 = map(QuantSpec.parse, ("W8A16", "W4A16", "W8A8"))
 
 
@@ -129,6 +130,11 @@ class Product(Multiplied):
         """Of the quantized weight."""
         return self.spec.weight_only.nbytes(self.shape[1:])
 
+    @property
+    def asks_models(self) -> bool:
+        """Whether others' layers join in: they compile or tune for every shape, on a GPU for the first weight alone."""
+        return self.device == "cpu" or self.shape[1:] == SHAPES["cuda"][0]
+
     def copies(self, weight: Tensor) -> list[Tensor]:
         """``weight``, as often as no cache holds."""
         return [weight.clone() for _ in range(rotation(weight.nbytes, self.device))]
@@ -157,7 +163,15 @@ def exact_weight(shape: tuple[int, int], spec: QuantSpec, device: str = "cpu", s
 
 
 def exact_y(x: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Array:
-    """What a linear layer of these operands gives, bit for bit."""
+    """What a linear layer of these operands gives, bit for bit.
+
+    By the reference; of a weight on a GPU that would keep NumPy for many seconds by a product in float64, which has
+    the same bytes: its sums are exact, and a row of x has a scale of 1.
+    """
+    if codes.is_cuda and codes.numel() > LARGE:
+        w = quantlib.dequantize(codes, scale, spec.format, block=spec.block((len(codes), x.shape[1])), size=x.shape[1])
+        y = (x.double() @ w.double().t()).float() + 0.0  # no sum is -0
+        return reference.cast(numbers(y), str(x.dtype).removeprefix("torch."))
     meaning = reference.dequant_matmul if spec.activation is None else reference.dynamic_matmul
     weight = as_integers(codes, spec), numbers(scale), spec.format
     dtype = str(x.dtype).removeprefix("torch.")

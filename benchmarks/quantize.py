@@ -31,7 +31,7 @@ def cases(quick: bool, **common: Any) -> list[Case]:
     return [
         Quantize(dtype=dtype, spec=QuantSpec.parse(spec), **each)
         for dtype, spec in chosen
-        for each in graphs.shaped(common)
+        for each in graphs.shaped(common, (dtype, spec) in QUICK)
     ]
 
 

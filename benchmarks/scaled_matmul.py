@@ -39,7 +39,8 @@ class DynamicMatmul(Product):
             call = functools.partial(quantlib.dynamic_matmul, format=self.spec.format, block=self.block, out=outs[0])
             return turns([functools.partial(call, x, c, scale) for c in self.copies(codes)])
 
-        peers = [q.contender(self.model, self.nbytes) for q in peer_models.of(self.model)]
+        models = peer_models.of(self.model) if self.asks_models else ()
+        peers = [q.contender(self.model, self.nbytes) for q in models]
         return [*self.ours(ours), *self.floats(), *peers]
 
 

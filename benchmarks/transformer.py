@@ -28,7 +28,7 @@ from quantlib.testing.bytes import Array
 
 from . import graphs, peer_models
 from .case import Case, Contender, Tensors
-from .matmul import W4A16, W8A8, W8A16, Multiplied, exact_weight, exact_x, exact_y, itemsize
+from .matmul import W4A16, W8A8, W8A16, Multiplied, exact_weight, exact_x, exact_y, itemsize, rotation
 from .peer_models import QUANTLIB
 
 HEAD = 64  # features of an attention head
@@ -80,7 +80,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockModel:
-    """A `Block` whose weights have the values of `exact_weight`, a seed a layer, made small enough for its sums."""
+    """A `Block` whose weights have the values of `exact_weight`, a seed a layer."""
 
     hidden: int
     spec: quantlib.QuantSpec
@@ -135,7 +135,7 @@ class Transformer(Multiplied):
 
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
         """What comes in, the codes and their scales, what goes out."""
-        return sum(t.nbytes for t in (*inputs, inputs[0])) + sum(map(self.spec.weight_only.nbytes, self.weights))
+        return sum(t.nbytes for t in (*inputs, inputs[0])) + self.nbytes
 
     def moved_as(self, dtype: str) -> int:
         """Bytes that the float block moves: h in and out, keys, values and weights."""
@@ -167,16 +167,21 @@ class Transformer(Multiplied):
             codes, scale = exact_weight(shape, self.spec.weight_only, self.device, seed)
             yield rows, exact_y(self.exact(shape[1])[rows], codes, scale, self.spec)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the quantized weights."""
+        return sum(map(self.spec.weight_only.nbytes, self.weights))
+
     def contenders(self) -> list[Contender]:
-        nbytes, weights = sum(map(self.spec.weight_only.nbytes, self.weights)), sum(map(math.prod, self.weights))
+        weights = sum(map(math.prod, self.weights))
         others = [
             *peer_models.floats(self.model, ("bfloat16", "float32"), weights, self.moved_as),
-            *(q.contender(self.model, nbytes) for q in peer_models.of(self.model)),
+            *(q.contender(self.model, self.nbytes) for q in peer_models.of(self.model)),
         ]
         if self.spec == W8A16:
             compiled = peer_models.Quantizer("torch.compile bfloat16", peer_models.as_it_is, compiled=True)
             others.append(compiled.contender(self.model, 2 * weights, self.moved_as("bfloat16")))
-        ours = functools.partial(QUANTLIB.bind, self.model, nbytes)
+        ours = functools.partial(QUANTLIB.bind, self.model, self.nbytes)
         return [
             *(dataclasses.replace(c, read=self.layers) for c in self.ours(ours)),
             *(dataclasses.replace(c, read=lambda _: ()) for c in others),
@@ -184,7 +189,7 @@ class Transformer(Multiplied):
 
     def layers(self, y: Tensor) -> Tensors:
         """Each layer's results on exact operands, if what the block gave is near enough."""
-        block = QUANTLIB.quantize(self.model(), self.spec)
+        block = peer_models.copies(QUANTLIB, self.model, rotation(self.nbytes, self.device))[0]
         check_near(y, block, self.inputs())
         with torch.inference_mode():
             return tuple(layer(self.exact(layer.in_features)) for layer in linears(block).values())

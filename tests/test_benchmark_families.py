@@ -201,4 +201,5 @@ def test_a_gpu_has_sizes_enough_for_a_line() -> None:
         for one in command.FAMILIES[name].cases(True, shape=command.FULL, device="cuda"):
             shapes.setdefault(one.name, set()).add(one.shape)
         assert all(len(of) == len(graphs.SHAPES) + 1 for of in shapes.values()), name
+        assert len(command.FAMILIES[name].cases(False, shape=command.FULL, device="cuda")) < 40
         assert {one.shape for one in command.FAMILIES[name].cases(True, shape=SHAPE, device="cuda")} == {SHAPE}
