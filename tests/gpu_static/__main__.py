@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gpu_static import known, run
 from gpu_static.budgets import Budgets
-from gpu_static.contract import SHARED
+from gpu_static.contract import NEW, SHARED
 from gpu_static.table import summary, table, write_page
 
 
@@ -49,12 +49,12 @@ def main(arguments: list[str]) -> int:
 
         measured = run.everything(given.scope or "common", given.arch, languages, told)
     seconds = time.perf_counter() - start
-    budgets = Budgets.read()
+    whole = given.scope != "fast" and set(given.arch) == set(SHARED) and given.only is None
+    budgets = Budgets({}, {}) if given.record and whole else Budgets.read()
     if given.record:
         budgets.record(m for m in measured if not m.facts.get("ragged"))
-    rows = run.judged(measured, budgets)
-    whole = given.scope != "fast" and set(given.arch) == set(SHARED) and given.only is None
-    idle = known.unused([(row.measured, fault) for row in rows for fault in row.known]) if whole else []
+    rows = run.judged(measured, budgets, new=True)
+    idle = known.unused([(row.measured, fault) for row in rows for fault in row.known if fault != NEW]) if whole else []
     if given.json:
         print(json.dumps([asdict(row) for row in rows]))
     else:

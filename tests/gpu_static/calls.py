@@ -67,17 +67,20 @@ def calls(devices: tuple[str, ...] = (), everything: bool = False) -> Iterator[C
 
 
 def common(call: Call) -> bool:
-    """Every format of x and of codes; granularities, shapes and flags with those that are used most."""
-    plain = call.source == "bfloat16" and not call.affine and call.format in ("int8", "int4", "float8_e4m3fn")
+    """bfloat16 with every format; other types of x, granularities, shapes and flags with the formats used most."""
+    often = not call.affine and call.format in ("int8", "int4", "float8_e4m3fn")
+    plain = often and call.source == "bfloat16"
     usual = call.per == ("group:128" if formats.get(call.format).packed else "row")
-    first = call.shape == WEIGHTS[0] and usual and not call.lsq and (call.format == "int8" or call.source != "float16")
+    first = usual and call.shape == WEIGHTS[0] and not call.lsq and (often or call.source == "bfloat16")
     if not call.M:
-        return plain or call.ragged or first
+        return first or call.ragged or (plain and (call.shape == WEIGHTS[0] or call.format == "int8"))
     if call.op == "dequant_matmul" and not call.tiled:
         return plain and first and call.M in (1, 256)
-    if call.shape == WEIGHTS[0]:
-        return call.M in (1, 256, 1024) and (plain or first)
-    return plain and usual and call.format != "float8_e4m3fn" and call.M in (1, 16, 64, 256)
+    if call.shape != WEIGHTS[0]:
+        return plain and usual and call.format != "float8_e4m3fn" and call.M in (1, 64)
+    if call.op == "dequant_matmul_backward":
+        return first and call.M in (1, 256)
+    return (plain and call.M in (1, 256, 1024)) or (first and call.M in (1, 256))
 
 
 def casts() -> Iterator[Call]:

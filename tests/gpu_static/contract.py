@@ -21,6 +21,7 @@ PER_BYTE = {80: 11.1, 89: 41.0, 90: 7.8}
 ATOMIC = re.compile(r"U?(RED(?!UX)|ATOM)\w*\b")  # REDUX adds up what the lanes of a warp have
 FLOAT_ATOMIC = re.compile(ATOMIC.pattern + r".*\.(F16|F32|F64|BF16)")
 LOCAL = re.compile(r"(LDL|STL)\b")
+NEW = "has no recorded budget"
 DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP)\b")
 
 
@@ -101,7 +102,7 @@ def widths_of(m: Measured, kind: str) -> list[int]:
 def beyond(m: Measured, recorded: tuple[float, int] | None) -> list[str]:
     """What is more than was recorded, by more than a twentieth or a step of what a multiprocessor hands out."""
     if recorded is None:
-        return ["has no recorded budget"]
+        return [NEW]
     found = []
     if m.instructions > recorded[0] * 1.05 + 0.05:
         found.append(f"{m.instructions:.2f} instructions > {recorded[0]:.2f} recorded")

@@ -49,7 +49,7 @@ def sources() -> list[Path]:
 def key(source: Path, arch: int) -> str:
     """Of all that a file of kernels is compiled from."""
     headers = sorted(p for p in source.parent.parent.rglob("*") if p.suffix in (".h", ".cuh"))
-    parts = [compiler(), " ".join(command(source, arch)), *(p.read_text() for p in (source, *headers))]
+    parts = [compiler(), *command(source, arch)[1:-1], source.name, *(p.read_text() for p in (source, *headers))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -124,9 +124,13 @@ def units_of(kernel: str, code: list[sass.Instruction], formats: list[str]) -> f
     products = sum(i.name.startswith("HMMA.16816") + 2 * i.name.startswith("IMMA.16832") for i in code)
     if products:
         return float(4 * products)
+    if kernel == "finish_slab_kernel":
+        return sum(sass.accesses(code, "STG")) / 2
     if not formats:
         return 1.0
-    if kernel == "dequantize_kernel" or (kernel == "cast_kernel" and BITS[formats[0]] < BITS[formats[1]]):
+    if kernel in ("dequantize_kernel", "decode_slab_kernel") or (
+        kernel == "cast_kernel" and BITS[formats[0]] < BITS[formats[1]]
+    ):
         return sum(sass.accesses(code, "STG")) * 8 / BITS[formats[1]]
     tensors = 2 if kernel == "fake_quantize_backward_kernel" else 1
     loaded = sum(width for width in sass.accesses(code, "LDG") if width == 16)

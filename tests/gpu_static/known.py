@@ -23,9 +23,15 @@ class Known:
 
 KNOWN: tuple[Known, ...] = (
     Known(
-        r"^triton (quantize|dequantize|quantize_dynamic|compute_scale)_kernel \S+ (int4|float4_e2m1fn) ",
+        r"^triton (quantize|dequantize|quantize_dynamic|compute_scale|fake_quantize)_kernel \S+ (int4|float4_e2m1fn) ",
         "above the ceiling",
         "half a byte a code leaves few bytes to wait for while codes are packed and scales are found",
+    ),
+    Known(
+        r"^triton cast_kernel float8\S+ float8",
+        "above the ceiling",
+        "two bytes an element, and no instruction that converts",
+        (80,),
     ),
     Known(
         r"^triton quantize_dynamic_kernel \S+ u?int8 .*affine",
@@ -43,11 +49,6 @@ KNOWN: tuple[Known, ...] = (
         r"^cuda ",
         "above the ceiling",
         "C++ rounds 16-bit and 8-bit floats in portable integer steps; Triton comes first where it is installed",
-    ),
-    Known(
-        r"^cuda (quantize|dequantize|fake_quantize|fake_quantize_backward|quantize_dynamic)_kernel ",
-        "writes 4 bytes at once, want 16",
-        "nvcc splits a vector that is made of halves into its four registers",
     ),
 )
 

@@ -32,4 +32,4 @@ class Measured:
 
     @property
     def name(self) -> str:
-        return f"{self.language} {self.kernel} {self.config}"
+        return f"{self.language} {self.kernel} {self.config}".rstrip()

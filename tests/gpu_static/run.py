@@ -64,11 +64,11 @@ def everything(
         return [m for found in pool.map(lambda job: measure(*job, scope, told), jobs) for m in found]
 
 
-def judged(measured: Iterable[Measured], budgets: Budgets) -> list[Row]:
-    """Each kernel beside its contract, sorted as they are printed."""
+def judged(measured: Iterable[Measured], budgets: Budgets, *, new: bool = False) -> list[Row]:
+    """Each kernel beside its contract, sorted as they are printed; ``new``: a configuration may have no budget yet."""
     rows = []
     for m in sorted(measured, key=lambda m: (m.language, m.kernel, m.config, m.arch)):
         found = contract.faults(m, budgets.get(m), budgets.is_stale(m))
-        excused = [fault for fault in found if known.reason(m, fault)]
+        excused = [fault for fault in found if known.reason(m, fault) or (new and fault == contract.NEW)]
         rows.append(Row(m, budgets.get(m), [fault for fault in found if fault not in excused], excused))
     return rows

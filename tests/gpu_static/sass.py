@@ -12,7 +12,7 @@ import itertools
 import re
 import subprocess
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes of an access; 4 where it names none
@@ -88,9 +88,17 @@ def disassemble(cuobjdump: Path | str, binary: Path) -> list[Listing]:
     for part in text.split("Function : ")[1:]:
         name = part.split(None, 1)[0]
         usage = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", used[name])}
-        code = tuple(Instruction(int(at, 16), guard, op, rest) for at, guard, op, rest in INSTRUCTION.findall(part))
-        found.append(Listing(name, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"], code))
+        found.append(Listing(name, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"], parsed(part)))
     return found
+
+
+def parsed(text: str) -> tuple[Instruction, ...]:
+    """Instructions; a call of what follows the jump behind it, which leaves a loop before sm_90, is a jump."""
+    code = [Instruction(int(at, 16), guard, op, rest) for at, guard, op, rest in INSTRUCTION.findall(text)]
+    for n, (call, jump, after) in enumerate(zip(code, code[1:], code[2:], strict=False)):
+        if call.name.startswith("CALL") and jump.name == "BRA" and call.operands.split()[-1] == hex(after.at):
+            code[n] = replace(call, name="BRA")
+    return tuple(code)
 
 
 Worth = Callable[[int], tuple[int, ...]]  # of a block

@@ -85,8 +85,7 @@ def units_of(config: Config, code: list[sass.Instruction], in_loop: bool, thread
     if "T" in given:
         return float(tile.rows * tile.cols / threads)
     if "B" in given:
-        held = tile.count * tile.rows * tile.cols * max(tile.chunks, 1)
-        return float((min(held, given["br"] * given["bk"]) if tile.chunks > 1 else held) / threads)
+        return float(tile.count * tile.rows * tile.cols * max(tile.chunks, 1) / threads)
     if "TILE" in given or "PARTS" in given:
         return float(given["TILE" if "TILE" in given else "PARTS"] / threads)
     return max(sum(sass.accesses(code, "STG")) / (given["X"].bits / 8), 1.0)

@@ -1,0 +1,164 @@
+"""The GPU kernels without a GPU: compiled for each architecture and held to their contracts; planted faults are seen.
+
+`make gpu-static` does so for every configuration in use and prints what each needs; here are the most important ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gpu_static import calls, contract, known, plants, run, sass, table
+from gpu_static.budgets import Budgets
+from gpu_static.measured import Measured
+
+from quantlib import _build
+from quantlib.backends import triton as backend
+
+
+@functools.cache
+def measured(language: str, arch: int, scope: str = "fast") -> list[Measured]:
+    """What a worker says; of two that are asked the same, one waits for the other's results."""
+    if why := run.missing(language):
+        pytest.skip(why)
+    return run.measure(language, arch, scope)
+
+
+def kernels_of_sources() -> set[tuple[str, str]]:
+    """Whatever is called a kernel in the sources of either language."""
+    found = set()
+    for path in Path(backend.__file__).parent.glob("*.py"):
+        found |= {("triton", name) for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
+    for path in _build.CSRC.glob("cuda/*.cu*"):
+        found |= {("cuda", name) for name in re.findall(r"__global__[^;{]*?(\w+_kernel)\(", path.read_text())}
+    return found
+
+
+@pytest.mark.parametrize("arch", contract.SHARED)
+@pytest.mark.parametrize("language", ["triton", "cuda"])
+def test_every_kernel_keeps_its_contract(language: str, arch: int) -> None:
+    rows = run.judged(measured(language, arch), Budgets.read())
+    wrong = [row for row in rows if row.faults]
+    assert not wrong, "\n" + table.table(wrong)
+
+
+@pytest.mark.parametrize("language", ["triton", "cuda"])
+def test_no_kernel_is_forgotten(language: str) -> None:
+    """What is compiled for sm_90 are all kernels of the sources, and contracts and budgets are of no others."""
+    compiled = {(m.language, m.kernel) for m in measured(language, 90)}
+    assert compiled == {kernel for kernel in kernels_of_sources() if kernel[0] == language}
+    assert compiled == {kernel for kernel in contract.CONTRACTS if kernel[0] == language}
+    assert compiled == {tuple(name.split()[:2]) for name, _ in Budgets.read().of if name.startswith(language)}
+
+
+def test_every_op_is_called() -> None:
+    assert {call.op for call in calls.FAST} | {"dynamic_matmul"} == set(backend.OPS)  # which calls two others
+    assert set(calls.FAST) <= set(calls.calls())
+
+
+@pytest.mark.parametrize(
+    ("language", "plant", "says"),
+    [("triton", name, plant[-1]) for name, plant in plants.TRITON.items()]
+    + [("cuda", name, plant[-1]) for name, plant in plants.CUDA.items()],
+)
+def test_a_planted_fault_is_caught(language: str, plant: str, says: str) -> None:
+    planted = [m for m in measured(language, plants.ARCH, "plants") if m.plant == plant]
+    faults = [fault for m in planted for fault in contract.faults(m, None)]
+    assert any(re.search(says, fault) for fault in faults), faults
+    assert not any(known.reason(m, fault) for m in planted for fault in faults if re.search(says, fault))
+
+
+SOUND = Measured(
+    language="triton",
+    kernel="cast_kernel",
+    op="cast",
+    config="bfloat16 float8_e4m3fn 4096x4096",
+    arch=90,
+    compiler="0.0",
+    warps=8,
+    registers=32,
+    spilled=0,
+    shared=0,
+    instructions=20.0,
+    read=2.0,
+    written=1.0,
+    units=16.0,
+    main={"LDG.E.128": 2, "STG.E.128": 1, "FMUL": 317},
+    names={"LDG.E.128": 2, "LDG.E.U16": 16, "STG.E.128": 1, "FMUL": 400},
+    inexact=[],
+    facts={"bits": {"X": 16, "Y": 8}, "ragged": False},
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"instructions": 23.0}, "23.00 instructions > 20.00 recorded"),
+        ({"instructions": 24.0}, "above the ceiling of 23.4 instructions"),
+        ({"registers": 41}, "41 registers > 32 recorded"),
+        ({"spilled": 8}, "spills 8 bytes"),
+        ({"names": SOUND.names | {"STL.64": 1}}, "spills 0 bytes"),
+        ({"shared": 232449}, "232449 bytes of shared memory > 232448"),
+        ({"arch": 89, "shared": 101377}, "101377 bytes of shared memory > 101376"),
+        ({"read": 2.25}, "reads 2.25 bytes, want 2.00"),  # nothing of four bytes is loaded, which a scale would be
+        ({"written": 0.5}, "writes 0.50 bytes, want 1.00"),
+        ({"main": {"LDG.E.64": 4, "STG.E.128": 1}}, "reads 8 bytes at once, want 16"),
+        ({"main": SOUND.main | {"CALL.REL.NOINC": 1}}, "CALL.REL.NOINC on its main path"),
+        ({"names": SOUND.names | {"REDG.E.ADD.F32.FTZ.RN": 1}}, "adds floats with REDG.E.ADD.F32.FTZ.RN"),
+        ({"names": SOUND.names | {"ATOMG.E.ADD": 1}}, "1 atomics > 0"),
+        ({"names": SOUND.names | {"DADD": 1}}, "has DADD"),
+        ({"kernel": "new_kernel"}, "has no contract"),
+    ],
+)
+def test_every_clause_of_a_contract_bites(changed: dict[str, object], says: str) -> None:
+    assert contract.faults(SOUND, (20.0, 32)) == []
+    assert contract.faults(SOUND, None) == [contract.NEW]
+    assert says in contract.faults(replace(SOUND, **changed), (20.0, 32))
+
+
+def test_a_budget_is_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "budgets.txt"
+    Budgets({}, {}).record([SOUND, replace(SOUND, arch=80, instructions=1.5)], path)
+    read = Budgets.read(path)
+    assert (read.get(SOUND), read.get(replace(SOUND, arch=80))) == ((20.0, 32), (1.5, 32))
+    assert read.get(replace(SOUND, arch=89)) is None
+    assert not read.is_stale(SOUND)
+    assert read.is_stale(replace(SOUND, compiler="0.1"))
+
+
+def test_what_excuses_nothing_is_named() -> None:
+    assert known.unused([]) == list(known.KNOWN)
+
+
+# A guard; vectors, or elements where there is no whole vector; a loop of two products a trip, which a call leaves.
+LISTING = """
+/*0000*/ @P0 EXIT ;
+/*0010*/ @P1 BRA 0x0050 ;
+/*0020*/ LDG.E.128 R4, [R2] ;
+/*0030*/ STG.E.128 [R2], R4 ;
+/*0040*/ BRA 0x00c0 ;
+/*0050*/ LDG.E.U8 R4, [R2] ;
+/*0060*/ @P2 BRA 0x0050 ;
+/*0070*/ CALL.REL.NOINC 0x0100 ;
+/*0080*/ HMMA.16816.F32 R4, R8, R12, R4 ;
+/*0090*/ HMMA.16816.F32 R4, R8, R12, R4 ;
+/*00a0*/ @P3 CALL.REL.NOINC 0x00c0 ;
+/*00b0*/ BRA 0x0080 ;
+/*00c0*/ FMUL R1, R1, R1 ;
+/*00d0*/ EXIT ;
+/*00e0*/ BRA 0x00e0 ;
+"""
+
+
+def test_a_way_through_a_listing() -> None:
+    graph = sass.Graph(sass.parsed(LISTING))
+    assert [i.at for i in graph.route()] == [0x00, 0x10, 0x20, 0x30, 0x40, 0xC0, 0xD0]
+    assert [sorted(i.at for i in graph.code(loop.blocks)) for loop in graph.loops] == [
+        [0x50, 0x60],
+        [0x80, 0x90, 0xA0, 0xB0],
+    ]
+    assert [i.at for i in graph.around_products()] == [0x80, 0x90, 0xA0, 0xB0]
+    assert graph.streaming() == (graph.route(), False)
