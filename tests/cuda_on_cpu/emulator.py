@@ -99,14 +99,8 @@ class Emulator:
     def with_lines(self, text: str) -> str:
         """``text`` with lines of the sources for "from 0x...", and those that call them where functions are inlined."""
         for address in set(re.findall(r"(?<=from )0x\w+", text)):
-            command = [
-                "addr2line",
-                "-i",
-                "-s",
-                "-e",
-                str(self.path),
-                hex(int(address, 16) - 1),
-            ]  # in the call, not after
+            call = hex(int(address, 16) - 1)  # the address is where it returns to
+            command = ["addr2line", "-i", "-s", "-e", str(self.path), call]
             lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
             text = text.replace(f"from {address}", " in ".join(line.split(" ")[0] for line in lines if line))
         return text
