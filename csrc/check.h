@@ -157,14 +157,15 @@ inline void check_scale(const char* op, const Tensor& scale, const std::optional
 }
 
 // Looking at values would make a device wait for the host, so only the CPU's are; a kernel clamps in any case.
-inline void check_zero_point(const char* op, const int32_t* zero_point, int64_t n, const Format& f) {
+inline void check_zero_point(const char* op, const char* argument, const int32_t* zero_point, int64_t n,
+                             const Format& f) {
   int32_t lowest = 0, highest = 0;  // zero is inside every range
   for (int64_t i = 0; i < n; ++i) {
     lowest = std::min(lowest, zero_point[i]);
     highest = std::max(highest, zero_point[i]);
   }
   if (lowest < f.qmin || highest > f.qmax)
-    fail(op, "zero_point", "in " + std::to_string(f.qmin) + ".." + std::to_string(f.qmax),
+    fail(op, argument, "in " + std::to_string(f.qmin) + ".." + std::to_string(f.qmax),
          std::to_string(lowest < f.qmin ? lowest : highest));
 }
 

@@ -57,11 +57,12 @@ inline Result codes_of(const Tensor& x, const Grid& grid, const Format& f) {
 
 // The values of a zero point, checked where that costs no wait.
 template <class Backend>
-const int32_t* zero_points(const char* op, std::optional<Tensor>& zero_point, const Format& f) {
+const int32_t* zero_points(const char* op, std::optional<Tensor>& zero_point, const Format& f,
+                           const char* argument = "zero_point") {
   if (!zero_point) return nullptr;
   zero_point->make_contiguous();
   const auto* data = static_cast<const int32_t*>(zero_point->data());
-  if constexpr (Backend::reads_values) check_zero_point(op, data, zero_point->numel(), f);
+  if constexpr (Backend::reads_values) check_zero_point(op, argument, data, zero_point->numel(), f);
   return data;
 }
 

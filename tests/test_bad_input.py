@@ -254,6 +254,10 @@ SCALED = [
         lambda: quant.scaled_matmul(QX, SX, *WEIGHT, Z[:1, :1]),
     ),
     (
+        "x_zero_point must be in -128..127, got 200",
+        lambda: quant.scaled_matmul(QX, SX, *WEIGHT, torch.full_like(SX, 200, dtype=torch.int32)),
+    ),
+    (
         "zero_point must be in 0..255, got -1",
         lambda: quant.scaled_matmul(QX, SX, C8.to(u8), S, "uint8", B, None, Z - 2),
     ),

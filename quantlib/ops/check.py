@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.formats import FloatFormat, Format
+from quantlib.formats import FloatFormat, Format, IntFormat
 from quantlib.spec import matrix_shape
 
 Block = Sequence[int]
@@ -80,13 +80,19 @@ def check_scale(op: str, scale: Tensor, zero_point: Tensor | None, f: Format, ex
         return
     if isinstance(f, FloatFormat):
         fail(op, "zero_point", f"None for {f.name}", "a tensor")
-    check_tensor(op, "zero_point", zero_point, (expected[0], torch.int32), like.device)
+    check_zero_point(op, "zero_point", zero_point, f, (expected[0], torch.int32), like)
+
+
+def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expected: Result, like: Tensor) -> None:
+    """zero_point is as expected, and inside an integer format's range where looking does not make a device wait."""
+    check_tensor(op, argument, zero_point, expected, like.device)
     values = host_values(zero_point)
     if values is not None:
+        assert isinstance(f, IntFormat)
         qmin, qmax = f.range(affine=True)
         lowest, highest = map(int, values)
         if lowest < qmin or highest > qmax:
-            fail(op, "zero_point", f"in {qmin}..{qmax}", lowest if lowest < qmin else highest)
+            fail(op, argument, f"in {qmin}..{qmax}", lowest if lowest < qmin else highest)
 
 
 def host_values(x: Tensor) -> tuple[float, float] | None:

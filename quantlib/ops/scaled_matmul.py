@@ -13,8 +13,8 @@ from quantlib.ops.check import (
     Block,
     Result,
     check_dtype,
-    check_scale,
     check_tensor,
+    check_zero_point,
     described,
     dtype_name,
     fail,
@@ -52,8 +52,7 @@ def _results(
         fail(OP, "x_scale", expected, described(x_scale.shape, x_scale.dtype, x_scale.device))
     check_tensor(OP, "x_scale", x_scale, (x_scale.shape, torch.float32), x_codes.device)
     if x_zero_point is not None:
-        check_tensor(OP, "x_zero_point", x_zero_point, (x_scale.shape, torch.int32), x_codes.device)
-        check_scale(OP, x_scale, x_zero_point, x_format, (x_scale.shape, torch.float32), x_codes)
+        check_zero_point(OP, "x_zero_point", x_zero_point, x_format, (x_scale.shape, torch.int32), x_codes)
     check_sum(OP, K, block, x_format, x_zero_point, f, zero_point)
     check_epilogue(OP, bias, activation, N, x_codes)
     return [([*x_codes.shape[:-1], N], dtype)]
