@@ -34,15 +34,44 @@ KNOWN: tuple[Known, ...] = (
         (80,),
     ),
     Known(
+        r"^triton partial_gradients_kernel bfloat16 float8_e4m3fn",
+        "spills 8 bytes",
+        "the compiler settles for 80 registers; 8-bit floats take integer steps here",
+        (80,),
+    ),
+    Known(
         r"^triton quantize_dynamic_kernel \S+ u?int8 .*affine",
         "above the ceiling",
         "both ends of the range are reduced; a 200th too many",
         (90,),
     ),
     Known(
-        r"^triton dequant_matmul_kernel bfloat16 int4 M=16 ",
+        r"^triton dequant_matmul_kernel bfloat16 int4 M=(16 |1 .* affine)",
         "above the ceiling",
-        "products of 16 rows take twice the instructions of 8",
+        "products of 16 rows, and zero points, take instructions of their own",
+        (90,),
+    ),
+    Known(
+        r"^triton dequant_matmul_kernel \S+ float4_e2m1fn .* tiled",
+        r"\d+ stores to shared memory|above the ceiling",
+        "four bits become operands by way of FP32, and change threads on the way",
+    ),
+    Known(
+        r"^triton dequant_matmul_kernel \S+ float8",
+        r"\d+ stores to shared memory|above the ceiling",
+        "no instruction converts eight bits, which go the way of four",
+        (80,),
+    ),
+    Known(
+        r"^triton dequant_matmul_kernel float32 (int8|uint8|float8\S+) M=256 ",
+        "spills 8 bytes",
+        "FP32 products of 64 by 64; the loop itself keeps all it has in registers",
+        (89,),
+    ),
+    Known(
+        r"^triton scaled_matmul_kernel \S+ int4 M=1 .* affine",
+        "spills 8 bytes",
+        "sums of both operands beside the products",
         (90,),
     ),
     Known(

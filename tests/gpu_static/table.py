@@ -62,7 +62,7 @@ def summary(rows: list[Row]) -> str:
     for row in rows:
         groups[row.measured.language, row.measured.kernel].append(row)
     lines = [
-        "| kernel | configurations | registers | shared memory | instructions a unit: median, most | known faults |",
+        "| kernel | configurations | registers | shared memory | instructions a unit: median, most | known |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for (language, kernel), group in sorted(groups.items()):
