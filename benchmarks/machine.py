@@ -113,7 +113,7 @@ def copy_bandwidth(shape: tuple[int, ...], device: str, runs: int = 12) -> float
     return 2 * x.nbytes / best(lambda: y.copy_(x), device, runs)
 
 
-def peak(dtype: str, device: str, runs: int = 4) -> float:
+def peak(dtype: str, device: str, runs: int = 12) -> float:
     """FLOPs a second of torch's own product of square matrices, best of ``runs`` and of the sizes."""
     rates = []
     for size in SQUARES[device]:
