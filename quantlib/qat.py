@@ -98,7 +98,6 @@ def prepare_qat_(
     QuantLinear(in_features=64, out_features=64, bias=True, spec=int8:row@int8:row)
     """
     spec = QuantSpec.parse(spec)
-    check_activation_scale(activation_scale, spec)
     check_root(model)
     types = checked_types(types)
     skipped = reasons_to_skip(model, filter_fn, types)
@@ -173,14 +172,6 @@ def convert_(model: nn.Module) -> Report:
     for name, new in converted.items():
         put(new, layers[name], places)
     return report
-
-
-def check_activation_scale(source: str | None, spec: QuantSpec) -> None:
-    static = spec.activation is not None and spec.activation.static
-    if source is not None and not static:
-        raise ValueError(f"activation_scale must be None unless activations are static, got {source!r} for {spec}")
-    if source not in (None, "observed", "learned"):
-        raise ValueError(f"activation_scale must be observed or learned, got {source!r}")
 
 
 def qat_mode_(

@@ -117,6 +117,19 @@ def test_a_static_scale_survives_what_is_done_to_a_model(tmp_path) -> None:
     assert torch.equal(model(x[2:3]), y[2:3])
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", [(0, K), (2, 0, K)])
+def test_no_rows_are_no_rows(spec: str, shape: tuple[int, ...]) -> None:
+    model = trained(spec)
+    convert_(model)
+    x = torch.empty(shape, requires_grad=True)
+    y = model(x)
+    assert y.shape == (*shape[:-1], 8)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == shape
+
+
 def test_layers_that_share_a_weight_keep_scales_of_their_own() -> None:
     model = nn.Sequential(nn.Linear(K, K), nn.ReLU(), nn.Linear(K, K))
     model[2].weight = model[0].weight
@@ -147,6 +160,9 @@ ERRORS = {
     ),
     "activation_scale must be None unless activations are static, got 'learned' for int8:row@int8:row": (
         lambda: prepare_qat_(mlp(), "W8A8", activation_scale="learned")
+    ),
+    "activation_scale must be None unless activations are static, got 'observed' for int8:row": (
+        lambda: QATLinear(K, 8, spec="int8:row", activation_scale="observed")
     ),
     "activation_scale must be observed or learned, got 'dynamic'": (
         lambda: prepare_qat_(mlp(), SPECS[0], activation_scale="dynamic")

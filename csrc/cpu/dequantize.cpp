@@ -6,8 +6,7 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-// ---- codes of eight bits, which meet their scale in a register
-// -------------------------------------------------------
+// ---- codes of eight bits, which meet their scale in a register -----------------------------------------------------
 
 constexpr int64_t kPair = 2 * kLanes;  // elements: two registers of FP32, one of 16 bits
 
@@ -70,8 +69,7 @@ Blocks blocks_of(const Dequantize& p, const Grid& grid) {
                                    : nullptr;
 }
 
-// ---- any codes
-// -------------------------------------------------------------------------------------------------------
+// ---- any codes -----------------------------------------------------------------------------------------------------
 
 struct Worker {
   const Dequantize& p;

@@ -74,6 +74,7 @@ QL_FN void stream(const void* from, char* to, int64_t bytes) {
   }
 }
 
+// One register; what goes past the caches must be aligned.
 QL_FN void put(char* to, Floats v, bool past_caches) {
   if (past_caches) stream(&v, to, sizeof v);
   else store(to, v);

@@ -147,19 +147,14 @@ class FakeQuantize(KeepsDtype):
 
         Raises
         ------
-        RuntimeError
-            Where an observer sets the scale and has seen nothing.
         ValueError
             For a scale that is dynamic or not above 0.
         """
         if self.scale is None:
             raise ValueError(f"scale must be learned or observed, got {self.source}")
         scale, zero_point = self.scale.detach().view(self.blocks).clone(), None
-        if not scale.is_meta:
-            if self.observer is not None and not int(self.observer.batches):
-                raise RuntimeError("convert_ must come after a forward with observers on, got none")
-            if not (scale > 0).all():
-                raise ValueError(f"scale must be above 0, got {scale[~(scale > 0)][0]:g}")
+        if not scale.is_meta and not (scale > 0).all():
+            raise ValueError(f"scale must be above 0, got {scale[~(scale > 0)][0]:g}")
         if self.zero_point is not None and isinstance(self.spec.row, IntFormat):  # as C10 has it
             z = self.zero_point.detach().view(self.blocks)
             zero_point = torch.where(z == z, z, 0).clamp(*self.spec.row.range(affine=True)).round().int()

@@ -93,6 +93,13 @@ class Scale(NamedTuple):
     scale: Tensor  # [1, 1] float32
     zero_point: Tensor | None = None  # [1, 1] int32
 
+    def blocks_of(self, x: Tensor, spec: QuantSpec) -> Scale:
+        """One for each block of x: none where x is empty."""
+        if x.numel():
+            return self
+        rows, columns = spec.scale_shape(x.shape)
+        return Scale(*(None if t is None else t[:rows, :columns] for t in self))  # type: ignore[arg-type]
+
 
 def project(x: Tensor, spec: QuantSpec, static: Scale | None = None) -> Tensor:
     """The values that codes of ``x`` stand for: y = dequantize(quantize(x)).
@@ -106,9 +113,10 @@ def project(x: Tensor, spec: QuantSpec, static: Scale | None = None) -> Tensor:
         y = _Project.apply(x, spec)  # type: ignore[no-untyped-call]
         return y
     narrow = x.float() if x.dtype == torch.float64 else x
-    zero_point = None if static.zero_point is None else static.zero_point.float()
-    y = ops.fake_quantize(narrow, static.scale, spec.format, block=spec.block(x.shape), zero_point=zero_point)
-    return y.to(x.dtype)
+    scale, zero_point = static.blocks_of(x, spec)
+    z = None if zero_point is None else zero_point.float()
+    y = ops.fake_quantize(narrow, scale, spec.format, block=spec.block(x.shape), zero_point=z)
+    return _cast(y, x.dtype)
 
 
 class _Project(torch.autograd.Function):
@@ -128,7 +136,7 @@ class _Project(torch.autograd.Function):
 
 def _clipped(dy: Tensor, x: Tensor, spec: QuantSpec, static: Scale) -> Tensor:
     """The gradient of x through `project` with a static scale: dy, and 0 where x is out of its range."""
-    scale, zero_point = static
+    scale, zero_point = static.blocks_of(x, spec)
     args = (spec.format, spec.block(x.shape))
     if zero_point is None:
         dx: Tensor = torch.ops.quantlib.fake_quantize_backward(dy, x, scale, *args)[0]
@@ -186,9 +194,9 @@ class _IntegerMatmul(torch.autograd.Function):
             x_codes, x_scale, x_zero_point = quantize_weight(x, activation)
             assert x_scale is not None
         else:
-            x_codes = ops.quantize(
-                x, x_scale, activation.format, block=activation.block(x.shape), zero_point=x_zero_point
-            )
+            x_scale, x_zero_point = Scale(x_scale, x_zero_point).blocks_of(x, activation)
+            block_of_x = activation.block(x.shape)
+            x_codes = ops.quantize(x, x_scale, activation.format, block=block_of_x, zero_point=x_zero_point)
         return ops.scaled_matmul(
             x_codes,
             x_scale,

@@ -198,10 +198,15 @@ class QuantModule(nn.Module):
         return got is None or expected is None or got.dtype == expected.dtype
 
 
-def check_dynamic(spec: QuantSpec) -> None:
-    """``spec`` is for a weight, and asks for nothing that only training or calibration can find."""
+def check_of_weight(spec: QuantSpec) -> None:
+    """The scale of a weight is kept with it in any case: only that of an activation is said to be static."""
     if spec.static:
         raise ValueError(f"spec must be static in its activation only, got {spec}")
+
+
+def check_dynamic(spec: QuantSpec) -> None:
+    """``spec`` is for a weight, and asks for nothing that only training or calibration can find."""
+    check_of_weight(spec)
     if spec.activation is not None and spec.activation.static:
         raise ValueError(
             f"spec must have activations whose scales follow the input, got {spec}: "

@@ -13,7 +13,7 @@ from quantlib.nn.embedding import QuantEmbedding
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
 from quantlib.nn.linear import QuantLinear
-from quantlib.nn.module import QuantModule
+from quantlib.nn.module import QuantModule, check_of_weight
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.spec import QuantSpec
 
@@ -147,8 +147,12 @@ class QATModule(nn.Module):
             new._freeze(self.codes())
         else:
             new.share(shared)
-        if isinstance(new, QuantLinear) and self.input_quantizer is not None and self.input_quantizer.spec.static:
-            new.set_input_scale(self.input_quantizer.static())
+        projects = self.input_quantizer
+        if isinstance(new, QuantLinear) and projects is not None and projects.spec.static:
+            seen = None if projects.observer is None else projects.observer.batches
+            if seen is not None and not seen.is_meta and not int(seen):
+                raise RuntimeError("convert_ must come after a forward with observers on, got none")
+            new.set_input_scale(projects.static())
         return new.train(self.training)
 
     def extra_repr(self) -> str:
@@ -166,8 +170,8 @@ class QATModule(nn.Module):
         if scale == "observed":
             raise ValueError("scale must be learned or dynamic for a weight, got 'observed'")
         spec = QuantSpec.parse(spec)
-        if spec.static:
-            raise ValueError(f"spec must be static in its activation only, got {spec}")
+        check_of_weight(spec)
+        check_activation_scale(activation_scale, spec)
         self.spec = spec if self.PROJECTS_INPUT else spec.weight_only
         weight = self.weight.detach().flatten(1)
         self.weight_quantizer = FakeQuantize(weight.shape, self.spec, scale=scale, mask=mask, device=weight.device)
@@ -225,6 +229,15 @@ class QATConv2d(QATModule, nn.Conv2d):
         """x [batch, in, height, width] -> [batch, out, height, width]"""
         y: Tensor = self._conv_forward(input, self.fake_weight(), self.bias)
         return y
+
+
+def check_activation_scale(source: str | None, spec: QuantSpec) -> None:
+    """``source`` is one for the activation of ``spec``; None is any's."""
+    static = spec.activation is not None and spec.activation.static
+    if source is not None and not static:
+        raise ValueError(f"activation_scale must be None unless activations are static, got {source!r} for {spec}")
+    if source not in (None, "observed", "learned"):
+        raise ValueError(f"activation_scale must be observed or learned, got {source!r}")
 
 
 QAT: dict[type[nn.Module], type[QATModule]] = {
