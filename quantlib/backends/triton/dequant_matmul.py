@@ -115,30 +115,15 @@ def dequant_matmul(
     batch_invariant: bool,
     tiled: bool,
     y: torch.Tensor,
+    tile: tuning.MatmulTile | None = None,
 ) -> None:
+    """Cut as ``tile`` says, or as `tuning` does."""
     (M, K), N, device = x.shape, y.shape[1], x.device
-    tile = tuning.choose_matmul(
-        (M, N, K), format, x.dtype, block[1], tiled, batch_invariant,
-        launch.device_name(device), launch.shared_memory(device),
-    )  # fmt: skip
-    multiply(x, codes, scale, format, block, zero_point, bias, activation, tiled, y, tile)
-
-
-def multiply(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str | None,
-    tiled: bool,
-    y: torch.Tensor,
-    tile: tuning.MatmulTile,
-) -> None:
-    """dequant_matmul, cut as ``tile`` says."""
-    (M, K), N = x.shape, y.shape[1]
+    if tile is None:
+        tile = tuning.choose_matmul(
+            (M, N, K), format, x.dtype, block[1], tiled, batch_invariant,
+            launch.device_name(device), launch.shared_memory(device),
+        )  # fmt: skip
     if tile.slab:
         multiply_slabs(x, codes, scale, format, block, zero_point, bias, activation, tiled, y, tile)
         return

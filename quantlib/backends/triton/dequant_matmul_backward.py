@@ -55,26 +55,14 @@ def dequant_matmul_backward(
     block: launch.Shape,
     zero_point: torch.Tensor | None,
     dx: torch.Tensor,
+    tile: tuning.MatmulTile | None = None,
 ) -> None:
+    """Cut as ``tile`` says, or as `tuning` does."""
     (M, N), K, device = dy.shape, dx.shape[1], dy.device
-    tile = tuning.choose_backward(
-        (M, N, K), format, dy.dtype, block[1], launch.device_name(device), launch.shared_memory(device)
-    )
-    multiply(dy, codes, scale, format, block, zero_point, dx, tile)
-
-
-def multiply(
-    dy: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    zero_point: torch.Tensor | None,
-    dx: torch.Tensor,
-    tile: tuning.MatmulTile,
-) -> None:
-    """dequant_matmul_backward, cut as ``tile`` says."""
-    (M, N), K = dy.shape, dx.shape[1]
+    if tile is None:
+        tile = tuning.choose_backward(
+            (M, N, K), format, dy.dtype, block[1], launch.device_name(device), launch.shared_memory(device)
+        )
     rounded = M >= 64 and dy.dtype != torch.float32
     launch.launch(
         dequant_matmul_backward_kernel, launch.cdiv(M, tile.tile_m) * launch.cdiv(K, tile.tile_k), dy.device,

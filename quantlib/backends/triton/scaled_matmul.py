@@ -117,31 +117,15 @@ def scaled_matmul(
     bias: torch.Tensor | None,
     activation: str | None,
     y: torch.Tensor,
+    tile: tuning.MatmulTile | None = None,
 ) -> None:
-    (M, K), N, device = x_codes.shape, y.shape[1], y.device
-    tile = tuning.choose_scaled(
-        (M, N, K), format, block[1], launch.device_name(device), launch.shared_memory(device), y.dtype,
-        describable(x_codes, codes, scale, x_zero_point, zero_point),
-    )  # fmt: skip
-    multiply(x_codes, x_scale, codes, scale, format, block, x_zero_point, zero_point, bias, activation, y, tile)
-
-
-def multiply(
-    x_codes: torch.Tensor,
-    x_scale: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    x_zero_point: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str | None,
-    y: torch.Tensor,
-    tile: tuning.MatmulTile,
-) -> None:
-    """scaled_matmul, cut as ``tile`` says."""
-    (M, K), N, groups = x_codes.shape, y.shape[1], scale.shape[1]
+    """Cut as ``tile`` says, or as `tuning` does."""
+    (M, K), N, groups, device = x_codes.shape, y.shape[1], scale.shape[1], y.device
+    if tile is None:
+        tile = tuning.choose_scaled(
+            (M, N, K), format, block[1], launch.device_name(device), launch.shared_memory(device), y.dtype,
+            describable(x_codes, codes, scale, x_zero_point, zero_point),
+        )  # fmt: skip
     if tile.described:
         multiply_described(x_codes, x_scale, codes, scale, format, block, bias, activation, y, tile)
         return

@@ -163,11 +163,11 @@ class Matmul:
     def call(self, x: torch.Tensor, codes: torch.Tensor, tile: MatmulTile) -> None:
         weight: tuple[Any, ...] = (codes, self.scale, self.format, self.block)
         if self.key.op == "dequant_matmul":
-            dequant_matmul.multiply(x, *weight, None, None, None, self.key.tiled, self.y, tile)
+            dequant_matmul.dequant_matmul(x, *weight, None, None, None, False, self.key.tiled, self.y, tile)
         elif self.key.op == "scaled_matmul":
-            scaled_matmul.multiply(x, self.x_scale, *weight, None, None, None, None, self.y, tile)
+            scaled_matmul.scaled_matmul(x, self.x_scale, *weight, None, None, None, None, self.y, tile)
         else:
-            dequant_matmul_backward.multiply(x, *weight, None, self.y, tile)
+            dequant_matmul_backward.dequant_matmul_backward(x, *weight, None, self.y, tile)
 
 
 def random_bytes(shape: Any, device: torch.device) -> torch.Tensor:
