@@ -225,8 +225,11 @@ def account(model: nn.Module, report: Report) -> None:
             report.float_bytes += parameter.numel() * parameter.element_size()
             if parameter.dim() > 1:
                 name = prefix if key == "weight" and prefix else f"{prefix}.{key}".removeprefix(".")
+                parts = name.split(".")
+                above = (".".join(parts[:n]) for n in range(1, len(parts)))
+                name = next((a for a in above if a in report.skipped), name)  # a layer with parametrizations
                 report.skipped.setdefault(name, why_float(module, key, parameter))
-                report.sizes[name] = parameter.numel()
+                report.sizes[name] = report.sizes.get(name, 0) + parameter.numel()
     report.warn()
 
 
