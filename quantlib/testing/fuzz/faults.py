@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantlib.testing.fuzz.draw import Call, Rng, pick
 
@@ -126,12 +127,6 @@ def huge(rng: Rng, t: Tensor) -> Tensor:
     return t.new_zeros(()).expand(sizes) if 0 not in sizes else t.new_empty(sizes)
 
 
-def in_fake_mode(rng: Rng, t: Tensor) -> Tensor:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode().from_tensor(t)
-
-
 FLOATS = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0, -1.0, 1e-45, 3e38)
 DTYPES = tuple(
     getattr(torch, name)
@@ -156,8 +151,6 @@ TENSORS = (
     Fault("mkldnn", After.SAME, lambda rng, t: t.to_mkldnn()),
     Fault("nested", After.ANY, lambda rng, t: torch.nested.nested_tensor([t, t])),
     Fault("jagged", After.ANY, lambda rng, t: torch.nested.nested_tensor([t, t], layout=torch.jagged)),
-    Fault("functional", After.SAME, lambda rng, t: torch._to_functional_tensor(t)),
-    Fault("a FakeTensor", After.ANY, in_fake_mode),
     Fault("on meta", After.ANY, lambda rng, t: t.to("meta")),
     Fault("quantized", After.ANY, lambda rng, t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), is_float),
     Fault("another dtype", After.ANY, unlike_dtype),
@@ -243,7 +236,7 @@ def over(call: Call, rng: Rng) -> After:
 def overlapping(call: Call, rng: Rng) -> After:
     """Elements of a result that share memory."""
     key, at, out = pick(rng, outs_of(call))
-    axis = pick(rng, [d for d, size in enumerate(out.shape) if size > 1])
+    axis = pick(rng, [d for d, size in enumerate(out.shape) if size > 1 and out.numel()])
     put_out(call, key, at, out.narrow(axis, 0, 1).expand(out.shape))
     call.faults[-1] += f": {key}"
     return After.ERROR
@@ -370,6 +363,18 @@ def forward_mode(call: Call, rng: Rng) -> After:
     return After.SAME
 
 
+def all_fake(call: Call, rng: Rng) -> After:
+    """The shapes alone, as torch.compile and torch.export ask for them."""
+    mode = FakeTensorMode()
+    for name, value in call.arguments.items():
+        if isinstance(value, Tensor):
+            call.arguments[name] = mode.from_tensor(value)
+        elif name in call.outs and value is not None:
+            call.arguments[name] = tuple(map(mode.from_tensor, value))
+    call.contexts.append(lambda: mode)
+    return After.ANY
+
+
 def left_out(call: Call, rng: Rng) -> After:
     name = pick(rng, call.arguments)
     del call.arguments[name]
@@ -391,6 +396,7 @@ WHOLE: tuple[tuple[str, Callable[[Call, Rng], After]], ...] = (
     ("surroundings", surroundings),
     ("surroundings", surroundings),
     ("vmap", transformed),
+    ("FakeTensors", all_fake),
     ("forward derivative", forward_mode),
     ("an argument left out", left_out),
     ("an unknown argument", unknown_argument),
@@ -409,6 +415,8 @@ def inflict(call: Call, rng: Rng) -> tuple[After, bool]:
             argument = pick(rng, call.arguments)
             value = call.arguments[argument]
             fault = pick(rng, [f for f in (*TENSORS, *OTHERS) if f.fits(value)])
+            if argument in call.outs and fault.name == "an inference tensor":
+                continue  # torch's own rule of writing to one
             new = fault.change(rng, value)
             call.faults[-1] = f"{argument}: {fault.name}, {value_of(new)}"
         except Exception:  # not with this value

@@ -1,0 +1,307 @@
+"""Small models of transformers' architectures with random weights, and what quantizing them gives.
+
+``PYTHONPATH=tests python -m architectures docs/models.md`` runs every architecture with every spec, and writes the
+table into the document.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when transformers is imported
+
+import torch
+from torch import Tensor, nn
+
+import quantlib
+from quantlib import ops
+from quantlib.nn import QuantModule
+from quantlib.spec import QuantSpec
+
+SPECS = ("W8A16", "W8A8", "W4A16", "float8_e4m3fn:row", "uint8:row:affine", "bfloat16")
+LINEAR = (nn.Linear,)
+EVERY = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GQA = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
+MOE = {**GQA, "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+T5: dict[str, Any] = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "eos_token_id": None,
+}
+BART: dict[str, Any] = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "forced_eos_token_id": None,
+    "decoder_start_token_id": 1,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+WAVES: dict[str, Any] = {
+    **TEXT,
+    "conv_dim": (16, 16),
+    "conv_kernel": (10, 3),
+    "conv_stride": (5, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "apply_spec_augment": False,
+}
+
+
+def tokens(count: int = 9) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(3, 96, (2, count))}
+
+
+def both() -> dict[str, Tensor]:
+    return {**tokens(), "decoder_input_ids": torch.randint(3, 96, (2, 5))}
+
+
+def image(size: int = 16) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 3, size, size)}
+
+
+def wave(length: int = 400) -> dict[str, Tensor]:
+    return {"input_values": torch.randn(2, length)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of model: the class of transformers, its configuration, and what it is called with."""
+
+    name: str
+    model: str  # the class
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: Callable[[], dict[str, Tensor]] = tokens
+    generates: bool = False
+    every_spec: bool = False  # in `make test` too: its code asks a weight for its dtype
+    parts: Callable[[Any], dict[str, Any]] = lambda transformers: {}  # configurations inside of the configuration
+
+    def __str__(self) -> str:
+        return self.name
+
+    def build(self) -> nn.Module:
+        import transformers
+
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.options, **self.parts(transformers))
+        model: nn.Module = getattr(transformers, self.model)(config).eval()
+        for module in model.modules():  # what begins as zeros or ones would hide what is done to it
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and module.bias is not None:
+                nn.init.normal_(module.bias, std=0.1)
+        return model
+
+    @functools.cached_property
+    def base(self) -> nn.Module:
+        return self.build()
+
+    @functools.cached_property
+    def given(self) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        return self.inputs()
+
+
+def causal(name: str, stem: str, options: dict[str, Any], **more: Any) -> Architecture:
+    return Architecture(name, f"{stem}ForCausalLM", f"{stem}Config", options, generates=True, **more)
+
+
+def seq2seq(name: str, stem: str, options: dict[str, Any], **more: Any) -> Architecture:
+    given = {"inputs": both, "generates": True, **more}
+    return Architecture(name, f"{stem}ForConditionalGeneration", f"{stem}Config", options, **given)
+
+
+ARCHITECTURES = (
+    causal("Llama", "Llama", {**GQA, "tie_word_embeddings": False}),
+    causal("Llama, tied", "Llama", {**GQA, "tie_word_embeddings": True}),
+    causal("Mistral", "Mistral", GQA),
+    causal("Qwen2", "Qwen2", GQA),
+    causal("Qwen3", "Qwen3", GQA),
+    causal("Phi-3", "Phi3", GQA),
+    causal("Gemma 2", "Gemma2", {**GQA, "query_pre_attn_scalar": 8}),
+    Architecture("Gemma 3", "Gemma3ForCausalLM", "Gemma3TextConfig", {**GQA, "query_pre_attn_scalar": 8}, tokens, True, True),
+    Architecture("GPT-2", "GPT2LMHeadModel", "GPT2Config", {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4}, tokens, True),
+    causal("GPT-J", "GPTJ", {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}),
+    causal("GPT-Neo", "GPTNeo", {**TEXT, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+    causal("GPT-NeoX", "GPTNeoX", TEXT),
+    causal("OPT", "OPT", {**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    causal("BLOOM", "Bloom", {**TEXT, "n_layer": 2, "n_head": 4}),
+    causal("Falcon", "Falcon", TEXT, every_spec=True),
+    causal("Mamba", "Mamba", {**TEXT, "state_size": 4, "time_step_rank": 4}, every_spec=True),
+    causal("Falcon-Mamba", "FalconMamba", {**TEXT, "state_size": 4, "time_step_rank": 4}, every_spec=True),
+    causal(
+        "Mamba-2",
+        "Mamba2",
+        {**TEXT, "state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+        every_spec=True,
+    ),
+    causal("Mixtral", "Mixtral", MOE),
+    causal("Qwen3-MoE", "Qwen3Moe", MOE),
+    causal(
+        "DeepSeek-V3",
+        "DeepseekV3",
+        {
+            **{k: v for k, v in TEXT.items()},
+            **{"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 2},
+            **{"topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 8},
+            **{"q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+        },
+    ),
+    Architecture("Llama 4", "Llama4ForCausalLM", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": 48}, tokens, True),
+    causal("gpt-oss", "GptOss", {**MOE, "sliding_window": 8}),
+    seq2seq("T5", "T5", T5, every_spec=True),
+    seq2seq("FLAN-T5", "T5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, every_spec=True),
+    seq2seq("mT5", "MT5", T5, every_spec=True),
+    seq2seq("UMT5", "UMT5", T5, every_spec=True),
+    seq2seq("LongT5", "LongT5", {**T5, "local_radius": 4}, every_spec=True),
+    seq2seq(
+        "Switch Transformers",
+        "SwitchTransformers",
+        {**T5, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64},
+        every_spec=True,
+    ),
+    seq2seq("BART", "Bart", BART),
+    Architecture("Marian", "MarianMTModel", "MarianConfig", BART, both, True, True),
+    seq2seq("Pegasus", "Pegasus", BART, every_spec=True),
+    seq2seq(
+        "NLLB-MoE",
+        "NllbMoe",
+        {**BART, "num_experts": 2, "expert_capacity": 64, "encoder_sparse_step": 1, "decoder_sparse_step": 1},
+        every_spec=True,
+    ),
+    Architecture("BERT", "BertForMaskedLM", "BertConfig", TEXT),
+    Architecture("RoBERTa", "RobertaForSequenceClassification", "RobertaConfig", TEXT),
+    Architecture(
+        "DeBERTa-v2",
+        "DebertaV2ForMaskedLM",
+        "DebertaV2Config",
+        {**TEXT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "conv_kernel_size": 3}
+        | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "conv_act": "gelu"},
+        every_spec=True,
+    ),
+    Architecture("ModernBERT", "ModernBertForMaskedLM", "ModernBertConfig", {**TEXT, "reference_compile": False}),
+    Architecture("ALBERT", "AlbertForMaskedLM", "AlbertConfig", {**TEXT, "embedding_size": 16}),
+    Architecture("RoFormer", "RoFormerForMaskedLM", "RoFormerConfig", TEXT, every_spec=True),
+    Architecture("ViT", "ViTForImageClassification", "ViTConfig", VISION, image, every_spec=True),
+    Architecture("Swin", "SwinForImageClassification", "SwinConfig", {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}, image),
+    Architecture("ConvNeXt", "ConvNextForImageClassification", "ConvNextConfig", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, image),
+    Architecture("DINOv2", "Dinov2Model", "Dinov2Config", {**VISION, "mlp_ratio": 2}, image, every_spec=True),
+    Architecture(
+        "CLIP",
+        "CLIPModel",
+        "CLIPConfig",
+        {"text_config": {**TEXT, "eos_token_id": 2}, "vision_config": VISION, "projection_dim": 16},
+        lambda: tokens() | image(),
+        every_spec=True,
+    ),
+    Architecture(
+        "SigLIP",
+        "SiglipModel",
+        "SiglipConfig",
+        {"text_config": {**TEXT, "projection_size": 32}, "vision_config": VISION},
+        lambda: tokens() | image(),
+        every_spec=True,
+    ),
+    Architecture(
+        "DETR",
+        "DetrForObjectDetection",
+        "DetrConfig",
+        {
+            **{k: v for k, v in BART.items() if k not in ("vocab_size", "max_position_embeddings")},
+            **{"num_queries": 4, "use_pretrained_backbone": False, "use_timm_backbone": False, "backbone": None},
+        },
+        lambda: image(64),
+        parts=lambda t: {
+            "backbone_config": t.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"]
+            )
+        },
+    ),
+    seq2seq(
+        "Whisper",
+        "Whisper",
+        {**BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32, "suppress_tokens": None}
+        | {"begin_suppress_tokens": None},
+        inputs=lambda: {
+            "input_features": torch.randn(2, 8, 32),
+            "decoder_input_ids": torch.randint(3, 96, (2, 5)),
+        },
+    ),
+    Architecture(
+        "Kosmos-2",
+        "Kosmos2ForConditionalGeneration",
+        "Kosmos2Config",
+        {"text_config": {"vocab_size": 96, "embed_dim": 32, "layers": 1, "ffn_dim": 48, "attention_heads": 4, "max_position_embeddings": 64}, "vision_config": VISION, "latent_query_num": 4},
+        lambda: {**tokens(), **image(), "image_embeds_position_mask": (torch.arange(9) < 4).long().expand(2, 9)},
+        every_spec=True,
+    ),
+    Architecture(
+        "BLIP",
+        "BlipForConditionalGeneration",
+        "BlipConfig",
+        {"text_config": {**TEXT, "encoder_hidden_size": 32, "projection_dim": 16}, "vision_config": {**VISION, "projection_dim": 16}, "projection_dim": 16},
+        lambda: tokens() | image(),
+        every_spec=True,
+    ),
+    Architecture("wav2vec 2.0", "Wav2Vec2ForCTC", "Wav2Vec2Config", WAVES, wave, every_spec=True),
+    Architecture(
+        "Pix2Struct",
+        "Pix2StructForConditionalGeneration",
+        "Pix2StructConfig",
+        {
+            "text_config": {**TEXT, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0},
+            "vision_config": {"hidden_size": 32, "d_ff": 48, "d_kv": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+            | {"patch_embed_hidden_size": 12, "seq_len": 16},
+        },
+        lambda: {
+            "flattened_patches": torch.cat([torch.ones(2, 4, 2), torch.randn(2, 4, 12)], -1),
+            "decoder_input_ids": torch.randint(3, 96, (2, 5)),
+        },
+        every_spec=True,
+    ),
+)
