@@ -305,3 +305,143 @@ ARCHITECTURES = (
         every_spec=True,
     ),
 )
+
+
+# ---- what quantizing one gives --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `quantize_` made of a model: refused with a reason, or a share of its parameters as codes."""
+
+    refused: str = ""
+    coverage: float = 0.0
+    error: float = 0.0  # of the outputs, against those of the float model with the same values
+
+
+def check(architecture: Architecture, spec: str, types: tuple[type[nn.Module], ...]) -> Outcome:
+    """Quantize a copy of the model, and hold it to the float model that has the values of its codes.
+
+    Raises
+    ------
+    AssertionError
+        For an output, a token, a byte of the state, or a line of the report that is not right.
+    """
+    base, given = architecture.base, architecture.given
+    model = copy.deepcopy(base)
+    try:
+        report = quantlib.quantize_(model, spec, types=types)
+    except ValueError as error:
+        assert_equal_states(model, base)
+        return Outcome(refused=str(error))
+    assert model.dtype == base.dtype, f"dtype must be {base.dtype}, got {model.dtype}"
+    accounts(report, base)
+
+    parsed = QuantSpec.parse(spec)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        y = outputs(model, given)
+        quantlib.dequantize_(plain)
+        with projected(plain, model, parsed):
+            error = difference(y, outputs(plain, given))
+    limit = 0.02 if parsed.activation else 1e-4  # a projected activation that lies on a tie may round to either side
+    assert error <= limit, f"output is off by {error:.2g}, at most {limit:g} is allowed"
+    if architecture.generates:
+        with torch.no_grad():
+            text = generated(model, given)
+            if not parsed.activation:
+                assert torch.equal(text, generated(plain, given)), "generates other tokens than the dequantized model"
+
+    again = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.mul_(0.5)
+    quantlib.quantize_(again, spec, types=types)
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert_equal_states(again, model)
+    return Outcome(coverage=report.coverage, error=error)
+
+
+def outputs(model: nn.Module, given: dict[str, Tensor]) -> list[Tensor]:
+    """Every float tensor that a forward returns, but what it keeps for the next token."""
+    result = model(**given, use_cache=False) if "use_cache" in forward_arguments(type(model)) else model(**given)
+    return list(floats({k: v for k, v in result.items() if "past" not in k and "cache" not in k}))
+
+
+@functools.cache
+def forward_arguments(model: type[nn.Module]) -> frozenset[str]:
+    import inspect
+
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def floats(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict) or hasattr(value, "items"):
+        for item in value.values():
+            yield from floats(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from floats(item)
+
+
+def generated(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    prompt = {name: value for name, value in given.items() if name != "decoder_input_ids"}
+    text: Tensor = model.generate(**prompt, max_new_tokens=8, do_sample=False)  # type: ignore[operator]
+    return text
+
+
+def difference(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest error of any output, relative to the largest magnitude in it."""
+    assert len(got) == len(want) > 0
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        finite = b.isfinite()
+        assert torch.equal(finite, a.isfinite())
+        if finite.any():
+            size = float(b[finite].abs().max())
+            worst = max(worst, float((a - b)[finite].abs().max()) / (size or 1.0))
+    return worst
+
+
+@contextmanager
+def projected(plain: nn.Module, model: nn.Module, spec: QuantSpec) -> Iterator[None]:
+    """The activations of ``plain`` projected where those of ``model`` are."""
+
+    def project(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        codes, scale = ops.quantize_dynamic(x, "int8", block=(1, -1))
+        return (ops.dequantize(codes, scale, "int8", block=(1, -1), dtype=x.dtype), *args[1:])
+
+    layers = dict(plain.named_modules())
+    linear = [n for n, m in model.named_modules() if isinstance(m, QuantModule) and isinstance(m, nn.Linear)]
+    hooks = [layers[n].register_forward_pre_hook(project) for n in linear] if spec.activation else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def assert_equal_states(got: nn.Module, want: nn.Module) -> None:
+    a, b = got.state_dict(), want.state_dict()
+    assert list(a) == list(b)
+    for name, value in a.items():
+        other = b[name]
+        assert value.dtype == other.dtype, name
+        assert value.shape == other.shape, name
+        same = torch.equal(value.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+        assert same, f"{name} has other bytes"
+
+
+def accounts(report: Any, base: nn.Module) -> None:
+    """The report names every parameter of the float model: as codes, or as what stays a float."""
+    everything = sum(p.numel() for p in base.parameters())
+    codes = round(report.coverage * everything)
+    floats = sum(size for size, _ in report.floats.values())
+    assert codes + floats == everything, f"{codes} codes and {floats} floats, of {everything} parameters"
+    assert all(why for _, why in report.floats.values())
