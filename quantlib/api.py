@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from quantlib import ops
 from quantlib.nn import QUANTIZED, QuantModule
 from quantlib.nn.functional import SOURCES, Weight, dequantize_weight
-from quantlib.nn.module import check_dynamic
-from quantlib.ops.check import one_of
+from quantlib.nn.module import check_dynamic, hooked_forward, rebind_hooks
+from quantlib.ops.check import dtype_name, one_of
+from quantlib.record import record_
 from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
 
@@ -36,7 +37,7 @@ def quantize_(
     types: Sequence[type[nn.Module]] = (nn.Linear,),
     on_nonfinite: OnNonfinite = "raise",
 ) -> Report:
-    """Project the weights of the ``nn.Linear`` layers of ``model``, or of the layers of ``types``, in place.
+    """Quantize the weights of the ``nn.Linear`` layers of ``model``, or of the layers of ``types``, in place.
 
     Every layer is looked at before the first is changed, so that an error leaves the model as it was. Then one layer
     at a time is replaced: the memory in use never exceeds that of the model and one layer.
@@ -61,8 +62,8 @@ def quantize_(
     Returns
     -------
     Report
-        Each layer's bytes and signal-to-noise ratio, and the layers that were left alone with the reason: their
-        weight is read directly by their owner, shared with something that stays a float, or already quantized.
+        Each layer's bytes and signal-to-noise ratio; everything with two or more axes that stays a float, with its
+        size and the reason; and the share of all parameters that are quantized. Below 90 % a warning is logged.
 
     Raises
     ------
@@ -106,6 +107,8 @@ def quantize_(
             report.layers.append(describe(name, weight, new.plain, new.spec))
         del weight
         put(new, layer, places)
+    account(model, report)
+    record_(model)
     return report
 
 
@@ -123,10 +126,11 @@ def dequantize_(model: nn.Module) -> list[str]:
     done: dict[int, nn.Parameter] = {}  # id of the codes -> the weight that they became
     for name in names:
         quantized = layers.pop(name)
-        tied = id(quantized.weight)
+        tied = id(quantized.weight_codes)
         new = quantized.with_weight(done[tied]) if tied in done else quantized.dequantize()
         done[tied] = weight_of(new)
         put(new, quantized, places)
+    record_(model)
     return names
 
 
@@ -141,6 +145,7 @@ def reasons_to_skip(
         if isinstance(owner, cls)
         for child in children
     }
+    adapters = adapters_of(model)
     skipped: dict[str, str] = {}
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)  # id of a parameter -> (module, name in it)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
@@ -148,7 +153,7 @@ def reasons_to_skip(
         for key, parameter in module._parameters.items():
             holders[id(parameter)].append((name, key))
     for name, layer in layers.items():
-        why = readers.get(id(layer)) or reason_to_skip(layer)
+        why = readers.get(id(layer)) or adapters.get(id(layer)) or reason_to_skip(layer)
         if why is None and filter_fn is not None and not filter_fn(layer, name):
             why = "filter_fn said no"
         if why is not None:
@@ -156,10 +161,12 @@ def reasons_to_skip(
     for name, layer in layers.items():
         if name not in skipped:
             kept = (
-                f"{h}.{k}" for h, k in holders[id(layer.weight)] if k != "weight" or h in skipped or h not in layers
+                (h, k) for h, k in holders[id(layer.weight)] if k != "weight" or h in skipped or h not in layers
             )
             if other := next(kept, None):
-                skipped[name] = f"shares its weight with {other.removeprefix('.')}, which stays as it is"
+                skipped[name] = f"shares its weight with {'.'.join(filter(None, other))}, which stays as it is"
+                if type(owner := model.get_submodule(other[0])) in QUANTIZED and not isinstance(owner, types):
+                    skipped[name] += f": types= can name nn.{type(owner).__name__} too"
     return skipped
 
 
@@ -167,18 +174,71 @@ def reason_to_skip(layer: nn.Module) -> str | None:
     """What about a layer itself keeps it from being replaced."""
     if isinstance(layer, QuantModule):
         return f"already quantized to {layer.spec}"
+    if hasattr(layer, "_get_fsdp_state"):
+        return "it is sharded: this comes before fully_shard"
     if type(layer) not in QUANTIZED:
         base = next(t for t in QUANTIZED if isinstance(layer, t))
         return f"{type(layer).__name__}, a subclass of nn.{base.__name__}, may compute something else"
-    if "forward" in vars(layer):
+    if "forward" in vars(layer) and hooked_forward(layer) is None:
         return "its forward has been replaced"
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters"
     if type(weight) is not nn.Parameter:
         return f"its weight is of {type(weight).__name__}"
+    if weight.is_meta and hooked_forward(layer) is not None:
+        return "accelerate has offloaded its weight: quantize the model before it is dispatched"
+    if taken := next((name for name in QUANTIZED[type(layer)].OWN if name in vars(layer)), None):
+        return f"it has an attribute {taken} of its own"
     why = QUANTIZED[type(layer)].refuses(layer)
     return None if why is None else f"an nn.{type(layer).__name__} {why}"
+
+
+def adapters_of(model: nn.Module) -> dict[int, str]:
+    """id of a module -> why it is no part of the base model: what peft trains beside a layer, or in front of a model."""
+    found: dict[int, str] = {}
+    for owner in model.modules():
+        names = getattr(owner, "adapter_layer_names", ())
+        names = (*names, "prompt_encoder") if hasattr(owner, "peft_config") else names
+        for name in names:
+            child = owner._modules.get(name)
+            if child is not None:
+                why = f"an adapter, {name} of {type(owner).__name__}"
+                found.update((id(module), why) for module in child.modules())
+    return found
+
+
+def account(model: nn.Module, report: Report) -> None:
+    """Complete ``report`` with every parameter of ``model``: how many are quantized, and what stays a float and why."""
+    counted: set[int] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, QuantModule) and id(module.weight_codes) not in counted:
+            report.quantized += math.prod(module.weight_shape)
+        own = set(module.KEPT) if isinstance(module, QuantModule) else set()
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            if key in own:
+                continue
+            report.floats += parameter.numel()
+            report.float_bytes += parameter.numel() * parameter.element_size()
+            if parameter.dim() > 1:
+                name = prefix if key == "weight" and prefix else f"{prefix}.{key}".removeprefix(".")
+                report.skipped.setdefault(name, why_float(module, key, parameter))
+                report.sizes[name] = parameter.numel()
+    report.warn()
+
+
+def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
+    """Why ``parameter``, which no rule of `reasons_to_skip` has met, stays what it is."""
+    if not parameter.is_floating_point():
+        return f"it is of {dtype_name(parameter.dtype)}"
+    if type(module) in QUANTIZED and key == "weight":
+        return f"an nn.{type(module).__name__}, which types= does not name"
+    if key != "weight":
+        return f"a parameter of {type(module).__name__}, which is not a layer that quantlib knows"
+    return f"a {type(module).__name__}, for which quantlib has no quantized form"
 
 
 def quantized_type(layer: nn.Module) -> type[QuantModule]:
@@ -268,11 +328,11 @@ def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def put(new: nn.Module, old: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]) -> None:
-    """``new`` wherever ``old`` is, in its mode and with its hooks."""
-    new.train(old.training)
+    """``new`` wherever ``old`` is, with the hooks of ``old`` themselves and not copies."""
     for key, value in vars(old).items():
-        if key.startswith(("_forward_", "_backward_", "_is_full_backward_")):
+        if "hooks" in key and isinstance(value, dict):
             vars(new)[key] = value  # the same dictionary: a handle still removes its hook
+    rebind_hooks(new)
     for parent, child in places.pop(id(old)):
         parent._modules[child] = new
 

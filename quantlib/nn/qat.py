@@ -143,6 +143,9 @@ class QATModule(nn.Module):
         if not self.weight.is_meta and not self.weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {self.weight[~self.weight.isfinite()][0]:g}")
         new = self.QUANT.like(self, self.spec)
+        for name in ("weight_quantizer", "input_quantizer"):
+            new._modules.pop(name, None)
+            vars(new).pop(name, None)
         if shared is None:
             new._freeze(self.codes())
         else:
