@@ -26,7 +26,9 @@ from torch import Tensor, nn
 import quantlib
 from quantlib import ops
 from quantlib.nn import QuantModule
+from quantlib.report import Report
 from quantlib.spec import QuantSpec
+from quantlib.testing import assert_same_bytes
 
 SPECS = ("W8A16", "W8A8", "W4A16", "float8_e4m3fn:row", "uint8:row:affine", "bfloat16")
 LINEAR = (nn.Linear,)
@@ -335,7 +337,7 @@ def check(architecture: Architecture, spec: str, types: tuple[type[nn.Module], .
         assert_equal_states(model, base)
         return Outcome(refused=str(error))
     assert model.dtype == base.dtype, f"dtype must be {base.dtype}, got {model.dtype}"
-    accounts(report, base)
+    accounts(report, model, base)
 
     parsed = QuantSpec.parse(spec)
     plain = copy.deepcopy(model)
@@ -434,14 +436,19 @@ def assert_equal_states(got: nn.Module, want: nn.Module) -> None:
         other = b[name]
         assert value.dtype == other.dtype, name
         assert value.shape == other.shape, name
-        same = torch.equal(value.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-        assert same, f"{name} has other bytes"
+        assert_same_bytes(value, other, name)
 
 
-def accounts(report: Any, base: nn.Module) -> None:
-    """The report names every parameter of the float model: as codes, or as what stays a float."""
+def accounts(report: Report, model: nn.Module, base: nn.Module) -> None:
+    """The report counts every parameter of the float model, and names each matrix that stays a float."""
     everything = sum(p.numel() for p in base.parameters())
-    codes = round(report.coverage * everything)
-    floats = sum(size for size, _ in report.floats.values())
-    assert codes + floats == everything, f"{codes} codes and {floats} floats, of {everything} parameters"
-    assert all(why for _, why in report.floats.values())
+    assert report.quantized + report.floats == everything, f"{report}\nmust count {everything} parameters"
+    silent = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+        and parameter.is_floating_point()
+        and not {name, name.rpartition(".")[0]} & set(report.skipped)
+    ]
+    assert not silent, f"the report says nothing of {silent}"
+    assert all(report.skipped.values())
