@@ -166,8 +166,12 @@ ARCHITECTURES = (
     causal("Qwen3", "Qwen3", GQA),
     causal("Phi-3", "Phi3", GQA),
     causal("Gemma 2", "Gemma2", {**GQA, "query_pre_attn_scalar": 8}),
-    Architecture("Gemma 3", "Gemma3ForCausalLM", "Gemma3TextConfig", {**GQA, "query_pre_attn_scalar": 8}, tokens, True, True),
-    Architecture("GPT-2", "GPT2LMHeadModel", "GPT2Config", {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4}, tokens, True),
+    Architecture(
+        "Gemma 3", "Gemma3ForCausalLM", "Gemma3TextConfig", {**GQA, "query_pre_attn_scalar": 8}, tokens, True, True
+    ),
+    Architecture(
+        "GPT-2", "GPT2LMHeadModel", "GPT2Config", {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4}, tokens, True
+    ),
     causal("GPT-J", "GPTJ", {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}),
     causal("GPT-Neo", "GPTNeo", {**TEXT, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
     causal("GPT-NeoX", "GPTNeoX", TEXT),
@@ -188,13 +192,24 @@ ARCHITECTURES = (
         "DeepSeek-V3",
         "DeepseekV3",
         {
-            **{k: v for k, v in TEXT.items()},
-            **{"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 2},
-            **{"topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 8},
-            **{"q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+            **TEXT,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
         },
     ),
-    Architecture("Llama 4", "Llama4ForCausalLM", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": 48}, tokens, True),
+    Architecture(
+        "Llama 4", "Llama4ForCausalLM", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": 48}, tokens, True
+    ),
     causal("gpt-oss", "GptOss", {**MOE, "sliding_window": 8}),
     seq2seq("T5", "T5", T5, every_spec=True),
     seq2seq("FLAN-T5", "T5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, every_spec=True),
@@ -222,7 +237,13 @@ ARCHITECTURES = (
         "DeBERTa-v2",
         "DebertaV2ForMaskedLM",
         "DebertaV2Config",
-        {**TEXT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "conv_kernel_size": 3}
+        {
+            **TEXT,
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["p2c", "c2p"],
+            "conv_kernel_size": 3,
+        }
         | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "conv_act": "gelu"},
         every_spec=True,
     ),
@@ -230,8 +251,20 @@ ARCHITECTURES = (
     Architecture("ALBERT", "AlbertForMaskedLM", "AlbertConfig", {**TEXT, "embedding_size": 16}),
     Architecture("RoFormer", "RoFormerForMaskedLM", "RoFormerConfig", TEXT, every_spec=True),
     Architecture("ViT", "ViTForImageClassification", "ViTConfig", VISION, image, every_spec=True),
-    Architecture("Swin", "SwinForImageClassification", "SwinConfig", {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}, image),
-    Architecture("ConvNeXt", "ConvNextForImageClassification", "ConvNextConfig", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, image),
+    Architecture(
+        "Swin",
+        "SwinForImageClassification",
+        "SwinConfig",
+        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+        image,
+    ),
+    Architecture(
+        "ConvNeXt",
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+        image,
+    ),
     Architecture("DINOv2", "Dinov2Model", "Dinov2Config", {**VISION, "mlp_ratio": 2}, image, every_spec=True),
     Architecture(
         "CLIP",
@@ -255,7 +288,10 @@ ARCHITECTURES = (
         "DetrConfig",
         {
             **{k: v for k, v in BART.items() if k not in ("vocab_size", "max_position_embeddings")},
-            **{"num_queries": 4, "use_pretrained_backbone": False, "use_timm_backbone": False, "backbone": None},
+            "num_queries": 4,
+            "use_pretrained_backbone": False,
+            "use_timm_backbone": False,
+            "backbone": None,
         },
         lambda: image(64),
         parts=lambda t: {
@@ -278,7 +314,18 @@ ARCHITECTURES = (
         "Kosmos-2",
         "Kosmos2ForConditionalGeneration",
         "Kosmos2Config",
-        {"text_config": {"vocab_size": 96, "embed_dim": 32, "layers": 1, "ffn_dim": 48, "attention_heads": 4, "max_position_embeddings": 64}, "vision_config": VISION, "latent_query_num": 4},
+        {
+            "text_config": {
+                "vocab_size": 96,
+                "embed_dim": 32,
+                "layers": 1,
+                "ffn_dim": 48,
+                "attention_heads": 4,
+                "max_position_embeddings": 64,
+            },
+            "vision_config": VISION,
+            "latent_query_num": 4,
+        },
         lambda: {**tokens(), **image(), "image_embeds_position_mask": (torch.arange(9) < 4).long().expand(2, 9)},
         every_spec=True,
     ),
@@ -286,7 +333,11 @@ ARCHITECTURES = (
         "BLIP",
         "BlipForConditionalGeneration",
         "BlipConfig",
-        {"text_config": {**TEXT, "encoder_hidden_size": 32, "projection_dim": 16}, "vision_config": {**VISION, "projection_dim": 16}, "projection_dim": 16},
+        {
+            "text_config": {**TEXT, "encoder_hidden_size": 32, "projection_dim": 16},
+            "vision_config": {**VISION, "projection_dim": 16},
+            "projection_dim": 16,
+        },
         lambda: tokens() | image(),
         every_spec=True,
     ),
@@ -296,8 +347,21 @@ ARCHITECTURES = (
         "Pix2StructForConditionalGeneration",
         "Pix2StructConfig",
         {
-            "text_config": {**TEXT, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0},
-            "vision_config": {"hidden_size": 32, "d_ff": 48, "d_kv": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+            "text_config": {
+                **TEXT,
+                "d_kv": 8,
+                "d_ff": 48,
+                "num_layers": 1,
+                "num_heads": 4,
+                "decoder_start_token_id": 0,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "d_ff": 48,
+                "d_kv": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+            }
             | {"patch_embed_hidden_size": 12, "seq_len": 16},
         },
         lambda: {
@@ -452,3 +516,85 @@ def accounts(report: Report, model: nn.Module, base: nn.Module) -> None:
     ]
     assert not silent, f"the report says nothing of {silent}"
     assert all(report.skipped.values())
+
+
+# ---- the table of docs/models.md ------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"
+Outcomes = dict[tuple[str, bool], Outcome]  # (spec, whether of every type)
+
+
+def quick(architecture: Architecture) -> list[tuple[str, bool]]:
+    """The part of the product that `make test` runs: each spec, and each choice of types."""
+    if architecture.every_spec:
+        return [(spec, number % 2 == 0) for number, spec in enumerate(SPECS)]
+    return [("W4A16", False), ("W8A8", True)]
+
+
+def row(architecture: Architecture, outcomes: Outcomes) -> list[str]:
+    """One line of the table; a cell that ``outcomes`` does not decide is empty."""
+    shares = []
+    for every in (False, True):
+        found = [o for (_, of_every), o in outcomes.items() if of_every == every]
+        shares.append("refused" if found and found[0].refused else f"{found[0].coverage:.0%}" if found else "")
+    results = ["/".join(_result(outcomes.get((spec, every))) for every in (False, True)) for spec in SPECS]
+    return [architecture.name, layers(architecture.base), *shares, *results]
+
+
+def _result(outcome: Outcome | None) -> str:
+    return "" if outcome is None else "-" if outcome.refused else "="
+
+
+def layers(model: nn.Module) -> str:
+    """How many modules of each type hold a parameter of two or more axes."""
+    kinds = Counter(
+        re.sub("^Parametrized", "", type(module).__name__)
+        for module in model.modules()
+        if any(p.dim() > 1 for p in module.parameters(recurse=False))
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+def table() -> str:
+    """Every architecture with every spec."""
+    import transformers
+
+    head = ["architecture", "layers", "codes, Linear", "codes, all types", *SPECS]
+    lines = [
+        f"transformers {transformers.__version__}",
+        "",
+        _line(head),
+        _line(["---"] * 2 + ["--:"] * 2 + ["---"] * 6),
+    ]
+    for architecture in ARCHITECTURES:
+        outcomes = {
+            (spec, every): check(architecture, spec, EVERY if every else LINEAR)
+            for spec in SPECS
+            for every in (False, True)
+        }
+        lines.append(_line(row(architecture, outcomes)))
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def recorded(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The version of transformers of the table in a document, and the lines of it by architecture."""
+    inside = text.partition(BEGIN)[2].partition(END)[0]
+    version = re.search(r"transformers (\S+)", inside)
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in inside.splitlines() if "|" in line]
+    return version[1] if version else "", {cells[0]: cells for cells in rows[2:]}
+
+
+def main(path: Path) -> None:
+    """Write the table between its marks in the document at ``path``."""
+    text = path.read_text()
+    before, _, rest = text.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

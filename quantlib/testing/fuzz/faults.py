@@ -106,7 +106,7 @@ def other_shape(rng: Rng, t: Tensor) -> Tensor:
     shapes: list[Callable[[], Tensor]] = [
         lambda: t.unsqueeze(0),
         lambda: t.unsqueeze(-1),
-        lambda: t.flatten(),
+        t.flatten,
         lambda: t.narrow(axis, 0, t.shape[axis] - 1),
         lambda: torch.cat([t, t.narrow(axis, 0, 1)], axis),
         lambda: t.select(axis, 0),

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -107,7 +108,7 @@ def _run(
     """A child: says of each call that it is done."""
     faulthandler.enable(stack)
     torch.set_num_threads(1)
-    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if size < 1 << 40:  # a sanitizer reserves terabytes
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
