@@ -88,7 +88,7 @@ def quantize_(
     skipped = reasons_to_skip(model, filter_fn, types)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, types) and n not in skipped}
     if not layers and filter_fn is None:
-        found = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "none"
+        found = by_reason(skipped | other_weights(model, skipped)) or "none"
         raise ValueError(f"model must have an {one_of([f'nn.{t.__name__}' for t in types])} to quantize, got {found}")
     if not all(weight_of(layer).is_meta for layer in layers.values()):  # a skeleton's scales are still to be loaded
         check_dynamic(spec)
@@ -238,6 +238,24 @@ def account(model: nn.Module, report: Report) -> None:
                 report.skipped.setdefault(name, why_float(module, key, parameter))
                 report.sizes[name] = report.sizes.get(name, 0) + parameter.numel()
     report.warn()
+
+
+def other_weights(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:
+    """name -> why it stays a float, for each module whose weight is a matrix and that is not in ``skipped``."""
+    return {
+        name: why_float(module, "weight", weight)
+        for name, module in model.named_modules()
+        if (weight := module._parameters.get("weight")) is not None and weight.dim() > 1 and name not in skipped
+    }
+
+
+def by_reason(skipped: dict[str, str]) -> str:
+    """Each reason once, with the first of the names that it holds for, the largest group first."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, why in skipped.items():
+        names[why].append(name)
+    groups = sorted(names.items(), key=lambda group: -len(group[1]))
+    return "; ".join(f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)}: {why}" for why, n in groups)
 
 
 def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
