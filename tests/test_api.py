@@ -215,7 +215,7 @@ def test_refused_models() -> None:
         dequantize_(QuantLinear(4, 4, spec="int8"))
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got dict"):
         quantize_({}, "int8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"model must have an nn\.Linear to quantize, got none"):
+    with pytest.raises(ValueError, match=r"model must have an nn\.Linear to quantize, got 0: an nn\.Conv1d, which"):
         quantize_(nn.Sequential(nn.Conv1d(2, 2, 1)), "int8")
     model = mlp().double()
     before = state(model)
