@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import ops
-from quantlib.nn import QUANTIZED, QuantModule
+from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
 from quantlib.nn.functional import SOURCES, Weight, dequantize_weight
 from quantlib.nn.module import check_dynamic, hooked_forward, rebind_hooks
+from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_name, one_of
 from quantlib.record import record_
 from quantlib.report import LayerReport, Report
@@ -209,24 +210,33 @@ def adapters_of(model: nn.Module) -> dict[int, str]:
 
 
 def account(model: nn.Module, report: Report) -> None:
-    """Complete ``report`` with every parameter of ``model``: how many are quantized, and what stays a float and why."""
+    """Complete ``report`` with every parameter of ``model``: how many are quantized, and what stays a float and why.
+
+    A weight that is trained as its codes counts as quantized.
+    """
     counted: set[int] = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, QuantModule) and id(module.weight_codes) not in counted:
-            report.quantized += math.prod(module.weight_shape)
-        own = set(module.KEPT) if isinstance(module, QuantModule) else set()
+        if isinstance(module, FakeQuantize):  # scales
+            continue
+        codes = "weight_codes" if isinstance(module, QuantModule) else "weight" if isinstance(module, QATModule) else ""
+        own = module.KEPT if isinstance(module, QuantModule) else (codes,)
         for key, parameter in module._parameters.items():
             if parameter is None or id(parameter) in counted:
                 continue
             counted.add(id(parameter))
+            if key == codes:
+                report.quantized += module.weight.numel()  # type: ignore[operator, union-attr]
             if key in own:
                 continue
             report.floats += parameter.numel()
             report.float_bytes += parameter.numel() * parameter.element_size()
             if parameter.dim() > 1:
                 name = prefix if key == "weight" and prefix else f"{prefix}.{key}".removeprefix(".")
+                parts = name.split(".")
+                above = (".".join(parts[:n]) for n in range(1, len(parts)))
+                name = next((a for a in above if a in report.skipped), name)  # a layer with parametrizations
                 report.skipped.setdefault(name, why_float(module, key, parameter))
-                report.sizes[name] = parameter.numel()
+                report.sizes[name] = report.sizes.get(name, 0) + parameter.numel()
     report.warn()
 
 

@@ -96,7 +96,7 @@ class Report:
             return None
         largest = sorted(self.sizes, key=lambda name: self.sizes[name], reverse=True)[:3]
         named = "; ".join(f"{name} ({self.sizes[name]:,}): {self.skipped[name]}" for name in largest)
-        return f"only {self.coverage:.1%} of the parameters are quantized, the rest stay floats: {named}"
+        return f"only {self.coverage:.1%} of the parameters are quantized, the rest stay floats: {named or 'vectors'}"
 
     def warn(self) -> None:
         """Log `warning`, if there is one."""

@@ -33,6 +33,12 @@ class QuantParameter(nn.Parameter):
             super().requires_grad_(requires_grad)
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return QuantParameter, (self.data, self.requires_grad)
+
+    def __repr__(self) -> str:
+        return f"QuantParameter containing:\n{self.data!r}"
+
 
 class DecodedWeight(Tensor):
     """What ``layer.weight`` of a quantized layer is: the float weight, without storage of its own.
