@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from quantlib.testing.fuzz.judge import Finding, judge, smallest
+from quantlib.testing.fuzz.verdicts import Finding, judge, smallest
 
 BATCH = 250  # calls of a process: what one leaves behind is soon forgotten
 MEMORY = 8 << 30  # bytes of address space beyond what the process began with
