@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from quantlib.testing.fuzz.draw import Call
 from quantlib.testing.fuzz.faults import After
-from quantlib.testing.fuzz.hunt import hunt
-from quantlib.testing.fuzz.judge import CLASSES, Finding, judge, make
+from quantlib.testing.fuzz.processes import hunt
+from quantlib.testing.fuzz.verdicts import CLASSES, Finding, judge, make
 
 __all__ = ["CLASSES", "After", "Call", "Finding", "draw", "hunt", "judge"]
 

@@ -241,8 +241,8 @@ def _public(op: str, overload: str, arguments: dict[str, Any], want: tuple[Any, 
 
 def _with_outs(call: Call, overload: str) -> None:
     """Let ``call`` write its results into memory full of other bytes."""
-    results = call()
-    fresh = [poisoned(r.shape, r.dtype) for r in results]
+    shapes = [right.exact.shape if isinstance(right, Sum) else right.shape for right in call.want]
+    fresh = [poisoned(*result) for result in zip(shapes, _dtypes(call), strict=False)]
     if call.raw:
         op, _, kind = overload.partition(".")
         into = f"{op}.{kind + '_' if kind else ''}out"
@@ -253,6 +253,20 @@ def _with_outs(call: Call, overload: str) -> None:
     else:
         call.outs = ("out",)
         call.arguments["out"] = fresh[0] if len(fresh) == 1 else tuple(fresh)
+
+
+def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
+    """Of the results that ``call`` may have."""
+    given = call.arguments
+    if call.op in ("cast", "quantize", "quantize_dynamic"):
+        return getattr(torch, formats.get(given["format"]).dtype_name), torch.float32, torch.int32
+    if call.op == "compute_scale":
+        return torch.float32, torch.int32
+    if call.op in ("dequantize", "scaled_matmul"):
+        return (given["dtype"],)
+    if call.op == "dequant_matmul_backward_scale":
+        return (torch.float32,)
+    return given["dy" if "dy" in given else "x"].dtype, torch.float32, torch.float32
 
 
 def named(overload: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -111,9 +111,9 @@ def other_shape(rng: Rng, t: Tensor) -> Tensor:
         lambda: torch.cat([t, t.narrow(axis, 0, 1)], axis),
         lambda: t.select(axis, 0),
         lambda: t.mT,
-        lambda: t.new_empty(0),
-        lambda: t.new_empty([0] * t.dim()),
-        lambda: t.new_empty([1] * 70),
+        lambda: t.new_zeros(0),
+        lambda: t.new_zeros([0] * t.dim()),
+        lambda: t.new_zeros([1] * 70),
     ]
     new = pick(rng, shapes)()
     if new.shape == t.shape:
@@ -170,7 +170,7 @@ TENSORS = (
 
 TEXTS = ("", "int3", "INT8", "int8 ", "float32", "float64", "int4", "uint8", "tanh", "é", "a\0b", "x" * 5000)
 SIZES = (0, -1, -2, 1, 7, 2**31, 2**62, 2**63 - 1, -(2**63))
-OBJECTS = (None, 3, 2.5, True, b"int8", [1], (), {}, object(), float("nan"), torch.int8, torch.ones(2), np.int64(3))
+OBJECTS = (None, 3, 2.5, True, b"int8", [1], (), {}, ..., float("nan"), torch.int8, torch.ones(2), np.int64(3))
 
 
 def is_sizes(value: Any) -> bool:

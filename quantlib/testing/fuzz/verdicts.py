@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,30 +64,35 @@ def make(seed: int, op: str | None = None, kept: Sequence[int] | None = None) ->
 
     What is done does not depend on what else is, so that a finding is made smaller by leaving things out.
     """
-    rng = np.random.default_rng([seed, 0])
-    call = draw.valid(rng, op)
-    count = int(rng.choice([0, 1, 2, 3], p=[0.25, 0.5, 0.2, 0.05]))
+    call = draw.valid(np.random.default_rng([seed, 0]), op)
     worst, typed = After.SERVED, False
     order = list(After)
-    for number in range(count) if kept is None else kept:
-        after, by_type = faults.inflict(call, np.random.default_rng([seed, 1 + number]))
-        worst, typed = max(worst, after, key=order.index), typed or by_type
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about the kinds of tensors there are
+        for number in range(count_of(seed)) if kept is None else kept:
+            after, by_type = faults.inflict(call, np.random.default_rng([seed, 1 + number]))
+            worst, typed = max(worst, after, key=order.index), typed or by_type
     return call, worst, typed
 
 
-def count_of(seed: int, op: str | None = None) -> int:
+def count_of(seed: int) -> int:
     """How many things are done to the call of ``seed``."""
-    rng = np.random.default_rng([seed, 0])
-    draw.valid(rng, op)
-    return int(rng.choice([0, 1, 2, 3], p=[0.25, 0.5, 0.2, 0.05]))
+    return (0, 1, 1, 2)[seed % 4] if seed % 20 else 3
 
 
-def judge(seed: int, backend: str, op: str | None = None, kept: Sequence[int] | None = None) -> Finding | None:
-    """Make the call of ``seed`` and run it on ``backend``."""
+def judge(
+    seed: int,
+    backend: str,
+    op: str | None = None,
+    kept: Sequence[int] | None = None,
+    announce: Callable[[str], object] = lambda call: None,
+) -> Finding | None:
+    """Make the call of ``seed``, ``announce`` it, and run it on ``backend``."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about the kinds of tensors there are
+        warnings.simplefilter("ignore")
         call, after, typed = make(seed, op, kept)
         text = str(call)
+        announce(text)
         found = verdict(call, after, typed, backend)
     if found is None:
         return None
@@ -96,7 +101,7 @@ def judge(seed: int, backend: str, op: str | None = None, kept: Sequence[int] | 
 
 def smallest(finding: Finding) -> Finding:
     """The same kind of finding with fewer things done to the call."""
-    kept = list(range(count_of(finding.seed, finding.op)) if finding.kept is None else finding.kept)
+    kept = list(range(count_of(finding.seed)) if finding.kept is None else finding.kept)
     for number in list(kept):
         fewer = [k for k in kept if k != number]
         again = judge(finding.seed, finding.backend, finding.op, fewer)
@@ -147,7 +152,7 @@ def _wrong(results: tuple[Any, ...], want: tuple[Array | Sum, ...]) -> tuple[str
                 right.check(plain, "sum")
             else:
                 assert_same_bytes(plain, right)
-    except AssertionError as error:
+    except (AssertionError, RuntimeError, TypeError) as error:  # or a result that has no bytes to compare
         return "wrong bytes", str(error)
     return None
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from quantlib.testing.fuzz.judge import Finding, judge, make, smallest
+from quantlib.testing.fuzz.verdicts import Finding, judge, smallest
 
 BATCH = 250  # calls of a process: what one leaves behind is soon forgotten
 MEMORY = 8 << 30  # bytes of address space beyond what the process began with
@@ -73,7 +73,7 @@ def _batch(
         child.start()
         sending.close()
         findings: list[Finding] = []
-        done, why = 0, ""
+        done, why, call = 0, "", "a call that is not made yet"
         while True:
             if not receiving.poll(limit):
                 child.kill()
@@ -85,6 +85,8 @@ def _batch(
                 break
             if isinstance(message, Finding):
                 findings.append(message)
+            elif isinstance(message, str):
+                call = message
             else:
                 done = message
         child.join()
@@ -97,7 +99,7 @@ def _batch(
                 died = signal.Signals(-code).name if code < 0 else f"exit status {code}"
                 why = f"the process died of {died}\n{stack.read()[:1500]}"
             kind = "hang" if why.startswith("no result") else "crash"
-            findings.append(Finding(kind, seeds[done], None, name, op, _text(seeds[done], op), why))
+            findings.append(Finding(kind, seeds[done], None, name, op, call, why))
             done += 1
     return done, findings
 
@@ -113,15 +115,8 @@ def _run(
     if size < 1 << 40:  # a sanitizer reserves terabytes
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     for number, seed in enumerate(seeds):
-        finding = judge(seed, backends[(first + number) % len(backends)], op)
+        finding = judge(seed, backends[(first + number) % len(backends)], op, announce=sending.send)
         if finding is not None:
             sending.send(smallest(finding))
         sending.send(number + 1)
     sending.close()
-
-
-def _text(seed: int, op: str | None) -> str:
-    try:
-        return str(make(seed, op)[0])
-    except Exception as error:
-        return f"a call that cannot be made again: {error}"
