@@ -42,7 +42,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "words"),
     [
         ([], "verb"),
-        (["projekt"], "verb must be one of bench, bits, formats, info, quantize, tune, verify, got 'projekt'"),
+        (["projekt"], "verb must be one of bench, bits, build, formats, info, quantize, tune, verify, got 'projekt'"),
         (["formats", "--yaml"], "--yaml"),
         (["info", "extra"], "extra"),
     ],

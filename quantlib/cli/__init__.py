@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from quantlib import __version__
-from quantlib.cli import bench, bits, formats, info, quantize, tune, verify
+from quantlib.cli import bench, bits, build, formats, info, quantize, tune, verify
 from quantlib.cli.parser import Parser
 
 VERBS = {
     "bench": bench,
     "bits": bits,
+    "build": build,
     "formats": formats,
     "info": info,
     "quantize": quantize,
