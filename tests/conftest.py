@@ -11,7 +11,9 @@ import contextlib
 import functools
 import os
 import random
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -26,6 +28,10 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # `make test &` in a script: what tests interrupt inherits it
 
 import interpreter  # noqa: E402
 import stand_in  # noqa: E402

@@ -52,7 +52,7 @@ def settings(tree: Path, **environment: str | None) -> dict[str, str]:
 
 def run(tree: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
     env = settings(tree, **environment)
-    return subprocess.run(command(tree), env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command(tree), env=env, capture_output=True, text=True, check=False, timeout=6000)
 
 
 def build(tree: Path, **environment: str | None) -> str:
@@ -110,7 +110,7 @@ def test_fast_math_of_the_user_changes_no_flag_of_ours(tree: Path) -> None:
 @compiler
 def test_processes_that_start_at_once_compile_once(tree: Path) -> None:
     started = [subprocess.Popen(command(tree), env=settings(tree), stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = "".join(process.communicate(timeout=120)[1] for process in started)
+    said = "".join(process.communicate(timeout=6000)[1] for process in started)
     assert [process.returncode for process in started] == [0, 0, 0]
     assert said.count("compiling the cpu kernels") == 1
 
@@ -317,13 +317,13 @@ def test_a_build_that_is_killed_leaves_no_compilers_and_no_folders_for_ever(tree
     (tree / "pids").mkdir()
     environment = settings(tree, CXX=str(slow), MAX_JOBS="2")
     process = subprocess.Popen(command(tree), env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(list((tree / "pids").iterdir())) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
     started = [int(path.name) for path in (tree / "pids").iterdir()]
     assert len(started) == 4
     process.send_signal(how)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     while any(alive(pid) for pid in started) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert [pid for pid in started if alive(pid)] == []
