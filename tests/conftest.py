@@ -69,6 +69,15 @@ SERVED = tuple(s for s in ALL if s.refusal() is None) + tuple(
 )
 
 
+LEFT_OUT = {str(s): why for s in ALL if (why := s.refusal()) is not None}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What no test has run with, for a backend that does not serve is no parameter of any."""
+    for name, why in LEFT_OUT.items():
+        terminalreporter.write_line(f"backend left out: {name}: {why}")
+
+
 def serving(overload: str) -> tuple[Served, ...]:
     """Those that run ``overload``."""
     return tuple(s for s in SERVED if s.refusal(overload) is None)
