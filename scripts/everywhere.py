@@ -24,7 +24,7 @@ from pathlib import Path
 from environment import OLDEST_PYTHON, OLDEST_TORCH, ask, number
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ("-q", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow and not network")
+PYTEST = ("-q", "--tb=short", "-m", "not slow and not network")
 AVX2 = {
     "OPENBLAS_CORETYPE": "Haswell",  # NumPy's sums
     "ATEN_CPU_CAPABILITY": "avx2",  # torch's loops

@@ -33,6 +33,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
         signal.SIGINT, signal.default_int_handler
     )  # `make test &` in a script: what tests interrupt inherits it
 
+with contextlib.suppress(ImportError):  # the tests that draw their inputs: as often as it says, however long it takes
+    import hypothesis
+
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=slow)
+    hypothesis.settings.load_profile("any machine")
+
 import interpreter  # noqa: E402
 import stand_in  # noqa: E402
 
