@@ -158,6 +158,10 @@ def nobody(user: int) -> Any:
     raise KeyError(f"getpwuid(): uid not found: {user}")
 
 
+def no_folder() -> str:
+    raise FileNotFoundError("No usable temporary directory found")
+
+
 @pytest.fixture
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in ("QUANTLIB_CACHE", "XDG_CACHE_HOME", "HOME"):
@@ -176,6 +180,12 @@ def test_the_folders_of_the_cache(no_settings: pytest.MonkeyPatch, tmp_path: Pat
     assert _build.caches() == [Path("/home/somebody/.cache/quantlib"), last]
     no_settings.setenv("XDG_CACHE_HOME", "/var/cache")
     assert _build.caches() == [Path("/var/cache/quantlib"), last]
+    no_settings.setattr("tempfile.gettempdir", no_folder)
+    assert _build.caches() == [Path("/var/cache/quantlib")]
+    no_settings.delenv("XDG_CACHE_HOME")
+    no_settings.delenv("HOME")
+    with pytest.raises(_build.BuildError, match="QUANTLIB_CACHE must be a folder that can be written"):
+        _build.caches()
     no_settings.setenv("QUANTLIB_CACHE", "/somewhere")
     assert _build.caches() == [Path("/somewhere")]
 

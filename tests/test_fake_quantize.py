@@ -47,7 +47,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Served]:
 def test_forward_and_backward_are_the_references(
     backend: Served, format: str, affine: bool, block: tuple[int, int]
 ) -> None:
-    f = formats.get(format)
     rng = np.random.default_rng(1)
     scale = np.exp2(rng.uniform(-8, 8, scale_shape(block))).astype(np.float32)
     zero_point = (rng.standard_normal(scale.shape) * 40).astype(np.float32) if affine else None
