@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -36,6 +37,14 @@ def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"quantlib {quantlib.__version__}\n"
+
+
+def test_a_locale_without_a_character_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(cli.formats, "run", lambda args: print("bar \u2588"))
+    assert not main(["formats"])
+    assert written.getvalue() == b"bar ?\n"
 
 
 @pytest.mark.parametrize(
