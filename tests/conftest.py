@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # torch.compile finds a graph that it kept whatever the instruction set was, and then writes vectors of another size
+    kept = os.path.join(tempfile.gettempdir(), f"torchinductor-{os.geteuid()}-{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kept)
 import torch
 
 GPU = torch.cuda.is_available()
