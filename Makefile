@@ -8,7 +8,7 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.c
 # One worker a core, each with one thread.
 WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8)
 
-.PHONY: help demo qat test setup lint format bench verify fuzz sweep-models gpu gpu-static sanitize clean
+.PHONY: help demo qat test test-everywhere setup lint format bench verify fuzz sweep-models gpu gpu-static sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
@@ -21,6 +21,9 @@ qat: kernels-qat  ## train two small models to be int8 and int4, beside quantizi
 
 test: kernels-test  ## every test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) $(ARGS)
+
+test-everywhere: kernels-test  ## the tests as on other machines: BLAS, instructions, locale, home, order, load, Python
+	$(RUN) scripts/everywhere.py $(WORKERS) $(ARGS)
 
 setup: kernels-test  ## the environment and the compiled kernels, as the tests need them
 
@@ -64,8 +67,9 @@ clean:  ## remove the environment and whatever was built in the checkout
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# An import compiles the CUDA kernels only where Triton does not serve; the tests and benchmarks are of both.
 kernels-%: .venv/ready-%
-	@$(RUN) quantlib/_build.py cpu
+	@$(RUN) quantlib/_build.py cpu $(if $(wildcard /dev/nvidia0),cuda)
 
 .venv/ready-%: pyproject.toml scripts/environment.py
 	$(ENVIRONMENT) $*

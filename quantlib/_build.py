@@ -3,10 +3,15 @@
 Imports neither torch nor quantlib. All it needs of torch is its headers, because the libraries use nothing but torch's
 stable ABI and find ``libtorch_cpu.so`` and ``libtorch_cuda.so`` in the process that loads them.
 
-Environment: ``QUANTLIB_BUILD`` (auto; 0: never compile; 1: a build that fails is an error), ``QUANTLIB_CACHE`` (where
-first imports keep what they compiled), ``CXX``, ``CXXFLAGS``, ``NVCC``, ``MAX_JOBS``.
+Environment: ``QUANTLIB_BUILD`` (auto; 0: never compile; 1: compile all there is, a build that fails is an error),
+``QUANTLIB_CACHE`` (an absolute path: where first imports keep what they compiled), ``CXX``, ``CXXFLAGS``, ``NVCC``,
+``MAX_JOBS``. A value that cannot be used is a BuildError that names the variable.
 
-``python quantlib/_build.py [cpu] [cuda]`` compiles into that cache and prints the compilers' messages in full.
+An import executes what lies in the cache. Its folder is therefore made for this user alone, and a library is loaded
+from it only if nobody but this user and root can write it and if its bytes have the SHA-256 that was noted when it was
+made. A library that fails either test is compiled again.
+
+``python quantlib/_build.py [cpu] [cuda]`` compiles into the cache and prints the compilers' messages in full.
 """
 
 from __future__ import annotations
@@ -21,18 +26,22 @@ import os
 import platform
 import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 CSRC = next((d for d in (PACKAGE / "_csrc", PACKAGE.parent / "csrc") if d.is_dir()), PACKAGE / "_csrc")
 FILES = {"cpu": "_C.so", "cuda": "_C_cuda.so"}
+log = logging.getLogger("quantlib")
+
 KEEP_SECONDS = 30 * 24 * 3600  # a build deletes what the cache has kept longer
 
 COMMON = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # runs on every libtorch from 2.11
@@ -68,8 +77,10 @@ def mode() -> str:
     return value
 
 
-def library(name: str) -> Path:
+def library(name: str, build: bool = True) -> Path:
     """The library "cpu" or "cuda": the one of the wheel, else one compiled from these very sources, now or before.
+
+    Without ``build`` nothing is compiled unless ``QUANTLIB_BUILD=1`` asks for it.
 
     Raises
     ------
@@ -77,39 +88,69 @@ def library(name: str) -> Path:
         Where there is none and none can be made. A plain RuntimeError with ``QUANTLIB_BUILD=1``.
     """
     try:
-        return find_or_build(name)
+        return find_or_build(name, build or mode() == "1")
     except BuildError as error:
+        more = f"; `quantlib build{' --cuda' * (name == 'cuda')}` shows all of it" if error.log else ""
         if mode() != "1":
-            raise
-        raise RuntimeError(f"QUANTLIB_BUILD=1 asks for the {name} kernels: {error}") from error
+            raise BuildError(f"{error}{more}", error.log) from None
+        raise RuntimeError(f"QUANTLIB_BUILD=1 asks for the {name} kernels: {error}{more}") from error
 
 
-def find_or_build(name: str) -> Path:
+def find_or_build(name: str, build: bool = True) -> Path:
     """What `library` gives."""
     shipped = PACKAGE / FILES[name]
     if CSRC.parent == PACKAGE and shipped.exists():
         return shipped
     if mode() == "0":
         raise BuildError("QUANTLIB_BUILD=0 forbids compiling")
-    recipe = Recipe(name)
-    path = cache() / f"{recipe.key}-{FILES[name]}"
-    if path.exists():
-        return path
     try:
-        with _locked(path.parent):
-            if not path.exists():
-                logging.getLogger("quantlib").warning("compiling the %s kernels, once for these sources", name)
-                recipe.build(path, path.parent / "objects")
-                _forget_old(path.parent)
-    except OSError as error:
-        raise BuildError(f"cannot keep compiled kernels in {path.parent}: {error.strerror}") from error
-    return path
+        recipe, folders = Recipe(name), caches()
+    except OSError as error:  # a source that cannot be read
+        raise BuildError(f"cannot compile the {name} kernels: {error}") from error
+    file = f"{recipe.key}-{FILES[name]}"
+    for folder in folders:
+        if _sound(folder / file):
+            return folder / file
+    if not build:
+        raise BuildError(f"is not compiled: `quantlib build{' --cuda' * (name == 'cuda')}` compiles it")
+    refused: list[str] = []
+    for folder in folders:
+        try:
+            _make_private(folder)
+            with _locked(folder):
+                if not _sound(folder / file):
+                    why = f" (not into {refused[0]})" if refused else ""
+                    log.warning("compiling the %s kernels into %s%s, once for these sources", name, folder, why)
+                    recipe.build(folder / file, folder / "objects")
+                    _seal(folder / file)
+                    _forget_old(folder)
+            return folder / file
+        except OSError as error:
+            refused.append(f"{folder}: {error.strerror or error}")
+    why = "QUANTLIB_CACHE must be a folder that this user can write and nobody else"
+    raise BuildError(f"cannot keep compiled kernels in {', nor in '.join(refused)}; {why}")
 
 
-def cache() -> Path:
-    """Where first imports keep what they compiled."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("QUANTLIB_CACHE") or Path(home, "quantlib")).absolute()
+def caches() -> list[Path]:
+    """Where first imports keep what they compiled: the first folder that can be used.
+
+    That is ``QUANTLIB_CACHE`` and no other; without it ``$XDG_CACHE_HOME/quantlib`` or ``~/.cache/quantlib``, and where
+    there is no home or it cannot be written, ``quantlib-<user id>`` in the folder of temporary files.
+    """
+    asked = os.environ.get("QUANTLIB_CACHE")
+    if asked:
+        if not os.path.isabs(asked):
+            raise BuildError(f"QUANTLIB_CACHE must be an absolute path, got {asked!r}")
+        return [Path(asked)]
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # its specification says to ignore such a value
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    folders = [Path(base, "quantlib")] if os.path.isabs(base) else []
+    with contextlib.suppress(FileNotFoundError):  # there may be no folder for temporary files
+        folders.append(Path(tempfile.gettempdir(), f"quantlib-{os.geteuid()}"))
+    if not folders:
+        raise BuildError("no home, no folder for temporary files: QUANTLIB_CACHE must be a folder that can be written")
+    return folders
 
 
 @dataclass(frozen=True)
@@ -136,7 +177,8 @@ class Recipe:
         self.include = ("-I", str(CSRC), "-I", str(PACKAGE), "-isystem", str(torch / "include"))
         version = torch / "include/torch/headeronly/version.h"
         headers = [PACKAGE / "ops.def", version, *sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))]
-        self._headers = _digest(platform.machine().encode(), *(h.read_bytes() for h in headers)).encode()
+        machine = (platform.machine(), *platform.libc_ver())  # a home may be shared by several
+        self._headers = _digest("".join(machine).encode(), *(h.read_bytes() for h in headers)).encode()
         self.units = cuda_units() if name == "cuda" else cpu_units()
         if not self.units:
             raise BuildError(f"{CSRC} holds no sources of the {name} kernels")
@@ -149,30 +191,79 @@ class Recipe:
 
     def build(self, out: Path, objects: Path) -> None:
         """Compile what ``objects`` does not hold yet and link it into ``out``, which appears whole or not at all."""
-        if shutil.which(self.linker[0]) is None:
-            raise BuildError(f"no compiler: {self.linker[0]} is not there")
-        objects.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=objects) as scratch, ThreadPoolExecutor(jobs()) as pool:
-            made = list(pool.map(functools.partial(self._compile, objects, Path(scratch)), self.units))
-            stubs = [str(_stub(Path(scratch), so)) for so in self.needs]
-            library = Path(scratch, out.name)
-            needed = [word for stub in ("--no-as-needed", *stubs) for word in ("-Xlinker", stub)]  # an order nvcc keeps
-            _run([*self.linker, "-shared", "-o", str(library), *made, *needed], f"linking {out.name}")
-            os.replace(library, out)
+        workers = jobs()
+        objects.mkdir(0o700, parents=True, exist_ok=True)
+        with _locked(objects):
+            for left in objects.glob("tmp*"):  # by a build that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=objects) as scratch, _Compilers(workers) as compilers:
+                compile_unit = functools.partial(self._compile, compilers, objects, Path(scratch))
+                futures = [compilers.pool.submit(compile_unit, unit) for unit in self.units]
+                for future in as_completed(futures):
+                    future.result()  # the first that fails ends the others
+                made = [future.result() for future in futures]
+                stubs = [str(_stub(compilers, Path(scratch), so)) for so in self.needs]
+                library = Path(scratch, out.name)
+                needed = [word for stub in ("--no-as-needed", *stubs) for word in ("-Xlinker", stub)]  # nvcc keeps them
+                command = [*self.linker, "-shared", "-o", str(library), *made, *needed]
+                compilers.run(command, f"linking {out.name}")
+                _place(library, out)
 
-    def _compile(self, objects: Path, scratch: Path, unit: Unit) -> str:
+    def _compile(self, compilers: _Compilers, objects: Path, scratch: Path, unit: Unit) -> str:
         made = objects / f"{unit.key(self._headers)}.o"
-        if not made.exists():
+        if not _whole(made):
             new = scratch / made.name
             command = [*unit.compiler, *unit.flags, *self.include, "-c", str(unit.source), "-o", str(new)]
-            _run(command, str(unit.source.relative_to(CSRC)))
-            os.replace(new, made)
+            compilers.run(command, str(unit.source.relative_to(CSRC)))
+            _place(new, made)
+            _seal(made)
         return str(made)
+
+
+class _Compilers:
+    """Runs commands, each in a process group of its own, which is killed when the build ends, however it ends.
+
+    Beside each command a shell waits for the end of a pipe that this process alone holds open, and then kills the
+    group: at an exception, Ctrl-C included, and when this process is killed.
+    """
+
+    WATCHED = 'exec 3<&0 </dev/null; { read nothing <&3; kill -KILL 0; } >/dev/null 2>&1 & exec "$@" 3<&-'
+
+    def __init__(self, jobs: int) -> None:
+        self.pool = ThreadPoolExecutor(jobs)
+        self.end, self.held = os.pipe()
+
+    def __enter__(self) -> _Compilers:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        os.close(self.held)
+        self.pool.shutdown(cancel_futures=True)
+        os.close(self.end)
+
+    def run(self, command: list[str], what: str) -> None:
+        """Run ``command``; a BuildError with all it printed where it fails."""
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"no compiler: {command[0]} is not there")
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", self.WATCHED, "sh", *command],
+            stdin=self.end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            said = "".join(reversed(process.communicate()))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode:
+            last = (said.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+            first = next((line for line in said.splitlines() if "error" in line), last)
+            raise BuildError(f"{what} does not compile: {first}", f"{shlex.join(command)}\n{said}")
 
 
 def cpu_units() -> list[Unit]:
     """Every op once an ISA, the glue once."""
-    cxx = tuple(shlex.split(os.environ.get("CXX", "c++")))
+    cxx = tuple(cxx_command())
     flags = (*cxxflags(), *CPU, *HOST)
     glue = [p for p in (CSRC / "registration.cpp", CSRC / "cpu/register.cpp") if p.exists()]
     ops = sorted(p for p in CSRC.glob("cpu/*.cpp") if p not in glue)
@@ -182,7 +273,21 @@ def cpu_units() -> list[Unit]:
 
 def cxxflags() -> list[str]:
     """The user's flags, for compiler and linker; a fast-math among them could also flush every subnormal to zero."""
-    return [*shlex.split(os.environ.get("CXXFLAGS", "")), "-fno-fast-math"]
+    return [*_words("CXXFLAGS"), "-fno-fast-math"]
+
+
+def cxx_command() -> list[str]:
+    """The C++ compiler."""
+    return _words("CXX") or ["c++"]
+
+
+def _words(variable: str) -> list[str]:
+    """What an environment variable holds, as a shell splits it."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise BuildError(f"{variable} must be words that a shell can split, got {text!r}: {error}") from None
 
 
 def cuda_units() -> list[Unit]:
@@ -219,39 +324,101 @@ def find_torch() -> Path:
 
 def jobs() -> int:
     """How many compilers run at once."""
-    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    text = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise BuildError(f"MAX_JOBS must be a positive integer, got {text!r}")
+    return count
 
 
-def _stub(folder: Path, soname: str) -> Path:
+def _stub(compilers: _Compilers, folder: Path, soname: str) -> Path:
     """An empty library that stands for ``soname`` at link time: the real one need not be here."""
     stub = folder / soname
-    cxx = shlex.split(os.environ.get("CXX", "c++"))
-    _run([*cxx, "-shared", "-nostdlib", f"-Wl,-soname,{soname}", "-x", "c++", os.devnull, "-o", str(stub)], soname)
+    flags = ["-shared", "-nostdlib", f"-Wl,-soname,{soname}", "-x", "c++", os.devnull, "-o", str(stub)]
+    compilers.run([*cxx_command(), *flags], soname)
     return stub
 
 
-def _run(command: list[str], what: str) -> None:
+def _sound(library: Path) -> bool:
+    """Whether a library of the cache is there, whole, and written by nobody but this user or root."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    except FileNotFoundError:
-        raise BuildError(f"no compiler: {command[0]} is not there") from None
-    if done.returncode:
-        said = done.stderr + done.stdout
-        first = next((line for line in said.splitlines() if "error" in line), f"exit status {done.returncode}")
-        raise BuildError(f"{what} does not compile: {first}", f"{shlex.join(command)}\n{said}")
+        why = _stranger(library.parent) or _stranger(library)
+    except OSError:
+        return False
+    if why is None and not _whole(library):
+        why = "it is damaged, or was not finished"
+    if why is not None:
+        log.warning("%s is not loaded: %s", library, why)
+    return why is None
+
+
+def _stranger(path: Path) -> str | None:
+    """Who but this user and root could have written ``path``; None where nobody could."""
+    for found in (path.lstat(), path.stat()):  # a link too is somebody's
+        if found.st_uid not in (0, os.geteuid()):
+            return f"{path} belongs to another user, {found.st_uid}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write {path}, its mode is {stat.S_IMODE(found.st_mode):04o} (chmod go-w)"
+    return None
+
+
+def _seal(path: Path) -> None:
+    """Note the SHA-256 of what lies at ``path`` beside it."""
+    noted = path.with_name(f".{path.name}.sha256")
+    noted.write_bytes(_sha256(path))
+    _place(noted, path.with_name(f"{path.name}.sha256"))
+
+
+def _whole(path: Path) -> bool:
+    """Whether ``path`` is there with the bytes it had when `_seal` was called: 2 ms for 2.6 MB, of an import's 2 s."""
+    try:
+        return path.with_name(f"{path.name}.sha256").read_bytes() == _sha256(path)
+    except OSError:
+        return False
+
+
+def _sha256(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode()
+
+
+def _place(made: Path, path: Path) -> None:
+    """Move ``made`` to ``path``, where after a power cut too it is whole or not there."""
+    made.chmod(made.stat().st_mode & ~0o022)
+    _sync(made)
+    os.replace(made, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _make_private(folder: Path) -> None:
+    """Make ``folder`` and what is missing above it, for this user alone."""
+    for path in reversed((folder, *folder.parents)):
+        if not os.path.exists(path):
+            path.mkdir(0o700, exist_ok=True)
+    if why := _stranger(folder):
+        raise OSError(why)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Several processes may import at once: one compiles, the others wait for it."""
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _forget_old(folder: Path) -> None:
-    for path in (*folder.glob("*.so"), *folder.glob("objects/*.o")):
+    for path in (*folder.glob("*.so*"), *folder.glob("objects/*.o*")):
         if path.stat().st_mtime < time.time() - KEEP_SECONDS:
             path.unlink(missing_ok=True)
 

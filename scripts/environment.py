@@ -143,19 +143,30 @@ def satisfied(line: str) -> bool:
 
 
 def install(*what: str) -> str:
-    """pip install, which never moves a torch that is there. Why it failed, "" where it did not."""
+    """pip install, which moves no torch that is there. Why it failed, "" where it did not."""
     if why := no_pip():
         return why
-    torch = [f"torch=={importlib.metadata.version('torch')}"] if version("torch") > (0,) else []
-    pins = [pin for pin in PINS if requirement(pin).name == "numpy" or version("triton") == (0,)]
     constraints = VENV / "constraints.txt"
-    write(constraints, "\n".join([*torch, *pins]) + "\n")
+    write(constraints, "\n".join(pinned()) + "\n")
     print("environment: installing", *(word for word in what if word[0] != "-"), flush=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "2"]
     done = subprocess.run([*pip, "-c", constraints, *what], capture_output=True, text=True, check=False)
     importlib.invalidate_caches()
     errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     return "" if done.returncode == 0 else (errors or [f"pip ends with {done.returncode}"])[0]
+
+
+def pinned() -> list[str]:
+    """What no package may move: torch, Triton and NumPy as they are, or `PINS` where they are not there.
+
+    A NumPy that the tests do not run on is moved.
+    """
+    lines = [f"torch=={importlib.metadata.version('torch')}"] if version("torch") > (0,) else []
+    for pin in PINS:
+        name = requirement(pin).name
+        stays = satisfied(pin) if name == "numpy" else version(name) > (0,)
+        lines.append(f"{name}=={importlib.metadata.version(name)}" if stays else pin)
+    return lines
 
 
 def no_pip() -> str:

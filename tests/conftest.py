@@ -11,7 +11,10 @@ import contextlib
 import functools
 import os
 import random
+import signal
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -19,6 +22,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # torch.compile finds a graph that it kept whatever the instruction set was, and then writes vectors of another size
+    kept = os.path.join(tempfile.gettempdir(), f"torchinductor-{os.geteuid()}-{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kept)
 import torch
 
 GPU = torch.cuda.is_available()
@@ -26,6 +34,17 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # `make test &` in a script: what tests interrupt inherits it
+
+with contextlib.suppress(ImportError):  # the tests that draw their inputs: as often as it says, however long it takes
+    import hypothesis
+
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=slow)
+    hypothesis.settings.load_profile("any machine")
 
 import interpreter  # noqa: E402
 import stand_in  # noqa: E402
@@ -61,6 +80,15 @@ ALL = tuple(Served(*pair) for pair in (*HOME, ("composite", "cuda"), ("triton", 
 SERVED = tuple(s for s in ALL if s.refusal() is None) + tuple(
     Served("composite", d) for d in DEVICES[1:] if d != "cuda"
 )
+
+
+LEFT_OUT = {str(s): why for s in ALL if (why := s.refusal()) is not None}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What no test has run with, for a backend that does not serve is no parameter of any."""
+    for name, why in LEFT_OUT.items():
+        terminalreporter.write_line(f"backend left out: {name}: {why}")
 
 
 def serving(overload: str) -> tuple[Served, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -38,11 +39,19 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"quantlib {quantlib.__version__}\n"
 
 
+def test_a_locale_without_a_character_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(cli.formats, "run", lambda args: print("bar \u2588"))
+    assert not main(["formats"])
+    assert written.getvalue() == b"bar ?\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         ([], "verb"),
-        (["projekt"], "verb must be one of bench, bits, formats, info, quantize, tune, verify, got 'projekt'"),
+        (["projekt"], "verb must be one of bench, bits, build, formats, info, quantize, tune, verify, got 'projekt'"),
         (["formats", "--yaml"], "--yaml"),
         (["info", "extra"], "extra"),
     ],

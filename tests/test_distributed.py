@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"),
 ]
 
-WORLD, STEPS, BATCH, SECONDS = 2, 6, 16, 240
+WORLD, STEPS, BATCH, SECONDS = 2, 6, 16, 1200
 # A scale a row, activations projected too, and groups with zero points, which are learned as the scales are.
 SPECS = ("int8:row", "int4:row@int8:row", "int8:group:8:affine")
 WAYS = ("ddp", "fsdp2", "zero", "alone")

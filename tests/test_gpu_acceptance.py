@@ -80,13 +80,18 @@ def test_a_crash_stays_in_its_piece(accept: Accept, tmp_path: Path, capsys: pyte
 
 
 def test_out_of_time(accept: Accept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is interrupted first and can leave what it has; its children go with it."""
-    monkeypatch.setattr(gpu_pieces, "PIECE_SECONDS", 0.6)
-    monkeypatch.setattr(gpu_pieces, "GRACE_SECONDS", 5)
-    code = """
+    """It is interrupted first and can leave what it has; its children go with it. Its time is up once it is at work."""
+    ready = tmp_path / "ready"
+    late = 2.0 * gpu_pieces.PIECE_SECONDS
+    monkeypatch.setattr(gpu_pieces.Running, "age", property(lambda _: late if ready.exists() else 0.0))
+    monkeypatch.setattr(gpu_pieces, "GRACE_SECONDS", 60)
+    code = f"""
 import json, sys, time
-try: time.sleep(60)
-except KeyboardInterrupt: json.dump({"rows": 3}, open(sys.argv[1], "w"))
+try:
+    open({str(ready)!r}, "w").close()
+    time.sleep(600)
+except KeyboardInterrupt:
+    json.dump({{"rows": 3}}, open(sys.argv[1], "w"))
 """
     slow = Piece("slow", (sys.executable, "-S", "-c", code, RESULTS), 1, sources=("no folder",))
     assert accept(slow) == 1

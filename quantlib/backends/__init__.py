@@ -42,7 +42,6 @@ if not _loaded:
     for _schema in SCHEMAS.values():
         _library.define(_schema)
     compiled.warn_without_kernels()
-compiled.load("cuda")
 
 
 def refuses(backend: str, device: str, overload: str | None = None) -> str | None:
@@ -180,5 +179,10 @@ def _op(overload: str) -> str:
 def _python_backend(backend: str) -> ModuleType:
     return importlib.import_module(f"quantlib.backends.{backend}")
 
+
+# nvcc takes minutes: an import calls it only where the GPU kernels would otherwise be pure torch.
+compiled.load(
+    "cuda", build=torch.cuda.is_available() and _python_backend("triton").refuses(torch.device("cuda")) is not None
+)
 
 _layers: list[_Layer] = []

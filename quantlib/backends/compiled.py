@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from pathlib import Path
 
@@ -11,22 +10,44 @@ import torch
 from quantlib import _build
 
 _loaded: dict[str, Path] = {}  # not asked of _build again: sources that changed since would give a second library
+_reasons: dict[str, str | None] = {}  # of every library that `load` was asked for
 
 
-@functools.cache
-def load(name: str) -> str | None:
-    """Load library ``name`` ("cpu" or "cuda"), compiling it first where that is due: None, or why it is not there."""
+def load(name: str, build: bool = True) -> str | None:
+    """Load library ``name`` ("cpu" or "cuda"): None, or why it is not there. Only the first call of a name counts.
+
+    Parameters
+    ----------
+    name : str
+        The device type that the library serves.
+    build : bool
+        Whether it is compiled where it is not there. ``QUANTLIB_BUILD=1`` compiles in any case, and 0 in none.
+
+    Raises
+    ------
+    RuntimeError
+        With ``QUANTLIB_BUILD=1``, where the library cannot be made or does not load.
+    """
+    if name not in _reasons:
+        _reasons[name] = _load(name, build)
+    return _reasons[name]
+
+
+def _load(name: str, build: bool) -> str | None:
     if name == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
-        path = _build.library(name)
+        path = _build.library(name, build)
     except _build.BuildError as error:
         return str(error)
     try:
         torch.ops.load_library(str(path))
         _loaded[name] = path
     except OSError as error:  # built for another platform or a newer libtorch
-        return f"{path} does not load: {error.__cause__ or error}"
+        why = f"{path} does not load: {error.__cause__ or error}"
+        if _build.mode() == "1":
+            raise RuntimeError(f"QUANTLIB_BUILD=1 asks for the {name} kernels: {why}") from error
+        return why
     return None
 
 

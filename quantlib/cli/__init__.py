@@ -5,17 +5,19 @@ Nothing here imports torch: a verb that needs it imports it when it runs, so tha
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from quantlib import __version__
-from quantlib.cli import bench, bits, formats, info, quantize, tune, verify
+from quantlib.cli import bench, bits, build, formats, info, quantize, tune, verify
 from quantlib.cli.parser import Parser
 
 VERBS = {
     "bench": bench,
     "bits": bits,
+    "build": build,
     "formats": formats,
     "info": info,
     "quantize": quantize,
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 after Ctrl-C. A failure is one line on stderr.
     """
     verb = None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale may lack the characters of bars, and of names of files
     try:
         args = parser().parse_args(argv)
         verb = args.verb

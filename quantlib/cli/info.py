@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import platform
-import shlex
 import subprocess
 import warnings
 from importlib import metadata
@@ -19,14 +18,15 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "tqdm", "transformers")
 VARIABLES = {
     "QUANTLIB_BACKEND": "auto, composite, cpp, triton or cuda: the only backend to use",
     "QUANTLIB_ISA": "plain, avx2, avx512 or avx512_bf16: the instruction set of the C++ kernels",
-    "QUANTLIB_BUILD": "0: never compile the kernels; 1: a build that fails is an error",
-    "QUANTLIB_CACHE": "where compiled kernels are kept",
+    "QUANTLIB_BUILD": "0: never compile the kernels; 1: compile all, a build that fails is an error",
+    "QUANTLIB_CACHE": "an absolute path: where compiled kernels are kept",
     "QUANTLIB_SHOW_LAUNCH": "1: print the tile that each Triton launch chose",
     "QUANTLIB_TUNED": "where quantlib tune keeps its tables, and the kernels read them",
     "TRITON_INTERPRET": "1: run Triton kernels in its interpreter, on the CPU",
     "OMP_NUM_THREADS": "threads of the CPU kernels",
     "CXX": "the C++ compiler",
     "CXXFLAGS": "flags for it",
+    "MAX_JOBS": "how many compilers run at once",
     "NVCC": "the CUDA compiler",
     "CUDA_HOME": "where CUDA is installed",
     "CUDA_VISIBLE_DEVICES": "the GPUs that may be used",
@@ -56,13 +56,23 @@ def versions() -> dict[str, str]:
         "quantlib": f"{quantlib.__version__} in {os.path.dirname(quantlib.__file__)}",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         **{name: package_version(name) for name in PACKAGES},
-        "c++": said([*shlex.split(os.environ.get("CXX", "c++")), "--version"]),
+        "c++": said([*cxx(), "--version"]),
         "nvcc": said([_build.nvcc() or "nvcc", "--version"], line=-2),
         "instruction set": instruction_set(),
         "threads": str(torch.get_num_threads()),
     }
     found["torch"] += f" with CUDA {torch.version.cuda}" if torch.version.cuda else " without CUDA"
     return found | {f"cuda:{k}": torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())}
+
+
+def cxx() -> list[str]:
+    """The C++ compiler that the build calls."""
+    from quantlib import _build
+
+    try:
+        return _build.cxx_command()
+    except _build.BuildError:
+        return [os.environ["CXX"]]
 
 
 def package_version(name: str) -> str:

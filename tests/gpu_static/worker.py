@@ -6,6 +6,7 @@ prints how many jobs it has, then a line for each that is done, then everything 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -30,8 +31,7 @@ class Kept:
     def __init__(self, language: str, arch: int) -> None:
         sources = b"".join((HERE / f"{name}.py").read_bytes() for name in ("sass", f"{language}_kernels"))
         digest = hashlib.sha256(sources).hexdigest()[:12]
-        self.path = _build.cache() / "gpu-static" / f"{language}-{arch}-{digest}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = folder() / f"{language}-{arch}-{digest}.jsonl"
         self._known: dict[str, Any] = {}
         self._read = 0  # bytes of the file
 
@@ -47,6 +47,15 @@ class Kept:
                     file.write(json.dumps([key, self._known[key]]) + "\n")
                 self._read = file.tell()
         return self._known[key]
+
+
+def folder() -> Path:
+    """Where measurements are kept: in the first cache that can be written."""
+    for cache in _build.caches():
+        with contextlib.suppress(OSError):
+            (cache / "gpu-static").mkdir(0o700, parents=True, exist_ok=True)
+            return cache / "gpu-static"
+    raise SystemExit("no folder to keep measurements in: QUANTLIB_CACHE must be one that can be written")
 
 
 def work(language: str, arch: int, scope: str) -> None:

@@ -7,6 +7,7 @@ with the default.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from quantlib import formats
+from quantlib import _build, formats
 from quantlib.backends.tiles import TileLayout
 
 VERSION = 1
@@ -129,15 +130,15 @@ def of_device(device: str) -> dict[Key, Entry]:
 
 def paths(device: str) -> list[Path]:
     """The files that there are for a device, the user's last."""
-    return [path for path in (SHIPPED / file_name(device), users(device)) if device and path.is_file()]
+    found = [SHIPPED / file_name(device)]
+    with contextlib.suppress(_build.BuildError):  # a QUANTLIB_CACHE that cannot be used
+        found.append(users(device))
+    return [path for path in found if device and os.path.isfile(path)]
 
 
 def users(device: str) -> Path:
     """The user's own file for a device."""
-    cache = os.environ.get("QUANTLIB_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "quantlib"
-    )
-    return Path(os.environ.get("QUANTLIB_TUNED") or Path(cache, "tuned"), file_name(device))
+    return Path(os.environ.get("QUANTLIB_TUNED") or _build.caches()[0] / "tuned", file_name(device))
 
 
 def file_name(device: str) -> str:

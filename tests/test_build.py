@@ -1,0 +1,354 @@
+"""The build and its cache: what is compiled, what is kept, what is loaded from it, and what a killed build leaves.
+
+Most tests build a copy of the sources that is small enough to compile in a second.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantlib import _build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None or _build.mode() == "0", reason="no compiler to compile with"
+)
+root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "quantlib").mkdir()
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    for name in ("_build.py", "ops.def"):
+        shutil.copy(ROOT / "quantlib" / name, tmp_path / "quantlib")
+    (tmp_path / "csrc/numbers.h").write_text("#define ANSWER 42\n")
+    (tmp_path / "csrc/cpu/op.cpp").write_text('#include "numbers.h"\nnamespace QL_ISA { int f() { return ANSWER; } }\n')
+    (tmp_path / "csrc/cpu/register.cpp").write_text("namespace plain { int f(); }\nint g() { return plain::f(); }\n")
+    return tmp_path
+
+
+def command(tree: Path) -> list[str]:
+    return [sys.executable, str(tree / "quantlib/_build.py"), "cpu"]
+
+
+def settings(tree: Path, **environment: str | None) -> dict[str, str]:
+    """The environment of a build into the tree's own cache; None takes a variable away."""
+    mine = {**os.environ, "QUANTLIB_BUILD": "auto", "QUANTLIB_CACHE": str(tree / "cache"), **environment}
+    return {name: value for name, value in mine.items() if value is not None}
+
+
+def run(tree: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    env = settings(tree, **environment)
+    return subprocess.run(command(tree), env=env, capture_output=True, text=True, check=False, timeout=6000)
+
+
+def build(tree: Path, **environment: str | None) -> str:
+    """The path of the library, or why there is none."""
+    done = run(tree, **environment)
+    return done.stdout.removeprefix("cpu: ").split(" ")[0] or done.stderr
+
+
+def objects(tree: Path) -> set[Path]:
+    return set((tree / "cache/objects").glob("*.o"))
+
+
+# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+
+@compiler
+def test_a_library_is_named_by_all_that_it_is_made_of(tree: Path) -> None:
+    first = build(tree)
+    assert Path(first).exists()
+    assert build(tree) == first
+    names = {first, build(tree, CXXFLAGS="-DOTHER")}
+    for changed in ("csrc/numbers.h", "csrc/cpu/op.cpp", "quantlib/ops.def"):
+        with open(tree / changed, "a") as file:
+            file.write("// changed\n")
+        names.add(build(tree))
+    assert len(names) == 5
+    assert all(Path(name).exists() for name in names)
+
+
+@compiler
+def test_only_what_changed_is_compiled_again(tree: Path) -> None:
+    build(tree)
+    before = objects(tree)
+    with open(tree / "csrc/cpu/register.cpp", "a") as file:
+        file.write("// changed\n")
+    build(tree)
+    assert len(objects(tree) - before) == 1
+
+
+@compiler
+def test_a_mistake_is_shown_with_its_line(tree: Path) -> None:
+    (tree / "csrc/cpu/op.cpp").write_text("mistake\n")
+    assert "cpu: cpu/op.cpp does not compile" in build(tree)
+    assert list((tree / "cache").glob("*.so")) == []
+
+
+@compiler
+def test_fast_math_of_the_user_changes_no_flag_of_ours(tree: Path) -> None:
+    (tree / "csrc/cpu/op.cpp").write_text(
+        "#ifdef __FAST_MATH__\n#error fast\n#endif\nnamespace QL_ISA { int f() { return 1; } }\n"
+    )
+    assert Path(build(tree, CXXFLAGS="-ffast-math -Ofast")).exists()
+
+
+@compiler
+def test_processes_that_start_at_once_compile_once(tree: Path) -> None:
+    started = [subprocess.Popen(command(tree), env=settings(tree), stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = "".join(process.communicate(timeout=6000)[1] for process in started)
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert said.count("compiling the cpu kernels") == 1
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("MAX_JOBS", "x", "MAX_JOBS must be a positive integer, got 'x'"),
+        ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer, got '0'"),
+        ("MAX_JOBS", "-1", "MAX_JOBS must be a positive integer, got '-1'"),
+        ("MAX_JOBS", "1.5", "MAX_JOBS must be a positive integer, got '1.5'"),
+        ("CXXFLAGS", "'", 'CXXFLAGS must be words that a shell can split, got "\'": No closing quotation'),
+        ("CXX", 'c++ "', "CXX must be words that a shell can split, got 'c++ \"': No closing quotation"),
+        ("CXX", "/no/compiler", "no compiler: /no/compiler is not there"),
+        ("QUANTLIB_CACHE", "some/folder", "QUANTLIB_CACHE must be an absolute path, got 'some/folder'"),
+        ("QUANTLIB_CACHE", "/dev/null/cache", "QUANTLIB_CACHE must be a folder that this user can write"),
+        ("TMPDIR", "/no/folder", ""),  # there are others
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(tree: Path, variable: str, value: str, expected: str) -> None:
+    done = run(tree, **{variable: value})
+    assert "Traceback" not in done.stderr
+    assert expected in done.stderr
+    assert done.stdout.startswith("cpu: ") == (not expected)
+
+
+@compiler
+def test_a_variable_that_is_empty_is_not_set(tree: Path) -> None:
+    assert Path(build(tree, CXX="", CXXFLAGS="", MAX_JOBS="")).exists()
+
+
+def test_sources_that_cannot_be_read_are_a_reason(tree: Path) -> None:
+    (tree / "csrc/cpu/op.cpp").unlink()
+    (tree / "csrc/cpu/op.cpp").mkdir()
+    done = run(tree)
+    assert "cannot compile the cpu kernels: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- where it is kept ------------------------------------------------------------------------------------------------
+
+
+def nobody(user: int) -> Any:
+    raise KeyError(f"getpwuid(): uid not found: {user}")
+
+
+def no_folder() -> str:
+    raise FileNotFoundError("No usable temporary directory found")
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("QUANTLIB_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    return monkeypatch
+
+
+def test_the_folders_of_the_cache(no_settings: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_settings.setattr("tempfile.tempdir", str(tmp_path))
+    last = tmp_path / f"quantlib-{os.geteuid()}"
+    assert _build.caches() == [last]
+    no_settings.setenv("HOME", "/home/somebody")
+    assert _build.caches() == [Path("/home/somebody/.cache/quantlib"), last]
+    no_settings.setenv("XDG_CACHE_HOME", "relative")
+    assert _build.caches() == [Path("/home/somebody/.cache/quantlib"), last]
+    no_settings.setenv("XDG_CACHE_HOME", "/var/cache")
+    assert _build.caches() == [Path("/var/cache/quantlib"), last]
+    no_settings.setattr("tempfile.gettempdir", no_folder)
+    assert _build.caches() == [Path("/var/cache/quantlib")]
+    no_settings.delenv("XDG_CACHE_HOME")
+    no_settings.delenv("HOME")
+    with pytest.raises(_build.BuildError, match="QUANTLIB_CACHE must be a folder that can be written"):
+        _build.caches()
+    no_settings.setenv("QUANTLIB_CACHE", "/somewhere")
+    assert _build.caches() == [Path("/somewhere")]
+
+
+@compiler
+def test_without_a_home_that_can_be_written_the_kernels_are_kept_with_temporary_files(tree: Path) -> None:
+    (tree / "temporary").mkdir()
+    (tree / "home").touch()  # a file: nothing can be made below it, not even by root
+    environment = {"QUANTLIB_CACHE": None, "XDG_CACHE_HOME": None, "HOME": str(tree / "home")}
+    done = run(tree, **environment, TMPDIR=str(tree / "temporary"))
+    folder = tree / f"temporary/quantlib-{os.geteuid()}"
+    assert done.stdout.startswith(f"cpu: {folder}/"), done.stderr
+    assert f"(not into {tree / 'home/.cache/quantlib'}: Not a directory)" in done.stderr
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert run(tree, **environment, TMPDIR=str(tree / "temporary")).stderr == "", "found there, without a word"
+
+
+@compiler
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077], ids=oct)
+def test_only_this_user_can_write_the_cache(tree: Path, umask: int) -> None:
+    cache = tree / "above/cache"
+    old = os.umask(umask)
+    try:
+        library = Path(build(tree, QUANTLIB_CACHE=str(cache)))
+    finally:
+        os.umask(old)
+    for folder in (cache.parent, cache, cache / "objects"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert library.stat().st_mode & 0o022 == 0
+    assert build(tree, QUANTLIB_CACHE=str(cache)) == str(library)
+
+
+# ---- what is loaded from it ------------------------------------------------------------------------------------------
+
+
+def truncate(library: Path) -> None:
+    os.truncate(library, library.stat().st_size // 2)
+
+
+def zero(library: Path) -> None:
+    size = library.stat().st_size
+    with library.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+
+
+def flip(library: Path) -> None:
+    data = bytearray(library.read_bytes())
+    data[len(data) // 2] ^= 1
+    library.write_bytes(data)
+
+
+def forget(library: Path) -> None:
+    library.with_name(f"{library.name}.sha256").unlink()
+
+
+@compiler
+@pytest.mark.parametrize("harm", [truncate, zero, flip, forget, Path.unlink, lambda library: os.truncate(library, 0)])
+@pytest.mark.parametrize("what", ["library", "objects"])
+def test_what_is_damaged_is_made_again(tree: Path, what: str, harm: Callable[[Path], None]) -> None:
+    library = Path(build(tree))
+    want = library.read_bytes()
+    for path in [library] if what == "library" else objects(tree):
+        harm(path)
+    if what == "objects":
+        library.unlink()
+    done = run(tree)
+    assert "compiling the cpu kernels" in done.stderr
+    assert done.stdout.startswith(f"cpu: {library} ")
+    assert library.read_bytes() == want
+    assert run(tree).stderr == ""
+
+
+@compiler
+def test_a_library_that_others_can_write_is_not_loaded(tree: Path) -> None:
+    library = Path(build(tree))
+    library.chmod(0o666)
+    done = run(tree)
+    assert f"{library} is not loaded: others can write {library}, its mode is 0666" in done.stderr
+    assert done.stdout.startswith(f"cpu: {library} "), "made again"
+    assert library.stat().st_mode & 0o022 == 0
+
+
+@compiler
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777], ids=oct)
+def test_nothing_is_loaded_from_a_folder_that_others_can_write(tree: Path, mode: int) -> None:
+    library = Path(build(tree))
+    library.parent.chmod(mode)
+    done = run(tree)
+    assert done.stdout == ""
+    assert f"is not loaded: others can write {library.parent}, its mode is {mode:04o}" in done.stderr
+    assert "QUANTLIB_CACHE must be a folder that this user can write and nobody else" in done.stderr
+    library.parent.chmod(0o755)
+    assert build(tree) == str(library)
+
+
+@compiler
+@root
+def test_what_belongs_to_another_user_is_not_loaded(tree: Path) -> None:
+    library = Path(build(tree))
+    os.chown(library, 12345, 12345)
+    done = run(tree)
+    assert f"{library} is not loaded: {library} belongs to another user, 12345" in done.stderr
+    assert library.stat().st_uid == os.geteuid(), "made again"
+    os.chown(library.parent, 12345, 12345)
+    done = run(tree)
+    assert done.stdout == ""
+    assert f"{library.parent} belongs to another user, 12345" in done.stderr
+
+
+@compiler
+@root
+def test_a_link_of_another_user_is_not_followed(tree: Path) -> None:
+    library = Path(build(tree))
+    link = tree / "link"
+    link.symlink_to(library.parent)
+    assert build(tree, QUANTLIB_CACHE=str(link)) == str(link / library.name)
+    os.chown(link, 12345, 12345, follow_symlinks=False)
+    assert f"{link} belongs to another user, 12345" in run(tree, QUANTLIB_CACHE=str(link)).stderr
+
+
+# ---- what a killed build leaves --------------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@compiler
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_build_that_is_killed_leaves_no_compilers_and_no_folders_for_ever(tree: Path, how: signal.Signals) -> None:
+    slow = tree / "slow"  # a driver that starts the true compiler, as c++ and nvcc do
+    slow.write_text(f"#!/bin/sh\necho $$ > {tree}/pids/$$\nsleep 1000 &\necho $! > {tree}/pids/$!\nwait\n")
+    slow.chmod(0o755)
+    (tree / "pids").mkdir()
+    environment = settings(tree, CXX=str(slow), MAX_JOBS="2")
+    process = subprocess.Popen(command(tree), env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 600
+    while len(list((tree / "pids").iterdir())) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started = [int(path.name) for path in (tree / "pids").iterdir()]
+    assert len(started) == 4
+    process.send_signal(how)
+    process.communicate(timeout=600)
+    while any(alive(pid) for pid in started) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [pid for pid in started if alive(pid)] == []
+    assert Path(build(tree)).exists()
+    assert list((tree / "cache/objects").glob("tmp*")) == []
+
+
+@compiler
+def test_a_compiler_that_fails_ends_the_others(tree: Path) -> None:
+    """They were started at once; what one of them would still do is of no use."""
+    slow = tree / "slow"
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *register.cpp*) exit 3;; esac\necho $$ > {tree}/pids/$$\nexec sleep 1000\n'
+    )
+    slow.chmod(0o755)
+    (tree / "pids").mkdir()
+    assert "cpu/register.cpp does not compile: exit status 3" in build(tree, CXX=str(slow), MAX_JOBS="99")
+    assert [pid for pid in (int(path.name) for path in (tree / "pids").iterdir()) if alive(pid)] == []
