@@ -209,11 +209,10 @@ def qat_mode_(
             module.enabled = module.enabled if fake_quantize is None else bool(fake_quantize)
             if observers is not None and module.observer is not None:
                 module.observing = bool(observers)
+                module.calibrating = module.observing and not module.training
                 module.observer.report()
-            if learn_scales is not None and module.source == "learned":
-                for parameter in (p for p in (module.gain, module.zero_point) if p is not None):
-                    parameter.requires_grad_(learn_scales)
-                    parameter.grad = parameter.grad if learn_scales else None
+            if learn_scales is not None:
+                module.learn(learn_scales)
 
 
 def qat_parameters(model: nn.Module) -> list[dict[str, Any]]:
@@ -226,7 +225,7 @@ def qat_parameters(model: nn.Module) -> list[dict[str, Any]]:
         points, without weight decay, which would pull them to 0, where a scale means nothing.
     """
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
-    learned = {id(p) for q in quantizers for p in (q.gain, q.zero_point) if p is not None}
+    learned = {id(p) for q in quantizers for p in (q.scale_bias, q.zero_point_bias) if p is not None}
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in model.parameters():
         if parameter.requires_grad:

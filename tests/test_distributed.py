@@ -148,7 +148,7 @@ def one() -> dict[str, Trained]:
 
 def moved(trained: Trained, spec: str) -> bool:
     start = dict(prepared(spec).named_parameters())
-    learned = [name for name in start if name.endswith(("gain", "zero_point"))]
+    learned = [name for name in start if name.endswith(("scale_bias", "zero_point_bias"))]
     assert len(learned) == (4 if "affine" in spec else 2)
     assert all(start[name].dim() == 1 for name in learned), "FSDP2 shards no scalars"
     return not any(torch.equal(start[name], trained.parameters[name]) for name in learned)
@@ -173,5 +173,5 @@ def test_the_test_bites(both: Both, one: dict[str, Trained]) -> None:
     for spec, alone in one.items():
         first, second = (results["alone", spec] for results in both)
         assert first.losses != pytest.approx(alone.losses, rel=1e-5)
-        gains = [trained.parameters["0.weight_quantizer.gain"] for trained in (first, second)]
+        gains = [trained.parameters["0.weight_quantizer.scale_bias"] for trained in (first, second)]
         assert not torch.equal(*gains)

@@ -19,6 +19,7 @@ from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
+from quantlib.nn.module import is_sharded
 from quantlib.spec import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,9 @@ def save_quantized(
     FileExistsError, FileNotFoundError, OSError
         For a ``path`` that is there, a folder to write in that is not, a disk that is full.
     ValueError
-        For a state that is not tensors with values.
+        For a state that is not tensors with values, and for a model that fully_shard has sharded.
     """
+    check_whole(model, "gather it first, with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))")
     path = Path(path)
     batches, contents = state_of(model)
     single = path.suffix == ".safetensors"
@@ -98,13 +100,14 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
         For a path that is absent.
     ValueError
         For a file that is truncated, foreign, or holds nothing that quantlib quantized, and for one that does not fit
-        the model, naming what is missing, unexpected or of another shape.
+        the model, naming what is missing, unexpected or of another shape; for a model that fully_shard has sharded.
 
     Notes
     -----
     A layer that cannot hold codes, because there is no module of codes for it or its owner reads its weight directly,
     gets the values that the codes stand for, with a warning in the log.
     """
+    check_whole(model, "load before fully_shard")
     with ExitStack() as stack:
         stack.enter_context(untiled(model))
         readers = [stack.enter_context(Reader(p)) for p in files.weights_of(Path(path))]
@@ -123,6 +126,13 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
             log.warning("dequantized, as their layers cannot hold codes: %s", files.some(sorted(skeleton.values)))
         skeleton.fill(held, device)
     return model
+
+
+def check_whole(model: nn.Module, way_out: str) -> None:
+    """Every parameter is all of itself: codes are written to, and taken from, one process."""
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"model must not be sharded, got a {type(parameter).__name__} at {name}: {way_out}")
 
 
 Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and the name there

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,21 @@ from quantlib.nn.functional import Scale, Weight, project, quantize_weight
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
 from quantlib.spec import QuantSpec
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Source = Literal["learned", "observed", "dynamic"]
+
+
+SMALLEST_GAIN = 2.0**-20  # of a learned scale: below it, in float32, nothing is left of a step of training
+
+
+class Pass(NamedTuple):
+    """A forward that was observed, by which one that is recomputed finds its scale."""
+
+    checksum: Tensor  # of x
+    scale: Tensor  # [blocks]
+    zero_point: Tensor | None
 
 
 class FakeQuantize(KeepsDtype):
@@ -37,16 +53,22 @@ class FakeQuantize(KeepsDtype):
 
     Attributes
     ----------
-    base : nn.Parameter [blocks] float32, or None where the scale is dynamic
-        The scale that was set, row by row of blocks, frozen.
-    gain : nn.Parameter [blocks] float32, or None where nothing is learned
-        What training multiplies it by, 1 at first.
-    zero_point : nn.Parameter [blocks] float32, or None
-        Rounded where it is used; None unless the spec is affine.
+    base : Tensor [blocks] float32, or None where the scale is dynamic
+        The scale that was set, row by row of blocks: a frozen parameter, which FSDP2 shards, or with an observer,
+        which writes it in the forward, a buffer. NaN until the observer has seen something.
+    base_zero_point : Tensor [blocks] float32, or None
+        The zero point that was set, kept as ``base`` is; None unless the spec is affine.
+    scale_bias : nn.Parameter [blocks] float32, or None where nothing is learned
+        What training adds to a gain of 1: ``scale = base * gain``, see `gain`.
+    zero_point_bias : nn.Parameter [blocks] float32, or None
+        What training adds to the zero point that was set, in codes; None unless it is learned.
     enabled : bool
         Whether anything is projected: if not, y is x.
     observing : bool
-        Whether the observer, if there is one, sees x and sets the scale.
+        Whether the observer, if there is one, sees x and sets the scale, in training.
+    calibrating : bool
+        Whether it does so in evaluation too, until the module is put into training: true if it had seen nothing
+        when the module was put into evaluation, or was switched on by `qat_mode_` there.
     forwards : Tensor, int64
         How often x was projected.
 
@@ -54,12 +76,18 @@ class FakeQuantize(KeepsDtype):
     -----
     Scales of int8 weights are a thousand times smaller than the weights: one step of Adam, which is as long as its
     learning rate however small the gradient, would take a bare scale below 0. A gain is of the size of 1, like that of
-    a normalization, and needs no learning rate of its own. It has one axis, so that FSDP2 can shard it.
+    a normalization, and needs no learning rate of its own. What is learned is 0 at first and called a bias, so that
+    weight decay leads back to what was set, and trainers that exempt biases from weight decay exempt it. It has one
+    axis, so that FSDP2 can shard it.
+
+    Under ``torch.utils.checkpoint`` a forward that is recomputed in the backward is not observed again, and gets the
+    scale that it had. `state_dict` keeps the switches: ``enabled``, ``observing``, and whether scales are learned.
     """
 
-    base: nn.Parameter | None
-    gain: nn.Parameter | None
-    zero_point: nn.Parameter | None
+    base: Tensor | None
+    base_zero_point: Tensor | None
+    scale_bias: nn.Parameter | None
+    zero_point_bias: nn.Parameter | None
     observer: Observer | None
     forwards: Tensor
 
@@ -82,50 +110,110 @@ class FakeQuantize(KeepsDtype):
         if scale == "observed" and observer is None:
             raise ValueError("observer must be given for a scale that is observed, got None")
         self.source: Source = scale if self.spec.scaled else "dynamic"
-        self.mask, self.enabled = mask, True
+        self.mask, self.enabled, self.calibrating = mask, True, False
         self.observer, self.observing = observer, observer is not None
         self.blocks = self.spec.scale_shape(shape)
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64, device=device))
-        n, learned = self.blocks[0] * self.blocks[1], self.source == "learned"
-        for name, start, there, trained in (
-            ("base", torch.ones, self.source != "dynamic", False),
-            ("gain", torch.ones, learned, True),
-            ("zero_point", torch.zeros, self.source != "dynamic" and not self.spec.symmetric, learned),
+        self._passes: deque[Pass] = deque(maxlen=64)  # the latest first
+        n, static, learned = self.blocks[0] * self.blocks[1], self.source != "dynamic", self.source == "learned"
+        affine = static and not self.spec.symmetric
+        for name, there, trained in (
+            ("base", static, False),
+            ("base_zero_point", affine, False),
+            ("scale_bias", learned, True),
+            ("zero_point_bias", affine and learned, True),
         ):
-            parameter = nn.Parameter(start(n, dtype=torch.float32, device=device), trained) if there else None
-            self.register_parameter(name, parameter)
+            start = torch.zeros(n, dtype=torch.float32, device=device) if there else None
+            if start is not None and observer is not None and not trained:
+                self.register_buffer(name, start)
+            else:
+                self.register_parameter(name, None if start is None else nn.Parameter(start, trained))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Scales of 1, or none where an observer is to find them; nothing learned, nothing seen."""
+        for tensor in (self.base_zero_point, self.scale_bias, self.zero_point_bias, self.forwards):
+            if tensor is not None:
+                tensor.zero_()
+        if self.base is not None:
+            self.base.fill_(1 if self.observer is None else math.nan)
+        if self.observer is not None:
+            self.observer.reset()
+        self._passes.clear()
+
+    @property
+    def gain(self) -> Tensor | None:
+        """[blocks] float32: |1 + scale_bias|, and never below `SMALLEST_GAIN`; None where nothing is learned.
+
+        Training may drive it through 0, where a scale means nothing: it goes on from the other side.
+        """
+        if self.scale_bias is None:
+            return None
+        gain = (1 + self.scale_bias).abs()
+        return gain + (SMALLEST_GAIN - gain).clamp(min=0).detach()  # with a gradient below it too
 
     @property
     def scale(self) -> Tensor | None:
         """[blocks] float32: what codes are multiplied by, base * gain; None where it is dynamic."""
-        return self.base if self.base is None or self.gain is None else self.base * self.gain
+        return None if self.base is None else self._learned(self.base, None)[0]
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """[blocks] float32: the code of zero, rounded where it is used; None unless there is one."""
+        return None if self.base is None else self._learned(self.base, self.base_zero_point)[1]
+
+    @property
+    def watching(self) -> bool:
+        """Whether the observer sees the next x."""
+        return self.observer is not None and self.observing and (self.training or self.calibrating)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.calibrating = not mode and (self.calibrating or self.observing and self._unseen())
+        return self
 
     @torch.no_grad()
     def initialize(self, x: Tensor, how: Initial = "minmax") -> None:
-        """Set the scale to what x asks for: see `prepare_qat_` for ``how``."""
+        """Set the scale to what x asks for, with nothing learned: see `prepare_qat_` for ``how``."""
         if self.base is not None:
             self._set(*initial_scale(x, self.spec, how))
-            if self.gain is not None:
-                self.gain.fill_(1)
+            for learned in (self.scale_bias, self.zero_point_bias):
+                if learned is not None:
+                    learned.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] float32, float16 or bfloat16 -> y [..., K] of the same."""
-        base: Tensor | None = self.base
-        zero_point: Tensor | None = self.zero_point
-        if self.observer is not None and self.observing:
-            self.observer(x)
-            base, zero_point = self._set(*self.observer.scale())
+        """x [..., K] float32, float16 or bfloat16 -> y [..., K] of the same.
+
+        Raises
+        ------
+        RuntimeError
+            Where the scale is an observer's that has seen nothing; under the transforms of ``torch.func``, for an
+            observer that would see x; where a forward is recomputed whose scale is not known any more.
+        """
+        base, zero_point = self.base, self.base_zero_point
+        if self.watching:
+            said = self._observe(x)
+            base, zero_point = (None, None) if base is None else said
         if not self.enabled:
             return x
-        self.forwards += 1
+        if not (recomputing() or transformed()):
+            self.forwards.add_(1)
         if base is None:
             return project(x, self.spec)
         if not x.numel():
             return x
-        scale = (base if self.gain is None else base * self.gain).view(self.blocks)
-        zero_point = None if zero_point is None else zero_point.view(self.blocks)
-        block = self.spec.block(x.shape)
-        return ops.fake_quantize(x, scale, self.spec.format, block=block, zero_point=zero_point, mask=self.mask)
+        if self.observer is not None and not self.watching:
+            if not torch.compiler.is_compiling() and base.device.type == "cpu" and base.isnan().any():
+                raise RuntimeError(
+                    "FakeQuantize must have observed a batch before its scale is used, got none: run one in training, "
+                    "or in evaluation after qat_mode_(model, observers=True)"
+                )
+            base = base.clone()  # DDP writes buffers before the backward of now
+        scale, zero_point = self._learned(base, zero_point)
+        block, z = self.spec.block(x.shape), None if zero_point is None else zero_point.view(self.blocks)
+        scale = scale.view(self.blocks)
+        return ops.fake_quantize(x, scale, self.spec.format, block=block, zero_point=z, mask=self.mask)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Weight:
@@ -155,8 +243,8 @@ class FakeQuantize(KeepsDtype):
         scale, zero_point = self.scale.detach().view(self.blocks).clone(), None
         if not scale.is_meta and not (scale > 0).all():
             raise ValueError(f"scale must be above 0, got {scale[~(scale > 0)][0]:g}")
-        if self.zero_point is not None and isinstance(self.spec.row, IntFormat):  # as C10 has it
-            z = self.zero_point.detach().view(self.blocks)
+        if isinstance(self.spec.row, IntFormat) and (z := self.zero_point) is not None:  # as C10 has it
+            z = z.detach().view(self.blocks)
             zero_point = torch.where(z == z, z, 0).clamp(*self.spec.row.range(affine=True)).round().int()
         return Scale(scale, zero_point)
 
@@ -164,15 +252,112 @@ class FakeQuantize(KeepsDtype):
         words = [f"{self.spec}, {self.source} scale"]
         if not self.enabled:
             words.append("disabled")
-        elif self.gain is not None and not self.gain.requires_grad:
+        elif self.scale_bias is not None and not self.scale_bias.requires_grad:
             words.append("frozen")
         return ", ".join(words)
+
+    def get_extra_state(self) -> Tensor:
+        """The switches, as bytes: enabled, observing, and whether scales are learned."""
+        learning = self.scale_bias is None or self.scale_bias.requires_grad
+        return torch.tensor([self.enabled, self.observing, learning], dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.enabled, observing, learning = (bool(switch) for switch in state.tolist())
+        self.observing = observing and self.observer is not None
+        self.learn(learning)
+
+    def learn(self, learning: bool) -> None:
+        """Have what is learned require a gradient; frozen, it loses the one that it has."""
+        for parameter in (self.scale_bias, self.zero_point_bias):
+            if parameter is not None:
+                parameter.requires_grad_(learning)
+                parameter.grad = parameter.grad if learning else None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        gain = state_dict.pop(f"{prefix}gain", None)  # the names of older states
+        if gain is not None:
+            state_dict[f"{prefix}scale_bias"] = gain - 1
+            if (zero_point := state_dict.pop(f"{prefix}zero_point", None)) is not None:
+                state_dict[f"{prefix}base_zero_point"] = zero_point
+                state_dict[f"{prefix}zero_point_bias"] = torch.zeros_like(zero_point)
+        elif (zero_point := state_dict.pop(f"{prefix}zero_point", None)) is not None:
+            state_dict[f"{prefix}base_zero_point"] = zero_point
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        missing: list[str] = args[1]
+        if f"{prefix}_extra_state" in missing:
+            missing.remove(f"{prefix}_extra_state")
+        self.calibrating = self.calibrating and f"{prefix}base" not in state_dict
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._passes.clear()
+        return super()._apply(fn, recurse)
+
+    def _unseen(self) -> bool:
+        return self.observer is not None and (self.observer.batches.is_meta or not int(self.observer.batches))
+
+    def _learned(self, base: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point that training has made of those that were set."""
+        scale = base if (gain := self.gain) is None else base * gain
+        if zero_point is not None and self.zero_point_bias is not None:
+            zero_point = zero_point + self.zero_point_bias
+        return scale, zero_point
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the observer says once it has seen x; what it said then, where the forward is a recomputed one."""
+        assert self.observer is not None
+        if transformed():
+            raise RuntimeError(
+                "observers must be off under the transforms of torch.func, which would lose what they see, got one "
+                "that is on: use qat_mode_(model, observers=False)"
+            )
+        if recomputing():
+            return self._said_of(x)
+        self.observer(x)
+        kept = self._set(*self.observer.scale())
+        if not torch.compiler.is_compiling():
+            self._passes.appendleft(Pass(checksum(x), *kept))
+        return kept
+
+    def _said_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero point of the forward that x was in before, without waiting for a device."""
+        same = torch.stack([a.checksum for a in self._passes]) == checksum(x) if self._passes else None
+        if same is None or (x.device.type == "cpu" and not same.any()):
+            raise RuntimeError(
+                f"a forward that is recomputed in the backward must have been one of the last {self._passes.maxlen} "
+                "forwards that were observed, got another input: checkpoint fewer at once, run them without "
+                "torch.compile, or use qat_mode_(model, observers=False)"
+            )
+        latest = same.long().argmax().view(1)
+        scale = torch.stack([a.scale for a in self._passes]).index_select(0, latest)[0]
+        if self.base_zero_point is None:
+            return scale, None
+        zero_points = [a.zero_point for a in self._passes if a.zero_point is not None]
+        return scale, torch.stack(zero_points).index_select(0, latest)[0]
 
     @torch.no_grad()
     def _set(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Keep what an observer says; it is returned because what is kept may change before the backward of now."""
         if self.base is not None:
             self.base.copy_(scale.reshape(-1))
-        if self.zero_point is not None and zero_point is not None:
-            self.zero_point.copy_(zero_point.reshape(-1))
+        if self.base_zero_point is not None and zero_point is not None:
+            self.base_zero_point.copy_(zero_point.reshape(-1))
         return scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1).float()
+
+
+def recomputing() -> bool:
+    """Whether a backward is running: a forward in it is one that ``torch.utils.checkpoint`` repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is running, in which nothing outside can be written."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+def checksum(x: Tensor) -> Tensor:
+    """int64: the sum of the bits of x, in whatever order they are added."""
+    bits = x.detach().contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    return bits.sum(dtype=torch.int64)

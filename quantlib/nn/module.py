@@ -214,6 +214,11 @@ def check_dynamic(spec: QuantSpec) -> None:
         )
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
+    return hasattr(t, "device_mesh")
+
+
 def stored_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of the codes of a float weight of ``shape`` in a state: an axis more than it has, where they need a scale."""
     if not spec.scaled:
