@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +117,7 @@ class FakeQuantize(KeepsDtype):
         self.blocks = self.spec.scale_shape(shape)
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64, device=device))
         self._passes: deque[Pass] = deque(maxlen=64)  # the latest first
+        self._handle = handle_of(self)
         n, static, learned = self.blocks[0] * self.blocks[1], self.source != "dynamic", self.source == "learned"
         affine = static and not self.spec.symmetric
         for name, there, trained in (
@@ -193,7 +196,12 @@ class FakeQuantize(KeepsDtype):
         """
         base, zero_point = self.base, self.base_zero_point
         if self.watching:
-            said = self._observe(x)
+            if not torch.compiler.is_compiling():
+                said = self._observe(x)
+            else:
+                n, affine = self.blocks[0] * self.blocks[1], not self.spec.symmetric
+                scale, z = observe(x.detach(), self._handle, self.forwards, n, affine)
+                said = scale, z if affine else None
             base, zero_point = (None, None) if base is None else said
         if not self.enabled:
             return x
@@ -294,6 +302,10 @@ class FakeQuantize(KeepsDtype):
         self._passes.clear()
         return super()._apply(fn, recurse)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._handle = handle_of(self)  # a copy is another module
+
     def _unseen(self) -> bool:
         return self.observer is not None and (self.observer.batches.is_meta or not int(self.observer.batches))
 
@@ -317,8 +329,7 @@ class FakeQuantize(KeepsDtype):
             return self._said_of(x)
         self.observer(x)
         kept = self._set(*self.observer.scale())
-        if not torch.compiler.is_compiling():
-            self._passes.appendleft(Pass(checksum(x), *kept))
+        self._passes.appendleft(Pass(checksum(x), *kept))
         return kept
 
     def _said_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -327,8 +338,8 @@ class FakeQuantize(KeepsDtype):
         if same is None or (x.device.type == "cpu" and not same.any()):
             raise RuntimeError(
                 f"a forward that is recomputed in the backward must have been one of the last {self._passes.maxlen} "
-                "forwards that were observed, got another input: checkpoint fewer at once, run them without "
-                "torch.compile, or use qat_mode_(model, observers=False)"
+                "forwards that were observed, got another input: checkpoint fewer at once, or use "
+                "qat_mode_(model, observers=False)"
             )
         latest = same.long().argmax().view(1)
         scale = torch.stack([a.scale for a in self._passes]).index_select(0, latest)[0]
@@ -345,6 +356,34 @@ class FakeQuantize(KeepsDtype):
         if self.base_zero_point is not None and zero_point is not None:
             self.base_zero_point.copy_(zero_point.reshape(-1))
         return scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1).float()
+
+
+MODULES: WeakValueDictionary[int, FakeQuantize] = WeakValueDictionary()  # by the number that stands in `_handle`
+NUMBERS = itertools.count()
+
+
+def handle_of(module: FakeQuantize) -> Tensor:
+    """A tensor that names ``module`` to `observe`: compiled code is not compiled anew for another tensor."""
+    number = next(NUMBERS)
+    MODULES[number] = module
+    return torch.tensor(number, device="cpu")
+
+
+@torch.library.custom_op("quantlib_qat::observe", mutates_args=("forwards",), tags=(torch.Tag.cudagraph_unsafe,))
+def observe(x: Tensor, handle: Tensor, forwards: Tensor, n: int, affine: bool) -> tuple[Tensor, Tensor]:
+    """The scale and zero point [n] of `FakeQuantize._observe`, opaque to a compiler.
+
+    Traced through, an observer would be repeated where a compiled function is checkpointed, with what it had seen
+    since. What it writes in its module no compiler sees; ``forwards`` is said to be written to, so that none takes the
+    call for one that has no effect.
+    """
+    scale, zero_point = MODULES[int(handle)]._observe(x)
+    return scale.clone(), scale.new_empty(0) if zero_point is None else zero_point.clone()
+
+
+@observe.register_fake
+def _(x: Tensor, handle: Tensor, forwards: Tensor, n: int, affine: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(n, dtype=torch.float32), x.new_empty(n if affine else 0, dtype=torch.float32)
 
 
 def recomputing() -> bool:
