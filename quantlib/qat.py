@@ -19,7 +19,7 @@ from quantlib.api import (
     weight_of,
 )
 from quantlib.nn.fake_quantize import FakeQuantize, Source
-from quantlib.nn.module import QuantModule
+from quantlib.nn.module import QuantModule, check_whole
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.nn.qat import QAT, QATModule
 from quantlib.ops.check import one_of
@@ -143,7 +143,8 @@ def convert_(model: nn.Module) -> Report:
     Raises
     ------
     ValueError
-        For a model without a prepared layer, a scale that is not above 0, or a weight that is not finite.
+        For a model without a prepared layer or one that fully_shard has sharded, a scale that is not above 0, or a
+        weight that is not finite.
     RuntimeError
         Where no forward has projected a weight yet, naming the layer.
     """
@@ -151,6 +152,11 @@ def convert_(model: nn.Module) -> Report:
         raise ValueError(
             f"model must contain the layers to replace, got a single {type(model).__name__}: use .convert()"
         )
+    check_whole(
+        model,
+        "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a prepared model that is "
+        "not, and convert that",
+    )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QATModule)}
     if not layers:
         raise ValueError("model must have been prepared by prepare_qat_, got one without a prepared layer")

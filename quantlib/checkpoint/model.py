@@ -19,7 +19,7 @@ from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
-from quantlib.nn.module import is_sharded
+from quantlib.nn.module import check_whole
 from quantlib.spec import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def save_quantized(
     ValueError
         For a state that is not tensors with values, and for a model that fully_shard has sharded.
     """
-    check_whole(model, "gather it first, with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))")
+    check_whole(model, "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into one that is not, and save that")
     path = Path(path)
     batches, contents = state_of(model)
     single = path.suffix == ".safetensors"
@@ -126,13 +126,6 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
             log.warning("dequantized, as their layers cannot hold codes: %s", files.some(sorted(skeleton.values)))
         skeleton.fill(held, device)
     return model
-
-
-def check_whole(model: nn.Module, way_out: str) -> None:
-    """Every parameter is all of itself: codes are written to, and taken from, one process."""
-    for name, parameter in model.named_parameters():
-        if is_sharded(parameter):
-            raise ValueError(f"model must not be sharded, got a {type(parameter).__name__} at {name}: {way_out}")
 
 
 Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and the name there

@@ -58,7 +58,7 @@ class FakeQuantize(KeepsDtype):
     base : Tensor [blocks] float32, or None where the scale is dynamic
         The scale that was set, row by row of blocks: a frozen parameter, which FSDP2 shards, or with an observer,
         which writes it in the forward, a buffer. NaN until the observer has seen something.
-    base_zero_point : Tensor [blocks] float32, or None
+    base_zero : Tensor [blocks] float32, or None
         The zero point that was set, kept as ``base`` is; None unless the spec is affine.
     scale_bias : nn.Parameter [blocks] float32, or None where nothing is learned
         What training adds to a gain of 1: ``scale = base * gain``, see `gain`.
@@ -72,7 +72,7 @@ class FakeQuantize(KeepsDtype):
         Whether it does so in evaluation too, until the module is put into training: true if it had seen nothing
         when the module was put into evaluation, or was switched on by `qat_mode_` there.
     forwards : Tensor, int64
-        How often x was projected.
+        How often x was projected; a forward that is recomputed counts again only where it is compiled.
 
     Notes
     -----
@@ -87,7 +87,7 @@ class FakeQuantize(KeepsDtype):
     """
 
     base: Tensor | None
-    base_zero_point: Tensor | None
+    base_zero: Tensor | None
     scale_bias: nn.Parameter | None
     zero_point_bias: nn.Parameter | None
     observer: Observer | None
@@ -122,21 +122,21 @@ class FakeQuantize(KeepsDtype):
         affine = static and not self.spec.symmetric
         for name, there, trained in (
             ("base", static, False),
-            ("base_zero_point", affine, False),
+            ("base_zero", affine, False),
             ("scale_bias", learned, True),
             ("zero_point_bias", affine and learned, True),
         ):
             start = torch.zeros(n, dtype=torch.float32, device=device) if there else None
-            if start is not None and observer is not None and not trained:
+            if start is None or (observer is not None and not trained):
                 self.register_buffer(name, start)
             else:
-                self.register_parameter(name, None if start is None else nn.Parameter(start, trained))
+                self.register_parameter(name, nn.Parameter(start, trained))
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
         """Scales of 1, or none where an observer is to find them; nothing learned, nothing seen."""
-        for tensor in (self.base_zero_point, self.scale_bias, self.zero_point_bias, self.forwards):
+        for tensor in (self.base_zero, self.scale_bias, self.zero_point_bias, self.forwards):
             if tensor is not None:
                 tensor.zero_()
         if self.base is not None:
@@ -153,7 +153,8 @@ class FakeQuantize(KeepsDtype):
         """
         if self.scale_bias is None:
             return None
-        gain = (1 + self.scale_bias).abs()
+        gain = 1 + self.scale_bias
+        gain = torch.where(gain < 0, -gain, gain)  # abs, but with a gradient at 0
         return gain + (SMALLEST_GAIN - gain).clamp(min=0).detach()  # with a gradient below it too
 
     @property
@@ -164,7 +165,7 @@ class FakeQuantize(KeepsDtype):
     @property
     def zero_point(self) -> Tensor | None:
         """[blocks] float32: the code of zero, rounded where it is used; None unless there is one."""
-        return None if self.base is None else self._learned(self.base, self.base_zero_point)[1]
+        return None if self.base is None else self._learned(self.base, self.base_zero)[1]
 
     @property
     def watching(self) -> bool:
@@ -194,7 +195,7 @@ class FakeQuantize(KeepsDtype):
             Where the scale is an observer's that has seen nothing; under the transforms of ``torch.func``, for an
             observer that would see x; where a forward is recomputed whose scale is not known any more.
         """
-        base, zero_point = self.base, self.base_zero_point
+        base, zero_point = self.base, self.base_zero
         if self.watching:
             if not torch.compiler.is_compiling():
                 said = self._observe(x)
@@ -288,10 +289,10 @@ class FakeQuantize(KeepsDtype):
         if gain is not None:
             state_dict[f"{prefix}scale_bias"] = gain - 1
             if (zero_point := state_dict.pop(f"{prefix}zero_point", None)) is not None:
-                state_dict[f"{prefix}base_zero_point"] = zero_point
+                state_dict[f"{prefix}base_zero"] = zero_point
                 state_dict[f"{prefix}zero_point_bias"] = torch.zeros_like(zero_point)
         elif (zero_point := state_dict.pop(f"{prefix}zero_point", None)) is not None:
-            state_dict[f"{prefix}base_zero_point"] = zero_point
+            state_dict[f"{prefix}base_zero"] = zero_point
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         missing: list[str] = args[1]
         if f"{prefix}_extra_state" in missing:
@@ -343,7 +344,7 @@ class FakeQuantize(KeepsDtype):
             )
         latest = same.long().argmax().view(1)
         scale = torch.stack([a.scale for a in self._passes]).index_select(0, latest)[0]
-        if self.base_zero_point is None:
+        if self.base_zero is None:
             return scale, None
         zero_points = [a.zero_point for a in self._passes if a.zero_point is not None]
         return scale, torch.stack(zero_points).index_select(0, latest)[0]
@@ -353,8 +354,8 @@ class FakeQuantize(KeepsDtype):
         """Keep what an observer says; it is returned because what is kept may change before the backward of now."""
         if self.base is not None:
             self.base.copy_(scale.reshape(-1))
-        if self.base_zero_point is not None and zero_point is not None:
-            self.base_zero_point.copy_(zero_point.reshape(-1))
+        if self.base_zero is not None and zero_point is not None:
+            self.base_zero.copy_(zero_point.reshape(-1))
         return scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1).float()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -331,5 +332,6 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     if how == "minmax":
         return widest
     if how == "lsq":
-        return torch.where(alive, lsq_scale(x, spec.format, block), widest[0]), None
+        uniform = width / math.sqrt(formats.get(spec.format).max)  # half of it is the mean
+        return torch.where(alive, lsq_scale(x, spec.format, block), uniform), None
     return mse_scale(x, lowest, highest, spec.format, block, symmetric)  # the wider of two, so the whole one for zeros

@@ -140,11 +140,6 @@ class QATModule(nn.Module):
                 "convert_ must come after a forward with fake quantization on, got none: "
                 "train the prepared model, or use quantize_ on the float one"
             )
-        if is_sharded(self.weight):
-            raise ValueError(
-                "weight must be whole, got one that fully_shard has sharded: load the full state "
-                "(torch.distributed.checkpoint.state_dict) into a prepared model that is not sharded, and convert that"
-            )
         if not self.weight.is_meta and not self.weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {self.weight[~self.weight.isfinite()][0]:g}")
         new = self.QUANT.like(self, self.spec)
