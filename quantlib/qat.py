@@ -154,8 +154,8 @@ def convert_(model: nn.Module) -> Report:
         )
     check_whole(
         model,
-        "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a prepared model that is "
-        "not, and convert that",
+        "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a prepared model "
+        "that is not, and convert that",
     )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QATModule)}
     if not layers:
@@ -194,10 +194,16 @@ def qat_mode_(
     fake_quantize : bool
         Whether weights and activations are projected: off, the model is the float one.
     observers : bool
-        Whether observers see what passes, and set the scales that they are asked for.
+        Whether observers see what passes in training, and set the scales that they are asked for. Where the model is in
+        evaluation, they see what passes there too, until it is put into training: a calibration.
     learn_scales : bool
         Whether learned scales and zero points require a gradient. Frozen they lose the one they have, so that no
         optimizer moves them. Under DDP, freeze before wrapping or wrap again.
+
+    Notes
+    -----
+    The switches are part of the state of the model. Under DDP, a model that is trained with ``fake_quantize=False`` has
+    to be wrapped with ``find_unused_parameters=True``: learned scales get no gradient.
 
     Examples
     --------
@@ -215,7 +221,7 @@ def qat_mode_(
             module.enabled = module.enabled if fake_quantize is None else bool(fake_quantize)
             if observers is not None and module.observer is not None:
                 module.observing = bool(observers)
-                module.calibrating = module.observing and not module.training
+                module.calibrate(module.observing and not module.training)
                 module.observer.report()
             if learn_scales is not None:
                 module.learn(learn_scales)

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
@@ -318,7 +318,8 @@ def test_what_needs_whole_weights_refuses_sharded_ones(results: list[Any]) -> No
         for found in checks["refusals"]:
             assert found.startswith("model must not be sharded, got one that is at its root: ")
         first = [found.partition("root: ")[2] for found in checks["refusals"][:6]]
-        assert first[:4] == ["this must come before fully_shard or parallelize_module"] * 2 + [
-            "load before fully_shard"
-        ] * 2
+        assert (
+            first[:4]
+            == ["this must come before fully_shard or parallelize_module"] * 2 + ["load before fully_shard"] * 2
+        )
         assert all("full_state_dict=True" in found for found in first[4:])

@@ -48,7 +48,11 @@ def save_quantized(
     ValueError
         For a state that is not tensors with values, and for a model that fully_shard has sharded.
     """
-    check_whole(model, "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into one that is not, and save that")
+    check_whole(
+        model,
+        "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into one that is not, "
+        "and save that",
+    )
     path = Path(path)
     batches, contents = state_of(model)
     single = path.suffix == ".safetensors"

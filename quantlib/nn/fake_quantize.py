@@ -69,8 +69,9 @@ class FakeQuantize(KeepsDtype):
     observing : bool
         Whether the observer, if there is one, sees x and sets the scale, in training.
     calibrating : bool
-        Whether it does so in evaluation too, until the module is put into training: true if it had seen nothing
-        when the module was put into evaluation, or was switched on by `qat_mode_` there.
+        Whether it does so in evaluation too, until the module is put into training: true if it had seen nothing when
+        the module was put into evaluation, or was switched on by `qat_mode_` there. What it saw unasked is forgotten
+        at the first forward in training.
     forwards : Tensor, int64
         How often x was projected; a forward that is recomputed counts again only where it is compiled.
 
@@ -118,6 +119,7 @@ class FakeQuantize(KeepsDtype):
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64, device=device))
         self._passes: deque[Pass] = deque(maxlen=64)  # the latest first
         self._handle = handle_of(self)
+        self._provisional = False  # whether the observer saw what it did unasked, as in a validation before training
         n, static, learned = self.blocks[0] * self.blocks[1], self.source != "dynamic", self.source == "learned"
         affine = static and not self.spec.symmetric
         for name, there, trained in (
@@ -143,6 +145,7 @@ class FakeQuantize(KeepsDtype):
             self.base.fill_(1 if self.observer is None else math.nan)
         if self.observer is not None:
             self.observer.reset()
+        self._provisional = False
         self._passes.clear()
 
     @property
@@ -174,7 +177,10 @@ class FakeQuantize(KeepsDtype):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.calibrating = not mode and (self.calibrating or self.observing and self._unseen())
+        if mode:
+            self.calibrating = False
+        elif self.observing and not self.calibrating and self._unseen():
+            self.calibrating = self._provisional = True
         return self
 
     @torch.no_grad()
@@ -213,7 +219,8 @@ class FakeQuantize(KeepsDtype):
         if not x.numel():
             return x
         if self.observer is not None and not self.watching:
-            if not torch.compiler.is_compiling() and base.device.type == "cpu" and base.isnan().any():
+            known = torch.compiler.is_compiling() or transformed() or base.device.type != "cpu"
+            if not known and base.isnan().any():
                 raise RuntimeError(
                     "FakeQuantize must have observed a batch before its scale is used, got none: run one in training, "
                     "or in evaluation after qat_mode_(model, observers=True)"
@@ -275,6 +282,10 @@ class FakeQuantize(KeepsDtype):
         self.observing = observing and self.observer is not None
         self.learn(learning)
 
+    def calibrate(self, calibrating: bool) -> None:
+        """Have the observer watch in evaluation, until the module is put into training, or not."""
+        self.calibrating, self._provisional = calibrating, False
+
     def learn(self, learning: bool) -> None:
         """Have what is learned require a gradient; frozen, it loses the one that it has."""
         for parameter in (self.scale_bias, self.zero_point_bias):
@@ -304,7 +315,7 @@ class FakeQuantize(KeepsDtype):
         return super()._apply(fn, recurse)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = handle_of(self)  # a copy is another module
 
     def _unseen(self) -> bool:
@@ -328,6 +339,9 @@ class FakeQuantize(KeepsDtype):
             )
         if recomputing():
             return self._said_of(x)
+        if self.training and self._provisional:
+            self.observer.reset()
+            self._provisional = False
         self.observer(x)
         kept = self._set(*self.observer.scale())
         self._passes.appendleft(Pass(checksum(x), *kept))

@@ -59,6 +59,8 @@ class QATModule(nn.Module):
     weight_quantizer: FakeQuantize
     input_quantizer: FakeQuantize | None
     spec: QuantSpec
+    initial: Initial
+    _scales_came_first: bool
 
     def __init__(
         self,
@@ -162,7 +164,9 @@ class QATModule(nn.Module):
         """Draw the weight as the float module does, and start its scale from it."""
         super().reset_parameters()  # type: ignore[misc]
         if hasattr(self, "weight_quantizer"):  # which the constructor of the float module comes before
-            self.weight_quantizer.initialize(self.weight.flatten(1), self.initial)
+            if is_sharded(self.weight):
+                raise ValueError("weight must be whole for its scale to start from it, got one that is sharded")
+            self._start_over()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -172,7 +176,7 @@ class QATModule(nn.Module):
         Parts of a state may come one after the other: scales that came without their weight are those of the weight
         that comes without scales.
         """
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         with_weight = f"{prefix}weight" in state_dict
         of_quantizer = (f"{prefix}weight_quantizer.{name}" for name in ("forwards", "base", "scale_bias", "gain"))
         with_scales = any(name in state_dict for name in of_quantizer)

@@ -17,7 +17,7 @@ def groups_of_batch() -> list[dist.ProcessGroup]:
     """
     if not dist.is_available() or not dist.is_initialized():
         return []
-    ddp = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None:
         return [ddp.process_group]
     return _groups_of_fsdp()
