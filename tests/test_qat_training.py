@@ -338,6 +338,23 @@ def test_a_scale_that_nothing_was_seen_for_is_an_error() -> None:
     assert model(batches(1)[0]).isfinite().all()
 
 
+def test_an_observer_that_has_seen_something_brings_its_scale() -> None:
+    observer = MinMaxObserver((K,), "int8:tensor")
+    observer(torch.full((2, K), 127.0))
+    quantizer = FakeQuantize((K,), "int8:tensor", scale="observed", observer=observer)
+    qat_mode_(quantizer, observers=False)
+    x = torch.randint(-127, 128, (3, K)).float()
+    assert torch.equal(quantizer(x), x)
+
+
+def test_an_empty_batch_is_no_batch() -> None:
+    model = prepared()
+    assert model(torch.empty(0, K)).shape == (0, 5)
+    qat_mode_(model, observers=False)
+    with pytest.raises(RuntimeError, match="must have observed a batch"):
+        model(torch.ones(1, K))
+
+
 # Checkpointed forwards
 
 

@@ -122,18 +122,19 @@ class FakeQuantize(KeepsDtype):
         self._provisional = False  # whether the observer saw what it did unasked, as in a validation before training
         n, static, learned = self.blocks[0] * self.blocks[1], self.source != "dynamic", self.source == "learned"
         affine = static and not self.spec.symmetric
-        for name, there, trained in (
-            ("base", static, False),
-            ("base_zero", affine, False),
-            ("scale_bias", learned, True),
-            ("zero_point_bias", affine and learned, True),
+        for name, there, trained, value in (
+            ("base", static, False, 1 if observer is None else math.nan),
+            ("base_zero", affine, False, 0),
+            ("scale_bias", learned, True, 0),
+            ("zero_point_bias", affine and learned, True, 0),
         ):
-            start = torch.zeros(n, dtype=torch.float32, device=device) if there else None
+            start = torch.full((n,), value, dtype=torch.float32, device=device) if there else None
             if start is None or (observer is not None and not trained):
                 self.register_buffer(name, start)
             else:
                 self.register_parameter(name, nn.Parameter(start, trained))
-        self.reset()
+        if observer is not None and not self._unseen():
+            self._set(*observer.scale())
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -343,7 +344,8 @@ class FakeQuantize(KeepsDtype):
             self.observer.reset()
             self._provisional = False
         self.observer(x)
-        kept = self._set(*self.observer.scale())
+        said = self.observer.scale()
+        kept = self._set(*said) if x.numel() or self.observer.groups() else flat(*said)
         self._passes.appendleft(Pass(checksum(x), *kept))
         return kept
 
@@ -370,7 +372,7 @@ class FakeQuantize(KeepsDtype):
             self.base.copy_(scale.reshape(-1))
         if self.base_zero is not None and zero_point is not None:
             self.base_zero.copy_(zero_point.reshape(-1))
-        return scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1).float()
+        return flat(scale, zero_point)
 
 
 MODULES: WeakValueDictionary[int, FakeQuantize] = WeakValueDictionary()  # by the number that stands in `_handle`
@@ -401,6 +403,11 @@ def _(x: Tensor, handle: Tensor, forwards: Tensor, n: int, affine: bool) -> tupl
     return x.new_empty(n, dtype=torch.float32), x.new_empty(n if affine else 0, dtype=torch.float32)
 
 
+def flat(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[I, J] as they are kept: [blocks] float32."""
+    return scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1).float()
+
+
 def recomputing() -> bool:
     """Whether a backward is running: a forward in it is one that ``torch.utils.checkpoint`` repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -413,5 +420,7 @@ def transformed() -> bool:
 
 def checksum(x: Tensor) -> Tensor:
     """int64: the sum of the bits of x, in whatever order they are added."""
-    bits = x.detach().contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    bits = (
+        x.detach().contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    )
     return bits.sum(dtype=torch.int64)

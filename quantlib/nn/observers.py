@@ -79,7 +79,7 @@ class Observer(KeepsDtype):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> x itself, seen."""
-        if not x.numel() and not (x.shape[-1] and self._groups()):
+        if not x.numel() and not (x.shape[-1] and self.groups()):
             return x
         if x.numel() and self.spec.scale_shape(x.shape) != self.blocks:
             expected = " x ".join(map(str, self.blocks))
@@ -124,12 +124,13 @@ class Observer(KeepsDtype):
     def extra_repr(self) -> str:
         return str(self.spec)
 
-    def _groups(self) -> list[Any]:
+    def groups(self) -> list[Any]:
+        """The process groups that together see the batch of now; none where this process sees all of it."""
         return ranks.groups_of_batch() if self.all_ranks else []
 
     def _reduced(self, t: Tensor, op: str) -> Tensor:
         """``t`` over all ranks that see a part of the batch: of one rank, itself."""
-        groups = self._groups()
+        groups = self.groups()
         return ranks.reduce_(t, getattr(torch.distributed.ReduceOp, op), groups) if groups else t
 
 
