@@ -172,7 +172,10 @@ class MinMaxObserver(Observer):
 
 
 class MovingAverageObserver(MinMaxObserver):
-    """The range of the first tensor, moved by ``rate`` of the way to that of each later one."""
+    """The range of the first tensor, moved by ``rate`` of the way to that of each later one.
+
+    The first of a block is the first that is not all zeros there: a layer that starts at zero gives many of those.
+    """
 
     def __init__(self, shape: Sequence[int], spec: Any, *, rate: float = 0.01, device: Any = None) -> None:
         super().__init__(shape, spec, device=device)
@@ -182,7 +185,8 @@ class MovingAverageObserver(MinMaxObserver):
 
     def update(self, x: Tensor, finite: Tensor, block: tuple[int, int]) -> None:
         lowest, highest, any_finite = self.range_of(x, finite, block)
-        share = torch.where(self.batches == 1, 1.0, self.rate) * any_finite  # nothing is learned of NaN alone
+        unknown = (self.lowest == 0) & (self.highest == 0)
+        share = torch.where(unknown, 1.0, self.rate) * any_finite  # nothing is learned of NaN alone
         self.lowest.lerp_(lowest, share)
         self.highest.lerp_(highest, share)
 
