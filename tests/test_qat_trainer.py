@@ -76,6 +76,7 @@ def test_what_is_learned_of_scales_is_not_decayed(tmp_path: Path) -> None:
     assert {decays[i] for i in learned} == {0.0}
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the name that older versions know too
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_it_trains_checkpointed_resumes_and_evaluates(reentrant: bool, tmp_path: Path) -> None:
     plain, checkpointed, resumed = prepared(), prepared(), prepared()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
-from quantlib import convert_, prepare_qat_, qat_mode_, qat_parameters
+from quantlib import convert_, prepare_qat_, qat_mode_, qat_parameters, quantize_
+from quantlib.checkpoint import load_quantized, save_quantized
 from quantlib.nn import FakeQuantize, MinMaxObserver, MovingAverageObserver, QATEmbedding, QATLinear
 from quantlib.nn.fake_quantize import SMALLEST_GAIN
 from quantlib.nn.observers import Observer
@@ -261,6 +263,21 @@ def test_a_weight_that_is_drawn_again_has_its_scale_drawn_again() -> None:
     table = QATEmbedding(6, K, spec="int8")
     table.reset_parameters()
     assert float((table.fake_weight() - table.weight).detach().abs().max()) < 0.05
+
+
+def test_a_file_of_codes_keeps_the_switches_of_projections(tmp_path: Path) -> None:
+    def model() -> nn.Sequential:
+        observer = MovingAverageObserver((N,), "int8:tensor")
+        return nn.Sequential(nn.Linear(K, N), FakeQuantize((N,), "int8:tensor", observer=observer))
+
+    saved, x = model(), batches(1)[0]
+    saved(x)
+    qat_mode_(saved, observers=False)
+    quantize_(saved, "int8")
+    save_quantized(saved, tmp_path / "model.safetensors")
+    loaded = load_quantized(model(), tmp_path / "model.safetensors")
+    assert torch.equal(loaded(50 * x), saved(50 * x))
+    assert not differing(loaded, saved)
 
 
 # Evaluation and calibration

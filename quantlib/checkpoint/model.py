@@ -201,8 +201,11 @@ class Skeleton:
         self.replacements = self._replacements()  # id of a float layer -> what takes its place
         self.places = dict(self._places())
         self.unused = {slot.name for name in self.values for slot in contents.weights[name].slots(name)[1:]}
+        self.extra: dict[str, nn.Module] = {}  # name of a state that is no parameter -> the module that takes it
         for prefix, module in self.modules.items():  # older checkpoints hold buffers that models now make themselves
             self.unused |= {join(prefix, key) for key in module._non_persistent_buffers_set}
+            if type(module).set_extra_state is not nn.Module.set_extra_state:
+                self.extra[join(prefix, "_extra_state")] = module
 
     def misfits(self, held: dict[str, Reader]) -> list[str]:
         """What keeps the tensors of the files from filling the model, a few words each."""
@@ -210,7 +213,7 @@ class Skeleton:
         problems = [f"no {name}" for name, place in self.places.items() if id_of(place) not in filled]
         for name, reader in held.items():
             slot = reader.slots[name]
-            if name in self.unused:
+            if name in self.unused or name in self.extra:
                 continue
             if name not in self.places:
                 problems.append(f"{name}, which the model does not have")
@@ -248,6 +251,9 @@ class Skeleton:
                 put(self.replacements[id(module)], module, parents)
         for name, reader in held.items():
             if name in self.unused:
+                continue
+            if name in self.extra:
+                self.extra[name].set_extra_state(reader.read(name))
                 continue
             store, key = self.places[name]
             old = store[key]
