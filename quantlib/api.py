@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantlib import ops
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
 from quantlib.nn.functional import SOURCES, Weight, dequantize_weight
-from quantlib.nn.module import check_dynamic, hooked_forward, rebind_hooks
+from quantlib.nn.module import check_dynamic, check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_name, one_of
 from quantlib.record import record_
@@ -173,8 +173,6 @@ def reason_to_skip(layer: nn.Module) -> str | None:
     """What about a layer itself keeps it from being replaced."""
     if isinstance(layer, QuantModule):
         return f"already quantized to {layer.spec}"
-    if hasattr(layer, "_get_fsdp_state"):
-        return "it is sharded: this comes before fully_shard"
     if type(layer) not in QUANTIZED:
         base = next(t for t in QUANTIZED if isinstance(layer, t))
         return f"{type(layer).__name__}, a subclass of nn.{base.__name__}, may compute something else"
@@ -296,6 +294,7 @@ def check_root(model: nn.Module) -> None:
             f"model must contain the layers to replace, got a single {type(model).__name__}: "
             f"use {quantized}.from_float(layer, spec) and {quantized}.dequantize()"
         )
+    check_whole(model, "this must come before fully_shard or parallelize_module")
 
 
 def check_on_nonfinite(on_nonfinite: str) -> None:

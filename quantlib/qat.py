@@ -20,7 +20,7 @@ from quantlib.api import (
     weight_of,
 )
 from quantlib.nn.fake_quantize import FakeQuantize, Source
-from quantlib.nn.module import QuantModule
+from quantlib.nn.module import QuantModule, check_whole
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.nn.qat import QAT, QATModule
 from quantlib.ops.check import one_of
@@ -146,7 +146,8 @@ def convert_(model: nn.Module) -> Report:
     Raises
     ------
     ValueError
-        For a model without a prepared layer, a scale that is not above 0, or a weight that is not finite.
+        For a model without a prepared layer or one that fully_shard has sharded, a scale that is not above 0, or a
+        weight that is not finite.
     RuntimeError
         Where no forward has projected a weight yet, naming the layer.
     """
@@ -154,6 +155,11 @@ def convert_(model: nn.Module) -> Report:
         raise ValueError(
             f"model must contain the layers to replace, got a single {type(model).__name__}: use .convert()"
         )
+    check_whole(
+        model,
+        "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a prepared model "
+        "that is not, and convert that",
+    )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QATModule)}
     if not layers:
         raise ValueError("model must have been prepared by prepare_qat_, got one without a prepared layer")
@@ -193,10 +199,16 @@ def qat_mode_(
     fake_quantize : bool
         Whether weights and activations are projected: off, the model is the float one.
     observers : bool
-        Whether observers see what passes, and set the scales that they are asked for.
+        Whether observers see what passes in training, and set the scales that they are asked for. Where the model is in
+        evaluation, they see what passes there too, until it is put into training: a calibration.
     learn_scales : bool
         Whether learned scales and zero points require a gradient. Frozen they lose the one they have, so that no
         optimizer moves them. Under DDP, freeze before wrapping or wrap again.
+
+    Notes
+    -----
+    The switches are part of the state of the model. Under DDP, a model that is trained with ``fake_quantize=False`` has
+    to be wrapped with ``find_unused_parameters=True``: learned scales get no gradient.
 
     Examples
     --------
@@ -214,11 +226,10 @@ def qat_mode_(
             module.enabled = module.enabled if fake_quantize is None else bool(fake_quantize)
             if observers is not None and module.observer is not None:
                 module.observing = bool(observers)
+                module.calibrate(module.observing and not module.training)
                 module.observer.report()
-            if learn_scales is not None and module.source == "learned":
-                for parameter in (p for p in (module.gain, module.zero_point) if p is not None):
-                    parameter.requires_grad_(learn_scales)
-                    parameter.grad = parameter.grad if learn_scales else None
+            if learn_scales is not None:
+                module.learn(learn_scales)
 
 
 def qat_parameters(model: nn.Module) -> list[dict[str, Any]]:
@@ -231,7 +242,7 @@ def qat_parameters(model: nn.Module) -> list[dict[str, Any]]:
         points, without weight decay, which would pull them to 0, where a scale means nothing.
     """
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
-    learned = {id(p) for q in quantizers for p in (q.gain, q.zero_point) if p is not None}
+    learned = {id(p) for q in quantizers for p in (q.scale_bias, q.zero_point_bias) if p is not None}
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -71,6 +71,15 @@ def test_a_moving_average_moves_by_its_rate() -> None:
     assert math.isclose(observer.lowest.item(), -expected, rel_tol=1e-6)
 
 
+def test_a_moving_average_starts_with_the_first_values_of_a_block() -> None:
+    zeros = torch.zeros(2, 8)
+    one_row = torch.tensor([[0.0], [3.0]]).expand(2, 8)
+    both = torch.tensor([[2.0], [5.0]]).expand(2, 8)
+    observer = seen("moving_average", "int8:row", zeros, one_row, both, rate=0.25)
+    assert isinstance(observer, nn.MovingAverageObserver)
+    assert torch.equal(observer.highest.flatten(), torch.tensor([2.0, 3.5]))
+
+
 @pytest.mark.parametrize("spec", ["int8:tensor", "int8:row", "int8:group:8"])
 def test_a_histogram_that_grew_counts_what_one_of_the_final_width_would(spec: str) -> None:
     small, large = torch.randn(SHAPE) * 1e-3, torch.randn(SHAPE) * 40

@@ -197,9 +197,9 @@ def test_gradients_are_those_of_the_contract_times_the_base() -> None:
     leaf = w.clone().requires_grad_()
     quantlib.fake_quantize(leaf, scale, "int8", block=(1, -1)).backward(dy.T @ x)
     torch.testing.assert_close(layer.weight.grad, leaf.grad)
-    torch.testing.assert_close(quantizer.gain.grad, quantizer.base * scale.grad.flatten())
+    torch.testing.assert_close(quantizer.scale_bias.grad, quantizer.base * scale.grad.flatten())
     assert quantizer.base.grad is None
-    assert (quantizer.gain != 1).any()
+    assert quantizer.scale_bias.any()
 
 
 @pytest.mark.parametrize("spec", LEARNED)
@@ -238,7 +238,7 @@ def test_parameters_come_in_two_groups() -> None:
     rest, learned = qat_parameters(model)
     assert {id(p) for p in rest["params"]} == {id(p) for m in (model[0], model[2]) for p in (m.weight, m.bias)}
     quantizers = [model[0].weight_quantizer, model[2].weight_quantizer]
-    assert {id(p) for p in learned["params"]} == {id(p) for q in quantizers for p in (q.gain, q.zero_point)}
+    assert {id(p) for p in learned["params"]} == {id(p) for q in quantizers for p in (q.scale_bias, q.zero_point_bias)}
     assert learned["weight_decay"] == 0
     assert all(p.dim() == 1 for p in learned["params"])  # which FSDP2 can shard
 
@@ -271,7 +271,7 @@ def test_switches() -> None:
     assert torch.equal(model(x), projected)
 
     optimizer = torch.optim.Adam(qat_parameters(model), lr=1e-2)
-    gains = [m.weight_quantizer.gain for m in (model[0], model[2])]
+    gains = [m.weight_quantizer.scale_bias for m in (model[0], model[2])]
     model(x).square().mean().backward()
     optimizer.step()
     model(x).square().mean().backward()
@@ -359,7 +359,8 @@ def test_narrow_weights_keep_wide_scales(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     y.sum().backward()
     quantizer = model[0].weight_quantizer
-    assert quantizer.base.dtype == quantizer.gain.dtype == quantizer.gain.grad.dtype == torch.float32
+    learned = quantizer.scale_bias
+    assert quantizer.base.dtype == learned.dtype == learned.grad.dtype == torch.float32
     convert_(model)
     assert model[0].dtype == dtype
 
@@ -442,8 +443,10 @@ BAD: dict[str, Callable[[], object]] = {
     "model must have been prepared by prepare_qat_, got one without": lambda: convert_(mlp()),
     "model must contain the layers to replace, got a single QATLinear": lambda: convert_(QATLinear(4, 4, spec="int8")),
     "model must have an nn.Linear to prepare, got none": lambda: prepare_qat_(nn.Sequential(nn.ReLU()), "int8"),
-    "layer 0: scale must be above 0, got -": lambda: broken(lambda m: m.weight_quantizer.gain[2].neg_()),
-    "layer 0: scale must be above 0, got nan": lambda: broken(lambda m: m.weight_quantizer.gain[2].fill_(math.nan)),
+    "layer 0: scale must be above 0, got -": lambda: broken(lambda m: m.weight_quantizer.base[2].neg_()),
+    "layer 0: scale must be above 0, got nan": lambda: broken(
+        lambda m: m.weight_quantizer.scale_bias[2].fill_(math.nan)
+    ),
     "layer 0: weight must be finite, got inf": lambda: broken(lambda m: m.weight[0, 0].fill_(math.inf)),
     "weight of layer 2 must be finite.* got nan in row 1": lambda: refused_weight(math.nan),
     "spec must be": lambda: prepare_qat_(mlp(), "int3"),
@@ -454,7 +457,7 @@ BAD: dict[str, Callable[[], object]] = {
     "mask must be rounded or lsq, got 'soft'": lambda: prepare_qat_(mlp(), "int8", mask="soft"),
     "observer must be given for a scale that is observed": lambda: FakeQuantize((4,), "int8:tensor", scale="observed"),
     "layer must be an nn.Linear, got Embedding": lambda: QATLinear.from_float(nn.Embedding(2, 2), "int8"),
-    "quantlib::fake_quantize: scale must be above 0, got 0.0": lambda: forward_with(lambda m: m.gain.zero_()),
+    "quantlib::fake_quantize: scale must be above 0, got 0.0": lambda: forward_with(lambda m: m.base.zero_()),
     "quantlib::fake_quantize: scale must be above 0, got nan": lambda: forward_with(lambda m: m.base.fill_(math.nan)),
     r"quantlib::fake_quantize: scale must be float32 \[3, 1\]": lambda: FakeQuantize((2, 4), "int8")(torch.ones(3, 4)),
     "quantlib::fake_quantize: x must be float32, float16 or bfloat16, got int64": lambda: FakeQuantize((2, 4), "int8")(

@@ -144,7 +144,8 @@ def unseen() -> nn.Sequential:
     model = mlp()
     prepare_qat_(model, SPECS[0])
     qat_mode_(model, observers=False)
-    model(torch.zeros(1, K))
+    for layer in (model[0], model[2]):
+        layer.fake_weight()
     return model
 
 
@@ -168,6 +169,7 @@ ERRORS = {
         lambda: prepare_qat_(mlp(), SPECS[0], activation_scale="dynamic")
     ),
     "layer 0: convert_ must come after a forward with observers on, got none": lambda: convert_(unseen()),
+    "FakeQuantize must have observed a batch before its scale is used, got none": lambda: unseen()(torch.ones(1, K)),
     "scale must be learned or observed, got dynamic": lambda: FakeQuantize(
         (K,), "int8:tensor", scale="dynamic"
     ).static(),

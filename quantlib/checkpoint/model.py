@@ -20,7 +20,7 @@ from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
-from quantlib.nn.module import stored_dtype, stored_shape
+from quantlib.nn.module import check_whole, stored_dtype, stored_shape
 from quantlib.ops.check import dtype_of
 from quantlib.record import of_config, record_
 from quantlib.spec import QuantSpec
@@ -49,8 +49,13 @@ def save_quantized(
     FileExistsError, FileNotFoundError, OSError
         For a ``path`` that is there, a folder to write in that is not, a disk that is full.
     ValueError
-        For a state that is not tensors with values.
+        For a state that is not tensors with values, and for a model that fully_shard has sharded.
     """
+    check_whole(
+        model,
+        "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into one that is not, "
+        "and save that",
+    )
     path = Path(path)
     batches, contents = state_of(model)
     single = path.suffix == ".safetensors"
@@ -102,13 +107,14 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
         For a path that is absent.
     ValueError
         For a file that is truncated, foreign, or holds nothing that quantlib quantized, and for one that does not fit
-        the model, naming what is missing, unexpected or of another shape.
+        the model, naming what is missing, unexpected or of another shape; for a model that fully_shard has sharded.
 
     Notes
     -----
     A layer that cannot hold codes, because there is no module of codes for it or its owner reads its weight directly,
     gets the values that the codes stand for, with a warning in the log.
     """
+    check_whole(model, "load before fully_shard")
     with ExitStack() as stack:
         stack.enter_context(untiled(model))
         readers = [stack.enter_context(Reader(p)) for p in files.weights_of(Path(path))]
@@ -257,8 +263,11 @@ class Skeleton:
         self.replacements = self._replacements()  # id of a float layer -> what takes its place
         self.places = dict(self._places())
         self.unused = {slot.name for name in self.values for slot in contents.weights[name].slots(name)[1:]}
+        self.extra: dict[str, nn.Module] = {}  # name of a state that is no parameter -> the module that takes it
         for prefix, module in self.modules.items():  # older checkpoints hold buffers that models now make themselves
             self.unused |= {join(prefix, key) for key in module._non_persistent_buffers_set}
+            if type(module).set_extra_state is not nn.Module.set_extra_state:
+                self.extra[join(prefix, "_extra_state")] = module
 
     def misfits(self, held: dict[str, Entry]) -> list[str]:
         """What keeps the tensors of the files from filling the model, a few words each."""
@@ -266,7 +275,7 @@ class Skeleton:
         problems = [f"no {name}" for name, place in self.places.items() if id_of(place) not in filled]
         for name, entry in held.items():
             slot = entry.slot
-            if name in self.unused:
+            if name in self.unused or name in self.extra:
                 continue
             if name not in self.places:
                 problems.append(f"{name}, which the model does not have")
@@ -302,6 +311,9 @@ class Skeleton:
                 put(self.replacements[id(module)], module, parents)
         for name, entry in held.items():
             if name in self.unused:
+                continue
+            if name in self.extra:
+                self.extra[name].set_extra_state(entry.read())
                 continue
             store, key = self.places[name]
             old = store[key]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +18,21 @@ from quantlib.nn.functional import Scale, Weight, project, quantize_weight
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
 from quantlib.spec import QuantSpec
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Source = Literal["learned", "observed", "dynamic"]
+
+
+SMALLEST_GAIN = 2.0**-20  # of a learned scale: below it, in float32, nothing is left of a step of training
+
+
+class Pass(NamedTuple):
+    """A forward that was observed, by which one that is recomputed finds its scale."""
+
+    checksum: Tensor  # of x
+    scale: Tensor  # [blocks]
+    zero_point: Tensor | None
 
 
 class FakeQuantize(KeepsDtype):
@@ -37,29 +55,42 @@ class FakeQuantize(KeepsDtype):
 
     Attributes
     ----------
-    base : nn.Parameter [blocks] float32, or None where the scale is dynamic
-        The scale that was set, row by row of blocks, frozen.
-    gain : nn.Parameter [blocks] float32, or None where nothing is learned
-        What training multiplies it by, 1 at first.
-    zero_point : nn.Parameter [blocks] float32, or None
-        Rounded where it is used; None unless the spec is affine.
+    base : Tensor [blocks] float32, or None where the scale is dynamic
+        The scale that was set, row by row of blocks: a frozen parameter, which FSDP2 shards, or with an observer,
+        which writes it in the forward, a buffer. NaN until the observer has seen something.
+    base_zero : Tensor [blocks] float32, or None
+        The zero point that was set, kept as ``base`` is; None unless the spec is affine.
+    scale_bias : nn.Parameter [blocks] float32, or None where nothing is learned
+        What training adds to a gain of 1: ``scale = base * gain``, see `gain`.
+    zero_point_bias : nn.Parameter [blocks] float32, or None
+        What training adds to the zero point that was set, in codes; None unless it is learned.
     enabled : bool
         Whether anything is projected: if not, y is x.
     observing : bool
-        Whether the observer, if there is one, sees x and sets the scale.
+        Whether the observer, if there is one, sees x and sets the scale, in training.
+    calibrating : bool
+        Whether it does so in evaluation too, until the module is put into training: true if it had seen nothing when
+        the module was put into evaluation, or was switched on by `qat_mode_` there. What it saw unasked is forgotten
+        at the first forward in training.
     forwards : Tensor, int64
-        How often x was projected.
+        How often x was projected; a forward that is recomputed counts again only where it is compiled.
 
     Notes
     -----
     Scales of int8 weights are a thousand times smaller than the weights: one step of Adam, which is as long as its
     learning rate however small the gradient, would take a bare scale below 0. A gain is of the size of 1, like that of
-    a normalization, and needs no learning rate of its own. It has one axis, so that FSDP2 can shard it.
+    a normalization, and needs no learning rate of its own. What is learned is 0 at first and called a bias, so that
+    weight decay leads back to what was set, and trainers that exempt biases from weight decay exempt it. It has one
+    axis, so that FSDP2 can shard it.
+
+    Under ``torch.utils.checkpoint`` a forward that is recomputed in the backward is not observed again, and gets the
+    scale that it had. `state_dict` keeps the switches: ``enabled``, ``observing``, and whether scales are learned.
     """
 
-    base: nn.Parameter | None
-    gain: nn.Parameter | None
-    zero_point: nn.Parameter | None
+    base: Tensor | None
+    base_zero: Tensor | None
+    scale_bias: nn.Parameter | None
+    zero_point_bias: nn.Parameter | None
     observer: Observer | None
     forwards: Tensor
 
@@ -82,50 +113,124 @@ class FakeQuantize(KeepsDtype):
         if scale == "observed" and observer is None:
             raise ValueError("observer must be given for a scale that is observed, got None")
         self.source: Source = scale if self.spec.scaled else "dynamic"
-        self.mask, self.enabled = mask, True
+        self.mask, self.enabled, self.calibrating = mask, True, False
         self.observer, self.observing = observer, observer is not None
         self.blocks = self.spec.scale_shape(shape)
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64, device=device))
-        n, learned = self.blocks[0] * self.blocks[1], self.source == "learned"
-        for name, start, there, trained in (
-            ("base", torch.ones, self.source != "dynamic", False),
-            ("gain", torch.ones, learned, True),
-            ("zero_point", torch.zeros, self.source != "dynamic" and not self.spec.symmetric, learned),
+        self._passes: deque[Pass] = deque(maxlen=64)  # the latest first
+        self._handle = handle_of(self)
+        self._provisional = False  # whether the observer saw what it did unasked, as in a validation before training
+        n, static, learned = self.blocks[0] * self.blocks[1], self.source != "dynamic", self.source == "learned"
+        affine = static and not self.spec.symmetric
+        for name, there, trained, value in (
+            ("base", static, False, 1 if observer is None else math.nan),
+            ("base_zero", affine, False, 0),
+            ("scale_bias", learned, True, 0),
+            ("zero_point_bias", affine and learned, True, 0),
         ):
-            parameter = nn.Parameter(start(n, dtype=torch.float32, device=device), trained) if there else None
-            self.register_parameter(name, parameter)
+            start = torch.full((n,), value, dtype=torch.float32, device=device) if there else None
+            if start is None or (observer is not None and not trained):
+                self.register_buffer(name, start)
+            else:
+                self.register_parameter(name, nn.Parameter(start, trained))
+        if observer is not None and not self._unseen():
+            self._set(*observer.scale())
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Scales of 1, or none where an observer is to find them; nothing learned, nothing seen."""
+        for tensor in (self.base_zero, self.scale_bias, self.zero_point_bias, self.forwards):
+            if tensor is not None:
+                tensor.zero_()
+        if self.base is not None:
+            self.base.fill_(1 if self.observer is None else math.nan)
+        if self.observer is not None:
+            self.observer.reset()
+        self._provisional = False
+        self._passes.clear()
+
+    @property
+    def gain(self) -> Tensor | None:
+        """[blocks] float32: |1 + scale_bias|, and never below `SMALLEST_GAIN`; None where nothing is learned.
+
+        Training may drive it through 0, where a scale means nothing: it goes on from the other side.
+        """
+        if self.scale_bias is None:
+            return None
+        gain = 1 + self.scale_bias
+        gain = torch.where(gain < 0, -gain, gain)  # abs, but with a gradient at 0
+        return gain + (SMALLEST_GAIN - gain).clamp(min=0).detach()  # with a gradient below it too
 
     @property
     def scale(self) -> Tensor | None:
         """[blocks] float32: what codes are multiplied by, base * gain; None where it is dynamic."""
-        return self.base if self.base is None or self.gain is None else self.base * self.gain
+        return None if self.base is None else self._learned(self.base, None)[0]
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """[blocks] float32: the code of zero, rounded where it is used; None unless there is one."""
+        return None if self.base is None else self._learned(self.base, self.base_zero)[1]
+
+    @property
+    def watching(self) -> bool:
+        """Whether the observer sees the next x."""
+        return self.observer is not None and self.observing and (self.training or self.calibrating)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:
+            self.calibrating = False
+        elif self.observing and not self.calibrating and self._unseen():
+            self.calibrating = self._provisional = True
+        return self
 
     @torch.no_grad()
     def initialize(self, x: Tensor, how: Initial = "minmax") -> None:
-        """Set the scale to what x asks for: see `prepare_qat_` for ``how``."""
+        """Set the scale to what x asks for, with nothing learned: see `prepare_qat_` for ``how``."""
         if self.base is not None:
             self._set(*initial_scale(x, self.spec, how))
-            if self.gain is not None:
-                self.gain.fill_(1)
+            for learned in (self.scale_bias, self.zero_point_bias):
+                if learned is not None:
+                    learned.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] float32, float16 or bfloat16 -> y [..., K] of the same."""
-        base: Tensor | None = self.base
-        zero_point: Tensor | None = self.zero_point
-        if self.observer is not None and self.observing:
-            self.observer(x)
-            base, zero_point = self._set(*self.observer.scale())
+        """x [..., K] float32, float16 or bfloat16 -> y [..., K] of the same.
+
+        Raises
+        ------
+        RuntimeError
+            Where the scale is an observer's that has seen nothing; under the transforms of ``torch.func``, for an
+            observer that would see x; where a forward is recomputed whose scale is not known any more.
+        """
+        base, zero_point = self.base, self.base_zero
+        if self.watching:
+            if not torch.compiler.is_compiling():
+                said = self._observe(x)
+            else:
+                n, affine = self.blocks[0] * self.blocks[1], not self.spec.symmetric
+                scale, z = observe(x.detach(), self._handle, self.forwards, n, affine)
+                said = scale, z if affine else None
+            base, zero_point = (None, None) if base is None else said
         if not self.enabled:
             return x
-        self.forwards += 1
+        if not (recomputing() or transformed()):
+            self.forwards.add_(1)
         if base is None:
             return project(x, self.spec)
         if not x.numel():
             return x
-        scale = (base if self.gain is None else base * self.gain).view(self.blocks)
-        zero_point = None if zero_point is None else zero_point.view(self.blocks)
-        block = self.spec.block(x.shape)
-        return ops.fake_quantize(x, scale, self.spec.format, block=block, zero_point=zero_point, mask=self.mask)
+        if self.observer is not None and not self.watching:
+            known = torch.compiler.is_compiling() or transformed() or base.device.type != "cpu"
+            if not known and base.isnan().any():
+                raise RuntimeError(
+                    "FakeQuantize must have observed a batch before its scale is used, got none: run one in training, "
+                    "or in evaluation after qat_mode_(model, observers=True)"
+                )
+            base = base.clone()  # DDP writes buffers before the backward of now
+        scale, zero_point = self._learned(base, zero_point)
+        block, z = self.spec.block(x.shape), None if zero_point is None else zero_point.view(self.blocks)
+        scale = scale.view(self.blocks)
+        return ops.fake_quantize(x, scale, self.spec.format, block=block, zero_point=z, mask=self.mask)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Weight:
@@ -155,8 +260,8 @@ class FakeQuantize(KeepsDtype):
         scale, zero_point = self.scale.detach().view(self.blocks).clone(), None
         if not scale.is_meta and not (scale > 0).all():
             raise ValueError(f"scale must be above 0, got {scale[~(scale > 0)][0]:g}")
-        if self.zero_point is not None and isinstance(self.spec.row, IntFormat):  # as C10 has it
-            z = self.zero_point.detach().view(self.blocks)
+        if isinstance(self.spec.row, IntFormat) and (z := self.zero_point) is not None:  # as C10 has it
+            z = z.detach().view(self.blocks)
             zero_point = torch.where(z == z, z, 0).clamp(*self.spec.row.range(affine=True)).round().int()
         return Scale(scale, zero_point)
 
@@ -164,15 +269,158 @@ class FakeQuantize(KeepsDtype):
         words = [f"{self.spec}, {self.source} scale"]
         if not self.enabled:
             words.append("disabled")
-        elif self.gain is not None and not self.gain.requires_grad:
+        elif self.scale_bias is not None and not self.scale_bias.requires_grad:
             words.append("frozen")
         return ", ".join(words)
+
+    def get_extra_state(self) -> Tensor:
+        """The switches, as bytes: enabled, observing, and whether scales are learned."""
+        learning = self.scale_bias is None or self.scale_bias.requires_grad
+        return torch.tensor([self.enabled, self.observing, learning], dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.enabled, observing, learning = (bool(switch) for switch in state.tolist())
+        self.observing = observing and self.observer is not None
+        self.learn(learning)
+
+    def calibrate(self, calibrating: bool) -> None:
+        """Have the observer watch in evaluation, until the module is put into training, or not."""
+        self.calibrating, self._provisional = calibrating, False
+
+    def learn(self, learning: bool) -> None:
+        """Have what is learned require a gradient; frozen, it loses the one that it has."""
+        for parameter in (self.scale_bias, self.zero_point_bias):
+            if parameter is not None:
+                parameter.requires_grad_(learning)
+                parameter.grad = parameter.grad if learning else None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        gain = state_dict.pop(f"{prefix}gain", None)  # the names of older states
+        if gain is not None:
+            state_dict[f"{prefix}scale_bias"] = gain - 1
+            if (zero_point := state_dict.pop(f"{prefix}zero_point", None)) is not None:
+                state_dict[f"{prefix}base_zero"] = zero_point
+                state_dict[f"{prefix}zero_point_bias"] = torch.zeros_like(zero_point)
+        elif (zero_point := state_dict.pop(f"{prefix}zero_point", None)) is not None:
+            state_dict[f"{prefix}base_zero"] = zero_point
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        missing: list[str] = args[1]
+        if f"{prefix}_extra_state" in missing:
+            missing.remove(f"{prefix}_extra_state")
+        self.calibrating = self.calibrating and f"{prefix}base" not in state_dict
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._passes.clear()
+        return super()._apply(fn, recurse)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handle = handle_of(self)  # a copy is another module
+
+    def _unseen(self) -> bool:
+        return self.observer is not None and (self.observer.batches.is_meta or not int(self.observer.batches))
+
+    def _learned(self, base: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point that training has made of those that were set."""
+        scale = base if (gain := self.gain) is None else base * gain
+        if zero_point is not None and self.zero_point_bias is not None:
+            zero_point = zero_point + self.zero_point_bias
+        return scale, zero_point
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the observer says once it has seen x; what it said then, where the forward is a recomputed one."""
+        assert self.observer is not None
+        if transformed():
+            raise RuntimeError(
+                "observers must be off under the transforms of torch.func, which would lose what they see, got one "
+                "that is on: use qat_mode_(model, observers=False)"
+            )
+        if recomputing():
+            return self._said_of(x)
+        if self.training and self._provisional:
+            self.observer.reset()
+            self._provisional = False
+        self.observer(x)
+        said = self.observer.scale()
+        kept = self._set(*said) if x.numel() or self.observer.groups() else flat(*said)
+        self._passes.appendleft(Pass(checksum(x), *kept))
+        return kept
+
+    def _said_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero point of the forward that x was in before, without waiting for a device."""
+        same = torch.stack([a.checksum for a in self._passes]) == checksum(x) if self._passes else None
+        if same is None or (x.device.type == "cpu" and not same.any()):
+            raise RuntimeError(
+                f"a forward that is recomputed in the backward must have been one of the last {self._passes.maxlen} "
+                "forwards that were observed, got another input: checkpoint fewer at once, or use "
+                "qat_mode_(model, observers=False)"
+            )
+        latest = same.long().argmax().view(1)
+        scale = torch.stack([a.scale for a in self._passes]).index_select(0, latest)[0]
+        if self.base_zero is None:
+            return scale, None
+        zero_points = [a.zero_point for a in self._passes if a.zero_point is not None]
+        return scale, torch.stack(zero_points).index_select(0, latest)[0]
 
     @torch.no_grad()
     def _set(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Keep what an observer says; it is returned because what is kept may change before the backward of now."""
         if self.base is not None:
             self.base.copy_(scale.reshape(-1))
-        if self.zero_point is not None and zero_point is not None:
-            self.zero_point.copy_(zero_point.reshape(-1))
-        return scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1).float()
+        if self.base_zero is not None and zero_point is not None:
+            self.base_zero.copy_(zero_point.reshape(-1))
+        return flat(scale, zero_point)
+
+
+MODULES: WeakValueDictionary[int, FakeQuantize] = WeakValueDictionary()  # by the number that stands in `_handle`
+NUMBERS = itertools.count()
+
+
+def handle_of(module: FakeQuantize) -> Tensor:
+    """A tensor that names ``module`` to `observe`: compiled code is not compiled anew for another tensor."""
+    number = next(NUMBERS)
+    MODULES[number] = module
+    return torch.tensor(number, device="cpu")
+
+
+@torch.library.custom_op("quantlib_qat::observe", mutates_args=("forwards",), tags=(torch.Tag.cudagraph_unsafe,))
+def observe(x: Tensor, handle: Tensor, forwards: Tensor, n: int, affine: bool) -> tuple[Tensor, Tensor]:
+    """The scale and zero point [n] of `FakeQuantize._observe`, opaque to a compiler.
+
+    Traced through, an observer would be repeated where a compiled function is checkpointed, with what it had seen
+    since. What it writes in its module no compiler sees; ``forwards`` is said to be written to, so that none takes the
+    call for one that has no effect.
+    """
+    scale, zero_point = MODULES[int(handle)]._observe(x)
+    return scale.clone(), scale.new_empty(0) if zero_point is None else zero_point.clone()
+
+
+@observe.register_fake
+def _(x: Tensor, handle: Tensor, forwards: Tensor, n: int, affine: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(n, dtype=torch.float32), x.new_empty(n if affine else 0, dtype=torch.float32)
+
+
+def flat(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[I, J] as they are kept: [blocks] float32."""
+    return scale.reshape(-1), None if zero_point is None else zero_point.reshape(-1).float()
+
+
+def recomputing() -> bool:
+    """Whether a backward is running: a forward in it is one that ``torch.utils.checkpoint`` repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is running, in which nothing outside can be written."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+def checksum(x: Tensor) -> Tensor:
+    """int64: the sum of the bits of x, in whatever order they are added."""
+    bits = (
+        x.detach().contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    )
+    return bits.sum(dtype=torch.int64)

@@ -409,6 +409,21 @@ def check_dynamic(spec: QuantSpec) -> None:
         )
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
+    return hasattr(t, "device_mesh")
+
+
+def check_whole(model: nn.Module, way_out: str) -> None:
+    """No module of ``model`` is sharded by FSDP2, whose parameters are whole only for a while, and no parameter is."""
+    for name, module in model.named_modules():
+        of_fsdp = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+        sharded = next((key for key, p in module._parameters.items() if p is not None and is_sharded(p)), None)
+        if of_fsdp or sharded is not None:
+            where = ".".join(filter(None, (name, sharded))) or "its root"
+            raise ValueError(f"model must not be sharded, got one that is at {where}: {way_out}")
+
+
 def stored_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of the codes of a float weight of ``shape`` in a file: an axis more than it has, where they need a scale."""
     if not spec.scaled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import formats
+from quantlib.nn import ranks
 from quantlib.ops.observe import Scale, lsq_scale, mse_scale, range_of, scale_of_range
 from quantlib.spec import QuantSpec, matrix_shape
 
@@ -49,6 +51,10 @@ class Observer(KeepsDtype):
     nonfinite : Tensor, int64
         Values seen that were infinite or NaN. They are left out of every range, and reported once: at the time on the
         CPU, by `report` for a device.
+    all_ranks : bool
+        Whether all ranks count as one: in the forward of DDP or FSDP2 the tensor is then the whole batch, of which
+        each rank has a part, and every rank keeps the same range. The ranks reduce their ranges in the forward, so
+        that a layer which some of them leave out needs False, as ``join`` of DDP does.
 
     Raises
     ------
@@ -58,6 +64,7 @@ class Observer(KeepsDtype):
 
     batches: Tensor
     nonfinite: Tensor
+    all_ranks: bool = True
 
     def __init__(self, shape: Sequence[int], spec: Any, *, device: Any = None) -> None:
         super().__init__()
@@ -72,16 +79,21 @@ class Observer(KeepsDtype):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> x itself, seen."""
-        if not x.numel():
+        if not x.numel() and not (x.shape[-1] and self.groups()):
             return x
-        if self.spec.scale_shape(x.shape) != self.blocks:
+        if x.numel() and self.spec.scale_shape(x.shape) != self.blocks:
             expected = " x ".join(map(str, self.blocks))
             raise ValueError(f"x must have {expected} scales, got {list(x.shape)} with {self.spec}")
-        watched = x.detach().float().reshape(matrix_shape(x.shape))
-        finite = watched.isfinite()
-        self.nonfinite += finite.numel() - finite.sum()
-        self.batches += finite.any()
-        self.update(torch.where(finite, watched, 0), finite, self.spec.block(x.shape))
+        if x.numel():
+            watched = x.detach().float().reshape(matrix_shape(x.shape))
+            finite = watched.isfinite()
+        else:  # a rank without a row of the batch learns what the others saw
+            watched = torch.zeros(1, x.shape[-1], device=x.device)
+            finite = torch.zeros_like(watched, dtype=torch.bool)
+        counts = self._reduced(torch.stack([finite.numel() - finite.sum(), finite.any().long()]), "SUM")
+        self.nonfinite.add_(counts[0])
+        self.batches.add_(counts[1] > 0)
+        self.update(torch.where(finite, watched, 0), finite, self.spec.block(watched.shape))
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             self.report()
         return x
@@ -94,6 +106,12 @@ class Observer(KeepsDtype):
         """[I, J] float32, and the int32 zero point of an affine spec: of all that was seen."""
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Forget what was seen."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.reported = False
+
     def report(self) -> None:
         """Warn, the first time that there is a reason, of values that were not finite."""
         if not self.reported and not self.nonfinite.is_meta and (count := int(self.nonfinite)):
@@ -105,6 +123,15 @@ class Observer(KeepsDtype):
 
     def extra_repr(self) -> str:
         return str(self.spec)
+
+    def groups(self) -> list[Any]:
+        """The process groups that together see the batch of now; none where this process sees all of it."""
+        return ranks.groups_of_batch() if self.all_ranks else []
+
+    def _reduced(self, t: Tensor, op: str) -> Tensor:
+        """``t`` over all ranks that see a part of the batch: of one rank, itself."""
+        groups = self.groups()
+        return ranks.reduce_(t, getattr(torch.distributed.ReduceOp, op), groups) if groups else t
 
 
 class MinMaxObserver(Observer):
@@ -125,7 +152,18 @@ class MinMaxObserver(Observer):
             self.register_buffer(name, torch.zeros(self.blocks, dtype=torch.float32, device=device))
 
     def update(self, x: Tensor, finite: Tensor, block: tuple[int, int]) -> None:
+        lowest, highest, _ = self.range_of(x, finite, block)
+        self.widen(lowest, highest)
+
+    def range_of(self, x: Tensor, finite: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The lowest and highest value of each block [I, J], and whether any value was finite, over all ranks."""
         lowest, highest = range_of(x, block)
+        ends = self._reduced(torch.cat([-lowest.flatten(), highest.flatten(), finite.any().float().view(1)]), "MAX")
+        n = lowest.numel()
+        return -ends[:n].view(self.blocks), ends[n : 2 * n].view(self.blocks), ends[2 * n]
+
+    def widen(self, lowest: Tensor, highest: Tensor) -> None:
+        """Take in a range [I, J]."""
         self.lowest.copy_(torch.minimum(self.lowest, lowest))
         self.highest.copy_(torch.maximum(self.highest, highest))
 
@@ -134,7 +172,10 @@ class MinMaxObserver(Observer):
 
 
 class MovingAverageObserver(MinMaxObserver):
-    """The range of the first tensor, moved by ``rate`` of the way to that of each later one."""
+    """The range of the first tensor, moved by ``rate`` of the way to that of each later one.
+
+    The first of a block is the first that is not all zeros there: a layer that starts at zero gives many of those.
+    """
 
     def __init__(self, shape: Sequence[int], spec: Any, *, rate: float = 0.01, device: Any = None) -> None:
         super().__init__(shape, spec, device=device)
@@ -143,9 +184,11 @@ class MovingAverageObserver(MinMaxObserver):
         self.rate = rate
 
     def update(self, x: Tensor, finite: Tensor, block: tuple[int, int]) -> None:
-        share = torch.where(self.batches == 1, 1.0, self.rate) * finite.any()  # nothing is learned of NaN alone
-        for kept, seen in zip((self.lowest, self.highest), range_of(x, block), strict=True):
-            kept.lerp_(seen, share)
+        lowest, highest, any_finite = self.range_of(x, finite, block)
+        unknown = (self.lowest == 0) & (self.highest == 0)
+        share = torch.where(unknown, 1.0, self.rate) * any_finite  # nothing is learned of NaN alone
+        self.lowest.lerp_(lowest, share)
+        self.highest.lerp_(highest, share)
 
 
 class HistogramObserver(MinMaxObserver):
@@ -176,11 +219,12 @@ class HistogramObserver(MinMaxObserver):
         self.register_buffer("top", torch.full((n, 1), formats.SCALE_MIN, device=device))
 
     def update(self, x: Tensor, finite: Tensor, block: tuple[int, int]) -> None:
-        super().update(x, finite, block)
+        lowest, highest, _ = self.range_of(x, finite, block)
+        self.widen(lowest, highest)
         values, counted = by_block(x, block), by_block(finite, block).long()
         half = self.counts.shape[1] // 2
         # 1. the power of two above the largest magnitude, from its exponent bits
-        exponent = values.abs().amax(1, keepdim=True).view(torch.int32) & 0x7F800000
+        exponent = torch.maximum(-lowest, highest).view(-1, 1).view(torch.int32) & 0x7F800000
         top = torch.maximum(self.top, (exponent.view(torch.float32) * 2).clamp(max=2.0**127))
         # 2. what was counted moves to the wider bins that its old ones, halved an integer number of times, lie in
         centers = torch.arange(2 * half, device=x.device) + (0.5 - half)
@@ -188,8 +232,13 @@ class HistogramObserver(MinMaxObserver):
         counts = torch.zeros_like(self.counts).scatter_add_(1, moved, self.counts)
         # 3. what is new
         bin_of_x = (values / top * half + half).floor().long().clamp(0, 2 * half - 1)
-        self.counts.copy_(counts.scatter_add_(1, bin_of_x, counted))
+        new = self._reduced(torch.zeros_like(counts).scatter_add_(1, bin_of_x, counted), "SUM")
+        self.counts.copy_(counts + new)
         self.top.copy_(top)
+
+    def reset(self) -> None:
+        super().reset()
+        self.top.fill_(formats.SCALE_MIN)
 
     @property
     def centers(self) -> Tensor:
@@ -261,6 +310,10 @@ def by_block(x: Tensor, block: tuple[int, int]) -> Tensor:
 def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     """The scale [I, J] and zero point that training starts from.
 
+    A block of zeros asks for no scale: its own would be so small that every weight which leaves zero is out of range,
+    and gets no gradient. It starts as wide as the other blocks are on average, or where all are zeros, as wide as
+    ``nn.Linear`` draws its weights, 1 / sqrt(K).
+
     Parameters
     ----------
     x : Tensor [..., K]
@@ -272,11 +325,18 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
         raise ValueError(f"initial must be minmax, mse or lsq, got {how!r}")
     symmetric, block = spec.symmetric is True, spec.block(x.shape)
     x = x.detach().float().reshape(matrix_shape(x.shape))
-    if how == "lsq":
-        if not symmetric:
-            raise ValueError(f"initial must be minmax or mse for a spec with a zero point, got lsq for {spec}")
-        return lsq_scale(x, spec.format, block), None
+    if how == "lsq" and not symmetric:
+        raise ValueError(f"initial must be minmax or mse for a spec with a zero point, got lsq for {spec}")
     lowest, highest = range_of(x, block)
-    if how == "mse":
-        return mse_scale(x, lowest, highest, spec.format, block, symmetric)
-    return scale_of_range(lowest, highest, spec.format, symmetric)
+    size = torch.maximum(-lowest, highest)
+    alive = size > formats.SCALE_MIN * formats.get(spec.format).max
+    width = torch.where(alive, size, 0).sum() / alive.sum()
+    width = torch.where(alive.any(), width, max(x.shape[1], 1) ** -0.5)
+    lowest, highest = torch.where(alive, lowest, -width), torch.where(alive, highest, width)
+    widest = scale_of_range(lowest, highest, spec.format, symmetric)
+    if how == "minmax":
+        return widest
+    if how == "lsq":
+        uniform = width / math.sqrt(formats.get(spec.format).max)  # half of it is the mean
+        return torch.where(alive, lsq_scale(x, spec.format, block), uniform), None
+    return mse_scale(x, lowest, highest, spec.format, block, symmetric)  # the wider of two, so the whole one for zeros

@@ -12,7 +12,7 @@ from quantlib.nn.embedding import QuantEmbedding
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
 from quantlib.nn.linear import QuantLinear
-from quantlib.nn.module import QuantModule, check_of_weight, rebind_hooks, taken_over
+from quantlib.nn.module import QuantModule, check_of_weight, is_sharded, rebind_hooks, taken_over
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.spec import QuantSpec
 
@@ -54,10 +54,13 @@ class QATModule(nn.Module):
 
     QUANT: ClassVar[type[QuantModule]]
     PROJECTS_INPUT: ClassVar[bool] = False
+    OWN: ClassVar[tuple[str, ...]] = ("weight_quantizer", "input_quantizer", "initial", "_scales_came_first")
     weight: Any
     weight_quantizer: FakeQuantize
     input_quantizer: FakeQuantize | None
     spec: QuantSpec
+    initial: Initial
+    _scales_came_first: bool
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class QATModule(nn.Module):
         if not self.weight.is_meta and not self.weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {self.weight[~self.weight.isfinite()][0]:g}")
         new = self.QUANT.like(self, self.spec)
-        for name in ("weight_quantizer", "input_quantizer"):
+        for name in self.OWN:
             new._modules.pop(name, None)
             vars(new).pop(name, None)
         if shared is None:
@@ -161,6 +164,41 @@ class QATModule(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, spec={self.spec}"
 
+    def reset_parameters(self) -> None:
+        """Draw the weight as the float module does, and start its scale from it."""
+        super().reset_parameters()  # type: ignore[misc]
+        if hasattr(self, "weight_quantizer"):  # which the constructor of the float module comes before
+            if is_sharded(self.weight):
+                raise ValueError("weight must be whole for its scale to start from it, got one that is sharded")
+            self._start_over()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """A weight without scales, of a float model, has them start from it as `prepare_qat_` would.
+
+        Parts of a state may come one after the other: scales that came without their weight are those of the weight
+        that comes without scales.
+        """
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        with_weight = f"{prefix}weight" in state_dict
+        of_quantizer = (f"{prefix}weight_quantizer.{name}" for name in ("forwards", "base", "scale_bias", "gain"))
+        with_scales = any(name in state_dict for name in of_quantizer)
+        if with_weight and not with_scales and not self._scales_came_first:
+            if is_sharded(self.weight):
+                args[-1].append(f"{prefix}weight must be loaded before fully_shard where it comes without scales")
+            else:
+                self._start_over()
+        self._scales_came_first = with_scales and not with_weight
+
+    def _start_over(self) -> None:
+        """Scales as they start from the weight, on its device if they are on ``meta``."""
+        for quantizer in (self.weight_quantizer, self.input_quantizer):
+            if quantizer is not None and quantizer.forwards.is_meta and not self.weight.is_meta:
+                quantizer.to_empty(device=self.weight.device)
+                quantizer.reset()
+        self.weight_quantizer.initialize(self.weight.flatten(1), self.initial)
+
     def _fake_quantize(
         self,
         spec: Any,
@@ -175,6 +213,7 @@ class QATModule(nn.Module):
         spec = QuantSpec.parse(spec)
         check_of_weight(spec)
         check_activation_scale(activation_scale, spec)
+        self.initial, self._scales_came_first = initial, False
         self.spec = spec if self.PROJECTS_INPUT else spec.weight_only
         weight = self.weight.detach().flatten(1)
         self.weight_quantizer = FakeQuantize(weight.shape, self.spec, scale=scale, mask=mask, device=weight.device)
