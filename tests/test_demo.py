@@ -49,7 +49,7 @@ def test_the_demo_says_when_bytes_differ(
 ) -> None:
     def faulty(model: nn.Module, path: Path) -> nn.Module:
         load_quantized(model, path)
-        model[0].weight[0, 0] ^= 1  # type: ignore[index, operator]
+        model[0].weight_codes[0, 0] ^= 1  # type: ignore[index, operator]
         return model
 
     monkeypatch.setattr(demo, "SPECS", {"int8:row": 0.5})

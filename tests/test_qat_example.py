@@ -66,7 +66,7 @@ def test_a_deployed_code_that_was_not_trained_is_seen(
 ) -> None:
     def faulty(model: nn.Module) -> None:
         convert_(model)
-        model.get_parameter("head.weight").data[0, 0] ^= 1
+        model.get_parameter("head.weight_codes").data[0, 0] ^= 1
 
     monkeypatch.setattr(training, "convert_", faulty)
     monkeypatch.setattr(training, "SPECS", ("int8:row",))
