@@ -1,7 +1,8 @@
 """One wheel, py3-none-<platform>: nothing in it depends on the version of Python, and torch's is open from 2.11 up.
 
 torch is no build requirement: its headers come from the environment that is being installed into. Without one, or
-without a compiler, the wheel has no compiled kernels and the first import compiles them (``quantlib/_build.py``).
+without a compiler, the wheel has no compiled kernels: the first import compiles those of the CPU, and ``quantlib build
+--cuda`` those of CUDA (``quantlib/_build.py``).
 ``QUANTLIB_BUILD``: auto; 0 leaves them to the first import; 1 makes a build that fails an error.
 """
 
@@ -40,7 +41,8 @@ class Build(build_ext):
             except BUILD["BuildError"] as error:
                 if BUILD["mode"]() == "1":
                     raise
-                logging.warning("%s is not in this wheel, the first import will try again: %s", out.name, error)
+                later = "the first import" if name == "cpu" else "`quantlib build --cuda`"
+                logging.warning("%s is not in this wheel, %s will try again: %s", out.name, later, error)
 
 
 class Wheel(bdist_wheel):

@@ -116,7 +116,7 @@ def find_or_build(name: str, build: bool = True) -> Path:
     refused: list[str] = []
     for folder in folders:
         try:
-            _make_private(folder)
+            _make_private(folder / "objects")
             with _locked(folder):
                 if not _sound(folder / file):
                     why = f" (not into {refused[0]})" if refused else ""
@@ -401,11 +401,11 @@ def _sync(path: Path) -> None:
 
 
 def _make_private(folder: Path) -> None:
-    """Make ``folder`` and what is missing above it, for this user alone."""
+    """Make ``folder`` and what is missing above it, for this user alone; an OSError where it or its parent is not."""
     for path in reversed((folder, *folder.parents)):
         if not os.path.exists(path):
             path.mkdir(0o700, exist_ok=True)
-    if why := _stranger(folder):
+    if why := _stranger(folder.parent) or _stranger(folder):
         raise OSError(why)
 
 

@@ -280,6 +280,9 @@ def test_nothing_is_loaded_from_a_folder_that_others_can_write(tree: Path, mode:
     assert "QUANTLIB_CACHE must be a folder that this user can write and nobody else" in done.stderr
     library.parent.chmod(0o755)
     assert build(tree) == str(library)
+    (library.parent / "objects").chmod(mode)
+    library.unlink()
+    assert f"others can write {library.parent / 'objects'}" in run(tree).stderr
 
 
 @compiler
