@@ -73,7 +73,7 @@ def test_one_wrong_code_has_no_time(
     def wrong(model: nn.Module, *args: Any, **options: Any) -> None:
         right(model, *args, **options)
         last = [m for m in model.modules() if isinstance(m, QuantModule)][-1]
-        last.weight[1, 0] *= -1
+        last.weight_codes[1, 0] *= -1
 
     monkeypatch.setattr(quantlib, "quantize_", wrong)
     row = own(measured(smallest(module, kind)))

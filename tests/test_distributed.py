@@ -114,7 +114,7 @@ def train(spec: str, wrap: Callable[[nn.Sequential], nn.Module], optimizer: Any,
     one = prepared(spec)
     one.load_state_dict(whole | buffers)
     convert_(one)
-    return Trained(losses, whole, buffers, [layer.weight for layer in one if isinstance(layer, QuantLinear)])
+    return Trained(losses, whole, buffers, [layer.weight_codes for layer in one if isinstance(layer, QuantLinear)])
 
 
 def scales(model: nn.Module) -> list[float]:
