@@ -10,14 +10,13 @@ from torch import nn
 from quantlib.api import (
     Filter,
     check_root,
-    check_weight,
     checked_types,
-    describe,
     places_of,
     put,
     reasons_to_skip,
     weight_of,
 )
+from quantlib.measure import check_weight, describe
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.module import QuantModule
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from quantlib.api import places_of, put, quantized_type, reasons_to_skip, share_weight, weight_of
 from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
+from quantlib.checkpoint.folder import Model
+from quantlib.checkpoint.publish import INDEX, replacing
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
 from quantlib.spec import QuantSpec
@@ -50,9 +53,7 @@ def save_quantized(
     path = Path(path)
     batches, contents = state_of(model)
     single = path.suffix == ".safetensors"
-    with files.replacing(path, overwrite) as new:
-        if not single:
-            new.mkdir()
+    with replacing(path, overwrite, folder=not single) as new:
         shards = [batches] if single else list(cut(batches, max_shard_bytes))
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
@@ -67,7 +68,7 @@ def save_quantized(
         if len(shards) > 1:
             size = sum(batch.nbytes for batch in batches)
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-            files.write_json(new / f"model{files.INDEX}", index)
+            files.write_bytes(new / f"model{INDEX}", f"{json.dumps(index, indent=2)}\n".encode())
 
 
 def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) -> nn.Module:
@@ -107,7 +108,7 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     """
     with ExitStack() as stack:
         stack.enter_context(untiled(model))
-        readers = [stack.enter_context(Reader(p)) for p in files.weights_of(Path(path))]
+        readers = stack.enter_context(Model.open(Path(path))).readers
         held = {name: reader for reader in readers for name in reader.slots}
         contents = Contents()
         for reader in readers:
@@ -156,7 +157,7 @@ def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
             continue
         else:
             slots = [Slot(name, tensor.dtype, tuple(tensor.shape))]
-        batches.append(Batch(slots, lambda slots=slots: [state[slot.name] for slot in slots]))  # type: ignore[misc]
+        batches.append(files.whole(slots, lambda slots=slots: [state[slot.name] for slot in slots]))  # type: ignore[misc]
     return batches, Contents(weights, tied)
 
 
