@@ -191,7 +191,7 @@ class Projection:
     @property
     def batch(self) -> Batch:
         slots = Stored(str(self.spec), self.slot.shape).slots(self.slot.name)
-        rows = slabs(*self.shape, self.spec.block(self.shape)[0])
+        rows = slabs(*self.shape, self.spec.block(self.shape)[0] if self.spec.scaled else 1)
         jobs: list[Job] = [partial(self._slab, part) for part in rows]
         if self.spec.per == "tensor":
             jobs = [self._with_one_scale]

@@ -263,9 +263,10 @@ def write(path: Path, batches: Sequence[Batch], metadata: dict[str, str], writte
 
 def in_threads(run: Callable[[Job], None], batches: Sequence[Batch]) -> Iterator[Batch]:
     """Run the jobs of ``batches`` in threads; each batch when its jobs and those before it are done."""
-    workers = min(os.cpu_count() or 1, WORKERS)
+    threads = torch.get_num_threads()
+    workers = min(max(threads, 2), WORKERS)  # two at least: one computes while another waits for the disk
     waiting: deque[tuple[Batch | None, Future[None] | None]] = deque()  # a batch comes with the last of its jobs
-    with ThreadPoolExecutor(workers, "quantlib") as pool:
+    with ThreadPoolExecutor(workers, "quantlib", torch.set_num_threads, (1,)) as pool:
         try:
             for batch in batches:
                 job: Job | None = None
@@ -279,6 +280,8 @@ def in_threads(run: Callable[[Job], None], batches: Sequence[Batch]) -> Iterator
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            torch.set_num_threads(threads)  # also what threads of torch that start later begin with
 
 
 def _first(waiting: deque[tuple[Batch | None, Future[None] | None]]) -> Iterator[Batch]:
