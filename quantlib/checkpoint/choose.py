@@ -178,16 +178,16 @@ def check_float(path: object, slots: Mapping[str, Slot], config: Mapping[str, An
 
 def codes_of_others(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> str | None:
     """What shows that a model is quantized already."""
+    for name in slots:
+        if kind := next((kind for kind, names in CODES.items() if re.fullmatch(names, name)), None):
+            return f"{kind} codes ({name})"
     for name, slot in slots.items():
-        for kind, names in CODES.items():
-            if re.fullmatch(names, name):
-                return f"{kind} codes ({name})"
         if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in slots:
             return f"MX codes ({name})"
-        if slot.dtype in FLOAT8 and len(slot.shape) > 1:
+        is_matrix = len(slot.shape) == 2 and slot.dtype not in FLOATS and name.rpartition(".")[2] == "weight"
+        if is_matrix or (slot.dtype in FLOAT8 and len(slot.shape) > 1):
             return f"codes of {NAMES[slot.dtype]} ({name})"
-        if len(slot.shape) == 2 and slot.dtype not in FLOATS and name.rpartition(".")[2] == "weight":
-            return f"codes of {NAMES[slot.dtype]} ({name})"
+    for name in slots:
         if match := SCALES.fullmatch(name):
             weight = slots.get(match[1] or f"{match[3]}.weight")
             if weight is None or weight.dtype not in FLOATS:

@@ -204,7 +204,11 @@ class Scratch:
         self.path = path
         while True:
             self.folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            descriptor = lock(self.folder)
+            try:
+                descriptor = lock(self.folder)
+            except BaseException:
+                self.folder.rmdir()
+                raise
             if descriptor is not None and self.folder.exists():  # else another process took it for a leftover
                 self.descriptor = descriptor
                 return
