@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from quantlib.measure import OnNonfinite, check_weight, describe
-from quantlib.nn import QUANTIZED, QuantModule
-from quantlib.nn.module import check_dynamic
-from quantlib.ops.check import one_of
+from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
+from quantlib.nn.module import check_dynamic, hooked_forward, rebind_hooks
+from quantlib.nn.qat import QATModule
+from quantlib.ops.check import dtype_name, one_of
+from quantlib.record import record_
 from quantlib.report import Report
 from quantlib.spec import QuantSpec
 
@@ -32,7 +34,7 @@ def quantize_(
     types: Sequence[type[nn.Module]] = (nn.Linear,),
     on_nonfinite: OnNonfinite = "raise",
 ) -> Report:
-    """Project the weights of the ``nn.Linear`` layers of ``model``, or of the layers of ``types``, in place.
+    """Quantize the weights of the ``nn.Linear`` layers of ``model``, or of the layers of ``types``, in place.
 
     Every layer is looked at before the first is changed, so that an error leaves the model as it was. Then one layer
     at a time is replaced: the memory in use never exceeds that of the model and one layer.
@@ -57,8 +59,8 @@ def quantize_(
     Returns
     -------
     Report
-        Each layer's bytes and signal-to-noise ratio, and the layers that were left alone with the reason: their
-        weight is read directly by their owner, shared with something that stays a float, or already quantized.
+        Each layer's bytes and signal-to-noise ratio; everything with two or more axes that stays a float, with its
+        size and the reason; and the share of all parameters that are quantized. Below 90 % a warning is logged.
 
     Raises
     ------
@@ -82,7 +84,7 @@ def quantize_(
     skipped = reasons_to_skip(model, filter_fn, types)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, types) and n not in skipped}
     if not layers and filter_fn is None:
-        found = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "none"
+        found = by_reason(skipped | other_weights(model, skipped)) or "none"
         raise ValueError(f"model must have an {one_of([f'nn.{t.__name__}' for t in types])} to quantize, got {found}")
     if not all(weight_of(layer).is_meta for layer in layers.values()):  # a skeleton's scales are still to be loaded
         check_dynamic(spec)
@@ -102,6 +104,8 @@ def quantize_(
             report.layers.append(describe(name, weight, new.plain, new.spec))
         del weight
         put(new, layer, places)
+    account(model, report)
+    record_(model)
     return report
 
 
@@ -119,10 +123,11 @@ def dequantize_(model: nn.Module) -> list[str]:
     done: dict[int, nn.Parameter] = {}  # id of the codes -> the weight that they became
     for name in names:
         quantized = layers.pop(name)
-        tied = id(quantized.weight)
+        tied = id(quantized.weight_codes)
         new = quantized.with_weight(done[tied]) if tied in done else quantized.dequantize()
         done[tied] = weight_of(new)
         put(new, quantized, places)
+    record_(model)
     return names
 
 
@@ -137,6 +142,7 @@ def reasons_to_skip(
         if isinstance(owner, cls)
         for child in children
     }
+    adapters = adapters_of(model)
     skipped: dict[str, str] = {}
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)  # id of a parameter -> (module, name in it)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
@@ -144,18 +150,18 @@ def reasons_to_skip(
         for key, parameter in module._parameters.items():
             holders[id(parameter)].append((name, key))
     for name, layer in layers.items():
-        why = readers.get(id(layer)) or reason_to_skip(layer)
+        why = readers.get(id(layer)) or adapters.get(id(layer)) or reason_to_skip(layer)
         if why is None and filter_fn is not None and not filter_fn(layer, name):
             why = "filter_fn said no"
         if why is not None:
             skipped[name] = why
     for name, layer in layers.items():
         if name not in skipped:
-            kept = (
-                f"{h}.{k}" for h, k in holders[id(layer.weight)] if k != "weight" or h in skipped or h not in layers
-            )
+            kept = ((h, k) for h, k in holders[id(layer.weight)] if k != "weight" or h in skipped or h not in layers)
             if other := next(kept, None):
-                skipped[name] = f"shares its weight with {other.removeprefix('.')}, which stays as it is"
+                skipped[name] = f"shares its weight with {'.'.join(filter(None, other))}, which stays as it is"
+                if type(owner := model.get_submodule(other[0])) in QUANTIZED and not isinstance(owner, types):
+                    skipped[name] += f": types= can name nn.{type(owner).__name__} too"
     return skipped
 
 
@@ -163,18 +169,98 @@ def reason_to_skip(layer: nn.Module) -> str | None:
     """What about a layer itself keeps it from being replaced."""
     if isinstance(layer, QuantModule):
         return f"already quantized to {layer.spec}"
+    if hasattr(layer, "_get_fsdp_state"):
+        return "it is sharded: this comes before fully_shard"
     if type(layer) not in QUANTIZED:
         base = next(t for t in QUANTIZED if isinstance(layer, t))
         return f"{type(layer).__name__}, a subclass of nn.{base.__name__}, may compute something else"
-    if "forward" in vars(layer):
+    if "forward" in vars(layer) and hooked_forward(layer) is None:
         return "its forward has been replaced"
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters"
     if type(weight) is not nn.Parameter:
         return f"its weight is of {type(weight).__name__}"
+    if weight.is_meta and hooked_forward(layer) is not None:
+        return "accelerate has offloaded its weight: quantize the model before it is dispatched"
+    if taken := next((name for name in QUANTIZED[type(layer)].OWN if name in vars(layer)), None):
+        return f"it has an attribute {taken} of its own"
     why = QUANTIZED[type(layer)].refuses(layer)
     return None if why is None else f"an nn.{type(layer).__name__} {why}"
+
+
+def adapters_of(model: nn.Module) -> dict[int, str]:
+    """id of a module -> why it is no part of the base model: what peft trains beside a layer, or in front of a model."""
+    found: dict[int, str] = {}
+    for owner in model.modules():
+        names = getattr(owner, "adapter_layer_names", ())
+        names = (*names, "prompt_encoder") if hasattr(owner, "peft_config") else names
+        for name in names:
+            child = owner._modules.get(name)
+            if child is not None:
+                why = f"an adapter, {name} of {type(owner).__name__}"
+                found.update((id(module), why) for module in child.modules())
+    return found
+
+
+def account(model: nn.Module, report: Report) -> None:
+    """Complete ``report`` with every parameter of ``model``: how many are quantized, and what stays a float and why.
+
+    A weight that is trained as its codes counts as quantized.
+    """
+    counted: set[int] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, FakeQuantize):  # scales
+            continue
+        codes = "weight_codes" if isinstance(module, QuantModule) else "weight" if isinstance(module, QATModule) else ""
+        own = module.KEPT if isinstance(module, QuantModule) else (codes,)
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            if key == codes:
+                report.quantized += module.weight.numel()  # type: ignore[operator, union-attr]
+            if key in own:
+                continue
+            report.floats += parameter.numel()
+            report.float_bytes += parameter.numel() * parameter.element_size()
+            if parameter.dim() > 1:
+                name = prefix if key == "weight" and prefix else f"{prefix}.{key}".removeprefix(".")
+                parts = name.split(".")
+                above = (".".join(parts[:n]) for n in range(1, len(parts)))
+                name = next((a for a in above if a in report.skipped), name)  # a layer with parametrizations
+                report.skipped.setdefault(name, why_float(module, key, parameter))
+                report.sizes[name] = report.sizes.get(name, 0) + parameter.numel()
+    report.warn()
+
+
+def other_weights(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:
+    """name -> why it stays a float, for each module whose weight is a matrix and that is not in ``skipped``."""
+    return {
+        name: why_float(module, "weight", weight)
+        for name, module in model.named_modules()
+        if (weight := module._parameters.get("weight")) is not None and weight.dim() > 1 and name not in skipped
+    }
+
+
+def by_reason(skipped: dict[str, str]) -> str:
+    """Each reason once, with the first of the names that it holds for, the largest group first."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, why in skipped.items():
+        names[why].append(name)
+    groups = sorted(names.items(), key=lambda group: -len(group[1]))
+    return "; ".join(f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)}: {why}" for why, n in groups)
+
+
+def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
+    """Why ``parameter``, which no rule of `reasons_to_skip` has met, stays what it is."""
+    if not parameter.is_floating_point():
+        return f"it is of {dtype_name(parameter.dtype)}"
+    if type(module) in QUANTIZED and key == "weight":
+        return f"an nn.{type(module).__name__}, which types= does not name"
+    if key != "weight":
+        return f"a parameter of {type(module).__name__}, which is not a layer that quantlib knows"
+    return f"a {type(module).__name__}, for which quantlib has no quantized form"
 
 
 def quantized_type(layer: nn.Module) -> type[QuantModule]:
@@ -223,11 +309,11 @@ def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def put(new: nn.Module, old: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]) -> None:
-    """``new`` wherever ``old`` is, in its mode and with its hooks."""
-    new.train(old.training)
+    """``new`` wherever ``old`` is, with the hooks of ``old`` themselves and not copies."""
     for key, value in vars(old).items():
-        if key.startswith(("_forward_", "_backward_", "_is_full_backward_")):
+        if "hooks" in key and isinstance(value, dict):
             vars(new)[key] = value  # the same dictionary: a handle still removes its hook
+    rebind_hooks(new)
     for parent, child in places.pop(id(old)):
         parent._modules[child] = new
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from quantlib.api import (
     Filter,
+    account,
     check_root,
     checked_types,
     places_of,
@@ -22,6 +23,7 @@ from quantlib.nn.module import QuantModule
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.nn.qat import QAT, QATModule
 from quantlib.ops.check import one_of
+from quantlib.record import record_
 from quantlib.report import Report
 from quantlib.spec import QuantSpec
 
@@ -125,6 +127,7 @@ def prepare_qat_(
     places = places_of(model)
     for name, new in prepared.items():
         put(new, layers[name], places)
+    account(model, report)
     return report
 
 
@@ -170,6 +173,8 @@ def convert_(model: nn.Module) -> Report:
     places = places_of(model)
     for name, new in converted.items():
         put(new, layers[name], places)
+    account(model, report)
+    record_(model)
     return report
 
 

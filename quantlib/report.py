@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+ENOUGH = 0.9  # of the parameters: below, a report warns
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,31 @@ class LayerReport:
     snr_db: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """Every weight that was quantized, and every candidate that was not, with the reason."""
+    """Every weight that was quantized, and everything that stays a float, with the reason.
+
+    Attributes
+    ----------
+    layers : list of LayerReport
+        What was quantized.
+    skipped : dict
+        Name of a layer, or of a parameter of two or more axes, that was not -> why.
+    sizes : dict
+        The same names -> how many float parameters they hold.
+    quantized, floats : int
+        Parameters of the whole model that are quantized now, whenever that was, and those that are not: with biases,
+        norms and whatever else has one axis. What is shared counts once.
+    float_bytes : int
+        Of the parameters that are not quantized.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)  # name -> why
+    skipped: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    quantized: int = 0
+    floats: int = 0
+    float_bytes: int = 0
 
     @property
     def bytes_before(self) -> int:
@@ -51,13 +75,33 @@ class Report:
         return sum(layer.bytes_after for layer in self.layers)
 
     @property
+    def coverage(self) -> float:
+        """The share of all parameters that are quantized, 0 to 1; NaN for a model without parameters."""
+        total = self.quantized + self.floats
+        return self.quantized / total if total else math.nan
+
+    @property
     def worst(self) -> LayerReport | None:
         """The layer with the smallest signal-to-noise ratio; NaN, where a value is not finite, is the smallest."""
         return min(self.layers, key=lambda layer: -math.inf if math.isnan(layer.snr_db) else layer.snr_db, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return asdict(self) | {"coverage": self.coverage}
+
+    @property
+    def warning(self) -> str | None:
+        """What to know before the sizes are believed: that less than `ENOUGH` of the parameters are quantized."""
+        if not self.coverage < ENOUGH:
+            return None
+        largest = sorted(self.sizes, key=lambda name: self.sizes[name], reverse=True)[:3]
+        named = "; ".join(f"{name} ({self.sizes[name]:,}): {self.skipped[name]}" for name in largest)
+        return f"only {self.coverage:.1%} of the parameters are quantized, the rest stay floats: {named or 'vectors'}"
+
+    def warn(self) -> None:
+        """Log `warning`, if there is one."""
+        if self.warning:
+            log.warning("%s", self.warning)
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "format", "bytes", "to bytes", "SNR dB")]
@@ -72,12 +116,27 @@ class Report:
             )
             for layer in self.layers
         ]
-        ratio = f"{self.bytes_before / self.bytes_after:.2f} x smaller" if self.bytes_after else ""
-        rows.append((f"{len(self.layers)} layers", "", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", ratio))
+        rows.append(total_row(f"{len(self.layers)} layers", self.bytes_before, self.bytes_after))
+        if self.floats:
+            rest = self.float_bytes
+            rows.append(total_row("with the floats", self.bytes_before + rest, self.bytes_after + rest))
         lines = aligned(rows, left=3)
         if self.skipped:
-            lines += ["", *aligned([("skipped", "because"), *self.skipped.items()], left=2)]
+            sizes = {name: f"{self.sizes[name]:,}" if name in self.sizes else "-" for name in self.skipped}
+            skipped = [(name, sizes[name], why) for name, why in self.skipped.items()]
+            lines += ["", *aligned([("not quantized", "parameters", "because"), *skipped], left=3)]
+        if self.quantized + self.floats:
+            total = self.quantized + self.floats
+            lines += ["", f"{self.coverage:.1%} of {total:,} parameters are quantized"]
+        if self.warning:
+            lines += [f"warning: {self.warning}"]
         return "\n".join(lines)
+
+
+def total_row(what: str, before: int, after: int) -> tuple[str, ...]:
+    """The last rows of the table: bytes, and how much smaller they became."""
+    ratio = f"{before / after:.2f} x smaller" if after else ""
+    return what, "", "", f"{before:,}", f"{after:,}", ratio
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:

@@ -76,14 +76,61 @@ def test_every_linear_is_replaced(words: object) -> None:
 def test_the_report_prints_as_a_table() -> None:
     report = quantize_(mlp(), "W8A16", lambda module, name: name == "0")
     assert str(report).splitlines() == [
-        "layer     shape    format    bytes  to bytes          SNR dB",
-        f"0         24 x 40  int8:row  3,840     1,056            {report.layers[0].snr_db:.1f}",
-        "1 layers                     3,840     1,056  3.64 x smaller",
+        "layer            shape    format    bytes  to bytes          SNR dB",
+        f"0                24 x 40  int8:row  3,840     1,056            {report.layers[0].snr_db:.1f}",
+        "1 layers                            3,840     1,056  3.64 x smaller",
+        "with the floats                     4,896     2,112  2.32 x smaller",
         "",
-        "skipped  because",
-        "3.0      filter_fn said no",
+        "not quantized  parameters  because",
+        "3.0            192         filter_fn said no",
+        "",
+        "78.4% of 1,224 parameters are quantized",
+        "warning: only 78.4% of the parameters are quantized, the rest stay floats: 3.0 (192): filter_fn said no",
     ]
     assert json.loads(json.dumps(report.as_dict()))["layers"][0]["shape"] == [24, 40]
+
+
+class Experts(nn.Module):
+    """Experts as transformers keeps them: parameters with an axis of experts, of no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 8, 16))
+        self.act = nn.SiLU()
+
+
+def test_a_report_accounts_for_every_parameter(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({
+        "table": nn.Embedding(10, 16), "norm": nn.LayerNorm(16), "experts": Experts(), "rnn": nn.LSTM(16, 4),
+        "q": nn.Linear(16, 16), "k": nn.Linear(16, 16, bias=False),
+    })  # fmt: skip
+    model["k"].weight = model["q"].weight
+    report = quantize_(model, "int8")
+    assert report.skipped == {
+        "table": "an nn.Embedding, which types= does not name",
+        "experts.gate_up_proj": "a parameter of Experts, which is not a layer that quantlib knows",
+        "rnn.weight_ih_l0": "a parameter of LSTM, which is not a layer that quantlib knows",
+        "rnn.weight_hh_l0": "a parameter of LSTM, which is not a layer that quantlib knows",
+    }
+    assert report.sizes == {"table": 160, "experts.gate_up_proj": 512, "rnn.weight_ih_l0": 256, "rnn.weight_hh_l0": 64}
+    assert report.quantized == 256
+    assert report.floats == 160 + 512 + 256 + 64 + 2 * 16 + 32 + 16
+    assert report.coverage == 256 / (256 + report.floats)
+    assert report.float_bytes == 4 * report.floats
+    assert report.warning is not None
+    assert "experts.gate_up_proj (512)" in report.warning
+    assert report.warning in caplog.text
+    again = quantize_(model, "int8", types=[nn.Linear, nn.Embedding])
+    assert again.quantized == 256 + 160
+    assert again.skipped["q"] == "already quantized to int8:row"
+    assert [layer.name for layer in again.layers] == ["table"]
+
+
+def test_no_warning_where_nearly_everything_is_quantized(caplog: pytest.LogCaptureFixture) -> None:
+    report = quantize_(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), "int8")
+    assert report.coverage > 0.9
+    assert report.warning is None
+    assert caplog.text == ""
 
 
 def test_signal_to_noise() -> None:
@@ -168,7 +215,7 @@ def test_refused_models() -> None:
         dequantize_(QuantLinear(4, 4, spec="int8"))
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got dict"):
         quantize_({}, "int8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"model must have an nn\.Linear to quantize, got none"):
+    with pytest.raises(ValueError, match=r"model must have an nn\.Linear to quantize, got 0: an nn\.Conv1d, which"):
         quantize_(nn.Sequential(nn.Conv1d(2, 2, 1)), "int8")
     model = mlp().double()
     before = state(model)
@@ -192,11 +239,14 @@ def test_tied_weights_stay_tied() -> None:
     before = model(ids)
     report = quantize_(model, "int8")
     assert [layer.name for layer in report.layers] == ["first"]
-    assert report.skipped == {"head": "shares its weight with embedding.weight, which stays as it is"}
+    assert report.skipped == {
+        "head": "shares its weight with embedding.weight, which stays as it is: types= can name nn.Embedding too",
+        "embedding": "an nn.Embedding, which types= does not name",
+    }
     assert model.head.weight is model.embedding.weight
     assert model.again is model.first
     assert isinstance(model.second, QuantLinear)
-    assert model.second.weight is model.first.weight
+    assert model.second.weight_codes is model.first.weight_codes
     assert model.second.weight_scale is model.first.weight_scale
     assert model.second.bias is not model.first.bias
     assert (model(ids) - before).norm() < 0.02 * before.norm()
@@ -222,6 +272,8 @@ def test_layers_that_are_read_directly_are_left_alone(training: bool) -> None:
     x = torch.randn(2, 3, 16)
     report = quantize_(model, "int8")
     assert report.skipped == {
+        "encoder.layers.0.self_attn.in_proj_weight": "a parameter of MultiheadAttention, which is not a layer that "
+        "quantlib knows",
         "encoder.layers.0.self_attn.out_proj": "nn.MultiheadAttention reads its weight directly",
         "encoder.layers.0.linear1": "nn.TransformerEncoderLayer reads its weight directly",
         "encoder.layers.0.linear2": "nn.TransformerEncoderLayer reads its weight directly",
@@ -240,6 +292,7 @@ def test_layers_that_are_not_plain_are_left_alone() -> None:
     model = nn.ModuleList([Mine(4, 4), computed, replaced, nn.Linear(4, 4)])
     report = quantize_(model, "int8")
     assert list(report.skipped) == ["0", "1", "2"]
+    assert report.sizes == {"0": 16, "1": 16 + 4, "2": 16}  # a norm has the magnitudes beside the directions
     assert "Mine, a subclass of nn.Linear" in report.skipped["0"]
     assert "subclass" in report.skipped["1"]
     assert report.skipped["2"] == "its forward has been replaced"
@@ -324,7 +377,12 @@ TYPES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 def test_types_that_are_asked_for() -> None:
     report = quantize_(Mixed(), "W8A8")
     assert [layer.name for layer in report.layers] == ["head"]
-    assert report.skipped == {}
+    assert report.skipped == {
+        "table": "an nn.Embedding, which types= does not name",
+        "bounded": "an nn.Embedding, which types= does not name",
+        "line": "an nn.Conv1d, which types= does not name",
+        "plane": "an nn.Conv2d, which types= does not name",
+    }
     model, ids = Mixed(), torch.arange(10).reshape(2, 5)
     expected = model(ids)
     report = quantize_(model, "W8A8", types=TYPES)
@@ -358,7 +416,7 @@ def test_types_that_there_are_not() -> None:
     known = "nn.Linear, nn.Embedding, nn.Conv1d or nn.Conv2d"
     with pytest.raises(ValueError, match=rf"types must be {known}, got Conv3d"):
         quantize_(Mixed(), "int8", types=[nn.Linear, nn.Conv3d])
-    with pytest.raises(ValueError, match=r"model must have an nn.Embedding or nn.Conv1d to quantize, got none"):
+    with pytest.raises(ValueError, match=r"model must have an nn.Embedding or nn.Conv1d to quantize, got .*an nn.Linear, which"):
         quantize_(mlp(), "int8", types=[nn.Embedding, nn.Conv1d])
     with pytest.raises(ValueError, match=r"got a single Embedding: use QuantEmbedding\.from_float"):
         quantize_(nn.Embedding(3, 3), "int8", types=[nn.Embedding])
@@ -372,12 +430,11 @@ def test_an_embedding_and_its_head_share_their_codes(words: str) -> None:
     assert isinstance(model.embedding, QuantEmbedding)
     assert isinstance(model.head, QuantLinear)
     assert model.head.spec == QuantSpec.parse(words)
-    for name in ("weight", "weight_scale"):
+    for name in ("weight_codes", "weight_scale"):
         assert getattr(model.head, name) is getattr(model.embedding, name)
     assert torch.equal(model.embedding(ids), model.head.values())
-    assert {name for name in model.state_dict() if "weight" in name and "scale" not in name} == {
-        "embedding.weight", "first.weight", "second.weight", "again.weight", "head.weight"
-    }  # fmt: skip
+    names = ("embedding", "first", "second", "again", "head")
+    assert {name for name in model.state_dict() if "codes" in name} == {f"{name}.weight_codes" for name in names}
     assert dequantize_(model) == ["embedding", "first", "second", "head"]
     assert model.head.weight is model.embedding.weight
 

@@ -88,9 +88,10 @@ def test_a_folder_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert report["spec"] == "int4:group:16"
     assert {layer["name"] for layer in report["layers"]} == {"layer.weight", "lm_head.weight"}
-    assert report["skipped"] == {"embed.weight": "a table that is looked up", "layer.bias": "a vector"}
-    assert report["parameters"] == 24 * 40 + 10 * 40 + 8 * 40 + 24
-    assert report["coverage"] == (24 * 40 + 8 * 40) / report["parameters"]
+    assert report["skipped"] == {"embed.weight": "a table that is looked up"}
+    assert report["sizes"] == {"embed.weight": 10 * 40}
+    assert (report["quantized"], report["floats"]) == (24 * 40 + 8 * 40, 10 * 40 + 24)
+    assert report["coverage"] == report["quantized"] / (report["quantized"] + report["floats"])
     assert report["bytes_after"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert (out / "extra/notes.txt").read_text() == "kept"
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]

@@ -21,7 +21,7 @@ FLOORS = [
     {"ops"},
     {"testing"},
     {"nn"},
-    {"memory", "report"},
+    {"memory", "record", "report"},
     {"api"},
     {"qat"},
     {"checkpoint", "integrations"},

@@ -61,11 +61,11 @@ def test_a_layer_gives_the_bytes_of_its_op(dtype: torch.dtype) -> None:
     for words in ("W8A16", "int4:group:8:affine", "float8_e5m2"):
         q = quantized(words, dtype)
         options = {"block": q.block, "zero_point": q.weight_zero_point, "bias": q.bias}
-        assert same(q(x), ops.dequant_matmul(x, q.weight, q.weight_scale, q.spec.format, **options)), words
+        assert same(q(x), ops.dequant_matmul(x, q.codes, q.weight_scale, q.spec.format, **options)), words
     for words in ("W8A8", "int4:group:8@int8"):
         q = quantized(words, dtype)
         options = {"block": q.block, "bias": q.bias}
-        assert same(q(x), ops.dynamic_matmul(x, q.weight, q.weight_scale, q.spec.format, **options)), words
+        assert same(q(x), ops.dynamic_matmul(x, q.codes, q.weight_scale, q.spec.format, **options)), words
     for words in ("int8@int8:tensor", "int8@uint8", "uint8@int8:row:affine"):
         q = quantized(words, dtype)
         codes, scale, zero_point = quantize_weight(x, q.spec.activation)
@@ -73,7 +73,7 @@ def test_a_layer_gives_the_bytes_of_its_op(dtype: torch.dtype) -> None:
             expected = ops.scaled_matmul(
                 codes,
                 scale,
-                q.weight,
+                q.codes,
                 q.weight_scale,
                 q.spec.format,
                 block=q.block,
@@ -123,7 +123,7 @@ def test_an_adapter_around_frozen_codes_trains(words: str) -> None:
             return y
 
     model, x, target = Adapted(), torch.randn(16, K), torch.randn(16, N)
-    codes = model.frozen.weight.clone()
+    codes = model.frozen.weight_codes.clone()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(8):
@@ -133,9 +133,9 @@ def test_an_adapter_around_frozen_codes_trains(words: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    assert torch.equal(model.frozen.weight, codes)
+    assert torch.equal(model.frozen.weight_codes, codes)
     assert {n for n, p in model.named_parameters() if p.grad is None} == {
-        f"frozen.{name}" for name in ("weight", "weight_scale", "bias")
+        f"frozen.{name}" for name in ("weight_codes", "weight_scale", "bias")
     }
     h = torch.randn(5, K, requires_grad=True)
     (dh,) = torch.autograd.grad(model.frozen(h).sum(), h)
@@ -147,9 +147,9 @@ def test_tiles_are_the_same_layer(words: str) -> None:
     q = quantized(words)
     tiled = copy.deepcopy(q).tile_()
     assert tiled.tiled
-    assert tiled.weight.dtype == torch.uint8
-    assert tiled.weight.shape[0] == 2
-    assert not tiled.weight.requires_grad
+    assert tiled.weight_codes.dtype == torch.uint8
+    assert tiled.weight_codes.shape[0] == 2
+    assert not tiled.weight_codes.requires_grad
     assert repr(tiled) == repr(q)[:-1] + ", tiled=True)"
     x = torch.randn(3, K, requires_grad=True)
     y = tiled(x)
@@ -162,18 +162,18 @@ def test_tiles_are_the_same_layer(words: str) -> None:
     assert all(same(state[name], tensor) for name, tensor in q.state_dict().items())
     for copied in (copy.deepcopy(tiled), pickle.loads(pickle.dumps(tiled)), copy.deepcopy(tiled).bfloat16().float()):
         assert copied.tiled
-        assert same(copied.weight, tiled.weight)
+        assert same(copied.weight_codes, tiled.weight_codes)
     fresh = QuantLinear(K, N, spec=words).tile_()
     fresh.load_state_dict(state)
     assert torch.equal(fresh(x), y)
     assert tiled.tile_() is tiled
-    assert same(tiled.untile_().weight, q.weight)
+    assert same(tiled.untile_().weight_codes, q.weight_codes)
     assert tiled.untile_() is tiled
 
 
 def test_tiles_take_only_codes_of_their_shape() -> None:
     fresh = QuantLinear(K, N, spec="int8").tile_()
-    with pytest.raises(RuntimeError, match=r"size mismatch for weight: .*torch.Size\(\[18, 70, 1\]\)"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight_codes: .*torch.Size\(\[18, 70\]\)"):
         fresh.load_state_dict(QuantLinear(K, N - 1, bias=False, spec="int8").state_dict(), strict=False)
     assert fresh.tiled
     with torch.device("meta"):

@@ -74,7 +74,7 @@ def test_every_layer_and_the_tie(scheme: str) -> None:
     kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, QuantModule)}
     linear = dict.fromkeys(("qkv", "out", "up", "down", "head"), QuantLinear)
     assert kinds == {"embedding": QuantEmbedding, "mix": QuantConv1d, **linear}
-    assert model.head.weight is model.embedding.weight
+    assert model.head.weight_codes is model.embedding.weight_codes
     assert model.head.weight_scale is model.embedding.weight_scale
     assert model.head.spec.activation == model.qkv.spec.activation
     y, expected = model(ids()), source(ids())
@@ -99,14 +99,14 @@ def test_copies_and_states(scheme: str, tmp_path: Path) -> None:
     ):
         assert same(other, model)
         assert torch.equal(other(ids()), y)
-        assert other.head.weight is other.embedding.weight
+        assert other.head.weight_codes is other.embedding.weight_codes
     fresh = block(scheme)
     for module in fresh.modules():
         if isinstance(module, QuantModule):
             module.reset_parameters()
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(ids()), y)
-    assert fresh.head.weight is fresh.embedding.weight
+    assert fresh.head.weight_codes is fresh.embedding.weight_codes
     safetensors.torch.save_model(model, str(tmp_path / "state.safetensors"))
     safetensors.torch.load_model(copied, str(tmp_path / "state.safetensors"))
     assert same(copied, model)
@@ -126,7 +126,7 @@ def test_a_checkpoint(scheme: str, into: str, device: str, tmp_path: Path) -> No
     load_quantized(other, tmp_path / "q.safetensors")
     other.to(device)  # what was on meta comes to the CPU
     assert other.up.tiled == (into == "tiled" and scheme != "W8A8")
-    assert other.head.weight is other.embedding.weight
+    assert other.head.weight_codes is other.embedding.weight_codes
     assert other.head.spec == model.head.spec
     assert same(other, model)
     torch.testing.assert_close(other(ids()), model(ids()), rtol=1e-4, atol=1e-4)
@@ -144,7 +144,7 @@ def test_casts_and_moves(scheme: str) -> None:
     for name, kept in codes.items():
         assert after[name].dtype == kept.dtype
         assert torch.equal(after[name].view(torch.uint8), kept.view(torch.uint8))
-    assert half.head.weight is half.embedding.weight
+    assert half.head.weight_codes is half.embedding.weight_codes
     assert copy.deepcopy(model).to("meta")(ids().to("meta")).shape == (2, 7, WORDS)
 
 

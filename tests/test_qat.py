@@ -93,7 +93,7 @@ def test_the_codes_are_those_of_the_last_forward(spec: str, scale: str) -> None:
         torch.zeros(()) if t is None else t.repeat_interleave(block[0], 0)[:N].repeat_interleave(block[1], 1)[:, :K]
         for t in (deployed.weight_scale, deployed.weight_zero_point)
     )
-    codes = deployed.weight if not deployed.spec.row.packed else ops.unpack(deployed.weight, "int4", size=K)
+    codes = deployed.codes if not deployed.spec.row.packed else ops.unpack(deployed.codes, "int4", size=K)
     assert torch.equal(codes.int(), (used[-1] / s).round().int() + z.int())
 
 
@@ -180,7 +180,7 @@ def test_layers_that_share_a_weight_share_its_scale_and_its_codes() -> None:
     assert model["head"].weight is model["other"].weight is model["table"].weight
     model["head"](model["table"](torch.arange(20)))
     convert_(model)
-    assert model["head"].weight is model["other"].weight is model["table"].weight
+    assert model["head"].weight_codes is model["other"].weight_codes is model["table"].weight_codes
     assert model["head"].weight_scale is model["table"].weight_scale
 
 
@@ -404,6 +404,7 @@ def test_what_cannot_be_served_is_listed() -> None:
     report = prepare_qat_(model, "int8", lambda m, name: name != "small", types=TYPES)
     assert [layer.name for layer in report.layers] == ["served"]
     assert report.skipped == {
+        "attention.in_proj_weight": "a parameter of MultiheadAttention, which is not a layer that quantlib knows",
         "attention.out_proj": "nn.MultiheadAttention reads its weight directly",
         "own": "Own, a subclass of nn.Linear, may compute something else",
         "small": "filter_fn said no",

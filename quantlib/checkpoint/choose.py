@@ -102,7 +102,7 @@ def unable(slot: Slot, lies: Mapping[str, str]) -> str | None:
     """Why a tensor cannot be quantized."""
     axes = len(slot.shape)
     if axes < 2:
-        return "a vector" if axes else "a number"
+        return f"{axes} axes: a matrix is quantized"
     if axes > 2:
         kind = "experts" if "expert" in slot.name else "a convolution" if slot.name.endswith("weight") else "a stack"
         return f"{axes} axes: {kind}, not one matrix"
@@ -155,6 +155,7 @@ def model_types(config: Mapping[str, Any]) -> Iterator[str]:
 
 # Names that tell of codes: of GPTQ and AWQ, bitsandbytes, compressed-tensors, FP8 and MX checkpoints, and others.
 CODES = {
+    "quantlib": r"(.*\.)?weight_codes",  # a state that was saved as it is, which load_quantized reads
     "GPTQ or AWQ": r"(.*\.)?(qweight|qzeros|g_idx)",
     "bitsandbytes": r".*\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|quant_state\..*)",
     "compressed-tensors": r"(.*\.)?weight_packed",
@@ -195,6 +196,6 @@ def codes_of_others(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> str
     for mapping in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in CONFIGS:
             if isinstance(quantization := mapping.get(key), dict) and quantization:
-                method = quantization.get("quant_method", quantization.get("format", "unnamed"))
+                method = quantization.get("quant_method", quantization.get("library", "unnamed"))
                 return f"a config.json with {key} of {method}"
     return None

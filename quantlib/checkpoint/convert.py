@@ -85,7 +85,8 @@ def quantize_file(
     Returns
     -------
     Report
-        Each weight's bytes and signal-to-noise ratio; and every float tensor that stays as it is, with the reason.
+        Each weight's bytes and signal-to-noise ratio; every float tensor of two or more axes that stays as it is, with
+        its size and the reason; and the share of all parameters that are quantized.
 
     Raises
     ------
@@ -110,9 +111,19 @@ def quantize_file(
         for reader in model.readers:
             if Contents.of(reader).weights:
                 raise ValueError(f"{reader.path} must hold float weights, got weights that are quantized already")
-        choose.check_float(src, model.slots, model.config)
-        reasons = choose.reasons(model.slots, model.config, include, exclude)
-        report.skipped.update({name: why for name, why in reasons.items() if why is not None})
+        slots = model.slots
+        choose.check_float(src, slots, model.config)
+        reasons = choose.reasons(slots, model.config, include, exclude)
+        for name, why in reasons.items():
+            slot = slots[name]
+            size = math.prod(slot.shape)
+            if why is None:
+                report.quantized += size
+                continue
+            report.floats += size
+            report.float_bytes += slot.nbytes
+            if len(slot.shape) > 1:
+                report.skipped[name], report.sizes[name] = why, size
         return [plan_of(reader, reasons) for reader in model.readers]
 
     def plan_of(reader: Reader, reasons: dict[str, str | None]) -> Plan:
@@ -163,7 +174,7 @@ def dequantize_file(
     def plan(model: Model) -> list[Plan]:
         plans = [plan_of(reader) for reader in model.readers]
         if not any(plan.converted for plan in plans) and (found := choose.codes_of_others(model.slots, model.config)):
-            raise ValueError(f"{src} must hold weights that quantlib quantized, got {found}")
+            raise ValueError(f"{src} must be a model that quantize_file or save_quantized wrote, got {found}")
         return plans
 
     def plan_of(reader: Reader) -> Plan:

@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from quantlib.api import places_of, put, quantized_type, reasons_to_skip, share_weight, weight_of
 from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
-from quantlib.checkpoint.folder import Model
+from quantlib.checkpoint.folder import CONFIG, Model
 from quantlib.checkpoint.publish import INDEX, replacing
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
+from quantlib.nn.module import stored_dtype, stored_shape
+from quantlib.ops.check import dtype_of
+from quantlib.record import of_config, record_
 from quantlib.spec import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -108,13 +111,17 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     """
     with ExitStack() as stack:
         stack.enter_context(untiled(model))
-        readers = stack.enter_context(Model.open(Path(path))).readers
-        held = {name: reader for reader in readers for name in reader.slots}
+        stored = stack.enter_context(Model.open(Path(path)))
+        readers = stored.readers
+        held = {file_name(name): Entry(reader, name) for reader in readers for name in reader.slots}
         contents = Contents()
         for reader in readers:
             found = Contents.of(reader)
             contents.weights.update(found.weights)
             contents.tied.update(found.tied)
+        codes = [name for name, entry in held.items() if entry.name != name]
+        if codes:  # a state as torch saves it says nothing of formats itself
+            contents.weights.update(formats_of(codes, stored, model))
         if not contents.weights:
             raise ValueError(f"{path} must hold weights that quantlib quantized, got none among {len(held)} tensors")
         skeleton = Skeleton(model, contents)
@@ -123,7 +130,52 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
         if skeleton.values:
             log.warning("dequantized, as their layers cannot hold codes: %s", files.some(sorted(skeleton.values)))
         skeleton.fill(held, device)
+    record_(model)
     return model
+
+
+def formats_of(names: list[str], stored: Model, model: nn.Module) -> dict[str, Stored]:
+    """What the weights ``names`` are quantized to: by the config.json beside them, or else as in ``model`` already."""
+    path = stored.path
+    entry = of_config(stored.config.get("quantization_config"))
+    known = Contents.parse(entry | {"tied": {}}, str(path / CONFIG)).weights if entry else {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantModule):
+            known.setdefault(join(prefix, "weight"), Stored(str(module.spec), module.weight_shape))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"{path} must say what its codes are quantized to, got codes without a format, {files.some(unknown)}: "
+            "quantize_ the model to the spec of the file first"
+        )
+    shared: dict[int, list[str]] = defaultdict(list)  # id of a weight -> the names that it has in the model
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key in ("weight", "weight_codes"):
+            if (parameter := module._parameters.get(key)) is not None:
+                shared[id(parameter)].append(join(prefix, "weight"))
+    for tied in shared.values():  # an embedding's spec tells nothing of activations, that of its head does
+        told = next((known[name] for name in tied if name in known and "@" in known[name].spec), None)
+        known.update((name, told) for name in tied if name in known and told is not None)
+    return {name: known[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file, which the file may call by another name than the model of files does."""
+
+    reader: Reader
+    name: str
+
+    @property
+    def slot(self) -> Slot:
+        return self.reader.slots[self.name]
+
+    def read(self) -> Tensor:
+        return self.reader.read(self.name)
+
+
+def file_name(name: str) -> str:
+    """The name in a file of a parameter ``name``: codes are stored under the name of the weight."""
+    return name.removesuffix("_codes") if name.rpartition(".")[2] == "weight_codes" else name
 
 
 Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and the name there
@@ -131,7 +183,8 @@ Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and the 
 
 def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
     """Every tensor of the state once, a weight's codes with its scales, and what the metadata says of them."""
-    state, objects = model.state_dict(), model.state_dict(keep_vars=True)
+    state = {file_name(name): tensor for name, tensor in model.state_dict().items()}
+    objects = {file_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dtype not in files.NAMES:
             got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -157,8 +210,18 @@ def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
             continue
         else:
             slots = [Slot(name, tensor.dtype, tuple(tensor.shape))]
-        batches.append(files.whole(slots, lambda slots=slots: [state[slot.name] for slot in slots]))  # type: ignore[misc]
+
+        def make(slots: list[Slot] = slots) -> list[Tensor]:
+            """The tensors as the file has them: codes with their axes of ones, FP8 by its own dtype."""
+            return [state[s.name] if s.name not in weights else in_file(state[s.name], s) for s in slots]
+
+        batches.append(files.whole(slots, make))
     return batches, Contents(weights, tied)
+
+
+def in_file(codes: Tensor, slot: Slot) -> Tensor:
+    """``codes`` of a parameter in the dtype and shape of ``slot``."""
+    return codes.contiguous().view(slot.dtype).view(slot.shape)
 
 
 def cut(batches: list[Batch], size: int) -> Iterator[list[Batch]]:
@@ -198,12 +261,12 @@ class Skeleton:
         for prefix, module in self.modules.items():  # older checkpoints hold buffers that models now make themselves
             self.unused |= {join(prefix, key) for key in module._non_persistent_buffers_set}
 
-    def misfits(self, held: dict[str, Reader]) -> list[str]:
+    def misfits(self, held: dict[str, Entry]) -> list[str]:
         """What keeps the tensors of the files from filling the model, a few words each."""
         filled = {id_of(place) for name in held if name in self.places for place in self.targets[name]}
         problems = [f"no {name}" for name, place in self.places.items() if id_of(place) not in filled]
-        for name, reader in held.items():
-            slot = reader.slots[name]
+        for name, entry in held.items():
+            slot = entry.slot
             if name in self.unused:
                 continue
             if name not in self.places:
@@ -211,28 +274,26 @@ class Skeleton:
                 continue
             store, key = self.places[name]
             stored = self.contents.weights.get(name)
-            if stored is not None and tuple(store[key].shape) != slot.shape:
-                slot = replace(slot, shape=QuantSpec.parse(stored.spec).codes_shape(stored.matrix))
+            if stored is not None and slot_of_codes(stored, slot):
+                spec = QuantSpec.parse(stored.spec)
+                slot = Slot(name, stored_dtype(spec), spec.codes_shape(stored.matrix))
             if name in self.values:
                 slot = replace(slot, shape=self.contents.weights[name].shape, dtype=store[key].dtype)
             same_kind = slot.dtype == store[key].dtype or slot.dtype.is_floating_point == store[key].is_floating_point()
             if tuple(store[key].shape) != slot.shape or not same_kind:
                 expected = Slot(name, store[key].dtype, tuple(store[key].shape))
-                problems.append(f"{name} {words(reader.slots[name])} for {words(expected)}")
+                problems.append(f"{name} {words(entry.slot)} for {words(expected)}")
         for prefix, module in self.modules.items():
-            spec = self.contents.weights.get(join(prefix, "weight"), None)
-            if (
-                isinstance(module, QuantModule)
-                and spec
-                and QuantSpec.parse(spec.spec).weight_only != module.spec.weight_only
-            ):
-                problems.append(f"{prefix}: codes of {spec.spec} for {module.spec}")
+            stored = self.contents.weights.get(join(prefix, "weight"))
+            if isinstance(module, QuantModule) and stored:
+                if QuantSpec.parse(stored.spec).weight_only != module.spec.weight_only:
+                    problems.append(f"{prefix}: codes of {stored.spec} for {module.spec}")
             for key in module._non_persistent_buffers_set:
                 if isinstance(buffer := module._buffers[key], Tensor) and buffer.is_meta:
                     problems.append(f"{join(prefix, key)} on meta, which no file fills")
         return problems
 
-    def fill(self, held: dict[str, Reader], device: Any) -> None:
+    def fill(self, held: dict[str, Entry], device: Any) -> None:
         """Put the replacements in, and one tensor after another into its places."""
         there = next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
         there = there if device is None else torch.device(device)
@@ -240,17 +301,19 @@ class Skeleton:
         for module in set(self.modules.values()):
             if id(module) in self.replacements:
                 put(self.replacements[id(module)], module, parents)
-        for name, reader in held.items():
+        for name, entry in held.items():
             if name in self.unused:
                 continue
             store, key = self.places[name]
             old = store[key]
             if name in self.values:
-                tensor = self.contents.weights[name].values(reader, name, old.dtype)
+                tensor = self.contents.weights[name].values(entry.reader, name, old.dtype)
+            elif key == "weight_codes":
+                tensor = entry.read().view(old.dtype).reshape(old.shape)
             else:
-                tensor = reader.read(name).reshape(old.shape)  # codes have more axes in a file
+                tensor = entry.read()
             tensor = tensor.to(there if old.is_meta else old.device)
-            new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+            new = type(old)(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
             for store, key in self.targets[name]:
                 store[key] = new  # one object in all of them: what is tied stays tied
 
@@ -288,7 +351,7 @@ class Skeleton:
             module: nn.Module = placed.get(id(old), old)
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    yield join(prefix, key), (module._parameters, key)
+                    yield file_name(join(prefix, key)), (module._parameters, key)
             for key, buffer in module._buffers.items():
                 if buffer is not None and key not in module._non_persistent_buffers_set:
                     yield join(prefix, key), (module._buffers, key)
@@ -304,6 +367,13 @@ class Skeleton:
             if alias in groups and name in groups:
                 groups[name] = groups[name] + groups[alias]
         return groups
+
+
+def slot_of_codes(stored: Stored, slot: Slot) -> bool:
+    """Whether ``slot`` holds codes as a file or as a parameter has them."""
+    spec = QuantSpec.parse(stored.spec)
+    shapes = stored_shape(spec, stored.shape), spec.codes_shape(stored.matrix)
+    return slot.shape in shapes and slot.dtype in (dtype_of(spec.row), stored_dtype(spec))
 
 
 def id_of(place: Place) -> tuple[int, str]:

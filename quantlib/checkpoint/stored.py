@@ -88,34 +88,42 @@ class Contents:
         where = f"{reader.path}: metadata {KEY}"
         try:
             entry = json.loads(reader.metadata[KEY])
-            version, weights, tied = entry["version"], entry.get("weights"), entry.get("tied")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} must describe its weights, got {some_words(error)}") from None
+        version = entry.get("version") if isinstance(entry, dict) else None
         if type(version) is int and version > VERSION:
             raise ValueError(f"{reader.path} must be of version {VERSION} or older, got {version}: update quantlib")
-        if type(version) is not int or not isinstance(weights, dict) or not isinstance(tied, dict):
-            raise ValueError(f"{where} must describe its weights, got {some_words(entry)}")
-        if not all(isinstance(name, str) for name in tied.values()):
-            raise ValueError(f"{where} must describe its weights, got names {some_words(tied)} that are tied")
-        contents = cls({name: cls.parse(where, name, weight) for name, weight in weights.items()}, tied)
+        contents = cls.parse(entry, where)
         for name, stored in contents.weights.items():
             for slot in stored.slots(name):
                 if (got := reader.slots.get(slot.name)) != slot:
                     raise ValueError(f"{reader.path}: {slot.name} must be {words(slot)}, got {words(got)}")
         return contents
 
+    @classmethod
+    def parse(cls, entry: Any, where: str) -> Contents:
+        """What an entry says, which comes from ``where``."""
+        expected = f"{where} must describe its weights"
+        if not isinstance(entry, dict) or type(entry.get("version")) is not int:
+            raise ValueError(f"{expected} with a version, got {some_words(entry)}")
+        weights, tied = entry.get("weights"), entry.get("tied")
+        if not isinstance(weights, dict) or not isinstance(tied, dict):
+            raise ValueError(f"{expected} as weights and tied, got {some_words(entry)}")
+        if not all(isinstance(name, str) for name in tied.values()):
+            raise ValueError(f"{expected}, got names {some_words(tied)} that are tied")
+        return cls({name: cls._weight(expected, name, weight) for name, weight in weights.items()}, tied)
+
     @staticmethod
-    def parse(where: str, name: str, weight: Any) -> Stored:
-        """What the entry says of weight ``name``."""
-        expected = f"{where} must describe its weights by spec and shape"
+    def _weight(expected: str, name: str, weight: Any) -> Stored:
         if not isinstance(weight, dict) or not isinstance(weight.get("spec"), str) or "shape" not in weight:
-            raise ValueError(f"{expected}, got {some_words(weight)} for {name}")
-        shape = checked_shape(f"{where}: {name}", weight.get("shape"))
+            raise ValueError(f"{expected} by spec and shape, got {some_words(weight)} for {name}")
+        shape = checked_shape(f"{expected}: {name}", weight["shape"])
         try:
             spec = QuantSpec.parse(weight["spec"])
             spec.scale_shape((shape[0], math.prod(shape[1:])))
         except (ValueError, IndexError) as error:
-            raise ValueError(f"{expected}, got {some_words(weight)} for {name}: {some_words(error)}") from None
+            got = f"{some_words(weight)} for {name}: {some_words(error)}"
+            raise ValueError(f"{expected} by spec and shape, got {got}") from None
         return Stored(weight["spec"], shape)
 
     def metadata(self) -> dict[str, str]:

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from quantlib.spec import GRAMMAR, QuantSpec, checked_per
 
 PER = "tensor, row, group:N or tile:N with N >= 1"
 POLICIES = ("raise", "propagate")
-SMALL = ("a vector", "a number")  # why most tensors stay floats: they are counted, not listed
-ENOUGH = 0.9  # of the parameters: less is worth a warning
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,25 +74,12 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.force,
             progress=progress,
         )
-    before, floats = contents(args.input)
-    after, _ = contents(args.output)
-    total = sum(floats.values())
-    share = sum(math.prod(layer.shape) for layer in report.layers) / total
+    before, after = size(args.input), size(args.output)
     if args.json:
         told = {"input": args.input, "output": args.output, "spec": str(spec)}
-        told |= {"bytes_before": before, "bytes_after": after, "parameters": total, "coverage": share}
-        print(json.dumps(finite({**told, **report.as_dict()}), indent=2))
-        return 0
-    matrices = {name: why for name, why in report.skipped.items() if why not in SMALL}
-    print(replace(report, skipped=matrices))
-    if vectors := len(report.skipped) - len(matrices):
-        print(f"and {vectors} vectors and numbers, such as norms and biases")
-    print(f"\n{args.output}: {after:,} bytes, {before / after:.2f} x smaller than {args.input}")
-    print(f"{share:.1%} of {total:,} parameters became codes")
-    if share < ENOUGH:
-        largest = sorted(report.skipped, key=lambda name: floats[name], reverse=True)[:3]
-        named = ", ".join(f"{name} ({floats[name] / total:.1%}: {report.skipped[name]})" for name in largest)
-        print(f"warning: {1 - share:.1%} of the parameters stay floats, above all {named}")
+        print(json.dumps(finite({**told, "bytes_before": before, "bytes_after": after, **report.as_dict()}), indent=2))
+    else:
+        print(f"{report}\n\n{args.output}: {after:,} bytes, {before / after:.2f} x smaller than {args.input}")
     return 0
 
 
@@ -108,14 +92,12 @@ def read_spec(to: str, per: str | None, affine: bool) -> QuantSpec:
         raise ValueError(str(error).replace("spec must", "--to must", 1)) from None
 
 
-def contents(path: str) -> tuple[int, dict[str, int]]:
-    """Bytes of the safetensors files of a model, and the sizes of its float tensors."""
-    from quantlib.checkpoint.choose import FLOATS
+def size(path: str) -> int:
+    """Bytes of the safetensors files of a model."""
     from quantlib.checkpoint.folder import Model
 
     with Model.open(Path(path)) as model:
-        floats = {name: math.prod(slot.shape) for name, slot in model.slots.items() if slot.dtype in FLOATS}
-        return sum(reader.path.stat().st_size for reader in model.readers), floats
+        return sum(reader.path.stat().st_size for reader in model.readers)
 
 
 def finite(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,6 @@ from torch.nn.grad import conv1d_input, conv2d_input
 from quantlib.nn.functional import SOURCES, Weight, autocast, dequantize_rows
 from quantlib.nn.module import QuantModule
 from quantlib.spec import QuantSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 SLAB = 1 << 20  # weights that are floats at a time
 
@@ -40,7 +37,7 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
 
     Attributes
     ----------
-    weight, weight_scale, weight_zero_point, spec, block, dtype
+    weight, weight_codes, weight_scale, weight_zero_point, spec, block, dtype
         As in `QuantModule`.
     bias : nn.Parameter [out], or None
 
@@ -67,25 +64,14 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
         spec: Any,
     ) -> None:
         sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        self.FLOAT.__init__(self, *sizes, bias=False, padding_mode=padding_mode, device="meta")
-        self._allocate(QuantSpec.parse(spec).weight_only, dtype, device)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_channels, dtype=self.dtype, device=device))
+        self._take(self.FLOAT(*sizes, bias, padding_mode, device="meta"), spec, dtype, device)
+
+    def _allocate(self, spec: QuantSpec, dtype: torch.dtype | None, device: Any) -> None:
+        super()._allocate(spec.weight_only, dtype, device)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
-
-    @classmethod
-    def like(cls, layer: Any, spec: QuantSpec) -> Self:
-        new = cls(**sizes_of(layer), bias=False, device="meta", dtype=layer.weight.dtype, spec=spec)
-        new.bias = layer.bias
-        return new
-
-    def with_weight(self, weight: nn.Parameter) -> nn.Module:
-        conv: Any = self.FLOAT(**sizes_of(self), bias=False, device="meta", dtype=self.dtype)
-        conv.weight, conv.bias = weight, self.bias
-        return conv.train(self.training)  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor) -> Tensor:
         """x [batch, in, ...] or [in, ...] of any float dtype -> [batch, out, ...] of the same."""
@@ -188,8 +174,3 @@ def slab(weight: Weight, n: slice, format: str, block: tuple[int, int], how: Con
     shape = how.weight_shape[1:]
     return dequantize_rows(weight, n, format, block, math.prod(shape), dtype).view(-1, *shape)
 
-
-def sizes_of(conv: Any) -> dict[str, Any]:
-    """The arguments that make another of the sizes of ``conv``."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(conv, name) for name in names}

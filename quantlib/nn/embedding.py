@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from quantlib.nn.functional import dequantize_rows
 from quantlib.nn.module import QuantModule
 from quantlib.spec import QuantSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class QuantEmbedding(QuantModule, nn.Embedding):
@@ -32,7 +29,7 @@ class QuantEmbedding(QuantModule, nn.Embedding):
 
     Attributes
     ----------
-    weight, weight_scale, weight_zero_point, spec, block, dtype
+    weight, weight_codes, weight_scale, weight_zero_point, spec, block, dtype
         As in `QuantModule`.
 
     Notes
@@ -53,27 +50,23 @@ class QuantEmbedding(QuantModule, nn.Embedding):
         *,
         spec: Any,
     ) -> None:
-        nn.Embedding.__init__(self, num_embeddings, embedding_dim, padding_idx, device="meta")
-        self._allocate(QuantSpec.parse(spec).weight_only, dtype, device)
+        self._take(nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta"), spec, dtype, device)
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
+        return self._rows(self.num_embeddings), self.embedding_dim
 
-    @classmethod
-    def like(cls, layer: nn.Embedding, spec: QuantSpec) -> Self:
-        sizes = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
-        return cls(*sizes, device="meta", dtype=layer.weight.dtype, spec=spec)
+    def _allocate(self, spec: QuantSpec, dtype: torch.dtype | None, device: Any) -> None:
+        super()._allocate(spec.weight_only, dtype, device)
+
+    def _resize(self, N: int) -> bool:
+        self.num_embeddings = N
+        return True
 
     @classmethod
     def refuses(cls, layer: nn.Embedding) -> str | None:
         names = ("max_norm", "sparse", "scale_grad_by_freq")
         return next((f"with {name}={value}" for name in names if (value := getattr(layer, name))), None)
-
-    def with_weight(self, weight: nn.Parameter) -> nn.Embedding:
-        table = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
-        table.weight = weight
-        return table.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """ids [...] int32 or int64 -> [..., K] of ``self.dtype``."""

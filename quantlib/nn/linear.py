@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from quantlib import ops
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project
-from quantlib.nn.module import FROZEN, QuantModule
+from quantlib.nn.module import PARTS, QuantModule
+from quantlib.nn.weight import QuantParameter
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.spec import QuantSpec
 
@@ -39,7 +40,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     Attributes
     ----------
-    weight, weight_scale, weight_zero_point, spec, block, dtype
+    weight, weight_codes, weight_scale, weight_zero_point, spec, block, dtype
         As in `QuantModule`.
     bias : nn.Parameter [N], or None
     input_scale : nn.Parameter [1, 1] float32, or None
@@ -64,7 +65,8 @@ class QuantLinear(QuantModule, nn.Linear):
     """
 
     FLOAT = nn.Linear
-    KEPT = (*FROZEN, "input_scale", "input_zero_point")
+    KEPT = (*PARTS, "input_scale", "input_zero_point")
+    OWN = (*QuantModule.OWN, "batch_invariant", "product")
     input_scale: nn.Parameter | None
     input_zero_point: nn.Parameter | None
 
@@ -79,45 +81,35 @@ class QuantLinear(QuantModule, nn.Linear):
         spec: Any,
         batch_invariant: bool = False,
     ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
+        self._take(nn.Linear(in_features, out_features, bias, device="meta"), spec, dtype, device)
         self.batch_invariant = batch_invariant
-        self._allocate(QuantSpec.parse(spec), dtype, device)
-        activation, static = self.spec.activation, None
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self._rows(self.out_features), self.in_features
+
+    def _allocate(self, spec: QuantSpec, dtype: torch.dtype | None, device: Any) -> None:
+        super()._allocate(spec, dtype, device)
+        activation, static = spec.activation, None
         if activation is not None and activation.static:
             zero_point = None if activation.symmetric else torch.zeros(1, 1, dtype=torch.int32, device=device)
             static = Scale(torch.ones(1, 1, dtype=torch.float32, device=device), zero_point)
         self.set_input_scale(static)
-        self.product = product_of(self.spec, in_features)
-        zeros = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device)) if bias else None
-        self.register_parameter("bias", zeros)
+        self.batch_invariant, self.product = False, product_of(spec, self.in_features)
 
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
-
-    @classmethod
-    def like(cls, layer: nn.Linear, spec: QuantSpec) -> Self:
-        sizes = (layer.in_features, layer.out_features)
-        new = cls(*sizes, bias=False, device="meta", dtype=layer.weight.dtype, spec=spec)
-        new.bias = layer.bias
-        return new
+    def _resize(self, N: int) -> bool:
+        self.out_features = N
+        return True
 
     def set_input_scale(self, static: Scale | None) -> None:
         """Keep what static activations are projected with; None where they are not static."""
         for name, tensor in zip(("input_scale", "input_zero_point"), static or (None, None), strict=True):
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(name, None if tensor is None else QuantParameter(tensor, requires_grad=False))
 
-    def with_weight(self, weight: nn.Parameter) -> nn.Linear:
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype)
-        linear.weight = weight
-        linear.bias = self.bias
-        return linear.train(self.training)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x [..., K] of any float dtype -> [..., N] of the same."""
-        x, spec, activation = autocast(x), self.spec, self.spec.activation
-        codes, scale, zero_point = self.weight, self.weight_scale, self.weight_zero_point
+        x, spec, activation = autocast(input), self.spec, self.spec.activation
+        codes, scale, zero_point = self.codes, self.weight_scale, self.weight_zero_point
         bias: Tensor | None = self.bias
         static = None if self.input_scale is None else Scale(self.input_scale, self.input_zero_point)
         if self.batch_invariant:
@@ -146,8 +138,8 @@ class QuantLinear(QuantModule, nn.Linear):
 
     @property
     def tiled(self) -> bool:
-        """Whether ``weight`` is tiles, as `tile_` makes them."""
-        return self.weight.dim() == 3
+        """Whether ``weight_codes`` is tiles, as `tile_` makes them."""
+        return self.weight_codes.dim() == 3
 
     def tile_(self) -> Self:
         """Keep the codes as tiles [ceil(N / 16), ceil(K / columns), 1024], the order in which a GPU multiplies them.
@@ -172,21 +164,19 @@ class QuantLinear(QuantModule, nn.Linear):
             raise ValueError(f"spec must be of codes that are multiplied by as floats to be tiled, got {self.spec}")
         if not self.tiled:
             size = self.in_features if self.spec.row.packed else None
-            tiles = ops.tile(self.weight, self.spec.format, size=size)
-            self.weight = nn.Parameter(tiles, requires_grad=False)
+            tiles = ops.tile(self.codes, self.spec.format, size=size)
+            self.weight_codes = QuantParameter(tiles, requires_grad=False)
         return self
 
     def untile_(self) -> Self:
         """Keep the codes as [N, K] again: the inverse of `tile_`."""
         if self.tiled:
-            self.weight = nn.Parameter(self.plain.codes, requires_grad=False)
+            self.weight_codes = QuantParameter(self._parts(self.plain)["weight_codes"], requires_grad=False)
         return self
 
     @property
     def plain(self) -> Weight:
-        codes: Tensor = self.weight
-        if self.tiled:
-            codes = ops.untile(codes, self.spec.format, self.weight_shape)
+        codes = ops.untile(self.codes, self.spec.format, self.weight_shape) if self.tiled else self.codes
         return Weight(codes, self.weight_scale, self.weight_zero_point)
 
     def extra_repr(self) -> str:
@@ -201,6 +191,17 @@ class QuantLinear(QuantModule, nn.Linear):
         shared = activation is not None and (activation.per or "").partition(":")[0] in ("tensor", "tile")
         if activation is not None and shared and not activation.static:
             raise RuntimeError(f"batch_invariant must be False where rows share a scale, got activations {activation}")
+
+    def set_weight_(self, weight: Tensor) -> Self:
+        tiled = self.tiled
+        self.untile_()
+        super().set_weight_(weight)
+        return self.tile_() if tiled else self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiled and not keep_vars:
+            destination[f"{prefix}weight_codes"] = self._parts(self.plain)["weight_codes"]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         tiled = self.tiled

@@ -63,7 +63,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"rank must be in 1..{min(N, K)}, got {rank}")
         self.base = base.requires_grad_(False)
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
-        like: dict[str, Any] = {"dtype": dtype or base.dtype, "device": base.weight.device}
+        like: dict[str, Any] = {"dtype": dtype or base.dtype, "device": base.weight_codes.device}
         self.a, self.b = nn.Parameter(torch.empty(rank, K, **like)), nn.Parameter(torch.empty(N, rank, **like))
         self.reset_parameters()
 

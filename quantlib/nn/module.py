@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,53 +11,59 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantlib.nn.functional import Weight, dequantize_weight, quantize_weight
-from quantlib.ops.check import dtype_of
+from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_weight
+from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
+from quantlib.ops.check import dtype_name, dtype_of
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FROZEN = {"weight": "codes", "weight_scale": "scale", "weight_zero_point": "zero_point"}  # parameter -> Weight's field
+# parameter -> field of `Weight`
+PARTS = {"weight_codes": "codes", "weight_scale": "scale", "weight_zero_point": "zero_point"}
 
 
 class QuantModule(nn.Module):
-    """A module of codes: how they are made of a float weight, kept through whatever is done to a module, and saved.
+    """A module with a quantized weight: how it is made of a float one, kept through whatever is done to it, and saved.
 
     The weight is viewed as a matrix [N, K], N the outputs or the entries of a table and K all the rest. A subclass
-    derives from this and from the float module that it stands for, `FLOAT`, and says how to build itself (`like`).
+    derives from this and from the float module that it stands for, `FLOAT`.
 
     Attributes
     ----------
-    weight : nn.Parameter [N, K] of the format's dtype, or [N, ceil(K / 2)] uint8
-        The codes, frozen.
-    weight_scale : nn.Parameter [ceil(N / br), ceil(K / bk)] float32, or None
+    weight : Tensor of the shape of the float weight and of ``dtype``
+        What the codes stand for, read-only: a tensor without storage that is decoded by the operation which takes it.
+    weight_codes : QuantParameter [N, K] or [N, ceil(K / 2)]
+        The codes, frozen: int8, uint8 for unsigned and packed formats and for the bytes of FP8, or a 16-bit float.
+    weight_scale : QuantParameter [ceil(N / br), ceil(K / bk)] float32, or None
         What codes are multiplied by, frozen. None for a 16-bit float format without a scale.
-    weight_zero_point : nn.Parameter, int32 of weight_scale's shape, or None
+    weight_zero_point : QuantParameter, int32 of weight_scale's shape, or None
         The code of zero, frozen; None unless the spec is affine.
     spec : QuantSpec
     block : (br, bk)
         Rows and columns of [N, K] that share a scale.
     dtype : torch.dtype
-        Of the float parameters, and of the module that `dequantize` gives.
+        Of the float parameters, of ``weight``, and of the module that `dequantize` gives.
 
     Notes
     -----
     ``.to(dtype)``, ``.half()`` and the like change the bias and leave the codes, scales and zero points alone, whose
     dtypes are part of the format. ``.to(device)`` moves all of them.
 
-    ``state_dict`` holds plain tensors under the names of the parameters. Codes that need a scale have one axis more
-    there than the float weight, ones at the end, so that no float module can load them as if they were its weight:
-    [N, K, 1] for a linear layer. Codes without a scale have the shape of the float weight.
+    ``state_dict`` holds plain tensors under the names and in the shapes of the parameters. A float module refuses
+    them, whether ``strict`` or not. States in which the codes are called ``weight`` and have the shape [N, K, 1],
+    which version 1 wrote, still load.
     """
 
     FLOAT: ClassVar[type[nn.Module]]
-    KEPT: ClassVar[tuple[str, ...]] = tuple(FROZEN)  # the parameters whose dtypes are part of the format
-    _version = 1  # of the state: what `load_state_dict` of this and every later version reads
+    KEPT: ClassVar[tuple[str, ...]] = tuple(PARTS)  # the parameters whose dtypes are part of the format
+    OWN: ClassVar[tuple[str, ...]] = ("spec", "block", "dtype", "_viewed")  # attributes that the float module does not have
+    _version = 2  # of the state: what `load_state_dict` of this and every later version reads
     spec: QuantSpec
     block: tuple[int, int]
     dtype: torch.dtype
-    weight: Tensor
+    _viewed: torch.dtype | None
+    weight_codes: Tensor
     weight_scale: nn.Parameter | None
     weight_zero_point: nn.Parameter | None
 
@@ -65,23 +73,29 @@ class QuantModule(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def like(cls, layer: Any, spec: QuantSpec) -> Self:
-        """This module for the sizes of ``layer``, with its bias itself and codes on ``meta``."""
-        raise NotImplementedError
-
-    @classmethod
     def refuses(cls, layer: Any) -> str | None:
         """What about ``layer``, a `FLOAT`, this module cannot do; None if it serves it."""
         return None
 
     @classmethod
+    def like(cls, layer: Any, spec: QuantSpec) -> Self:
+        """This module in place of ``layer``: its bias, buffers, submodules, hooks and attributes, and codes on meta."""
+        new = cls.__new__(cls)
+        vars(new).update(taken_over(layer))
+        dtype = new._parameters.pop("weight").dtype  # type: ignore[union-attr]
+        new._allocate(spec, dtype, "meta")
+        rebind_hooks(new)
+        return new
+
+    @classmethod
     def from_float(cls, layer: nn.Module, spec: Any) -> Self:
-        """``layer`` with its weight projected; the bias is the same parameter, not a copy.
+        """``layer`` with its weight quantized; the bias is the same parameter, not a copy.
 
         Parameters
         ----------
         layer : nn.Module
             The float module that this one stands for; its weight is float32, float16 or bfloat16. Left as it is.
+            Its buffers, submodules, hooks and attributes are taken over.
         spec : QuantSpec or what `QuantSpec.parse` takes
 
         Raises
@@ -100,24 +114,98 @@ class QuantModule(nn.Module):
         if not layer.weight.is_meta:  # a skeleton's scales are still to be loaded
             check_dynamic(new.spec)
         new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec))
-        return new.train(layer.training)
+        return new
 
     def dequantize(self) -> nn.Module:
         """The float module of ``self.dtype`` with the values that the codes stand for; the bias is the same object."""
         return self.with_weight(nn.Parameter(self.values(self.dtype)))
 
     def with_weight(self, weight: nn.Parameter) -> nn.Module:
-        """The float module that this one stands for, with ``weight`` and this one's bias."""
-        raise NotImplementedError
+        """The float module that this one stands for, with ``weight``, and with all else that this one has."""
+        new = self.FLOAT.__new__(self.FLOAT)
+        vars(new).update({name: value for name, value in taken_over(self).items() if name not in self.OWN})
+        rest = {name: p for name, p in new._parameters.items() if name not in self.KEPT}
+        new._parameters = {"weight": weight, **rest}
+        rebind_hooks(new)
+        return new
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, of ``dtype`` and in the shape of the float weight."""
         return dequantize_weight(self.plain, self.spec, self._matrix[1], dtype).view(self.weight_shape)
 
+    @torch.no_grad()
+    def set_weight_(self, weight: Tensor) -> Self:
+        """Quantize ``weight`` by the spec of this layer and keep its codes: the parameters stay the same objects.
+
+        Parameters
+        ----------
+        weight : Tensor [N, ...]
+            float32, float16 or bfloat16, on any device, which becomes that of the codes. N may differ from the
+            layer's, as after ``resize_token_embeddings`` of transformers; the rest of the shape may not.
+
+        Raises
+        ------
+        TypeError
+            For another dtype.
+        ValueError
+            For another shape, or a weight that is not finite.
+        """
+        weight = weight.detach()
+        if weight.dtype not in SOURCES:
+            raise TypeError(f"weight must be float32, float16 or bfloat16, got {dtype_name(weight.dtype)}")
+        N, *rest = self.weight_shape
+        if tuple(weight.shape[1:]) != tuple(rest) or not weight.dim():
+            expected = ", ".join(map(str, ("N", *rest)))
+            raise ValueError(f"weight must be [{expected}], got {list(weight.shape)}")
+        if weight.shape[0] != N and not self._resize(weight.shape[0]):
+            raise ValueError(f"weight must be {list(self.weight_shape)}, got {list(weight.shape)}")
+        if not weight.is_meta and not weight.isfinite().all():
+            raise ValueError(f"weight must be finite, got {float(weight[~weight.isfinite()][0]):g}")
+        self.block = self.spec.block((weight.shape[0], self._matrix[1]))
+        for name, tensor in self._parts(quantize_weight(weight.flatten(1), self.spec)).items():
+            if tensor is not None:
+                self._parameters[name].data = tensor  # type: ignore[union-attr]
+        return self
+
+    @property
+    def codes(self) -> Tensor:
+        """``weight_codes`` in the dtype of the format, as the ops take them: only FP8 differs."""
+        codes = self.weight_codes
+        return codes if self._viewed is None or codes.dim() != 2 else codes.view(self._viewed)
+
     @property
     def plain(self) -> Weight:
         """The codes as [N, K], their scales and zero points."""
-        return Weight(self.weight, self.weight_scale, self.weight_zero_point)
+        return Weight(self.codes, self.weight_scale, self.weight_zero_point)
+
+    @property
+    def weight(self) -> Tensor:
+        if torch.compiler.is_compiling():  # which leaves out what is not used: the dtype alone costs nothing
+            return self.values(self.dtype)
+        like = torch.empty(self.weight_shape, dtype=self.dtype, device="meta")
+        return DecodedWeight(like, self.weight_codes.device, lambda: self.values(self.dtype), self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif isinstance(value, DecodedWeight) and isinstance(value._owner, QuantModule):
+            self.share(value._owner)  # what `tie_weights` does
+        else:
+            raise RuntimeError(f"weight must not be assigned, it is decoded from codes: {WAY_OUT}")
+
+    def share(self, other: QuantModule) -> None:
+        """Have the weight of ``other``, the same parameters: a tied weight.
+
+        Raises
+        ------
+        ValueError
+            For a weight of another shape or another format.
+        """
+        mine, theirs = (f"{m.spec.weight_only} {list(m.weight_shape)}" for m in (self, other))
+        if mine != theirs:
+            raise ValueError(f"weight must be {mine} to be shared, got {theirs}")
+        for name in PARTS:
+            self.register_parameter(name, other._parameters[name])
 
     def reset_parameters(self) -> None:
         """All zeros: a module of codes has nothing to draw at random."""
@@ -128,30 +216,54 @@ class QuantModule(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, spec={self.spec}"
 
+    def _rows(self, otherwise: int) -> int:
+        """N by the codes, which another module that shares them may have resized; ``otherwise`` where none tell."""
+        codes = self._parameters.get("weight_codes")
+        return codes.shape[0] if codes is not None and codes.dim() == 2 else otherwise
+
     @property
     def _matrix(self) -> tuple[int, int]:
         N, *rest = self.weight_shape
         return N, math.prod(rest)
 
+    def _resize(self, N: int) -> bool:
+        """Have N rows, before the weight follows; False where this kind of module cannot."""
+        return False
+
+    def _take(self, template: nn.Module, spec: Any, dtype: torch.dtype | None, device: Any) -> None:
+        """Have all of ``template``, a float module on meta that was made for this, and codes in place of its weight."""
+        vars(self).update(vars(template))
+        self._parameters.pop("weight")
+        self._allocate(QuantSpec.parse(spec), dtype, device)
+        if self._parameters.get("bias") is not None:
+            N = self.weight_shape[0]
+            self._parameters["bias"] = nn.Parameter(torch.zeros(N, dtype=self.dtype, device=device))
+
     def _allocate(self, spec: QuantSpec, dtype: torch.dtype | None, device: Any) -> None:
         """Codes of 0 for the weight of `weight_shape`, and scales of 1."""
         self.spec, self.block = spec, spec.block(self._matrix)
+        self._viewed = dtype_of(spec.row) if is_fp8(spec) else None
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         blocks = spec.scale_shape(self._matrix)
-        codes = torch.zeros(spec.codes_shape(self._matrix), dtype=dtype_of(spec.row), device=device)
+        codes = torch.zeros(spec.codes_shape(self._matrix), dtype=stored_dtype(spec), device=device)
         scale = torch.ones(blocks, dtype=torch.float32, device=device) if spec.scaled else None
         zero_point = None if spec.symmetric else torch.zeros(blocks, dtype=torch.int32, device=device)
         self._freeze(Weight(codes, scale, zero_point))
 
-    def share(self, other: QuantModule) -> None:
-        """Have the weight of ``other``, the same parameters: a tied weight."""
-        for name in FROZEN:
-            self.register_parameter(name, other._parameters[name])
-
     def _freeze(self, weight: Weight) -> None:
-        for name, field in FROZEN.items():
-            tensor = getattr(weight, field)
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        for name, tensor in self._parts(weight).items():
+            self.register_parameter(name, None if tensor is None else QuantParameter(tensor, requires_grad=False))
+
+    def _parts(self, weight: Weight) -> dict[str, Tensor | None]:
+        """Name of a parameter -> the tensor that it holds."""
+        parts = {name: getattr(weight, field) for name, field in PARTS.items()}
+        return parts | {"weight_codes": parts["weight_codes"].view(stored_dtype(self.spec))}
+
+    def _keep_kinds(self) -> None:
+        """Parameters that torch has made anew, plain ones, are `QuantParameter` again."""
+        for name in self.KEPT:
+            if type(p := self._parameters.get(name)) is nn.Parameter:
+                self._parameters[name] = QuantParameter(p.data, requires_grad=p.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         frozen = [p for name in self.KEPT if (p := self._parameters[name]) is not None]
@@ -160,16 +272,13 @@ class QuantModule(nn.Module):
             y = fn(t)
             return t.to(y.device) if y.dtype != t.dtype and any(t is p for p in frozen) else y
 
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._keep_kinds()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
-            codes, axes = self.plain.codes.detach(), len(self.weight_shape) - 1
-            stored = codes.view(*codes.shape, *(1,) * axes) if self.spec.scaled else codes.view(self.weight_shape)
-            destination[f"{prefix}weight"] = stored
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["spec"] = str(self.spec)
 
@@ -178,24 +287,98 @@ class QuantModule(nn.Module):
     ) -> None:
         error_msgs: list[str] = args[-1]
         version, spec = local_metadata.get("version") or 0, QuantSpec.parse(local_metadata.get("spec", self.spec))
+        self._rename_codes(state_dict, prefix)
         if version > self._version:
             error_msgs.append(f"{prefix}weight must be of version {self._version} or older, got version {version}")
         elif spec.weight_only != self.spec.weight_only:
             error_msgs.append(f"{prefix}weight must be codes of {self.spec.weight_only}, got {spec.weight_only}")
+        elif f"{prefix}weight" in state_dict:
+            got = state_dict[f"{prefix}weight"]
+            error_msgs.append(
+                f"{prefix}weight must be codes of {self.spec.weight_only}, got {dtype_name(got.dtype)} "
+                f"{list(got.shape)}: load floats into the float model, then quantize_ it"
+            )
         elif wrong := [name for name in self.KEPT if not self._same_dtype(name, state_dict.get(prefix + name))]:
             for name in wrong:
                 expected, got = self._parameters[name], state_dict[prefix + name]
-                expected_dtype = "absent" if expected is None else expected.dtype
-                error_msgs.append(f"{prefix}{name} must be {expected_dtype} for {self.spec}, got {got.dtype}")
+                expected_dtype = "absent" if expected is None else dtype_name(expected.dtype)
+                error_msgs.append(f"{prefix}{name} must be {expected_dtype} for {self.spec}, got {dtype_name(got.dtype)}")
         else:
-            codes = state_dict.get(f"{prefix}weight")
-            if codes is not None and tuple(codes.shape) == stored_shape(self.spec, self.weight_shape):
-                state_dict[f"{prefix}weight"] = codes.reshape(self.spec.codes_shape(self._matrix))
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            self._keep_kinds()
+
+    def _rename_codes(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Codes that a state holds as version 1 and files do, under the name and in the shape of the parameter."""
+        name, old = f"{prefix}weight_codes", state_dict.get(f"{prefix}weight")
+        if isinstance(old, Tensor) and name not in state_dict and old.dtype == dtype_of(self.spec.row):
+            shapes = stored_shape(self.spec, self.weight_shape), self.spec.codes_shape(self._matrix)
+            if tuple(old.shape) in shapes:
+                state_dict[name] = state_dict.pop(f"{prefix}weight").reshape(shapes[1])
+        codes = state_dict.get(name)
+        if isinstance(codes, Tensor) and is_fp8(self.spec) and codes.dtype == dtype_of(self.spec.row):
+            state_dict[name] = codes.view(torch.uint8)
 
     def _same_dtype(self, name: str, got: Tensor | None) -> bool:
         expected = self._parameters[name]
         return got is None or expected is None or got.dtype == expected.dtype
+
+
+def taken_over(layer: nn.Module) -> dict[str, Any]:
+    """The attributes of ``layer`` for a module that takes its place, the containers of ``nn.Module`` as copies."""
+    return {
+        name: copy.copy(value) if name.startswith("_") and isinstance(value, (dict, set)) else value
+        for name, value in vars(layer).items()
+    }
+
+
+def rebind_hooks(module: nn.Module) -> None:
+    """Hooks that hold the module they were registered on hold ``module``."""
+    hooks = module._load_state_dict_pre_hooks
+    for key, hook in hooks.items():
+        if hook.with_module:
+            hooks[key] = type(hook)(hook.hook, module)
+    if forward := hooked_forward(module):
+        plain = type(module).forward.__get__(module)
+        new = functools.update_wrapper(functools.partial(forward.func, module), plain)
+        vars(module).update(_old_forward=plain, forward=new)
+
+
+def hooked_forward(layer: nn.Module) -> functools.partial[Any] | None:
+    """The ``forward`` that accelerate gave to ``layer`` to run its hook around the layer's own; None without one."""
+    forward = vars(layer).get("forward")
+    return forward if "_hf_hook" in vars(layer) and isinstance(forward, functools.partial) else None
+
+
+def refuse_codes(load: Callable[..., None]) -> Callable[..., None]:
+    """``nn.Module._load_from_state_dict`` for a module with a float weight that is given codes.
+
+    torch reports names that a module does not have only where ``strict`` is set. Without it a float layer would keep
+    the values that it was initialized with, and nobody would know.
+    """
+
+    def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        parameters = self._parameters
+        if f"{prefix}weight_codes" in state_dict and "weight" in parameters and "weight_codes" not in parameters:
+            args[-1].append(
+                f"{prefix}weight must be a float weight, got codes: quantize_ the model with the spec of this state "
+                "before load_state_dict, or use quantlib.checkpoint.load_quantized"
+            )
+        load(self, state_dict, prefix, *args)
+
+    return _load_from_state_dict
+
+
+nn.Module._load_from_state_dict = refuse_codes(nn.Module._load_from_state_dict)  # type: ignore[method-assign]
+
+
+def is_fp8(spec: QuantSpec) -> bool:
+    """Whether codes are kept as bytes: gloo, and much else, does not know the dtypes of FP8."""
+    return spec.row.is_float and spec.row.bits == 8
+
+
+def stored_dtype(spec: QuantSpec) -> torch.dtype:
+    """Of ``weight_codes``."""
+    return torch.uint8 if is_fp8(spec) else dtype_of(spec.row)
 
 
 def check_of_weight(spec: QuantSpec) -> None:
@@ -215,7 +398,7 @@ def check_dynamic(spec: QuantSpec) -> None:
 
 
 def stored_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the codes of a float weight of ``shape`` in a state: an axis more than it has, where they need a scale."""
+    """Of the codes of a float weight of ``shape`` in a file: an axis more than it has, where they need a scale."""
     if not spec.scaled:
         return shape
     N, *rest = shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from quantlib.nn.embedding import QuantEmbedding
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
 from quantlib.nn.linear import QuantLinear
-from quantlib.nn.module import QuantModule, check_of_weight
+from quantlib.nn.module import QuantModule, check_of_weight, rebind_hooks, taken_over
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.spec import QuantSpec
 
@@ -100,7 +99,8 @@ class QATModule(nn.Module):
         if why := cls.QUANT.refuses(layer):
             raise ValueError(f"layer must be an nn.{type(layer).__name__} that {cls.__name__} can serve, got one {why}")
         new = cls.__new__(cls)
-        vars(new).update({name: copy.copy(value) for name, value in vars(layer).items()})
+        vars(new).update(taken_over(layer))
+        rebind_hooks(new)
         new._fake_quantize(spec, scale, initial, mask, activation_scale, observer)
         return new.train(layer.training)
 
@@ -143,6 +143,9 @@ class QATModule(nn.Module):
         if not self.weight.is_meta and not self.weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {self.weight[~self.weight.isfinite()][0]:g}")
         new = self.QUANT.like(self, self.spec)
+        for name in ("weight_quantizer", "input_quantizer"):
+            new._modules.pop(name, None)
+            vars(new).pop(name, None)
         if shared is None:
             new._freeze(self.codes())
         else:

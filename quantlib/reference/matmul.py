@@ -70,7 +70,7 @@ def dequant_matmul_backward_scale(
         for axis, b in enumerate(block):
             if terms.shape[axis]:
                 terms = np.add.reduceat(terms, np.arange(0, terms.shape[axis], b), axis)
-        return numerics.canonical(terms.astype(np.float32))
+        return numerics.canonical(terms.astype(np.float32) + np.float32(0))
 
 
 def scaled_matmul(

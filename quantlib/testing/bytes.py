@@ -20,7 +20,7 @@ def bits(values: torch.Tensor | Array) -> Array:
     """[...] of any dtype -> [...] unsigned integers of the same size, on the host."""
     if isinstance(values, torch.Tensor):
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-        values = values.detach().contiguous().view(integer).cpu().numpy()
+        values = values.detach().resolve_neg().contiguous().view(integer).cpu().numpy()
     array = np.ascontiguousarray(values).reshape(np.shape(values))
     return array.view(f"uint{8 * array.itemsize}")
 

@@ -106,7 +106,8 @@ def _sum(terms: Array, block: Block) -> Sum:
     with np.errstate(all="ignore"):
         exact = reduce_blocks(np.add, terms.astype(np.float64), block)
         size = reduce_blocks(np.add, np.abs(terms).astype(np.float64), block)
-        return Sum(exact, block[0] * block[1] * 2.0**-24 * size)
+        allowed = block[0] * block[1] * 2.0**-24 * size
+        return Sum(exact, np.where(size < np.finfo(np.float32).max, allowed, np.inf))  # else a partial sum may overflow
 
 
 def tensors(case: Learned, device: str = "cpu") -> dict[str, torch.Tensor]:

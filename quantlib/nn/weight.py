@@ -1,0 +1,157 @@
+"""weight[n, k] = decode(codes[n, k]) * scale[n // br, k // bk], computed when somebody reads it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+WAY_OUT = (
+    "set_weight_(float_weight) quantizes another weight into the layer, "
+    "and dequantize_(model) gives back float layers, which can be changed"
+)
+
+
+class QuantParameter(nn.Parameter):
+    """A tensor of a quantized weight: its codes, scales or zero points.
+
+    Its dtype is part of the number format, and says nothing of the dtype that the model computes in. So it does not
+    count as floating point for those who ask a parameter: ``module.half()`` leaves it alone, and ``model.dtype`` of
+    transformers and diffusers is that of the first float parameter. Codes and zero points never require a gradient:
+    ``model.requires_grad_(True)`` passes over them.
+    """
+
+    def is_floating_point(self) -> bool:
+        return False
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantParameter:
+        if self.dtype == torch.float32:  # a scale
+            super().requires_grad_(requires_grad)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return QuantParameter, (self.data, self.requires_grad)
+
+    def __repr__(self) -> str:
+        return f"QuantParameter containing:\n{self.data!r}"
+
+
+class DecodedWeight(Tensor):
+    """What ``layer.weight`` of a quantized layer is: the float weight, without storage of its own.
+
+    Dtype, device and shape cost nothing. An operation that takes it computes with the values that the codes stand for
+    at that moment. A view of it is such a tensor too. It cannot be written to and takes no gradient.
+
+    Parameters
+    ----------
+    like : Tensor
+        On ``meta``: shape, strides and dtype.
+    device : torch.device
+        Where the values are.
+    decode : callable () -> Tensor
+        The values.
+    owner : nn.Module, optional
+        The quantized layer whose whole weight this is; None for a view of it.
+    """
+
+    _decode: Callable[[], Tensor]
+    _owner: Any
+    _is_param = True  # `isinstance(layer.weight, nn.Parameter)`, as it is for a float layer
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: torch.device, decode: Callable[[], Tensor], owner: Any = None) -> Any:
+        self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device=device
+        )
+        self._decode, self._owner = decode, owner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        arguments = {a.name: a for a in func._schema.arguments}
+        given = [*zip(func._schema.arguments, args, strict=False), *((arguments[k], v) for k, v in kwargs.items())]
+        for argument, value in given:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and any(isinstance(leaf, cls) for leaf in tree_leaves(value)):
+                raise RuntimeError(f"weight must not be written to, it is decoded from codes: {WAY_OUT}")
+        if args and isinstance(args[0], cls) and is_view(func):
+            return args[0]._view(func, args[1:], kwargs)
+        return func(*tree_map_only(cls, decoded, args), **tree_map_only(cls, decoded, kwargs))
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a view, which decodes when it is read, as this does."""
+        like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
+        result = func(like, *args, **kwargs)
+        owner = self._owner if func is torch.ops.aten.detach.default else None  # `weight.data` is the whole weight
+        if isinstance(result, Tensor):
+            return DecodedWeight(result, self.device, lambda: func(decoded(self), *args, **kwargs), owner)
+        return [
+            DecodedWeight(part, self.device, lambda n=n: func(decoded(self), *args, **kwargs)[n])
+            for n, part in enumerate(result)
+        ]
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if self._owner is None:
+            raise RuntimeError(f"weight must not be written to, it is decoded from codes: {WAY_OUT}")
+        self._owner.set_weight_(value)
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> DecodedWeight:
+        if requires_grad:
+            raise RuntimeError(f"weight must not require a gradient, it is decoded from codes: {WAY_OUT}")
+        return self
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A copy of the values."""
+        return decoded(self).numpy(force=force)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return decoded(self).__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return decoded(self).tolist()
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return decoded(self).__dlpack__(**kwargs)
+
+    def _no_memory(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("weight must be read by operations of torch, it has no memory of its own: use weight.clone()")
+
+    data_ptr = storage = _typed_storage = untyped_storage = share_memory_ = apply_ = map_ = _no_memory
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(decoded(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return decoded(self).__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DecodedWeight(shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+
+def decoded(weight: DecodedWeight) -> Tensor:
+    """The values of ``weight``, a new tensor."""
+    return weight._decode()
+
+
+def is_view(func: Any) -> bool:
+    """Whether the results of an operator lie in the memory of its first argument."""
+    returns = [r.alias_info for r in func._schema.returns]
+    return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)

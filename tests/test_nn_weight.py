@@ -1,0 +1,247 @@
+"""layer.weight of a quantized layer: whoever reads it gets the weight, whoever writes to it an error, at no cost."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+from quantlib import quantize_
+from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
+from quantlib.nn.weight import DecodedWeight, QuantParameter
+
+SPECS = ["int8", "uint8", "int4:group:8", "float8_e4m3fn", "float4_e2m1fn:group:8", "bfloat16", "float16:row", "W8A8"]
+N, K = 12, 20
+
+
+def layer(spec: str = "int8", dtype: torch.dtype = torch.float32) -> QuantLinear:
+    torch.manual_seed(0)
+    return QuantLinear.from_float(nn.Linear(K, N, dtype=dtype), spec)
+
+
+READS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "x @ w.T": lambda w, x: x @ w.T,
+    "F.linear": lambda w, x: F.linear(x, w),
+    "w @ x.T": lambda w, x: w @ x.T,
+    "sum": lambda w, x: w.sum(0),
+    "norm": lambda w, x: torch.linalg.norm(w, dim=1),
+    "rows": lambda w, x: w[:3] + 1,
+    "columns": lambda w, x: w[:, 4:9].mean(),
+    "lookup": lambda w, x: F.embedding(torch.tensor([1, 5]), w),
+    "view": lambda w, x: w.view(-1)[7:9] * 2,
+    "split": lambda w, x: w.split([5, 7])[1] + 0,
+    "unbind": lambda w, x: w.unbind()[3] + 0,
+    "expand": lambda w, x: w.expand(2, N, K).sum(0),
+    "iterate": lambda w, x: torch.stack([row + 0 for row in w]),
+    "data": lambda w, x: w.data.T + 0,
+    "cast": lambda w, x: w.to(torch.float64),
+    "stack": lambda w, x: torch.stack([w, w]),
+    "vmap": lambda w, x: torch.vmap(lambda row: row.sum())(w),
+    "numpy": lambda w, x: torch.from_numpy(np.asarray(w.float().numpy())),
+    "list": lambda w, x: torch.tensor(w.tolist(), dtype=torch.float64),
+    "clone": lambda w, x: w.clone(),
+    "deepcopy": lambda w, x: copy.deepcopy(w),
+    "pickle": lambda w, x: pickle.loads(pickle.dumps(w)),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_whoever_reads_gets_the_weight(spec: str, read: str) -> None:
+    q, x = layer(spec), torch.randn(3, K)
+    assert torch.equal(READS[read](q.weight, x), READS[read](q.values(), x))
+
+
+@pytest.mark.parametrize("float_type", [nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", SPECS)
+def test_it_looks_like_the_float_weight(float_type: type[nn.Module], dtype: torch.dtype, spec: str) -> None:
+    sizes = (6, 4) if float_type in (nn.Linear, nn.Embedding) else (6, 4, 3)
+    source = float_type(*sizes, dtype=dtype)
+    q = QUANTIZED[float_type].from_float(source, spec)
+    w, expected = q.weight, source.weight
+    assert isinstance(expected, Tensor)
+    assert (w.dtype, w.shape, w.device, w.stride()) == (dtype, expected.shape, expected.device, expected.stride())
+    assert (w.numel(), w.dim(), w.element_size()) == (expected.numel(), expected.dim(), expected.element_size())
+    assert isinstance(w, nn.Parameter)
+    assert w.is_floating_point()
+    assert not w.requires_grad
+    assert torch.equal(w + 0, q.values(dtype))
+    assert q.half().weight.dtype == torch.float16
+    assert q.to("meta").weight.is_meta
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "add_": lambda w: w.add_(1),
+    "data.copy_": lambda w: w.data.copy_(torch.zeros(N, K)),
+    "detach.zero_": lambda w: w.detach().zero_(),
+    "setitem": lambda w: w.__setitem__(0, 1.0),
+    "into a view": lambda w: w[:2].add_(1),
+    "into a transposed view": lambda w: w.T.mul_(2),
+    "into a part": lambda w: w.chunk(2)[0].zero_(),
+    "into a flat view": lambda w: w.view(-1)[3:5].fill_(0),
+    "init": nn.init.normal_,
+    "out=": lambda w: torch.mul(torch.ones(N, K), 2, out=w),
+    "foreach": lambda w: torch._foreach_add_([w], 1.0),
+    "resize_": lambda w: w.resize_(3),
+    "set_": lambda w: w.set_(torch.zeros(2)),
+    "a view's data": lambda w: setattr(w[:2], "data", torch.zeros(2, K)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("spec", ["int8", "int4:group:8", "bfloat16"])
+def test_whoever_writes_gets_an_error(spec: str, write: str) -> None:
+    q = layer(spec)
+    before = q.values()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"weight must not be written to, .* use|set_weight_"):
+        WRITES[write](q.weight)
+    assert torch.equal(q.values(), before)
+
+
+def test_what_a_tensor_without_memory_cannot_do() -> None:
+    w = layer().weight
+    for call in (w.data_ptr, w.storage, w.untyped_storage, w.share_memory_, lambda: w.apply_(abs)):
+        with pytest.raises(RuntimeError, match=r"weight must be read by operations of torch, .* weight\.clone\(\)"):
+            call()
+    for call in (w.requires_grad_, lambda: nn.Parameter(w), lambda: setattr(w, "requires_grad", True)):
+        with pytest.raises(RuntimeError, match="weight must not require a gradient, it is decoded from codes"):
+            call()
+    assert repr(w) == "DecodedWeight(shape=[12, 20], dtype=torch.float32, device='cpu')"
+
+
+def test_assigning_a_weight() -> None:
+    q = layer()
+    with pytest.raises(RuntimeError, match=r"weight must not be assigned, .* set_weight_\(float_weight\) quantizes"):
+        q.weight = nn.Parameter(torch.zeros(N, K))
+    q.weight = q.weight  # tied to itself
+    other = QuantLinear.from_float(nn.Linear(K, N), "int8")
+    other.weight = q.weight
+    assert other.weight_codes is q.weight_codes
+    assert other.weight_scale is q.weight_scale
+    with pytest.raises(ValueError, match=r"weight must be int8:row \[12, 20\] to be shared, got int4:row \[12, 20\]"):
+        other.weight = layer("int4:row").weight
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4:group:8", "uint8", "W8A8", "bfloat16"])
+def test_another_weight_is_quantized_into_the_layer(spec: str) -> None:
+    q, w = layer(spec), torch.randn(N + 3, K)
+    codes = q.weight_codes
+    q.weight.data = w  # as transformers does where a table of tokens grows
+    expected = QuantLinear.from_float(nn.Linear(K, N + 3), spec).set_weight_(w)
+    assert q.weight_codes is codes
+    assert q.out_features == N + 3
+    assert torch.equal(q.weight_codes.view(torch.uint8), expected.weight_codes.view(torch.uint8))
+    linear = nn.Linear(K, N + 3)
+    linear.weight.data = w
+    assert torch.equal(q.values(), QuantLinear.from_float(linear, spec).values())
+    for wrong, message in (
+        (torch.randn(N, K + 1), rf"weight must be \[N, {K}\], got \[{N}, {K + 1}\]"),
+        (torch.full((N, K), torch.nan), "weight must be finite, got nan"),
+        (torch.zeros(N, K, dtype=torch.int32), "weight must be float32, float16 or bfloat16, got int32"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            q.set_weight_(wrong)
+
+
+class Caller(nn.Module):
+    """Casts what it has to the dtype of the weight, as T5 and eighty others do."""
+
+    def __init__(self, spec: str) -> None:
+        super().__init__()
+        self.wo = layer(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.wo(x.to(self.wo.weight.dtype))
+        return y
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4:group:8", "float8_e4m3fn", "W8A8"])
+def test_compiled_asking_for_the_dtype_costs_nothing(spec: str) -> None:
+    torch._dynamo.reset()
+    model, x, seen = Caller(spec), torch.randn(3, K, dtype=torch.float16), list[str]()
+
+    def keep(graph: Any, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    assert torch.equal(compiled(x), model(x))
+    assert not any("dequantize" in name for name in seen)
+    assert sum("quantlib" in name for name in seen) == 1
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x), model(x))
+
+
+def test_compiled_the_values_are_decoded() -> None:
+    torch._dynamo.reset()
+    q, x = layer(), torch.randn(3, K)
+    compiled = torch.compile(lambda x: x @ q.weight.T, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), x @ q.values().T)
+
+
+def test_gradients_pass_through_a_product_with_it() -> None:
+    q, x = layer(), torch.randn(3, K, requires_grad=True)
+    (dx,) = torch.autograd.grad((x @ q.weight.T).sum(), x)
+    assert torch.equal(dx, torch.ones(3, N) @ q.values())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_parameters_of_a_state_are_those_of_the_layer(spec: str) -> None:
+    q = layer(spec)
+    named = dict(q.named_parameters())
+    assert {name: (t.dtype, t.shape) for name, t in q.state_dict().items()} == {
+        name: (p.dtype, p.shape) for name, p in named.items()
+    }
+    x = torch.randn(3, K)
+    assert torch.equal(torch.func.functional_call(q, q.state_dict(), (x,)), q(x))
+    for name, tensor in q.state_dict().items():  # a running average of weights
+        named[name].data.copy_(tensor)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_float_parameter_tells_the_dtype_of_the_model(spec: str, dtype: torch.dtype) -> None:
+    def dtype_of(model: nn.Module) -> torch.dtype:
+        return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+    source = nn.Sequential(nn.Linear(K, N, bias=False), nn.LayerNorm(N)).to(dtype)
+    quantize_(source, spec)
+    file = io.BytesIO()
+    torch.save(source, file)
+    file.seek(0)
+    fresh = copy.deepcopy(source)
+    fresh.load_state_dict(source.state_dict(), assign=True)
+    copies = (copy.deepcopy(source), torch.load(file, weights_only=False), fresh, copy.deepcopy(source).to("meta"))
+    for model in (source, *copies):
+        assert dtype_of(model) == dtype
+    assert dtype_of(source.half()) == torch.float16
+    assert dtype_of(source.to("meta").to_empty(device="cpu")) == torch.float16
+
+
+def test_requiring_gradients_of_a_whole_model() -> None:
+    model = nn.Sequential(nn.Linear(K, N), nn.LayerNorm(N))
+    quantize_(model, "int8:row:affine")
+    model.requires_grad_(False)
+    model.requires_grad_(True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"0.bias", "0.weight_scale", "1.weight", "1.bias"}
+    assert all(isinstance(p, QuantParameter) for n, p in model[0].named_parameters() if n != "bias")
+
+
+def test_a_subclass_of_a_float_module_is_asked_of_none() -> None:
+    """The check of floats that are given codes leaves all other states alone."""
+    source, target = nn.Linear(3, 3), nn.Linear(3, 3)
+    target.load_state_dict(source.state_dict() | {"weight_codes_of_another": torch.zeros(1)}, strict=False)
+    assert torch.equal(target.weight, source.weight)
+    assert isinstance(QuantLinear(3, 3, spec="int8").weight, DecodedWeight)
+    assert issubclass(QuantLinear, QuantModule)
