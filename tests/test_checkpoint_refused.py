@@ -518,6 +518,26 @@ def test_an_output_that_appears_meanwhile_stays(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"in", dst.name})
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_name_that_is_taken_at_the_last_moment(
+    is_folder: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look at the place and the rename."""
+    if not exchange:
+        monkeypatch.setattr(publish, "renameat2", lambda source, target, flag: False)
+    new, taken = tmp_path / "new", tmp_path / "out"
+    for path, text in ((new, "new"), (taken, "mine")):
+        if is_folder:
+            path.mkdir()
+        (path / "x" if is_folder else path).write_text(text)
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    with pytest.raises(OSError, match="must not exist yet, but has appeared|not empty"):
+        publish.put(new, taken)
+    assert (taken / "x" if is_folder else taken).read_text() == "mine"
+    assert new.exists()
+
+
 def test_what_may_be_replaced(tmp_path: Path) -> None:
     src = folder(tmp_path / "in", model={"0.weight": W8})
     folder(tmp_path / "old", model={"0.weight": W8})
