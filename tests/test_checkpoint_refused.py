@@ -532,7 +532,7 @@ def test_a_name_that_is_taken_at_the_last_moment(
             path.mkdir()
         (path / "x" if is_folder else path).write_text(text)
     monkeypatch.setattr(os.path, "lexists", lambda path: False)
-    with pytest.raises(OSError, match="must not exist yet, but has appeared|not empty"):
+    with pytest.raises(OSError, match=r"must not exist yet, but has appeared|not empty"):
         publish.put(new, taken)
     assert (taken / "x" if is_folder else taken).read_text() == "mine"
     assert new.exists()
