@@ -124,6 +124,10 @@ def quantize_file(
             report.float_bytes += slot.nbytes
             if len(slot.shape) > 1:
                 report.skipped[name], report.sizes[name] = why, size
+        if None not in reasons.values():
+            largest = sorted(report.sizes, key=lambda name: report.sizes[name], reverse=True)[:3]
+            why = "; ".join(f"{name}: {report.skipped[name]}" for name in largest) or "no matrix"
+            raise ValueError(f"{src} must hold weights to convert, got none among {len(slots)} tensors: {why}")
         return [plan_of(reader, reasons) for reader in model.readers]
 
     def plan_of(reader: Reader, reasons: dict[str, str | None]) -> Plan:
@@ -215,6 +219,8 @@ class Projection:
 
     def _slab(self, rows: slice) -> list[Piece]:
         x = self.reader.rows(self.slot.name, rows)
+        if self.spec.scaled:
+            x = x.float()  # once, for the codes and for the report
         return self._pieces(rows, x, quantize_weight(x, self.spec))
 
     def _with_one_scale(self) -> Iterator[Piece]:
