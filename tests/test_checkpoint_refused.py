@@ -198,15 +198,13 @@ def test_metadata(text: str, words: str, tmp_path: Path, capsys: pytest.CaptureF
         assert str(path) in str(error.value)
 
 
-def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "in.safetensors"
     save_file({"a.weight": W8, "b.weight": torch.ones(512, 2048)}, path)
-
-    def cut(name: str, done: int, total: int) -> None:
-        os.truncate(path, 4096)
-
+    # the last look at the place of the output comes between the headers and the values
+    monkeypatch.setattr(publish, "check", lambda *arguments, **options: os.truncate(path, 4096))
     with pytest.raises(ValueError, match=r"in\.safetensors must be a whole safetensors file, got cut off"):
-        quantize_file(path, tmp_path / "out.safetensors", "int8:tensor", progress=cut)
+        quantize_file(path, tmp_path / "out.safetensors", "int8")
     assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
 
 
