@@ -105,7 +105,6 @@ def inject(at: int, fault: int, pipe: int) -> None:
     os.fsync = lambda descriptor: None  # what is tested is the order of the calls, not the disk
     for name in CALLS:
         setattr(os, name, wrapped(getattr(os, name)))
-    shutil._use_fd_functions = True  # type: ignore[attr-defined]  # it is asked of os.open, which is another now
     publish.renameat2 = wrapped(publish.renameat2)
 
 
