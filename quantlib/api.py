@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantlib import ops
+from quantlib.measure import OnNonfinite, check_weight, describe
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
-from quantlib.nn.functional import SOURCES, Weight, dequantize_weight
 from quantlib.nn.module import check_dynamic, check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_name, one_of
 from quantlib.record import record_
-from quantlib.report import LayerReport, Report
+from quantlib.report import Report
 from quantlib.spec import QuantSpec
 
-OnNonfinite = Literal["raise", "propagate"]
 Filter = Callable[[nn.Module, str], bool]
 
 # Layers whose owner computes with their weight itself, and never calls them (always, or on a fast path).
@@ -300,47 +296,6 @@ def check_root(model: nn.Module) -> None:
 def check_on_nonfinite(on_nonfinite: str) -> None:
     if on_nonfinite not in ("raise", "propagate"):
         raise ValueError(f"on_nonfinite must be raise or propagate, got {on_nonfinite!r}")
-
-
-def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:
-    """x [N, K] is of a dtype that can be quantized, and finite; so is its cast where ``spec`` has no scale."""
-    if x.dtype not in SOURCES:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {str(x.dtype).removeprefix('torch.')}")
-    if on_nonfinite == "propagate" or x.is_meta or x.numel() == 0:
-        return
-    x = x.detach()
-    finite = x.isfinite()
-    if not spec.scaled and finite.all():
-        finite = ops.cast(x, spec.format).isfinite()
-    bad_rows = (~finite.all(-1)).nonzero()
-    if len(bad_rows):
-        row = int(bad_rows[0])
-        value = float(x[row][~finite[row]][0])
-        more = f" and in {len(bad_rows) - 1} more rows" if len(bad_rows) > 1 else ""
-        if math.isfinite(value):
-            expected = f"at most {spec.row.max:g} in magnitude, or {spec.format} have a scale ({spec.format}:row)"
-        else:
-            expected = 'finite, or on_nonfinite "propagate"'
-        raise ValueError(f"{name} must be {expected}, got {value:g} in row {row}{more}")
-
-
-def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerReport:
-    """What became of x [N, ...]."""
-    ratio = math.nan
-    if not x.is_meta:
-        matrix = x.detach().flatten(1)
-        ratio = snr_db(matrix, dequantize_weight(weight, spec, matrix.shape[1], torch.float32))
-    size = sum(t.numel() * t.element_size() for t in weight if t is not None)
-    return LayerReport(name, tuple(x.shape), str(spec), x.numel() * x.element_size(), size, ratio)
-
-
-def snr_db(x: Tensor, y: Tensor) -> float:
-    """10 log10(sum of x^2 / sum of (y - x)^2), summed in float64; ``y`` is overwritten."""
-    signal, noise = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (x, y.sub_(x)))
-    if noise == 0:
-        return math.inf
-    ratio = signal / noise
-    return 20 * math.log10(ratio) if 0 < ratio < math.inf else math.nan
 
 
 def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -11,14 +11,13 @@ from quantlib.api import (
     Filter,
     account,
     check_root,
-    check_weight,
     checked_types,
-    describe,
     places_of,
     put,
     reasons_to_skip,
     weight_of,
 )
+from quantlib.measure import check_weight, describe
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.module import QuantModule, check_whole
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer

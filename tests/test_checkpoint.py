@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ class Encoder(nn.Module):
 
 
 IDS = torch.arange(10)
+# What stays a float of it, and why.
+KEPT = {"embeddings.weight": "a table that is looked up"}
 
 
 def float_file(path: Path) -> Path:
@@ -179,7 +182,7 @@ def test_a_model_folder(tmp_path: Path) -> None:
     src, seen = model_folder(tmp_path / "model"), []
     report = quantize_file(src, tmp_path / "q", "int8", progress=lambda *step: seen.append(step))
     assert [layer.name for layer in report.layers] == ["first.weight", "second.weight"]
-    assert report.skipped == {"embeddings.weight": "matches *embed*"}
+    assert report.skipped == KEPT
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == [
         "1_Pooling",
         "config.json",
@@ -217,10 +220,14 @@ def test_dequantize_file(words: str, dtype: object, tmp_path: Path) -> None:
 def test_exclude(tmp_path: Path) -> None:
     src = float_file(tmp_path / "float.safetensors")
     report = quantize_file(src, tmp_path / "q.safetensors", "int8", exclude=["sec*"])
-    assert report.skipped == {"embeddings.weight": "matches *embed*", "second.weight": "matches sec*"}
+    assert report.skipped == {**KEPT, "second.weight": "matches sec*"}
     assert tensors(tmp_path / "q.safetensors")["second.weight"].dtype == torch.float32
+    report = quantize_file(src, tmp_path / "i.safetensors", "int8", exclude=["sec*"], include=["emb*", "second*"])
+    assert [layer.name for layer in report.layers] == ["embeddings.weight", "first.weight"]
     with pytest.raises(TypeError, match=r"exclude must be a sequence of patterns, got the string 'sec\*'"):
         quantize_file(src, tmp_path / "r.safetensors", "int8", exclude="sec*")
+    with pytest.raises(TypeError, match=r"include must be a sequence of patterns, got the string 'sec\*'"):
+        quantize_file(src, tmp_path / "r.safetensors", "int8", include="sec*")
 
 
 @pytest.mark.parametrize("words", SCALED)
@@ -260,7 +267,7 @@ def test_files_are_those_of_safetensors_itself(tmp_path: Path) -> None:
 
 
 def test_every_dtype_is_copied(tmp_path: Path) -> None:
-    state = {name: torch.randint(0, 2, (3, 5)).to(dtype) for name, dtype in DTYPES.items() if name != "F8_E8M0"}
+    state = {name: torch.randint(0, 2, (15,)).to(dtype) for name, dtype in DTYPES.items() if name != "F8_E8M0"}
     state |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "a.weight": torch.randn(2, 3)}
     safetensors.torch.save_file(state, tmp_path / "float.safetensors")
     quantize_file(tmp_path / "float.safetensors", tmp_path / "q.safetensors", "int8")
@@ -477,13 +484,20 @@ def test_ties_between_quantized_layers(tmp_path: Path) -> None:
         assert torch.equal(loaded(torch.ones(8)), model(torch.ones(8)))
 
 
-def test_links_are_followed(tmp_path: Path) -> None:
-    blobs = model_folder(tmp_path / "blobs")
-    (tmp_path / "snapshot").mkdir()
-    for path in blobs.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    quantize_file(tmp_path / "snapshot", tmp_path / "q", "int8")
-    shutil.rmtree(blobs)
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    """snapshots/<revision>/<name> -> ../../blobs/<hash>"""
+    cache = tmp_path / "models--someone--encoder"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
+    model_folder(tmp_path / "model")
+    for number, path in enumerate(path for path in sorted((tmp_path / "model").rglob("*")) if path.is_file()):
+        link = snapshot / path.relative_to(tmp_path / "model")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blobs / f"{number:08x}")
+        link.symlink_to(os.path.relpath(blobs / f"{number:08x}", link.parent))
+    quantize_file(snapshot, tmp_path / "q", "int8")
+    assert (tmp_path / "q" / "1_Pooling" / "config.json").read_text() == "[]"
+    shutil.rmtree(cache)
     assert load_quantized(Encoder(), tmp_path / "q")(IDS).shape == (10, 10)
     assert not any(path.is_symlink() for path in (tmp_path / "q").iterdir())
 

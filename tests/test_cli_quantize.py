@@ -53,11 +53,23 @@ def folder(tmp_path: Path, weights: dict[str, torch.Tensor]) -> Path:
 
 def test_a_file(file: Path, weights: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     out = file.with_name("out.safetensors")
-    argv = ["quantize", str(file), str(out), "--to", "int8", "--per", "row", "--exclude", "lm_head*"]
+    argv = [
+        "quantize",
+        str(file),
+        str(out),
+        "--to",
+        "int8",
+        "--per",
+        "row",
+        "--exclude",
+        "lm_h*",
+        "--include",
+        "lm_head*",
+    ]
     assert main(argv) == 0
     printed, err = capsys.readouterr()
     assert "layer.weight" in printed
-    assert "matches lm_head*" in printed
+    assert "matches lm_h*" in printed
     assert "x smaller" in printed
     assert err == ""  # no progress bar where stderr is no terminal
     got = load_file(out)
@@ -69,10 +81,17 @@ def test_a_file(file: Path, weights: dict[str, torch.Tensor], capsys: pytest.Cap
 
 def test_a_folder_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder.with_name("out")
-    assert main(["quantize", str(folder), str(out), "--to", "int4", "--per", "group:16", "--json"]) == 0
+    assert (
+        main(["quantize", str(folder), str(out), "--to", "int4", "--per", "group:16", "--include", "lm_*", "--json"])
+        == 0
+    )
     report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert report["spec"] == "int4:group:16"
     assert {layer["name"] for layer in report["layers"]} == {"layer.weight", "lm_head.weight"}
+    assert report["skipped"] == {"embed.weight": "a table that is looked up"}
+    assert report["sizes"] == {"embed.weight": 10 * 40}
+    assert (report["quantized"], report["floats"]) == (24 * 40 + 8 * 40, 10 * 40 + 24)
+    assert report["coverage"] == report["quantized"] / (report["quantized"] + report["floats"])
     assert report["bytes_after"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert (out / "extra/notes.txt").read_text() == "kept"
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]

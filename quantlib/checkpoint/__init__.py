@@ -1,10 +1,10 @@
-"""Quantized models on disk: plain safetensors, shard by shard, one tensor in memory at a time.
+"""Quantized models on disk: plain safetensors, shard by shard, a few pieces of tensors in memory at a time.
 
 `save_quantized` and `load_quantized` are for a model, `quantize_file` and `dequantize_file` for one that is on disk
 and stays there. Both write the same files, which `quantlib.checkpoint.stored` describes.
 """
 
-from quantlib.checkpoint.convert import EXCLUDE, dequantize_file, quantize_file
+from quantlib.checkpoint.convert import dequantize_file, quantize_file
 from quantlib.checkpoint.model import load_quantized, save_quantized
 
-__all__ = ["EXCLUDE", "dequantize_file", "load_quantized", "quantize_file", "save_quantized"]
+__all__ = ["dequantize_file", "load_quantized", "quantize_file", "save_quantized"]

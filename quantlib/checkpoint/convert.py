@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlib.api import OnNonfinite, check_on_nonfinite, check_weight, describe
-from quantlib.checkpoint import files
-from quantlib.checkpoint.files import Batch, Reader, Slot
+from quantlib import ops
+from quantlib.api import check_on_nonfinite
+from quantlib.checkpoint import choose, files
+from quantlib.checkpoint.files import Batch, Job, Piece, Reader, Slot
+from quantlib.checkpoint.folder import CONFIG, Model
+from quantlib.checkpoint.publish import keep_mode, replacing, sync
 from quantlib.checkpoint.stored import KEY, Contents, Stored, as_stored
-from quantlib.nn.functional import SOURCES, quantize_weight
-from quantlib.report import Report
+from quantlib.measure import OnNonfinite, Sums, check_finite, slabs
+from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_weight
+from quantlib.nn.module import check_dynamic
+from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
-
-# Tensors named *.weight that belong to no linear layer: tables that are looked up.
-EXCLUDE = ("*embed*", "*wte*", "*wpe*", "*relative_attention_bias*")
-# What a copy of a model folder leaves out: the same weights in other containers, and what is no part of the model.
-LEFT_OUT = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", ".git", ".cache")
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,78 +49,98 @@ def quantize_file(
     spec: Any,
     *,
     exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
     on_nonfinite: OnNonfinite = "raise",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize the weights of a model on disk without building the model.
 
-    Quantized is every tensor of two axes and a float dtype whose name is ``weight`` or ends in ``.weight``, except
-    tables that are looked up (`EXCLUDE`) and what ``exclude`` matches. The bytes are those that `quantize_` makes of
-    the same weights.
+    Quantized is every matrix of float32, float16 or bfloat16 whose name is ``weight`` or ends in ``.weight``, except
+    embeddings, routers, heads, adapters and norms, which are known by their names, and what ``exclude`` matches. The
+    bytes are those that `quantize_` makes of the same weights. Memory does not grow with the model: a few MiB of a
+    tensor are there at a time.
 
     Parameters
     ----------
     src : path
-        A ``.safetensors`` file, or a model folder: its safetensors files are quantized each on its own, an index is
-        brought up to date, everything else is copied except the same weights in other containers (`LEFT_OUT`).
+        A ``.safetensors`` file, or a model folder: the files that its index names are quantized each on its own, or
+        ``model.safetensors``, or all of them; the index is brought up to date, everything else is copied except
+        copies of the same weights.
     dst : path
         A ``.safetensors`` file or a folder, as ``src`` is. Appears whole, or not at all.
     spec : QuantSpec or what `QuantSpec.parse` takes
-        An activation in it is left out: that is for the module which loads the weight to do.
-    exclude : sequence of str
-        Shell patterns of tensor names to leave as they are, such as ``lm_head*``.
+        An activation in it is written down for the module which loads the weight.
+    exclude, include : sequence of str
+        Shell patterns of tensor names: to leave as they are, such as ``model.layers.0.*``, and to quantize although
+        their names are those of a head or the like, such as ``lm_head*``. ``exclude`` counts where both match.
     on_nonfinite : {"raise", "propagate"}
         As for `quantize_`.
     overwrite : bool
-        Whether an existing ``dst`` is replaced, once the new one is complete.
+        Whether an existing ``dst`` is replaced, once the new one is complete. Files in the folder that are no weights
+        and that the new one does not have stay there.
     progress : callable (name, bytes done, bytes in all), optional
         Called after each tensor.
 
     Returns
     -------
     Report
-        Each weight's bytes and signal-to-noise ratio, and the float matrices that were left as they are.
+        Each weight's bytes and signal-to-noise ratio; every float tensor of two or more axes that stays as it is, with
+        its size and the reason; and the share of all parameters that are quantized.
 
     Raises
     ------
     FileNotFoundError, FileExistsError, OSError
         For a ``src`` that is absent, a ``dst`` that is there, a disk that is full.
     TypeError
-        For an ``exclude`` that is a single string.
+        For an ``exclude`` or ``include`` that is a single string.
     ValueError
-        For an unknown spec, a file that is truncated, foreign or already quantized, a weight that is not finite
-        (naming it and the row), and when there is nothing to quantize.
+        For an unknown spec or one with static activations; for a file that is truncated, foreign or already
+        quantized, by quantlib or by others; for a folder with links that leave it or files that are none; for a weight
+        that is not finite (naming it and the row); and when there is nothing to quantize.
     """
-    spec = QuantSpec.parse(spec).weight_only
+    spec = QuantSpec.parse(spec)
+    check_dynamic(spec)
     check_on_nonfinite(on_nonfinite)
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude must be a sequence of patterns, got the string {exclude!r}")
+    for name, patterns in (("exclude", exclude), ("include", include)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{name} must be a sequence of patterns, got the string {patterns!r}")
     report = Report()
 
-    def plan(reader: Reader) -> Plan:
-        if Contents.of(reader).weights:
-            raise ValueError(f"{reader.path} must hold float weights, got weights that are quantized already")
+    def plan(model: Model) -> list[Plan]:
+        for reader in model.readers:
+            if Contents.of(reader).weights:
+                raise ValueError(f"{reader.path} must hold float weights, got weights that are quantized already")
+        slots = model.slots
+        choose.check_float(src, slots, model.config)
+        reasons = choose.reasons(slots, model.config, include, exclude)
+        for name, why in reasons.items():
+            slot = slots[name]
+            size = math.prod(slot.shape)
+            if why is None:
+                report.quantized += size
+                continue
+            report.floats += size
+            report.float_bytes += slot.nbytes
+            if len(slot.shape) > 1:
+                report.skipped[name], report.sizes[name] = why, size
+        if None not in reasons.values():
+            largest = sorted(report.sizes, key=lambda name: report.sizes[name], reverse=True)[:3]
+            why = "; ".join(f"{name}: {report.skipped[name]}" for name in largest) or "no matrix"
+            raise ValueError(f"{src} must hold weights to convert, got none among {len(slots)} tensors: {why}")
+        return [plan_of(reader, reasons) for reader in model.readers]
+
+    def plan_of(reader: Reader, reasons: dict[str, str | None]) -> Plan:
         batches, weights = [], {}
         for name, slot in reader.slots.items():
-            why = why_not(slot, (*EXCLUDE, *exclude))
-            if why is None:
+            if name in reasons and reasons[name] is None:
                 weights[name] = Stored(str(spec), slot.shape)
-                batches.append(Batch(weights[name].slots(name), lambda name=name: project(reader, name)))  # type: ignore[misc]
+                batches.append(Projection(reader, slot, spec, on_nonfinite, report.layers).batch)
             else:
-                batches.append(as_it_is(reader, slot))
-            if why:
-                report.skipped[name] = why
+                batches.append(files.copied(reader, slot))
         return Plan(reader, batches, Contents(weights), list(weights))
 
-    def project(reader: Reader, name: str) -> list[Tensor]:
-        x = reader.read(name)
-        check_weight(f"{reader.path.name}: {name}", x, spec, on_nonfinite)
-        weight = quantize_weight(x, spec)
-        report.layers.append(describe(name, x, weight, spec))
-        return as_stored(weight)
-
-    convert(Path(src), Path(dst), plan, overwrite, progress)
+    convert(Path(src), Path(dst), plan, overwrite, progress, None if spec.scaled else spec.format)
     return report
 
 
@@ -138,7 +159,7 @@ def dequantize_file(
     src, dst, overwrite, progress
         As for `quantize_file`.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype
-        Of the weights that were codes; other tensors are copied.
+        Of the weights that were codes; other tensors are copied. The ``dtype`` of a ``config.json`` follows.
 
     Returns
     -------
@@ -148,86 +169,196 @@ def dequantize_file(
     Raises
     ------
     FileNotFoundError, FileExistsError, OSError, ValueError
-        As for `quantize_file`; ValueError also when there are no codes.
+        As for `quantize_file`; ValueError also when there are no codes of quantlib.
     """
     target = getattr(torch, str(dtype).removeprefix("torch."), None)
     if target not in SOURCES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
 
-    def plan(reader: Reader) -> Plan:
+    def plan(model: Model) -> list[Plan]:
+        plans = [plan_of(reader) for reader in model.readers]
+        if not any(plan.converted for plan in plans) and (found := choose.codes_of_others(model.slots, model.config)):
+            raise ValueError(f"{src} must be a model that quantize_file or save_quantized wrote, got {found}")
+        return plans
+
+    def plan_of(reader: Reader) -> Plan:
         weights = Contents.of(reader).weights
         parts = {slot.name for name, stored in weights.items() for slot in stored.slots(name)}
-        batches = [as_it_is(reader, slot) for name, slot in reader.slots.items() if name not in parts]
+        batches = [files.copied(reader, slot) for name, slot in reader.slots.items() if name not in parts]
         for name, stored in weights.items():
-            make = lambda name=name, stored=stored: [stored.values(reader, name, target)]  # noqa: E731
-            batches.append(Batch([Slot(name, target, stored.shape)], make))
+            batches.append(Batch([Slot(name, target, stored.shape)], values(reader, name, stored, target)))
         return Plan(reader, batches, Contents(), list(weights))
 
-    return convert(Path(src), Path(dst), plan, overwrite, progress)
+    return convert(Path(src), Path(dst), plan, overwrite, progress, str(target).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A float weight of a file that becomes codes, a slab of rows at a time."""
+
+    reader: Reader
+    slot: Slot
+    spec: QuantSpec
+    on_nonfinite: OnNonfinite
+    layers: list[LayerReport]  # to which it adds itself when it is done
+    sums: dict[int, Sums] = field(default_factory=dict)  # first row of a slab -> its sums
+
+    @property
+    def batch(self) -> Batch:
+        slots = Stored(str(self.spec), self.slot.shape).slots(self.slot.name)
+        rows = slabs(*self.shape, self.spec.block(self.shape)[0] if self.spec.scaled else 1)
+        jobs: list[Job] = [partial(self._slab, part) for part in rows]
+        if self.spec.per == "tensor":
+            jobs = [self._with_one_scale]
+        return Batch(slots, jobs, lambda: self._report(sum(slot.nbytes for slot in slots)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K]"""
+        return self.slot.shape[0], self.slot.shape[1]
+
+    def _slab(self, rows: slice) -> list[Piece]:
+        x = self.reader.rows(self.slot.name, rows)
+        if self.spec.scaled:
+            x = x.float()  # once, for the codes and for the report
+        return self._pieces(rows, x, quantize_weight(x, self.spec))
+
+    def _with_one_scale(self) -> Iterator[Piece]:
+        """All rows, in two passes over the file: the first finds the extremes, which alone decide the scale."""
+        parts = list(slabs(*self.shape)) if self.slot.nbytes else []
+        extremes = [torch.stack(self.reader.rows(self.slot.name, rows).aminmax()) for rows in parts]
+        if not extremes:
+            return
+        _, scale, zero_point = quantize_weight(torch.cat(extremes).view(1, -1), self.spec)
+        for rows in parts:
+            x = self.reader.rows(self.slot.name, rows)
+            block = self.spec.block(x.shape)
+            assert scale is not None
+            codes = ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point)
+            yield from self._pieces(rows, x, Weight(codes, scale, zero_point))
+
+    def _pieces(self, rows: slice, x: Tensor, weight: Weight) -> list[Piece]:
+        """Codes and scales of some rows, each with the byte that it begins at; the rows are counted."""
+        sums = self.sums[rows.start] = Sums()
+        sums.add(x, dequantize_weight(weight, self.spec, self.shape[1], torch.float32))
+        if self.on_nonfinite == "raise" and not math.isfinite(sums.noise):
+            self._check()
+        first = rows.start // self.spec.block(self.shape)[0]
+        starts = (rows.start, first, first)
+        names = (self.slot.name, f"{self.slot.name}_scale", f"{self.slot.name}_zero_point")
+        return [
+            (name, start * (t[:1].numel() * t.element_size()), t)
+            for name, start, t in zip(names, starts, as_stored(weight), strict=False)
+        ]
+
+    def _check(self) -> None:
+        name = f"{self.reader.path.name}: {self.slot.name}"
+        parts = ((rows.start, self.reader.rows(self.slot.name, rows)) for rows in slabs(*self.shape))
+        check_finite(name, parts, self.spec)
+
+    def _report(self, size: int) -> None:
+        total = Sums()
+        for start in sorted(self.sums):
+            total.signal += self.sums[start].signal
+            total.noise += self.sums[start].noise
+        layer = LayerReport(self.slot.name, self.slot.shape, str(self.spec), self.slot.nbytes, size, total.snr_db)
+        self.layers.append(layer)
+
+
+def values(reader: Reader, name: str, stored: Stored, dtype: torch.dtype) -> list[Job]:
+    """Jobs that make the values of the codes of a file."""
+    N, K = stored.matrix
+    block = QuantSpec.parse(stored.spec).block((N, K))
+
+    def job(rows: slice) -> list[Piece]:
+        return [(name, rows.start * K * dtype.itemsize, stored.rows(reader, name, rows, dtype))]
+
+    return [partial(job, rows) for rows in slabs(N, K, block[0] if block[0] < N else 1)]
 
 
 def convert(
-    src: Path, dst: Path, plan: Callable[[Reader], Plan], overwrite: bool, progress: Progress | None
+    src: Path,
+    dst: Path,
+    plan: Callable[[Model], list[Plan]],
+    overwrite: bool,
+    progress: Progress | None,
+    dtype: str | None,
 ) -> list[str]:
-    """Every safetensors file of ``src`` as ``plan`` says into ``dst``; the names of what is converted."""
-    sources = files.weights_of(src)
-    if not src.is_dir() and (dst.suffix != ".safetensors" or dst.is_dir()):
-        raise ValueError(f"dst must be a .safetensors file, as src is, got {dst}")
-    here, there = src.resolve(), dst.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"dst must lie outside src, got {dst}")
-    with ExitStack() as stack:
-        plans = [plan(stack.enter_context(Reader(path))) for path in sources]
+    """The model at ``src`` as ``plan`` says into ``dst``; the names of what is converted.
+
+    ``dtype`` is what ``config.json`` tells of the weights from now on.
+    """
+    with Model.open(src) as model:
+        folder = src.is_dir()
+        if not folder and (dst.suffix != ".safetensors" or dst.is_dir()):
+            raise ValueError(f"dst must be a .safetensors file, as src is, got {dst}")
+        here, there = src.resolve(), dst.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise ValueError(f"dst must lie outside src, got {dst}")
+        rest = list(model.rest()) if folder else []
+        plans = plan(model)
         converted = [name for p in plans for name in p.converted]
         if not converted:
-            tensors = sum(len(p.reader.slots) for p in plans)
-            raise ValueError(f"{src} must hold weights to convert, got none among {tensors} tensors")
-        new = stack.enter_context(files.replacing(dst, overwrite))
-        if src.is_dir():
-            new.mkdir()
-        done, total = 0, sum(p.cost(batch) for p in plans for batch in p.batches)
-        for p in plans:
+            raise ValueError(f"{src} must hold weights to convert, got none among {len(model.slots)} tensors")
+        with replacing(dst, overwrite, folder) as new:
+            done, total = 0, sum(p.cost(batch) for p in plans for batch in p.batches)
+            for p in plans:
 
-            def written(batch: Batch, p: Plan = p) -> None:
-                nonlocal done
-                done += p.cost(batch)
-                if progress is not None:
-                    progress(batch.slots[0].name, done, total)
+                def written(batch: Batch, p: Plan = p) -> None:
+                    nonlocal done
+                    done += p.cost(batch)
+                    if progress is not None:
+                        progress(batch.slots[0].name, done, total)
 
-            kept = {key: value for key, value in p.reader.metadata.items() if key != KEY}
-            path = new / p.reader.path.name if src.is_dir() else new
-            files.write(path, p.batches, {"format": "pt", **kept, **p.contents.metadata()}, written)
-        if src.is_dir():
-            copy_the_rest(src, new, plans)
+                kept = {key: value for key, value in p.reader.metadata.items() if key != KEY}
+                path = new / p.reader.path.name if folder else new
+                files.write(path, p.batches, {"format": "pt", **kept, **p.contents.metadata()}, written)
+                keep_mode(p.reader.path, path)
+            if folder:
+                copy_the_rest(model, rest, new, plans, dtype)
     return converted
 
 
-def copy_the_rest(src: Path, new: Path, plans: list[Plan]) -> None:
+def copy_the_rest(model: Model, rest: list[tuple[Path, Path]], new: Path, plans: list[Plan], dtype: str | None) -> None:
     """Everything of a model folder that is no weight, its index for the weights that the files hold now."""
-    weight_map = {slot.name: p.reader.path.name for p in plans for batch in p.batches for slot in batch.slots}
-    size = sum(batch.nbytes for p in plans for batch in p.batches)
-    for path in sorted(src.iterdir()):
-        if path.name.endswith(files.INDEX):
-            index = files.read_index(path)
-            listed = set(index["weight_map"].values())
-            index["weight_map"] = {name: file for name, file in sorted(weight_map.items()) if file in listed}
-            index["metadata"] = {**index.get("metadata", {}), "total_size": size}
-            files.write_json(new / path.name, index)
-        elif path.suffix != ".safetensors" and not any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_OUT):
-            files.copy(path, new / path.name)
+    folders = [(model.path, new)]
+    for path, target in rest:
+        if path.is_dir():
+            (new / target).mkdir()
+            folders.append((path, new / target))
+        elif str(target) == CONFIG and dtype is not None and (config := with_dtype(model.config, dtype)):
+            files.write_bytes(new / target, config)
+            keep_mode(path, new / target)
+        else:
+            files.copy(path, new / target)
+    if model.index is not None:
+        path, index = model.index
+        weight_map = {slot.name: p.reader.path.name for p in plans for batch in p.batches for slot in batch.slots}
+        size = sum(batch.nbytes for p in plans for batch in p.batches)
+        index = {**index, "metadata": {**index["metadata"], "total_size": size}}
+        index["weight_map"] = dict(sorted(weight_map.items()))
+        files.write_bytes(new / path.name, text_of(index))
+        keep_mode(path, new / path.name)
+    for source, folder in reversed(folders):
+        sync(folder)
+        keep_mode(source, folder)
 
 
-def why_not(slot: Slot, exclude: Sequence[str]) -> str | None:
-    """Why a tensor stays as it is: "" for one that is no float matrix, None for one that is quantized."""
-    if len(slot.shape) != 2 or slot.dtype not in (*SOURCES, torch.float64):
-        return ""
-    if slot.name.rpartition(".")[2] != "weight":
-        return "not named *.weight"
-    if slot.dtype == torch.float64:
-        return "float64: float32, float16 or bfloat16 is quantized"
-    pattern = next((p for p in exclude if fnmatch.fnmatchcase(slot.name, p)), None)
-    return None if pattern is None else f"matches {pattern}"
+def with_dtype(config: dict[str, Any], dtype: str) -> bytes | None:
+    """The text of ``config.json`` where every dtype of weights is ``dtype``; None where it tells of none."""
+    try:
+        config = json.loads(text_of(config))  # a copy
+    except (ValueError, RecursionError):
+        return None
+    waiting, found = [config], False
+    while waiting:
+        part = waiting.pop()
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str):
+                part[key], found = ("torch." if part[key].startswith("torch.") else "") + dtype, True
+        waiting += [value for value in part.values() if isinstance(value, dict)]
+    return text_of(config) if found else None
 
 
-def as_it_is(reader: Reader, slot: Slot) -> Batch:
-    return Batch([slot], lambda: [reader.read(slot.name)])
+def text_of(value: dict[str, Any]) -> bytes:
+    return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()

@@ -1,20 +1,23 @@
-"""Files that are whole or absent: safetensors read and written a tensor at a time, outputs renamed into place."""
+"""Safetensors files, read and written a piece at a time, so that memory does not grow with them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # safetensors' name -> dtype
@@ -37,8 +40,14 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-INDEX = ".safetensors.index.json"  # how the name of an index ends
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER = 100_000_000  # bytes that safetensors allows a header
+MOST = 2**63 - 1  # values of a tensor, and bytes of a file
+CHUNK = 1 << 22  # bytes that are copied at a time
+WORKERS = 8  # at most: more are no faster than the memory
+
+Piece = tuple[str, int, Tensor]  # a tensor's name, the byte of it that the piece begins at, the values
+Job = Callable[[], Iterable[Piece]]
 
 
 @dataclass(frozen=True)
@@ -51,50 +60,129 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors that are made together, when it is their turn to be written."""
+    """Tensors that are made together, by jobs that do not depend on each other."""
 
     slots: Sequence[Slot]
-    make: Callable[[], Sequence[Tensor]]
+    jobs: Iterable[Job]
+    done: Callable[[], None] = lambda: None  # called after the last job
 
     @property
     def nbytes(self) -> int:
         return sum(slot.nbytes for slot in self.slots)
 
 
+def whole(slots: Sequence[Slot], make: Callable[[], Sequence[Tensor]]) -> Batch:
+    """Tensors that are in memory already."""
+    return Batch(slots, [lambda: [(slot.name, 0, tensor) for slot, tensor in zip(slots, make(), strict=True)]])
+
+
+def copied(reader: Reader, slot: Slot) -> Batch:
+    """A tensor of a file as it is."""
+
+    def job(start: int) -> list[Piece]:
+        return [(slot.name, start, reader.chunk(slot.name, slice(start, min(start + CHUNK, slot.nbytes))))]
+
+    return Batch([slot], [partial(job, start) for start in range(0, slot.nbytes, CHUNK)])
+
+
 class Reader:
-    """A safetensors file: ``slots`` and ``metadata`` at once, values by `read`.
+    """A safetensors file: ``slots`` and ``metadata`` at once, values by `read`, `rows` and `chunk`.
+
+    Values are read into memory of their own and not mapped: a file that is cut off meanwhile is an error, and what was
+    read stays as it is.
 
     Raises
     ------
-    FileNotFoundError
+    FileNotFoundError, OSError
     ValueError
         For a file that is truncated, is no safetensors file, or holds a dtype that torch does not have.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size = path.stat().st_size
-        self._file: Any
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which opens a pipe without a writer
         try:
-            self._file = safe_open(str(path), framework="pt")
-            headers = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{path} must be a whole safetensors file, got {size:,} bytes: {error}") from None
-        self.slots: dict[str, Slot] = {}
-        for name, header in headers.items():
-            if header.get_dtype() not in DTYPES:
-                raise ValueError(f"{path}: {name} must be of {', '.join(DTYPES)}, got {header.get_dtype()}")
-            self.slots[name] = Slot(name, DTYPES[header.get_dtype()], tuple(header.get_shape()))
+            status = os.fstat(self._file)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{path} must be a file, got {kind_of(status.st_mode)}")
+            self.slots, self._starts, self.metadata = self._header(status.st_size)
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
+        """A whole tensor."""
+        slot = self.slots[name]
+        return self._tensor(slot, slot.shape, 0)
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """The rows of a tensor [N, ...]."""
+        slot = self.slots[name]
+        shape = (rows.stop - rows.start, *slot.shape[1:])
+        return self._tensor(slot, shape, rows.start * math.prod(slot.shape[1:]) * slot.dtype.itemsize)
+
+    def chunk(self, name: str, chunk: slice) -> Tensor:
+        """Bytes of a tensor, uint8."""
+        slot = Slot(name, torch.uint8, (chunk.stop - chunk.start,))
+        return self._tensor(slot, slot.shape, chunk.start)
+
+    def _tensor(self, slot: Slot, shape: tuple[int, ...], skip: int) -> Tensor:
+        tensor = torch.empty(shape, dtype=slot.dtype)
+        if tensor.numel():
+            self._fill(bytes_of(tensor), self._starts[slot.name] + skip)
         return tensor
+
+    def _fill(self, data: memoryview, start: int) -> None:
+        done = 0
+        while done < len(data):
+            got = os.preadv(self._file, [data[done:]], start + done)
+            if not got:
+                raise ValueError(f"{self.path} must be a whole safetensors file, got cut off while it was read")
+            done += got
+
+    def _header(self, size: int) -> tuple[dict[str, Slot], dict[str, int], dict[str, str]]:
+        """Slots, where their values start, and the metadata."""
+        whole = f"{self.path} must be a whole safetensors file, got {size:,} bytes"
+        if size < 8:
+            raise ValueError(f"{whole}: a header is longer")
+        data = memoryview(bytearray(8))
+        self._fill(data, 0)
+        length = int.from_bytes(data, "little")
+        if length > min(size - 8, HEADER):
+            raise ValueError(f"{whole} with a header of {length:,}")
+        data = memoryview(bytearray(length))
+        self._fill(data, 8)
+        try:
+            header = json.loads(str(data, "utf-8"), object_pairs_hook=unique)
+            metadata = header.pop("__metadata__", None) or {}
+            entries = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in header.items()}
+            if not all(isinstance(word, str) for pair in metadata.items() for word in pair):
+                raise ValueError("metadata that are not text")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{whole} with a header that cannot be read: {some_words(error)}") from None
+        slots, starts, spans = {}, {}, []
+        for name, (dtype, shape, offsets) in entries.items():
+            if not isinstance(dtype, str) or dtype not in DTYPES:
+                raise ValueError(f"{self.path}: {name} must be of {', '.join(DTYPES)}, got {some_words(dtype)}")
+            slots[name] = Slot(name, DTYPES[dtype], checked_shape(f"{self.path}: {name}", shape))
+            if not is_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != slots[name].nbytes:
+                expected = f"{slots[name].nbytes:,} bytes, as {dtype} {list(shape)} takes"
+                raise ValueError(f"{self.path}: {name} must have {expected}, got data_offsets {some_words(offsets)}")
+            starts[name] = 8 + length + offsets[0]
+            spans.append((offsets[0], offsets[1], name))
+        end = 0
+        for start, stop, name in sorted(spans):
+            if start != end:
+                raise ValueError(f"{whole}: {name} begins at {start:,} of its data, where {end:,} is due")
+            end = stop
+        if 8 + length + end != size:
+            raise ValueError(f"{whole}, where its header tells of {8 + length + end:,}")
+        return slots, starts, metadata
 
     def __enter__(self) -> Reader:
         return self
@@ -102,14 +190,49 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.__exit__(kind, error, trace)
+        os.close(self._file)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without a name that stands twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that stands twice")
+    return found
+
+
+def is_sizes(value: Any) -> bool:
+    """Whether ``value`` is a list of whole numbers >= 0, which true and 1.0 are not."""
+    return isinstance(value, (list, tuple)) and all(type(size) is int and size >= 0 for size in value)
+
+
+def checked_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """``shape`` as torch can hold it: whole numbers whose product, zeros aside, fits into 64 bits."""
+    if not is_sizes(shape) or math.prod(max(size, 1) for size in shape) > MOST:
+        raise ValueError(f"{name} must have a shape of sizes >= 0 and at most 2^63 - 1 values, got {some_words(shape)}")
+    return tuple(shape)
+
+
+def some_words(value: object) -> str:
+    """What came, for a message: not more than a line of it."""
+    try:
+        text = str(value) if isinstance(value, Exception) else repr(value)
+    except (RecursionError, ValueError):  # nested too deep, a number too long
+        text = type(value).__name__
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def kind_of(mode: int) -> str:
+    """What a file that is no regular one is."""
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def write(path: Path, batches: Sequence[Batch], metadata: dict[str, str], written: Callable[[Batch], None]) -> None:
-    """Write a safetensors file, one batch in memory at a time.
+    """Write a safetensors file, a few pieces in memory at a time.
 
-    Wide dtypes come first, as safetensors itself orders them: every tensor is then aligned to its dtype. ``written``
-    is called after each batch.
+    Wide dtypes come first, as safetensors itself orders them: every tensor is then aligned to its dtype. The jobs of
+    all batches run in a few threads. ``written`` is called after each batch, in their order.
     """
     slots = [slot for batch in batches for slot in batch.slots]
     header: dict[str, object] = {"__metadata__": metadata}
@@ -123,116 +246,88 @@ def write(path: Path, batches: Sequence[Batch], metadata: dict[str, str], writte
         header[slot.name] = {"dtype": NAMES[slot.dtype], "shape": slot.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _naming(path), path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        data = file.tell()
-        for batch in batches:
-            for slot, tensor in zip(batch.slots, batch.make(), strict=True):
-                assert (tuple(tensor.shape), tensor.dtype) == (slot.shape, slot.dtype), slot
-                file.seek(data + offsets[slot.name])
-                _dump(file, tensor)
+    with naming(path), path.open("xb", buffering=0) as file:
+        target = file.fileno()
+        dump(target, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        data = 8 + len(text)
+
+        def run(job: Job) -> None:
+            for name, skip, tensor in job():
+                dump(target, bytes_of(tensor), data + offsets[name] + skip)
+
+        for batch in in_threads(run, batches):
+            batch.done()
             written(batch)
-        file.flush()
+        os.fsync(target)
+
+
+def in_threads(run: Callable[[Job], None], batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Run the jobs of ``batches`` in threads; each batch when its jobs and those before it are done."""
+    threads = torch.get_num_threads()
+    workers = min(max(threads, 2), WORKERS)  # two at least: one computes while another waits for the disk
+    waiting: deque[tuple[Batch | None, Future[None] | None]] = deque()  # a batch comes with the last of its jobs
+    with ThreadPoolExecutor(workers, "quantlib", torch.set_num_threads, (1,)) as pool:
+        try:
+            for batch in batches:
+                job: Job | None = None
+                for job in batch.jobs:
+                    waiting.append((None, pool.submit(run, job)))
+                    while len(waiting) > 4 * workers:
+                        yield from _first(waiting)
+                waiting.append((batch, None))
+            while waiting:
+                yield from _first(waiting)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(threads)  # also what threads of torch that start later begin with
+
+
+def _first(waiting: deque[tuple[Batch | None, Future[None] | None]]) -> Iterator[Batch]:
+    batch, future = waiting.popleft()
+    if future is not None:
+        future.result()
+    if batch is not None:
+        yield batch
+
+
+def dump(target: int, data: memoryview, start: int) -> None:
+    """Write ``data`` at ``start`` of an open file."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(target, data[done:], start + done)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, a copy of any other's."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A small file, on the disk when this returns."""
+    with naming(path), path.open("xb", buffering=0) as file:
+        dump(file.fileno(), memoryview(data), 0)
         os.fsync(file.fileno())
 
 
 def copy(source: Path, target: Path) -> None:
-    """A file or a folder with all that is in it; links become what they point to."""
-    with _naming(target):
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copyfile(source, target)
+    """A file with its permissions and times, on the disk when this returns."""
+    with naming(target):
+        shutil.copy2(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A path to write to that becomes ``path`` when the block ends well, and nothing when it does not.
-
-    Raises
-    ------
-    FileExistsError
-        If ``path`` exists, unless ``overwrite``; and if it is a folder without a safetensors file in any case.
-    FileNotFoundError
-        If the folder that ``path`` is to be in does not exist.
-    """
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"{parent} must be a folder to write {path.name} in, got none")
-    if os.path.lexists(path):
-        if not overwrite:
-            raise FileExistsError(f"{path} must not exist yet, or overwrite must be asked for")
-        if path.is_dir() and not any(path.glob("*.safetensors")) and any(path.iterdir()):
-            raise FileExistsError(f"{path} must be a model to be overwritten, got a folder without a safetensors file")
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
-    new, old = scratch / "new", scratch / "old"
-    try:
-        yield new
-        if path.is_dir() and not path.is_symlink():  # a folder cannot be renamed over another
-            path.rename(old)
-        try:
-            new.replace(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """An error of the file system names the file, which that of a full disk does not."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error} while writing {path.name}") from error
-
-
-def _dump(file: IO[bytes], tensor: Tensor) -> None:
-    if tensor.numel():
-        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def weights_of(path: Path) -> list[Path]:
-    """The safetensors files of a model: the file itself, or those of the folder, in order.
-
-    Raises
-    ------
-    FileNotFoundError
-        For a path that is absent, and for a file that an index names and the folder does not have.
-    ValueError
-        For a folder without any.
-    """
-    if not path.is_dir():
-        if not path.exists():
-            raise FileNotFoundError(f"{path} must be a safetensors file or a model folder, got nothing there")
-        return [path]
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        names = sorted(p.name for p in path.iterdir())
-        raise ValueError(f"{path} must hold safetensors files, got {some(names)}")
-    for index in path.glob(f"*{INDEX}"):
-        for name in sorted(set(read_index(index)["weight_map"].values())):
-            if not (path / name).exists():
-                raise FileNotFoundError(f"{path} must hold {name}, which {index.name} names, got no such file")
-    return found
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """The index of a sharded model: ``{"metadata": ..., "weight_map": {tensor: file}}``."""
-    try:
-        index = json.loads(path.read_text())
-        if all(isinstance(name, str) for name in index["weight_map"].values()):
-            return dict(index)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise ValueError(f"{path} must be JSON with a weight_map of names, got something else")
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    with _naming(path):
-        path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def some(names: Sequence[str]) -> str:

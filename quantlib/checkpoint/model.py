@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from quantlib.api import places_of, put, quantized_type, reasons_to_skip, share_weight, weight_of
 from quantlib.checkpoint import files
 from quantlib.checkpoint.files import Batch, Reader, Slot
+from quantlib.checkpoint.folder import CONFIG, Model
+from quantlib.checkpoint.publish import INDEX, replacing
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
 from quantlib.nn.module import check_whole, stored_dtype, stored_shape
@@ -59,9 +61,7 @@ def save_quantized(
     path = Path(path)
     batches, contents = state_of(model)
     single = path.suffix == ".safetensors"
-    with files.replacing(path, overwrite) as new:
-        if not single:
-            new.mkdir()
+    with replacing(path, overwrite, folder=not single) as new:
         shards = [batches] if single else list(cut(batches, max_shard_bytes))
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
@@ -76,7 +76,7 @@ def save_quantized(
         if len(shards) > 1:
             size = sum(batch.nbytes for batch in batches)
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-            files.write_json(new / f"model{files.INDEX}", index)
+            files.write_bytes(new / f"model{INDEX}", f"{json.dumps(index, indent=2)}\n".encode())
 
 
 def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) -> nn.Module:
@@ -117,7 +117,8 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     check_whole(model, "load before fully_shard")
     with ExitStack() as stack:
         stack.enter_context(untiled(model))
-        readers = [stack.enter_context(Reader(p)) for p in files.weights_of(Path(path))]
+        stored = stack.enter_context(Model.open(Path(path)))
+        readers = stored.readers
         held = {file_name(name): Entry(reader, name) for reader in readers for name in reader.slots}
         contents = Contents()
         for reader in readers:
@@ -126,7 +127,7 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
             contents.tied.update(found.tied)
         codes = [name for name, entry in held.items() if entry.name != name]
         if codes:  # a state as torch saves it says nothing of formats itself
-            contents.weights.update(formats_of(codes, Path(path), model))
+            contents.weights.update(formats_of(codes, stored, model))
         if not contents.weights:
             raise ValueError(f"{path} must hold weights that quantlib quantized, got none among {len(held)} tensors")
         skeleton = Skeleton(model, contents)
@@ -139,11 +140,11 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     return model
 
 
-def formats_of(names: list[str], path: Path, model: nn.Module) -> dict[str, Stored]:
+def formats_of(names: list[str], stored: Model, model: nn.Module) -> dict[str, Stored]:
     """What the weights ``names`` are quantized to: by the config.json beside them, or else as in ``model`` already."""
-    config = path / "config.json"
-    entry = of_config(json.loads(config.read_text()).get("quantization_config")) if config.is_file() else None
-    known = Contents.parse(entry | {"tied": {}}).weights if entry else {}
+    path = stored.path
+    entry = of_config(stored.config.get("quantization_config"))
+    known = Contents.parse(entry | {"tied": {}}, str(path / CONFIG)).weights if entry else {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantModule):
             known.setdefault(join(prefix, "weight"), Stored(str(module.spec), module.weight_shape))
@@ -220,7 +221,7 @@ def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
             """The tensors as the file has them: codes with their axes of ones, FP8 by its own dtype."""
             return [state[s.name] if s.name not in weights else in_file(state[s.name], s) for s in slots]
 
-        batches.append(Batch(slots, make))
+        batches.append(files.whole(slots, make))
     return batches, Contents(weights, tied)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlib.checkpoint.files import NAMES, Reader, Slot
+from quantlib.checkpoint.files import NAMES, Reader, Slot, checked_shape, some_words
 from quantlib.nn.functional import Weight, dequantize_weight
 from quantlib.nn.module import stored_shape
 from quantlib.ops.check import dtype_of
@@ -53,10 +53,18 @@ class Stored:
 
     def values(self, reader: Reader, name: str, dtype: torch.dtype) -> Tensor:
         """What the codes stand for, of ``dtype`` and in the shape of the float weight."""
+        return self.rows(reader, name, slice(0, self.shape[0]), dtype).view(self.shape)
+
+    def rows(self, reader: Reader, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The values of some rows of the matrix [N, K]; rows that share a scale come together."""
         spec = QuantSpec.parse(self.spec)
-        codes, *rest = (reader.read(slot.name) for slot in self.slots(name))
-        weight = Weight(codes.reshape(spec.codes_shape(self.matrix)), *rest)
-        return dequantize_weight(weight, spec, self.matrix[1], dtype).view(self.shape)
+        block = spec.block(self.matrix)
+        blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
+        of_codes, *others = self.slots(name)
+        codes = reader.rows(of_codes.name, rows)
+        codes = codes.reshape(spec.codes_shape((len(codes), self.matrix[1])))
+        weight = Weight(codes, *(reader.rows(slot.name, blocks) for slot in others))
+        return dequantize_weight(weight, spec, self.matrix[1], dtype)
 
 
 @dataclass(frozen=True)
@@ -77,24 +85,46 @@ class Contents:
         """
         if KEY not in reader.metadata:
             return cls()
+        where = f"{reader.path}: metadata {KEY}"
         try:
             entry = json.loads(reader.metadata[KEY])
-            version = int(entry["version"])
-            contents = cls.parse(entry) if version <= VERSION else cls()
-            expected = [slot for name, stored in contents.weights.items() for slot in stored.slots(name)]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{reader.path}: metadata {KEY} must describe its weights, got {error!r}") from None
-        if version > VERSION:
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} must describe its weights, got {some_words(error)}") from None
+        version = entry.get("version") if isinstance(entry, dict) else None
+        if type(version) is int and version > VERSION:
             raise ValueError(f"{reader.path} must be of version {VERSION} or older, got {version}: update quantlib")
-        for slot in expected:
-            if (got := reader.slots.get(slot.name)) != slot:
-                raise ValueError(f"{reader.path}: {slot.name} must be {words(slot)}, got {words(got)}")
+        contents = cls.parse(entry, where)
+        for name, stored in contents.weights.items():
+            for slot in stored.slots(name):
+                if (got := reader.slots.get(slot.name)) != slot:
+                    raise ValueError(f"{reader.path}: {slot.name} must be {words(slot)}, got {words(got)}")
         return contents
 
     @classmethod
-    def parse(cls, entry: dict[str, Any]) -> Contents:
-        weights = {n: Stored(str(w["spec"]), tuple(map(int, w["shape"]))) for n, w in entry["weights"].items()}
-        return cls(weights, {str(alias): str(name) for alias, name in entry["tied"].items()})
+    def parse(cls, entry: Any, where: str) -> Contents:
+        """What an entry says, which comes from ``where``."""
+        expected = f"{where} must describe its weights"
+        if not isinstance(entry, dict) or type(entry.get("version")) is not int:
+            raise ValueError(f"{expected} with a version, got {some_words(entry)}")
+        weights, tied = entry.get("weights"), entry.get("tied")
+        if not isinstance(weights, dict) or not isinstance(tied, dict):
+            raise ValueError(f"{expected} as weights and tied, got {some_words(entry)}")
+        if not all(isinstance(name, str) for name in tied.values()):
+            raise ValueError(f"{expected}, got names {some_words(tied)} that are tied")
+        return cls({name: cls._weight(expected, name, weight) for name, weight in weights.items()}, tied)
+
+    @staticmethod
+    def _weight(expected: str, name: str, weight: Any) -> Stored:
+        if not isinstance(weight, dict) or not isinstance(weight.get("spec"), str) or "shape" not in weight:
+            raise ValueError(f"{expected} by spec and shape, got {some_words(weight)} for {name}")
+        shape = checked_shape(f"{expected}: {name}", weight["shape"])
+        try:
+            spec = QuantSpec.parse(weight["spec"])
+            spec.scale_shape((shape[0], math.prod(shape[1:])))
+        except (ValueError, IndexError) as error:
+            got = f"{some_words(weight)} for {name}: {some_words(error)}"
+            raise ValueError(f"{expected} by spec and shape, got {got}") from None
+        return Stored(weight["spec"], shape)
 
     def metadata(self) -> dict[str, str]:
         """The entry as it is written; none where nothing is quantized."""

@@ -5,10 +5,14 @@ Nothing here imports torch: a verb that needs it imports it when it runs, so tha
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from quantlib import __version__
 from quantlib.cli import bench, bits, build, formats, info, quantize, tune, verify
@@ -26,6 +30,11 @@ VERBS = {
 }
 
 FAILED, WRONG, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # exit statuses; 0 is success
+STOPPED = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}  # the status is 128 and the signal's number
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end: what is under way is cleaned up on the way out, as after Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 when it did what was asked, 1 when it could not (a mismatch, a full disk), 2 when it was asked wrongly,
-        130 after Ctrl-C. A failure is one line on stderr.
+        130 after Ctrl-C, 143 after SIGTERM. A failure is one line on stderr.
     """
+    with stoppable():
+        return run(argv)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """`main`, for signals that raise."""
     verb = None
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale may lack the characters of bars, and of names of files
@@ -55,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
     except KeyboardInterrupt:
         return complain(verb, "interrupted", INTERRUPTED)
+    except Stopped as stopped:
+        number: int = stopped.args[0]
+        return complain(verb, STOPPED[signal.Signals(number)], 128 + number)
     except BrokenPipeError:
         # The reader left, as `head` does. Python flushes stdout once more at exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,6 +81,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(verb, describe(error), WRONG)
     except (OSError, ImportError, RuntimeError, MemoryError) as error:
         return complain(verb, describe(error), FAILED)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside the block the signals of `STOPPED` raise, where nobody else handles or ignores them."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [number for number in STOPPED if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in ours:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def parser() -> Parser:

@@ -33,9 +33,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave the tensors whose name matches, such as 'lm_head*'; may be repeated",
+        help="leave the tensors whose name matches, such as 'model.layers.0.*'; may be repeated",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="quantize matrices whose name matches, though they stay floats by default, such as 'lm_head*'",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the model at OUT if there is one")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -62,14 +69,15 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             spec,
             exclude=args.exclude,
+            include=args.include,
             on_nonfinite=args.on_nonfinite,
             overwrite=args.force,
             progress=progress,
         )
     before, after = size(args.input), size(args.output)
     if args.json:
-        paths = {"input": args.input, "output": args.output, "spec": str(spec.weight_only)}
-        print(json.dumps(finite({**paths, "bytes_before": before, "bytes_after": after, **report.as_dict()}), indent=2))
+        told = {"input": args.input, "output": args.output, "spec": str(spec)}
+        print(json.dumps(finite({**told, "bytes_before": before, "bytes_after": after, **report.as_dict()}), indent=2))
     else:
         print(f"{report}\n\n{args.output}: {after:,} bytes, {before / after:.2f} x smaller than {args.input}")
     return 0
@@ -85,10 +93,11 @@ def read_spec(to: str, per: str | None, affine: bool) -> QuantSpec:
 
 
 def size(path: str) -> int:
-    """Bytes of the safetensors files."""
-    from quantlib.checkpoint.files import weights_of
+    """Bytes of the safetensors files of a model."""
+    from quantlib.checkpoint.folder import Model
 
-    return sum(file.stat().st_size for file in weights_of(Path(path)))
+    with Model.open(Path(path)) as model:
+        return sum(reader.path.stat().st_size for reader in model.readers)
 
 
 def finite(value: Any) -> Any:

@@ -1,0 +1,201 @@
+"""Which tensors of a file are the weights of linear layers, known from names, shapes and dtypes alone.
+
+What is no float matrix, or lies [in, out], cannot be quantized. The rest of the rules are habits of names: tables that
+are looked up, routers, heads and adapters stay floats unless they are asked for.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantlib.checkpoint.files import NAMES, Slot
+from quantlib.nn.functional import SOURCES
+
+FLOATS = (*SOURCES, torch.float64)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Names that stay floats by default.
+
+    Parameters
+    ----------
+    why : str
+    last : str
+        A regular expression of the name of the layer, which is the last word before ``.weight``; of the word before
+        it where that is a number.
+    any : str
+        The same of any word of the name.
+    but : str
+        Of names of layers that are none of these all the same.
+    whole : str
+        Of the whole name.
+    """
+
+    why: str
+    last: str = "(?!)"
+    any: str = "(?!)"
+    but: str = "(?!)"
+    whole: str = "(?!)"
+
+    def matches(self, name: str) -> bool:
+        words = name.split(".")
+        owners = words[:-1] if words[-1] == "weight" and len(words) > 1 else words
+        named = [word for word in owners if not word.isdigit()]
+        last = named[-1] if named else ""
+        if re.fullmatch(self.but, last):
+            return False
+        return bool(
+            re.fullmatch(self.last, last)
+            or re.fullmatch(self.whole, name)
+            or any(re.fullmatch(self.any, word) for word in named)
+        )
+
+
+RULES = (
+    Rule(
+        "an adapter",
+        any=r"(lora|loha|hada|lokr|ia3|oft|boft|vera|randlora|vblora|fourierft)_\w+|adaption_\w+|adapters?(_\w+)?|ranknum",
+    ),
+    Rule("a router", any=r"gate|router|gating|wg|(\w+_)?(router|expert_gate|experts_gate|moe_gate)"),
+    Rule(
+        "a head",
+        any=r"lm_heads?|(\w+_)?heads?|classifier|(\w+_)?classifier|qa_outputs|embed_out|vocab_projector|codec_head",
+        last=r"score|logits_proj|output_projection",
+        whole=r"output\.weight|(.*\.)?(cls|predictions|lm_head)(\.predictions)?\.decoder\.weight",
+    ),
+    Rule(
+        "a table that is looked up",
+        last=r"wte|wpe|shared|emb|embeds?|embeddings?|embedding_table|relative_attention_bias|embed_\w+|\w+_embeds?|"
+        r"\w+_embeddings?|\w+_emb|\w+_embeds?_layers",
+        but=r"embed_(proj\w*|out)|(\w+_)?(patch|time|timestep|timesteps|time_text|t|x|add|guidance|image|pixel|vision|"
+        r"context|label|aug|caption|cond)_(emb|embed|embedding|embeddings)",
+    ),
+    Rule("a norm", last=r"\w*norm\w*|ln(_\w+)?"),
+)
+
+# Layers of transformers' Conv1D, whose weight lies [in, out], and the types of model that have them.
+CONV1D = re.compile(r"c_attn|c_proj|c_fc|q_attn")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_encoder", "clvp_decoder")
+
+
+def reasons(
+    slots: Mapping[str, Slot], config: Mapping[str, Any], include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, str | None]:
+    """Why each float tensor stays as it is; None for one that is quantized. Tensors of integers are not in it."""
+    lies = transposed(slots, config)
+    return {
+        name: unable(slot, lies) or unwanted(name, include, exclude)
+        for name, slot in slots.items()
+        if slot.dtype in FLOATS
+    }
+
+
+def unable(slot: Slot, lies: Mapping[str, str]) -> str | None:
+    """Why a tensor cannot be quantized."""
+    axes = len(slot.shape)
+    if axes < 2:
+        return f"{axes} axes: a matrix is quantized"
+    if axes > 2:
+        kind = "experts" if "expert" in slot.name else "a convolution" if slot.name.endswith("weight") else "a stack"
+        return f"{axes} axes: {kind}, not one matrix"
+    if slot.dtype == torch.float64:
+        return "float64: float32, float16 or bfloat16 is quantized"
+    return lies.get(slot.name)
+
+
+def unwanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why a matrix is not to be quantized."""
+    if pattern := next((p for p in exclude if fnmatch.fnmatchcase(name, p)), None):
+        return f"matches {pattern}"
+    if any(fnmatch.fnmatchcase(name, p) for p in include):
+        return None
+    if rule := next((rule for rule in RULES if rule.matches(name)), None):
+        return rule.why
+    return None if name.rpartition(".")[2] == "weight" else "not named *.weight"
+
+
+def transposed(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, str]:
+    """Matrices that lie [in, out], with how that is known: from the type of the model, or from their biases."""
+    matrices = {name: slot.shape for name, slot in slots.items() if len(slot.shape) == 2 and name.endswith("weight")}
+    told = next((kind for kind in model_types(config) if kind in CONV1D_MODELS), None)
+    found: dict[str, str] = {}
+    for name, (rows, columns) in matrices.items():
+        bias = slots.get(f"{name.removesuffix('weight')}bias")
+        if bias is not None and bias.shape == (columns,) != (rows,):
+            found[name] = "its bias has an element for each column: it lies [in, out]"
+    family = told or any(CONV1D.fullmatch(layer_of(name)) for name in found)
+    for name in matrices:
+        if family and CONV1D.fullmatch(layer_of(name)):
+            found[name] = f"transformers' Conv1D{f' of {told}' if told else ''}: it lies [in, out]"
+    return found
+
+
+def layer_of(name: str) -> str:
+    """The word before the last."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """``model_type`` of a configuration, and of those in it."""
+    waiting = [config]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(kind := found.get("model_type"), str):
+            yield kind
+        waiting += [value for value in found.values() if isinstance(value, dict)]
+
+
+# Names that tell of codes: of GPTQ and AWQ, bitsandbytes, compressed-tensors, FP8 and MX checkpoints, and others.
+CODES = {
+    "quantlib": r"(.*\.)?weight_codes",  # a state that was saved as it is, which load_quantized reads
+    "GPTQ or AWQ": r"(.*\.)?(qweight|qzeros|g_idx)",
+    "bitsandbytes": r".*\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|quant_state\..*)",
+    "compressed-tensors": r"(.*\.)?weight_packed",
+    "FP8": r".*(weight_scale_inv|\.scale_weight|scaled_fp8)",
+    "NVFP4": r".*\.weight_scale_2",
+    "HQQ": r".*\.W_q",
+    "quanto": r".*\.weight\._(data|scale|qtype)|.*\.weight\._data\..*",
+    "torchao": r".*_weight_(qdata|scale)",
+    "EXL2 or EXL3": r".*\.(q_weight|q_invperm|trellis)",
+    "AQLM": r".*\.codebooks",
+}
+SCALES = re.compile(r"(.*weight)_(scale|zero_point)|(.*)\.(input_scale)")
+CONFIGS = ("quantization_config", "compression_config")
+
+
+def check_float(path: object, slots: Mapping[str, Slot], config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a model holds codes of any kind: half of it would be converted, with scales left over."""
+    if (found := codes_of_others(slots, config)) is not None:
+        raise ValueError(f"{path} must hold float weights, got {found}: dequantize it to floats first")
+
+
+def codes_of_others(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> str | None:
+    """What shows that a model is quantized already."""
+    for name in slots:
+        if kind := next((kind for kind, names in CODES.items() if re.fullmatch(names, name)), None):
+            return f"{kind} codes ({name})"
+    for name, slot in slots.items():
+        if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in slots:
+            return f"MX codes ({name})"
+        is_matrix = len(slot.shape) == 2 and slot.dtype not in FLOATS and name.rpartition(".")[2] == "weight"
+        if is_matrix or (slot.dtype in FLOAT8 and len(slot.shape) > 1):
+            return f"codes of {NAMES[slot.dtype]} ({name})"
+    for name in slots:
+        if match := SCALES.fullmatch(name):
+            weight = slots.get(match[1] or f"{match[3]}.weight")
+            if weight is None or weight.dtype not in FLOATS:
+                return f"scales of codes ({name})"
+    for mapping in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in CONFIGS:
+            if isinstance(quantization := mapping.get(key), dict) and quantization:
+                method = quantization.get("quant_method", quantization.get("library", "unnamed"))
+                return f"a config.json with {key} of {method}"
+    return None

@@ -1,0 +1,116 @@
+"""Whether a weight is finite, and how far its codes are from it: a slab of rows at a time, which stays in a cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantlib import ops
+from quantlib.nn.functional import SOURCES, Weight, dequantize_rows
+from quantlib.report import LayerReport
+from quantlib.spec import QuantSpec
+
+OnNonfinite = Literal["raise", "propagate"]
+
+SLAB = 1 << 18  # elements: a MiB of float32, of which a core's second cache holds the input, the values and the codes
+SLAB_OF_A_GPU = 1 << 26  # each slab waits for the device once
+
+
+def slabs(rows: int, columns: int, multiple: int = 1, elements: int = SLAB) -> Iterator[slice]:
+    """Runs of rows of a matrix [rows, columns] of about ``elements`` each, cut at multiples of ``multiple`` rows."""
+    step = max(elements // max(columns, 1) // multiple, 1) * multiple
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def slabs_of(x: Tensor) -> Iterator[slice]:
+    """`slabs` of a matrix in memory."""
+    rows, columns = x.shape
+    return slabs(rows, columns, elements=SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU)
+
+
+@dataclass
+class Sums:
+    """Sums of squares of a weight and of the error of its codes, in float64 over slabs that are summed in float32."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Count a slab x of any float dtype with its values y, float32; ``y`` is overwritten."""
+        x = x.float()
+        self.signal += squares(x)
+        self.noise += squares(y.sub_(x))
+
+    @property
+    def snr_db(self) -> float:
+        """10 log10(signal / noise): infinite without noise, NaN where a value is not finite."""
+        if self.noise == 0:
+            return math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if 0 < ratio < math.inf else math.nan
+
+
+def squares(x: Tensor) -> float:
+    """The sum of squares of x, float32."""
+    x = x.reshape(-1)
+    total = float(torch.dot(x, x))
+    if 1e-20 < total < 1e30 or not x.numel():
+        return total
+    largest = float(x.abs().amax())  # squares may leave the range of float32: divide by the largest first
+    if largest == 0 or not math.isfinite(largest):
+        return largest * largest
+    x = x / largest
+    return float(torch.dot(x, x)) * largest * largest
+
+
+def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerReport:
+    """What became of x [N, ...]."""
+    ratio = math.nan
+    if not x.is_meta:
+        matrix, sums = x.detach().flatten(1), Sums()
+        block = spec.block(matrix.shape)
+        for rows in slabs_of(matrix):
+            sums.add(matrix[rows], dequantize_rows(weight, rows, spec.format, block, matrix.shape[1], torch.float32))
+        ratio = sums.snr_db
+    size = sum(t.numel() * t.element_size() for t in weight if t is not None)
+    return LayerReport(name, tuple(x.shape), str(spec), x.numel() * x.element_size(), size, ratio)
+
+
+def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:
+    """x [N, K] is of a dtype that can be quantized, and finite; so is its cast where ``spec`` has no scale."""
+    if x.dtype not in SOURCES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {str(x.dtype).removeprefix('torch.')}")
+    if on_nonfinite == "propagate" or x.is_meta or x.numel() == 0:
+        return
+    x = x.detach()
+    check_finite(name, ((rows.start, x[rows]) for rows in slabs_of(x)), spec)
+
+
+def check_finite(name: str, parts: Iterable[tuple[int, Tensor]], spec: QuantSpec) -> None:
+    """Raise ValueError with the first row that is not finite of a weight given as (first row, slab)."""
+    first, count = None, 0
+    for start, x in parts:
+        y = x if spec.scaled else ops.cast(x, spec.format)
+        if math.isfinite(float(y.sum(dtype=torch.float32))):  # an infinity or a NaN leaves no sum finite
+            continue
+        finite = y.isfinite()
+        rows = (~finite.all(-1)).nonzero().flatten()
+        count += len(rows)
+        if first is None and len(rows):
+            row = int(rows[0])
+            first = start + row, float(x[row][~finite[row]][0])
+    if first is None:
+        return
+    row, value = first
+    more = f" and in {count - 1} more rows" if count > 1 else ""
+    if math.isfinite(value):
+        expected = f"at most {spec.row.max:g} in magnitude, or {spec.format} have a scale ({spec.format}:row)"
+    else:
+        expected = 'finite, or on_nonfinite "propagate"'
+    raise ValueError(f"{name} must be {expected}, got {value:g} in row {row}{more}")
