@@ -22,6 +22,7 @@ FLOORS = [
     {"testing"},
     {"nn"},
     {"memory", "record", "report"},
+    {"measure"},
     {"api"},
     {"qat"},
     {"checkpoint", "integrations"},
