@@ -146,6 +146,14 @@ def formats_of(names: list[str], path: Path, model: nn.Module) -> dict[str, Stor
             f"{path} must say what its codes are quantized to, got codes without a format, {files.some(unknown)}: "
             "quantize_ the model to the spec of the file first"
         )
+    shared: dict[int, list[str]] = defaultdict(list)  # id of a weight -> the names that it has in the model
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key in ("weight", "weight_codes"):
+            if (parameter := module._parameters.get(key)) is not None:
+                shared[id(parameter)].append(join(prefix, "weight"))
+    for tied in shared.values():  # an embedding's spec tells nothing of activations, that of its head does
+        told = next((known[name] for name in tied if name in known and "@" in known[name].spec), None)
+        known.update((name, told) for name in tied if name in known and told is not None)
     return {name: known[name] for name in names}
 
 

@@ -54,7 +54,7 @@ class QuantEmbedding(QuantModule, nn.Embedding):
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
+        return self._rows(self.num_embeddings), self.embedding_dim
 
     def _allocate(self, spec: QuantSpec, dtype: torch.dtype | None, device: Any) -> None:
         super()._allocate(spec.weight_only, dtype, device)

@@ -86,7 +86,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
+        return self._rows(self.out_features), self.in_features
 
     def _allocate(self, spec: QuantSpec, dtype: torch.dtype | None, device: Any) -> None:
         super()._allocate(spec, dtype, device)

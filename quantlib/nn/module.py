@@ -161,7 +161,7 @@ class QuantModule(nn.Module):
             raise ValueError(f"weight must be {list(self.weight_shape)}, got {list(weight.shape)}")
         if not weight.is_meta and not weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {float(weight[~weight.isfinite()][0]):g}")
-        self.block = self.spec.block(self._matrix)
+        self.block = self.spec.block((weight.shape[0], self._matrix[1]))
         for name, tensor in self._parts(quantize_weight(weight.flatten(1), self.spec)).items():
             if tensor is not None:
                 self._parameters[name].data = tensor  # type: ignore[union-attr]
@@ -215,6 +215,11 @@ class QuantModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, spec={self.spec}"
+
+    def _rows(self, otherwise: int) -> int:
+        """N by the codes, which another module that shares them may have resized; ``otherwise`` where none tell."""
+        codes = self._parameters.get("weight_codes")
+        return codes.shape[0] if codes is not None and codes.dim() == 2 else otherwise
 
     @property
     def _matrix(self) -> tuple[int, int]:
