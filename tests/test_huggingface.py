@@ -122,7 +122,13 @@ def test_dora_takes_the_norms_of_the_weight(spec: str) -> None:
     model = quantized(spec)
     plain = copy.deepcopy(model)
     quantlib.dequantize_(plain)
-    assert_close(logits(adapted(model, use_dora=True)), logits(adapted(plain, use_dora=True)))
+    model, plain = adapted(model, use_dora=True), adapted(plain, use_dora=True)
+    assert_close(logits(model), logits(plain))
+    parameters = dict(plain.named_parameters())
+    norms = {name: norm for name, norm in model.named_parameters() if "magnitude" in name}
+    assert norms
+    for name, norm in norms.items():
+        assert_close(norm, parameters[name])
 
 
 @pytest.mark.parametrize("spec", ["W8A16", "W4A16", "float8_e4m3fn:row"])
@@ -206,6 +212,16 @@ def test_more_tokens_than_before(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_more_tokens_where_the_head_has_the_codes_of_the_embedding(spec: str) -> None:
+    model = quantized(spec, tied=True, types=EVERY)
+    y = logits(model)
+    model.resize_token_embeddings(100)  # type: ignore[operator]
+    again = logits(model)
+    assert again.shape[-1] == 100
+    assert_close(again[..., :96], y, 0.02 if spec == "W8A8" else 1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_ties_and_weights_that_are_initialized_again(spec: str) -> None:
     model = quantized(spec, tied=True, types=EVERY)
     y = logits(model)
@@ -214,9 +230,10 @@ def test_ties_and_weights_that_are_initialized_again(spec: str) -> None:
     assert_same_bytes(logits(model), y)
 
 
+@pytest.mark.parametrize("types", [(nn.Linear,), EVERY], ids=["linear", "every"])
 @pytest.mark.parametrize("spec", SPECS)
-def test_all_parameters_are_asked_for_a_gradient(spec: str) -> None:
-    model = quantized(spec)
+def test_all_parameters_are_asked_for_a_gradient(spec: str, types: Any) -> None:
+    model = quantized(spec, types=types)
     model.requires_grad_(True)
     assert not any("codes" in name or "zero_point" in name for name in names_that_train(model))
     model(input_ids=IDS, labels=IDS).loss.backward()
