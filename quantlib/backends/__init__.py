@@ -101,9 +101,9 @@ def attach(overload: str, bind: Binder, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(f"quantlib::{overload}", fake, lib=_library)
 
 
-def autograd(overload: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
-    """Register the gradient of ``overload``."""
-    torch.library.register_autograd(f"quantlib::{overload}", backward, setup_context=setup, lib=_library)
+def implement(overload: str, kernel: Callable[..., Any], key: str, with_keyset: bool = False) -> None:
+    """Register the one kernel of ``overload`` that no backend has a part in, under dispatch key ``key``."""
+    _library.impl(overload, kernel, key, with_keyset=with_keyset)
 
 
 def vmap(overload: str, rule: Callable[..., Any]) -> None:

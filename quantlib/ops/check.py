@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from quantlib import formats
 from quantlib.formats import FloatFormat, Format, IntFormat
@@ -109,10 +110,31 @@ def codes_of(shape: Sequence[int], f: Format) -> Result:
 
 
 def wants_gradient(op: str, argument: str, x: Any) -> bool:
-    """Whether autograd is to follow what is done to ``x``, which is a tensor."""
+    """Whether autograd is to follow what is done to ``x``, which is a tensor: in reverse mode, or in forward mode."""
     if not isinstance(x, Tensor):
         fail(op, argument, "a tensor", type(x).__name__)
-    return x.requires_grad and torch.is_grad_enabled()
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return False
+    return _is_followed(x)
+
+
+def _is_followed(x: Tensor) -> bool:
+    """`wants_gradient` at every level of torch.func, and of a tensor that has a tangent."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if _has_derivative(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return _has_derivative(x)
+
+
+def _has_derivative(x: Tensor) -> bool:
+    if torch._C._functorch.is_batchedtensor(x):  # which only the level below it knows
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def no_gradient(op: str, argument: str, x: Any) -> None:
