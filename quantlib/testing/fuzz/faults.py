@@ -323,7 +323,7 @@ def surroundings(call: Call, rng: Rng) -> After:
 
 def transformed(call: Call, rng: Rng) -> After:
     """vmap over two examples, each the call's own."""
-    name = pick(rng, [n for n, v in call.arguments.items() if isinstance(v, Tensor)])
+    name = pick(rng, [n for n, v in call.arguments.items() if type(v) is Tensor])
     example = call.arguments[name]
     count = int(rng.integers(0, 3))
 
@@ -343,7 +343,7 @@ def transformed(call: Call, rng: Rng) -> After:
 
 def forward_mode(call: Call, rng: Rng) -> After:
     """A forward derivative: right, or an error, but never lost."""
-    name = pick(rng, [n for n, v in call.arguments.items() if is_float(v) and n not in call.outs])
+    name = pick(rng, [n for n, v in call.arguments.items() if type(v) is Tensor and is_float(v) and n not in call.outs])
     primal = call.arguments[name]
 
     def around(function: Callable[..., Any]) -> Any:
@@ -365,6 +365,8 @@ def forward_mode(call: Call, rng: Rng) -> After:
 
 def all_fake(call: Call, rng: Rng) -> After:
     """The shapes alone, as torch.compile and torch.export ask for them."""
+    if call.around is not None:  # torch itself cannot make a dual number of a FakeTensor
+        raise ValueError("not inside of a transform")
     mode = FakeTensorMode()
     for name, value in call.arguments.items():
         if isinstance(value, Tensor):
