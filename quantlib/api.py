@@ -161,9 +161,7 @@ def reasons_to_skip(
             skipped[name] = why
     for name, layer in layers.items():
         if name not in skipped:
-            kept = (
-                (h, k) for h, k in holders[id(layer.weight)] if k != "weight" or h in skipped or h not in layers
-            )
+            kept = ((h, k) for h, k in holders[id(layer.weight)] if k != "weight" or h in skipped or h not in layers)
             if other := next(kept, None):
                 skipped[name] = f"shares its weight with {'.'.join(filter(None, other))}, which stays as it is"
                 if type(owner := model.get_submodule(other[0])) in QUANTIZED and not isinstance(owner, types):
@@ -196,7 +194,7 @@ def reason_to_skip(layer: nn.Module) -> str | None:
 
 
 def adapters_of(model: nn.Module) -> dict[int, str]:
-    """id of a module -> why it is no part of the base model: what peft trains beside a layer, or in front of a model."""
+    """id of a module -> why it is no part of the base model: what peft trains beside a layer or before a model."""
     found: dict[int, str] = {}
     for owner in model.modules():
         names = getattr(owner, "adapter_layer_names", ())
@@ -225,7 +223,7 @@ def account(model: nn.Module, report: Report) -> None:
                 continue
             counted.add(id(parameter))
             if key == codes:
-                report.quantized += module.weight.numel()  # type: ignore[operator, union-attr]
+                report.quantized += module.weight.numel()
             if key in own:
                 continue
             report.floats += parameter.numel()
@@ -266,7 +264,7 @@ def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
         return f"an nn.{type(module).__name__}, which types= does not name"
     if key != "weight":
         return f"a parameter of {type(module).__name__}, which is not a layer that quantlib knows"
-    return f"a {type(module).__name__}, for which quantlib has no quantized form"
+    return f"{type(module).__name__} has no quantized form"
 
 
 def quantized_type(layer: nn.Module) -> type[QuantModule]:

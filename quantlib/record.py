@@ -1,4 +1,4 @@
-"""``config.quantization_config``: what ``save_pretrained`` of transformers and diffusers writes of a quantized model."""
+"""``config.quantization_config``: what ``save_pretrained`` of transformers and diffusers says of codes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def record_(model: nn.Module) -> None:
 
 
 def own_config(model: nn.Module) -> Any:
-    """The config of ``model`` as a copy, which every module of it that holds the old one, or a part of it, now holds."""
+    """A copy of the config of ``model``, which each module of it that held the old one, or a part of it, now holds."""
     memo: dict[int, Any] = {}
     new = copy.deepcopy(model.config, memo)
     for module in model.modules():

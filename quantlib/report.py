@@ -133,7 +133,7 @@ class Report:
         return "\n".join(lines)
 
 
-def total_row(what: str, before: int, after: int) -> tuple[str, ...]:
+def total_row(what: str, before: int, after: int) -> tuple[str, str, str, str, str, str]:
     """The last rows of the table: bytes, and how much smaller they became."""
     ratio = f"{before / after:.2f} x smaller" if after else ""
     return what, "", "", f"{before:,}", f"{after:,}", ratio

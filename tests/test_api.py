@@ -416,7 +416,9 @@ def test_types_that_there_are_not() -> None:
     known = "nn.Linear, nn.Embedding, nn.Conv1d or nn.Conv2d"
     with pytest.raises(ValueError, match=rf"types must be {known}, got Conv3d"):
         quantize_(Mixed(), "int8", types=[nn.Linear, nn.Conv3d])
-    with pytest.raises(ValueError, match=r"model must have an nn.Embedding or nn.Conv1d to quantize, got .*an nn.Linear, which"):
+    with pytest.raises(
+        ValueError, match=r"model must have an nn.Embedding or nn.Conv1d to quantize, got .*an nn.Linear, which"
+    ):
         quantize_(mlp(), "int8", types=[nn.Embedding, nn.Conv1d])
     with pytest.raises(ValueError, match=r"got a single Embedding: use QuantEmbedding\.from_float"):
         quantize_(nn.Embedding(3, 3), "int8", types=[nn.Embedding])

@@ -219,7 +219,9 @@ def test_metadata_of_the_state_is_checked() -> None:
 
 
 def test_float_weights_and_other_scales_are_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"weight must be codes of int8:row, got float32 \[12, 35\]: load floats into the float"):
+    with pytest.raises(
+        RuntimeError, match=r"weight must be codes of int8:row, got float32 \[12, 35\]: load floats into the float"
+    ):
         QuantLinear(K, N, spec="int8").load_state_dict(linear().state_dict(), strict=False)
     state = QuantLinear.from_float(linear(), "int8").state_dict()
     state["weight_scale"] = state["weight_scale"].half()

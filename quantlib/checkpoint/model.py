@@ -284,9 +284,9 @@ class Skeleton:
                 problems.append(f"{name} {words(entry.slot)} for {words(expected)}")
         for prefix, module in self.modules.items():
             stored = self.contents.weights.get(join(prefix, "weight"))
-            if isinstance(module, QuantModule) and stored:
-                if QuantSpec.parse(stored.spec).weight_only != module.spec.weight_only:
-                    problems.append(f"{prefix}: codes of {stored.spec} for {module.spec}")
+            mine = module.spec.weight_only if isinstance(module, QuantModule) else None
+            if mine and stored and QuantSpec.parse(stored.spec).weight_only != mine:
+                problems.append(f"{prefix}: codes of {stored.spec} for {mine}")
             for key in module._non_persistent_buffers_set:
                 if isinstance(buffer := module._buffers[key], Tensor) and buffer.is_meta:
                     problems.append(f"{join(prefix, key)} on meta, which no file fills")

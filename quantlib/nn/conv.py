@@ -173,4 +173,3 @@ def slab(weight: Weight, n: slice, format: str, block: tuple[int, int], how: Con
     """[n, in / groups, *kernel] of ``dtype``: the values of these output channels."""
     shape = how.weight_shape[1:]
     return dequantize_rows(weight, n, format, block, math.prod(shape), dtype).view(-1, *shape)
-

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantlib import ops
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project
-from quantlib.nn.module import PARTS, QuantModule
+from quantlib.nn.module import PARTS, QuantModule, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.spec import QuantSpec
@@ -171,7 +171,7 @@ class QuantLinear(QuantModule, nn.Linear):
     def untile_(self) -> Self:
         """Keep the codes as [N, K] again: the inverse of `tile_`."""
         if self.tiled:
-            self.weight_codes = QuantParameter(self._parts(self.plain)["weight_codes"], requires_grad=False)
+            self.weight_codes = QuantParameter(self.plain.codes.view(stored_dtype(self.spec)), requires_grad=False)
         return self
 
     @property
@@ -201,7 +201,7 @@ class QuantLinear(QuantModule, nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.tiled and not keep_vars:
-            destination[f"{prefix}weight_codes"] = self._parts(self.plain)["weight_codes"]
+            destination[f"{prefix}weight_codes"] = self.plain.codes.view(stored_dtype(self.spec))
 
     def _load_from_state_dict(self, *args: Any) -> None:
         tiled = self.tiled

@@ -96,12 +96,12 @@ class LoRALinear(nn.Module):
         update = self.update()
         if not update.isfinite().all():
             raise ValueError(f"adapter must be finite, got {update[~update.isfinite()][0]:g}")
-        whole = self.base.with_weight(nn.Parameter(self.base.values() + update))
+        whole = self.base.with_weight(weight := nn.Parameter(self.base.values() + update))
         merged = QuantLinear.from_float(whole, self.base.spec)
         merged.dtype, merged.batch_invariant = self.base.dtype, self.base.batch_invariant
-        error = merged.values() - whole.weight
+        error = merged.values() - weight
         size = float(error.abs().max())
-        return merged.train(self.training), MergeError(_snr_db(whole.weight, error), _snr_db(update, error), size)
+        return merged.train(self.training), MergeError(_snr_db(weight, error), _snr_db(update, error), size)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}"

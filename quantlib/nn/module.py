@@ -57,7 +57,12 @@ class QuantModule(nn.Module):
 
     FLOAT: ClassVar[type[nn.Module]]
     KEPT: ClassVar[tuple[str, ...]] = tuple(PARTS)  # the parameters whose dtypes are part of the format
-    OWN: ClassVar[tuple[str, ...]] = ("spec", "block", "dtype", "_viewed")  # attributes that the float module does not have
+    OWN: ClassVar[tuple[str, ...]] = (
+        "spec",
+        "block",
+        "dtype",
+        "_viewed",
+    )  # attributes that the float module does not have
     _version = 2  # of the state: what `load_state_dict` of this and every later version reads
     spec: QuantSpec
     block: tuple[int, int]
@@ -183,15 +188,20 @@ class QuantModule(nn.Module):
         if torch.compiler.is_compiling():  # which leaves out what is not used: the dtype alone costs nothing
             return self.values(self.dtype)
         like = torch.empty(self.weight_shape, dtype=self.dtype, device="meta")
-        return DecodedWeight(like, self.weight_codes.device, lambda: self.values(self.dtype), self)
+        whole: Tensor = DecodedWeight(like, self.weight_codes.device, lambda: self.values(self.dtype), self)
+        return whole
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        if not isinstance(value, DecodedWeight) or not isinstance(value._owner, QuantModule):
+            raise RuntimeError(f"weight must not be assigned, it is decoded from codes: {WAY_OUT}")
+        self.share(value._owner)  # what `tie_weights` of transformers does
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "weight":
-            super().__setattr__(name, value)
-        elif isinstance(value, DecodedWeight) and isinstance(value._owner, QuantModule):
-            self.share(value._owner)  # what `tie_weights` does
+        if name == "weight":  # of which nn.Module would make a parameter
+            object.__setattr__(self, name, value)
         else:
-            raise RuntimeError(f"weight must not be assigned, it is decoded from codes: {WAY_OUT}")
+            super().__setattr__(name, value)
 
     def share(self, other: QuantModule) -> None:
         """Have the weight of ``other``, the same parameters: a tied weight.
@@ -302,7 +312,9 @@ class QuantModule(nn.Module):
             for name in wrong:
                 expected, got = self._parameters[name], state_dict[prefix + name]
                 expected_dtype = "absent" if expected is None else dtype_name(expected.dtype)
-                error_msgs.append(f"{prefix}{name} must be {expected_dtype} for {self.spec}, got {dtype_name(got.dtype)}")
+                error_msgs.append(
+                    f"{prefix}{name} must be {expected_dtype} for {self.spec}, got {dtype_name(got.dtype)}"
+                )
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
             self._keep_kinds()
@@ -333,7 +345,7 @@ def taken_over(layer: nn.Module) -> dict[str, Any]:
 
 def rebind_hooks(module: nn.Module) -> None:
     """Hooks that hold the module they were registered on hold ``module``."""
-    hooks = module._load_state_dict_pre_hooks
+    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
     for key, hook in hooks.items():
         if hook.with_module:
             hooks[key] = type(hook)(hook.hook, module)

@@ -36,7 +36,7 @@ class QuantParameter(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return QuantParameter, (self.data, self.requires_grad)
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantParameter containing:\n{self.data!r}"
 
 
@@ -64,14 +64,16 @@ class DecodedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, decode: Callable[[], Tensor], owner: Any = None) -> Any:
-        self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self = Tensor._make_wrapper_subclass(
             cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device=device
         )
         self._decode, self._owner = decode, owner
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         arguments = {a.name: a for a in func._schema.arguments}
         given = [*zip(func._schema.arguments, args, strict=False), *((arguments[k], v) for k, v in kwargs.items())]
@@ -90,13 +92,14 @@ class DecodedWeight(Tensor):
         owner = self._owner if func is torch.ops.aten.detach.default else None  # `weight.data` is the whole weight
         if isinstance(result, Tensor):
             return DecodedWeight(result, self.device, lambda: func(decoded(self), *args, **kwargs), owner)
-        return [
-            DecodedWeight(part, self.device, lambda n=n: func(decoded(self), *args, **kwargs)[n])
-            for n, part in enumerate(result)
-        ]
+
+        def nth(n: int) -> Callable[[], Tensor]:
+            return lambda: func(decoded(self), *args, **kwargs)[n]
+
+        return [DecodedWeight(part, self.device, nth(n)) for n, part in enumerate(result)]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
@@ -106,7 +109,7 @@ class DecodedWeight(Tensor):
         self._owner.set_weight_(value)
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return False
 
     @requires_grad.setter
@@ -132,7 +135,9 @@ class DecodedWeight(Tensor):
         return decoded(self).__dlpack__(**kwargs)
 
     def _no_memory(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("weight must be read by operations of torch, it has no memory of its own: use weight.clone()")
+        raise RuntimeError(
+            "weight must be read by operations of torch, it has no memory of its own: use weight.clone()"
+        )
 
     data_ptr = storage = _typed_storage = untyped_storage = share_memory_ = apply_ = map_ = _no_memory
 
@@ -142,7 +147,7 @@ class DecodedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return decoded(self).__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DecodedWeight(shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
 
