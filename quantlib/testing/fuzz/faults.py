@@ -170,7 +170,21 @@ TENSORS = (
 
 TEXTS = ("", "int3", "INT8", "int8 ", "float32", "float64", "int4", "uint8", "tanh", "é", "a\0b", "x" * 5000)
 SIZES = (0, -1, -2, 1, 7, 2**31, 2**62, 2**63 - 1, -(2**63))
-OBJECTS = (None, 3, 2.5, True, b"int8", [1], (), {}, ..., float("nan"), torch.int8, torch.ones(2), np.int64(3))
+OBJECTS: tuple[Any, ...] = (
+    None,
+    3,
+    2.5,
+    True,
+    b"int8",
+    [1],
+    (),
+    {},
+    ...,
+    float("nan"),
+    torch.int8,
+    torch.ones(2),
+    np.int64(3),
+)
 
 
 def is_sizes(value: Any) -> bool:

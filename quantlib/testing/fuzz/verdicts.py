@@ -164,9 +164,6 @@ def _wrong(results: tuple[Any, ...], want: tuple[Array | Sum, ...]) -> tuple[str
 
 def _plain(t: Tensor) -> Tensor:
     t = t.detach()
-    if torch._is_functional_tensor(t):
-        torch._sync(t)
-        t = torch._from_functional_tensor(t)
     return t.to_dense() if t.layout is not torch.strided else t
 
 
@@ -184,7 +181,6 @@ def _ordinary(t: Tensor) -> bool:
         and t.layout is torch.strided
         and not t.is_quantized
         and not t.is_nested
-        and not torch._is_functional_tensor(t)
         and t.dim() < 16
         and all(size < 1 << 16 for size in t.shape)
     )
