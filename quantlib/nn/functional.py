@@ -71,6 +71,10 @@ def _values(weight: Weight, format: str, block: tuple[int, int], size: int, dtyp
     codes, scale, zero_point = weight
     if scale is None:
         return _cast(codes, dtype)
+    if scale.requires_grad and torch.is_grad_enabled():  # `dequantize` has no gradient: the same product, by torch
+        units = ops.dequantize(codes, torch.ones_like(scale), format, block=block, zero_point=zero_point, size=size)
+        rows, columns = (torch.arange(n, device=scale.device) // b for n, b in zip(units.shape, block, strict=True))
+        return _cast(units * scale[rows][:, columns], dtype)
     narrow = torch.float32 if dtype == torch.float64 else dtype  # float64 holds what C7 gives, in float32, exactly
     y = ops.dequantize(codes, scale, format, block=block, zero_point=zero_point, dtype=narrow, size=size)
     return _cast(y, dtype)
