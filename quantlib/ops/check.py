@@ -55,6 +55,35 @@ def check_tensor(op: str, argument: str, got: Tensor, expected: Result, device: 
         fail(op, argument, described(shape, dtype, device), described(got.shape, got.dtype, got.device))
 
 
+def check_outs(op: str, outs: dict[str, Tensor]) -> None:
+    """Each result is written where no other element and no other result is."""
+    for name, out in outs.items():
+        span = 0  # what the axes of smaller strides reach
+        for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+            if size > 1 and stride <= span and out.numel():
+                fail(op, name, "a tensor whose elements do not share memory", f"strides {list(out.stride())}")
+            span += stride * (size - 1)
+        for other in outs:
+            if other == name:
+                break
+            if overlap(out, outs[other]):
+                fail(op, name, "in memory of its own", f"that of {other}")
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory of two tensors may have a byte in common."""
+    (first, end), (other, other_end) = _memory(a), _memory(b)
+    return first < other_end and other < end
+
+
+def _memory(x: Tensor) -> tuple[int, int]:
+    """The first byte of ``x`` and the one after its last; nothing of what has no memory."""
+    if not x.numel() or x.is_meta or not (first := x.data_ptr()):
+        return 0, 0
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    return first, first + (last + 1) * x.element_size()
+
+
 def check_dtype(op: str, argument: str, got: torch.dtype, accepted: Sequence[str]) -> None:
     if dtype_name(got) not in accepted:
         fail(op, argument, one_of(accepted), dtype_name(got))

@@ -171,7 +171,9 @@ def _second_gradients(ctx: Any, g: Tensor) -> Gradients:
     return ddy, None, dscale, None, None, None, None
 
 
-def _second_tangent(ctx: Any, dy_t: Tensor | None, codes_t: Tensor | None, scale_t: Tensor | None, *rest: Any) -> Tensor:
+def _second_tangent(
+    ctx: Any, dy_t: Tensor | None, codes_t: Tensor | None, scale_t: Tensor | None, *rest: Any
+) -> Tensor:
     dy, codes, scale, zero_point = ctx.saved_tensors
     weight = (codes, scale, ctx.format, ctx.block, zero_point)
     _check_frozen(codes_t is not None)
