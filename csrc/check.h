@@ -143,7 +143,7 @@ inline const Format& check_format(const char* op, const std::string& name, Accep
 inline Grid check_block(const char* op, SizesView sizes, const Sizes& block) {
   if (block.size() != 2 || block[0] < 1 || block[1] < 1) fail(op, "block", "two sizes >= 1", text_of(block));
   Grid grid = {1, sizes.empty() ? 1 : sizes.back(), block[0], block[1]};
-  for (size_t d = 0; d + 1 < sizes.size(); ++d) grid.M *= sizes[d];
+  if (!sizes.empty()) grid.M = product(sizes.begin(), sizes.end() - 1);
   return grid;
 }
 

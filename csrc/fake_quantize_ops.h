@@ -119,6 +119,9 @@ void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t) {
   Output dx(op, "dx", std::move(dx_out), like_x, a.x.device());
   Output dscale(op, "dscale", std::move(dscale_out), like_scale, a.x.device());
   Output dzero_point(op, "dzero_point", std::move(dzero_point_out), like_scale, a.x.device());
+  dscale.apart_from(op, "dscale", dx, "dx");
+  dzero_point.apart_from(op, "dzero_point", dx, "dx");
+  dzero_point.apart_from(op, "dzero_point", dscale, "dscale");
   dy.make_contiguous();
   const Tensor* z = a.zero_point ? &*a.zero_point : nullptr;
   const auto into = [&](Output& out) { return out.data({&dy, &a.x, &a.scale, z}); };

@@ -14,11 +14,7 @@ inline Result product_of(const Tensor& x, int64_t N, int32_t dtype) {
 }
 
 // M of x [..., K]: what stands before K, where any of it may be 0
-inline int64_t rows_of(const Tensor& x) {
-  int64_t M = 1;
-  for (size_t d = 0; d + 1 < x.sizes().size(); ++d) M *= x.sizes()[d];
-  return M;
-}
+inline int64_t rows_of(const Tensor& x) { return product(x.sizes().begin(), x.sizes().end() - 1); }
 
 // The arguments that make a weight.
 struct WeightArguments {

@@ -15,7 +15,15 @@ class Output {
  public:
   Output(const char* op, const char* argument, std::optional<Tensor> given, Result result, Device device)
       : given_(std::move(given)), result_(std::move(result)), device_(device) {
-    if (given_) check_tensor(op, argument, *given_, result_, device);
+    if (!given_) return;
+    check_tensor(op, argument, *given_, result_, device);
+    if (given_->overlaps_itself())
+      fail(op, argument, "a tensor whose elements do not share memory", "strides " + text_of(given_->strides()));
+  }
+  // Where two results were given the same memory one would be written over the other.
+  void apart_from(const char* op, const char* argument, const Output& other, const char* its_argument) const {
+    if (given_ && other.given_ && given_->overlaps(*other.given_))
+      fail(op, argument, "in memory of its own", std::string("that of ") + its_argument);
   }
 
   // Where the kernel writes: contiguous, and over none of the inputs (null: not given), which it is still reading.
@@ -102,6 +110,7 @@ void compute_scale(StableIValue* stack, uint64_t, uint64_t) {
                {scale_sizes(grid), aoti_torch_dtype_float32()}, x.device());
   Output zero_point(op, "zero_point", std::move(zero_point_out), {scale_sizes(grid), aoti_torch_dtype_int32()},
                     x.device());
+  zero_point.apart_from(op, "zero_point", scale, "scale");
   x.make_contiguous();
   auto* s = static_cast<float*>(scale.data({&x}));
   auto* z = AFFINE ? static_cast<int32_t*>(zero_point.data({&x})) : nullptr;
@@ -128,7 +137,7 @@ void quantize(StableIValue* stack, uint64_t, uint64_t) {
   x.make_contiguous();
   scale.make_contiguous();
   const int32_t* z = zero_points<Backend>(op, zero_point, f);
-  void* data = codes.data({&x, &scale});
+  void* data = codes.data({&x, &scale, zero_point ? &*zero_point : nullptr});
   if (x.numel())
     Backend(x.device()).quantize({grid, x.data(), x_format.type, f.type, static_cast<float*>(scale.data()), z, data});
   codes.finish(stack[0]);
@@ -157,7 +166,7 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   codes.make_contiguous();
   scale.make_contiguous();
   const int32_t* z = zero_points<Backend>(op, zero_point, f);
-  void* data = y.data({&codes, &scale});
+  void* data = y.data({&codes, &scale, zero_point ? &*zero_point : nullptr});
   if (grid.M && grid.K)
     Backend(codes.device())
         .dequantize({grid, codes.data(), f.type, static_cast<float*>(scale.data()), z, data, y_format.type});
@@ -181,6 +190,9 @@ void quantize_dynamic(StableIValue* stack, uint64_t, uint64_t) {
   Output scale(op, "scale", std::move(scale_out), {scale_sizes(grid), aoti_torch_dtype_float32()}, x.device());
   Output zero_point(op, "zero_point", std::move(zero_point_out), {scale_sizes(grid), aoti_torch_dtype_int32()},
                     x.device());
+  scale.apart_from(op, "scale", codes, "codes");
+  zero_point.apart_from(op, "zero_point", codes, "codes");
+  zero_point.apart_from(op, "zero_point", scale, "scale");
   x.make_contiguous();
   void* data = codes.data({&x});
   auto* s = static_cast<float*>(scale.data({&x}));

@@ -34,6 +34,15 @@ inline void in_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t 
 #endif
 }
 
+// The product of sizes: 0 where one is, and the largest number where an int64 does not hold it.
+inline int64_t product(const int64_t* first, const int64_t* end) {
+  if (std::find(first, end, 0) != end) return 0;
+  int64_t n = 1;
+  for (; first != end; ++first)
+    if (__builtin_mul_overflow(n, *first, &n)) return INT64_MAX;
+  return n;
+}
+
 struct Device {
   int32_t type, index;
   bool operator==(Device other) const { return type == other.type && index == other.index; }
@@ -53,7 +62,9 @@ class Tensor {
   }
   static Tensor empty(SizesView sizes, int32_t dtype, Device device) {
     Sizes strides(sizes.size(), 1);
-    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    for (size_t d = sizes.size(); d-- > 1;)
+      if (__builtin_mul_overflow(strides[d], std::max<int64_t>(sizes[d], 1), &strides[d - 1]))
+        strides[d - 1] = INT64_MAX;
     AtenTensorHandle handle;
     check_torch(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device.type,
                                          device.index, &handle));
@@ -87,12 +98,13 @@ class Tensor {
   SizesView sizes() const { return sizes_; }
   int32_t dtype() const { return dtype_; }
   Device device() const { return device_; }
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int64_t size : sizes_) n *= size;
-    return n;
+  SizesView strides() const {
+    int64_t* strides;
+    check_torch(aoti_torch_get_strides(handle_, &strides));
+    return SizesView(strides, sizes_.size());
   }
-  int64_t nbytes() const { return numel() * int64_t(aoti_torch_dtype_element_size(dtype_)); }
+  int64_t numel() const { return product(sizes_.begin(), sizes_.end()); }
+  int64_t nbytes() const { return numel() * int64_t(aoti_torch_dtype_element_size(dtype_)); }  // of what exists
   bool is_contiguous() const {
     bool result;
     check_torch(aoti_torch_is_contiguous(handle_, &result));
@@ -112,10 +124,34 @@ class Tensor {
     copy.copy_from(*this);
     *this = std::move(copy);
   }
-  // Whether two contiguous tensors share a byte.
+  // From the first byte to the one after the last.
+  std::pair<const char*, const char*> memory() const {
+    const auto* first = static_cast<const char*>(data());
+    if (!numel()) return {first, first};
+    const SizesView strides = this->strides();
+    int64_t last = 0;
+    for (size_t d = 0; d < sizes_.size(); ++d) last += strides[d] * (sizes_[d] - 1);
+    return {first, first + (last + 1) * int64_t(aoti_torch_dtype_element_size(dtype_))};
+  }
+  // Whether two tensors may share a byte.
   bool overlaps(const Tensor& other) const {
-    const auto *a = static_cast<const char*>(data()), *b = static_cast<const char*>(other.data());
-    return a < b + other.nbytes() && b < a + nbytes();
+    const auto [a, a_end] = memory();
+    const auto [b, b_end] = other.memory();
+    return a < b_end && b < a_end;
+  }
+  // Whether two elements may share a byte.
+  bool overlaps_itself() const {
+    if (is_contiguous() || !numel()) return false;
+    const SizesView strides = this->strides();
+    std::vector<std::pair<int64_t, int64_t>> axes;
+    for (size_t d = 0; d < sizes_.size(); ++d) axes.emplace_back(strides[d], sizes_[d]);
+    std::sort(axes.begin(), axes.end());
+    int64_t span = 0;  // what the axes of smaller strides reach
+    for (const auto& [stride, size] : axes) {
+      if (size > 1 && stride <= span) return true;
+      span += stride * (size - 1);
+    }
+    return false;
   }
   // One more reference: the caller's to delete.
   AtenTensorHandle reference() const {

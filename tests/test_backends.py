@@ -100,3 +100,46 @@ def test_the_switch_holds_for_every_thread() -> None:
         thread.start()
         thread.join()
     assert seen == ["composite"]
+
+
+def test_threads_that_force_different_backends_each_get_theirs() -> None:
+    names, seen, wrong = ("composite", "cpp", "auto", "triton"), [], []
+    together = threading.Barrier(len(names))
+    want = quantlib.cast(x(), "float16")
+
+    def run(name: str) -> None:
+        for _ in range(20):
+            together.wait()
+            try:
+                with quantlib.use_backend(name):
+                    seen.append((name, backends.current()))
+                    if name != "triton":
+                        assert_same_bytes(quantlib.cast(x(), "float16"), want)
+            except NotImplementedError:
+                if backends.refuses(name, "cpu") is None:
+                    wrong.append(name)
+            except Exception as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(name == got for name, got in seen)
+    assert_same_bytes(quantlib.cast(x(), "float16"), want)
+
+
+def test_blocks_may_be_left_in_any_order_and_by_any_thread() -> None:
+    outer, inner = quantlib.use_backend("composite"), quantlib.use_backend("auto")
+    before = backends.current()
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert backends.current() == "auto"
+    thread = threading.Thread(target=inner.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert backends.current() == before
+    quantlib.cast(x(), "float16")

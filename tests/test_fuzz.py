@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -59,9 +60,14 @@ def planted(
     return {finding.kind: finding for finding in found if finding.call.startswith("quantlib.cast(")}
 
 
+@functools.cache
+def casts() -> dict[int, fuzz.Call]:
+    return {seed: fuzz.draw(seed, "cast")[0] for seed in range(3000)}
+
+
 def seeds_with(fault: str) -> list[int]:
     """Calls of ``quantlib.cast`` with this done to them, and nothing else."""
-    calls = {seed: fuzz.draw(seed, "cast")[0] for seed in range(1500)}
+    calls = casts()
     wanted = [
         seed for seed, call in calls.items() if not call.raw and len(call.faults) == 1 and fault in call.faults[0]
     ]

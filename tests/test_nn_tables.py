@@ -17,6 +17,7 @@ from quantlib.checkpoint import dequantize_file, load_quantized, save_quantized
 from quantlib.nn import QUANTIZED, QuantConv1d, QuantConv2d, QuantEmbedding, QuantModule, conv
 from quantlib.nn.functional import quantize_weight
 from quantlib.spec import QuantSpec
+from quantlib.testing import assert_same_bytes
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -234,3 +235,35 @@ def test_from_float_refuses(layer: Any) -> None:
 def test_all_of_them_are_modules_of_codes() -> None:
     assert all(isinstance(make("int8"), QuantModule) for make in MODULES.values())
     assert all(str(make("W4A16").spec) == str(QuantSpec.parse("W4A16")) for make in MODULES.values())
+
+
+@pytest.mark.parametrize(
+    "spec", ["int8", "int4:group:4", "int8:tensor", "uint8:row:affine", "float8_e4m3fn:row", "int8:tile:3"]
+)
+@pytest.mark.parametrize(
+    ("layer", "quantized", "x"),
+    [
+        (nn.Embedding(7, 10), QuantEmbedding, torch.tensor([[1, 1, 2], [0, 3, 6]])),
+        (nn.Conv1d(4, 6, 3, groups=2), QuantConv1d, torch.randn(2, 4, 9)),
+        (nn.Conv2d(4, 6, 3, padding=1), QuantConv2d, torch.randn(2, 4, 5, 5)),
+    ],
+    ids=["embedding", "conv1d", "conv2d"],
+)
+def test_the_gradient_of_a_scale(layer: nn.Module, quantized: Any, x: torch.Tensor, spec: str) -> None:
+    """That of its block of the weight, times the codes; the values stay what they are."""
+    module = quantized.from_float(layer, spec)
+    y = module(x)
+    module.requires_grad_(True)
+    again = module(x)
+    assert_same_bytes(again, y)
+    again.square().sum().backward()
+
+    plain = module.dequantize()
+    plain(x).square().sum().backward()
+    rows = plain.weight.grad.flatten(1)
+    terms = rows * plain.weight.detach().flatten(1)  # dw * code * scale
+    (br, bk), scale = module.block, module.weight_scale
+    at = [torch.arange(n) // b for n, b in zip(rows.shape, (br, bk), strict=True)]
+    index = at[0][:, None] * scale.shape[1] + at[1]
+    sums = torch.zeros(scale.numel()).index_add_(0, index.flatten(), terms.flatten()).view_as(scale)
+    torch.testing.assert_close(scale.grad, sums / scale.detach(), rtol=1e-4, atol=1e-4)

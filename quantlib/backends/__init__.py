@@ -2,7 +2,8 @@
 
 Kernels stack per dispatch key. At the bottom lies ``composite``, pure torch on any device; the C++ library puts ``cpp``
 over it on the CPU and ``cuda`` on CUDA; where Triton and a CUDA torch are there, ``triton`` lies over ``cuda``.
-:func:`use_backend` pushes one more layer, which a compiled graph follows without recompiling.
+:func:`use_backend` puts kernels over all of them that ask which backend the calling thread wants; a compiled graph
+follows without recompiling.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import importlib
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantlib.backends import compiled
 
@@ -57,8 +60,12 @@ def refuses(backend: str, device: str, overload: str | None = None) -> str | Non
 
 
 def current() -> str:
-    """The backend that is forced now, or "auto"."""
-    return _layers[-1].name
+    """The backend that is forced now, or "auto": see `use_backend`."""
+    for blocks in (_own.blocks, _blocks):
+        for block in reversed(blocks):
+            if block.open:
+                return block.name
+    return "auto"
 
 
 def serving(device: str) -> str:
@@ -73,20 +80,29 @@ def serving(device: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Inside the block only ``name`` runs: "composite", "cpp", "triton", "cuda", or "auto" for the usual order.
 
-    A call that the backend cannot serve raises NotImplementedError and says why; it never falls back. The switch is
-    one of the process, not of the thread.
+    A call that the backend cannot serve raises NotImplementedError and says why; it never falls back. A thread follows
+    the innermost block that it has entered itself. A thread that is in no block, such as those on which torch runs the
+    backward pass of a GPU, follows the one that was entered last in the process and is still open.
 
     Raises
     ------
     ValueError
         For a name that is no backend.
     """
-    _layers.append(_Layer(name))
+    global _blocks
+    block = _Block(name)
+    with _lock:
+        _blocks = (*_blocks, block)
+        _install()
+    _keep_own(block)
     try:
         yield
     finally:
-        _layers.pop().remove()
-        _layers[-1].install()
+        block.open = False
+        _keep_own()
+        with _lock:
+            _blocks = tuple(b for b in _blocks if b is not block)
+            _uninstall()
 
 
 def attach(overload: str, bind: Binder, fake: Callable[..., Any]) -> None:
@@ -100,9 +116,9 @@ def attach(overload: str, bind: Binder, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(f"quantlib::{overload}", fake, lib=_library)
 
 
-def autograd(overload: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
-    """Register the gradient of ``overload``."""
-    torch.library.register_autograd(f"quantlib::{overload}", backward, setup_context=setup, lib=_library)
+def implement(overload: str, kernel: Callable[..., Any], key: str, with_keyset: bool = False) -> None:
+    """Register the one kernel of ``overload`` that no backend has a part in, under dispatch key ``key``."""
+    _library.impl(overload, kernel, key, with_keyset=with_keyset)
 
 
 def vmap(overload: str, rule: Callable[..., Any]) -> None:
@@ -111,45 +127,96 @@ def vmap(overload: str, rule: Callable[..., Any]) -> None:
 
 
 def start() -> None:
-    """Put the layer of ``QUANTLIB_BACKEND`` in place, once every op is attached."""
-    _layers.append(_Layer(os.environ.get("QUANTLIB_BACKEND", "auto")))
+    """Put Triton over CUDA C++ and heed ``QUANTLIB_BACKEND``, once every op is attached."""
+    global _blocks
+    _blocks = (_Block(os.environ.get("QUANTLIB_BACKEND", "auto")),)
+    if torch.version.cuda is not None:
+        for overload in _binders:
+            _compiled_kernel(overload, "cuda")  # before it is covered
+            if _usual(overload, "cuda") == "triton":
+                _cover(_library, overload, "cuda", _kernel("triton", overload, "cuda"))
+    _install()
 
 
-class _Layer:
-    """The kernels over those of the compiled libraries: none, one backend's, or a refusal for each device."""
+class _Block:
+    """A `use_backend` that is entered."""
 
     def __init__(self, name: str) -> None:
         if name != "auto" and name not in BACKENDS:
             raise ValueError(f"backend must be auto, {', '.join(reversed(BACKENDS))}, got {name!r}")
-        self.name = name
-        self.library: torch.library.Library | None = None
-        self.install()
-
-    def install(self) -> None:
-        if _layers and _layers[-1] is not self:
-            _layers[-1].remove()
-        self.library = torch.library.Library("quantlib", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is what is meant
-            for device, key in DEVICES.items():
-                for overload, bind in _binders.items():
-                    backend = serving_layer(self.name, overload, device)
-                    if backend is not None:
-                        kernel = bind(_launcher(backend, overload, device))
-                        self.library.impl(overload, kernel, key, allow_override=True)
-
-    def remove(self) -> None:
-        if self.library is not None:
-            self.library._destroy()
-            self.library = None
+        self.name, self.open = name, True
 
 
-def serving_layer(name: str, overload: str, device: str) -> str | None:
-    """The backend whose kernel layer ``name`` puts over the one that lies there already; None where none is due."""
-    if name == "auto":
-        over = device == "cuda" and torch.version.cuda is not None and refuses("triton", device, overload) is None
-        return "triton" if over else None
-    return None if COMPILED.get(name) == device and (overload, DEVICES[device]) in _compiled else name
+def _keep_own(*entered: _Block) -> None:
+    """Remember the blocks that this thread is in, and forget those that are left."""
+    _own.blocks = (*(b for b in _own.blocks if b.open), *entered)
+
+
+def _install() -> None:
+    """Cover what some open block has another backend for by kernels that ask `current`."""
+    global _switch
+    for device in DEVICES:
+        for overload in _binders:
+            if (overload, device) not in _covered and any(_differs(b.name, overload, device) for b in _blocks):
+                if _switch is None:
+                    _switch = torch.library.Library("quantlib", "IMPL")
+                _compiled_kernel(overload, device)  # before it is covered
+                _cover(_switch, overload, device, functools.partial(_ask, overload, device))
+                _covered.add((overload, device))
+
+
+def _uninstall() -> None:
+    """Uncover everything once no block needs it.
+
+    torch frees a kernel that is taken back even while another thread runs it, so where there are other threads all
+    stays as it is, and a call costs some microseconds more.
+    """
+    global _switch
+    needed = any(_differs(b.name, *pair) for b in _blocks for pair in _covered)
+    if _switch is not None and not needed and threading.active_count() == 1:
+        _switch._destroy()
+        _switch = None
+        _covered.clear()
+
+
+def _cover(library: torch.library.Library, overload: str, device: str, kernel: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is what is meant
+        library.impl(overload, kernel, DEVICES[device], with_keyset=True, allow_override=True)
+
+
+def _ask(overload: str, device: str, keyset: Any, *args: Any, **outs: Tensor) -> Any:
+    return _kernel(current(), overload, device)(keyset, *args, **outs)
+
+
+def _usual(overload: str, device: str) -> str:
+    """The backend that serves ``overload`` where nothing is forced."""
+    if device == "cuda" and torch.version.cuda is not None and refuses("triton", device, overload) is None:
+        return "triton"
+    compiled_backend = next(backend for backend, serves in COMPILED.items() if serves == device)
+    return compiled_backend if (overload, DEVICES[device]) in _compiled else "composite"
+
+
+def _differs(name: str, overload: str, device: str) -> bool:
+    return name not in ("auto", _usual(overload, device))
+
+
+@functools.cache
+def _kernel(name: str, overload: str, device: str) -> Callable[..., Any]:
+    """What runs ``overload`` on ``device`` where ``name`` is forced; it takes the dispatcher's keys first."""
+    backend = _usual(overload, device) if name == "auto" else name
+    if COMPILED.get(backend) == device and (overload, DEVICES[device]) in _compiled:
+        kernel: Callable[..., Any] = _compiled_kernel(overload, device).call_boxed
+        return kernel
+    bound = _binders[overload](_launcher(backend, overload, device))
+    return lambda keyset, *args, **outs: bound(*args, **outs)
+
+
+@functools.cache
+def _compiled_kernel(overload: str, device: str) -> Any:
+    """The kernel of the C++ or CUDA library, asked for before another covers it; None where it has none."""
+    key = DEVICES[device]
+    return torch.library.get_kernel(f"quantlib::{overload}", key) if (overload, key) in _compiled else None
 
 
 def _launcher(backend: str, overload: str, device: str = "cpu") -> Callable[..., None]:
@@ -185,4 +252,15 @@ compiled.load(
     "cuda", build=torch.cuda.is_available() and _python_backend("triton").refuses(torch.device("cuda")) is not None
 )
 
-_layers: list[_Layer] = []
+
+class _Own(threading.local):
+    """The blocks that a thread has entered itself, the innermost last."""
+
+    blocks: tuple[_Block, ...] = ()
+
+
+_own = _Own()
+_lock = threading.RLock()
+_blocks: tuple[_Block, ...] = ()  # that are open in the process, the one entered last at the end
+_switch: torch.library.Library | None = None
+_covered: set[tuple[str, str]] = set()  # (overload, device) that `_switch` has a kernel for

@@ -140,33 +140,46 @@ class _Convolve(torch.autograd.Function):
         block: tuple[int, int],
         how: Convolution,
     ) -> Tensor:
-        convolve, parts = CONVOLVE[len(how.stride)], []
-        for n, k, groups in how.slabs():
-            w = slab(Weight(codes, scale, zero_point), n, format, block, how, x.dtype)
-            b = None if bias is None else bias[n]
-            parts.append(convolve(x[:, k], w, b, how.stride, how.padding, how.dilation, groups))
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return convolved(x, bias, Weight(codes, scale, zero_point), format, block, how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, codes, scale, zero_point, ctx.format, ctx.block, ctx.how = inputs
         ctx.shape = x.shape
-        ctx.save_for_backward(codes, scale, zero_point)
+        ctx.save_for_backward(codes, scale, zero_point, x if ctx.needs_input_grad[3] else None)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        how, dx, dbias = ctx.how, None, None
+        how, dx, dbias, dscale = ctx.how, None, None, None
+        codes, scale, zero_point, x = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             total = torch.float32 if dy.dtype in SOURCES else dy.dtype
             dx = torch.zeros(ctx.shape, dtype=total, device=dy.device)
             for n, k, groups in how.slabs():
-                w = slab(Weight(*ctx.saved_tensors), n, ctx.format, ctx.block, how, dy.dtype)
+                w = slab(Weight(codes, scale, zero_point), n, ctx.format, ctx.block, how, dy.dtype)
                 shape, rest = dx[:, k].shape, (how.stride, how.padding, how.dilation, groups)
                 dx[:, k] += GRADIENT_OF_X[len(how.stride)](shape, w, dy[:, n], *rest)  # type: ignore[no-untyped-call]
             dx = dx.to(dy.dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.sum([d for d in range(dy.dim()) if d != 1])
-        return dx, dbias, None, None, None, None, None, None
+        if ctx.needs_input_grad[3]:
+            with torch.enable_grad():
+                leaf = scale.detach().requires_grad_()
+                y = convolved(x.detach(), None, Weight(codes, leaf, zero_point), ctx.format, ctx.block, how)
+            (dscale,) = torch.autograd.grad(y, leaf, dy)
+        return dx, dbias, None, dscale, None, None, None, None
+
+
+def convolved(
+    x: Tensor, bias: Tensor | None, weight: Weight, format: str, block: tuple[int, int], how: Convolution
+) -> Tensor:
+    """The convolution of x with the values of ``weight``, a slab of output channels at a time."""
+    convolve, parts = CONVOLVE[len(how.stride)], []
+    for n, k, groups in how.slabs():
+        w = slab(weight, n, format, block, how, x.dtype)
+        b = None if bias is None else bias[n]
+        parts.append(convolve(x[:, k], w, b, how.stride, how.padding, how.dilation, groups))
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def slab(weight: Weight, n: slice, format: str, block: tuple[int, int], how: Convolution, dtype: torch.dtype) -> Tensor:

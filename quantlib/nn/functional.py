@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from quantlib import ops
+from quantlib.ops.autograd import StraightThrough
+from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.spec import QuantSpec
 
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # what the ops take, and what is quantized
@@ -69,6 +71,10 @@ def _values(weight: Weight, format: str, block: tuple[int, int], size: int, dtyp
     codes, scale, zero_point = weight
     if scale is None:
         return _cast(codes, dtype)
+    if scale.requires_grad and torch.is_grad_enabled():  # `dequantize` has no gradient: the same product, by torch
+        units = ops.dequantize(codes, torch.ones_like(scale), format, block=block, zero_point=zero_point, size=size)
+        rows, columns = (torch.arange(n, device=scale.device) // b for n, b in zip(units.shape, block, strict=True))
+        return _cast(units * scale[rows][:, columns], dtype)
     narrow = torch.float32 if dtype == torch.float64 else dtype  # float64 holds what C7 gives, in float32, exactly
     y = ops.dequantize(codes, scale, format, block=block, zero_point=zero_point, dtype=narrow, size=size)
     return _cast(y, dtype)
@@ -119,19 +125,11 @@ def project(x: Tensor, spec: QuantSpec, static: Scale | None = None) -> Tensor:
     return _cast(y, x.dtype)
 
 
-class _Project(torch.autograd.Function):
+class _Project(StraightThrough):
     @staticmethod
     def forward(x: Tensor, spec: QuantSpec) -> Tensor:
         narrow = x.float() if x.dtype == torch.float64 else x
         return dequantize_weight(quantize_weight(narrow, spec), spec, x.shape[-1], x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy, None
 
 
 def _clipped(dy: Tensor, x: Tensor, spec: QuantSpec, static: Scale) -> Tensor:
@@ -177,6 +175,8 @@ def integer_matmul(
 
 
 class _IntegerMatmul(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -216,19 +216,31 @@ class _IntegerMatmul(torch.autograd.Function):
         ctx.K, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
         reads_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[0] and x_scale is not None)
         ctx.save_for_backward(x if reads_x else None, scale, codes, zero_point, x_scale, x_zero_point)
+        ctx.save_for_forward(x, scale, codes, zero_point, x_scale, x_zero_point)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         x, scale, codes, zero_point, x_scale, x_zero_point = ctx.saved_tensors
         static = None if x_scale is None else Scale(x_scale, x_zero_point)
         weight = (codes, scale, ctx.format, ctx.block, zero_point)
         dx = dscale = dbias = None
-        if ctx.needs_input_grad[0]:
+        if dy is not None and ctx.needs_input_grad[0]:
             dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight, ctx.K)
             dx = dx if static is None else _clipped(dx, x, ctx.activation, static)
-        if ctx.needs_input_grad[1]:
+        if dy is not None and ctx.needs_input_grad[1]:
             values = project(x, ctx.activation, static)
             dscale = torch.ops.quantlib.dequant_matmul_backward_scale(dy, values, *weight)
-        if ctx.needs_input_grad[2]:
-            dbias = dy.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if dy is not None and ctx.needs_input_grad[2]:
+            dbias = gradient_of_bias(dy, ctx.bias_dtype)
         return dx, dscale, dbias, *[None] * 7
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, scale_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Tensor:
+        x, scale, codes, zero_point, x_scale, x_zero_point = ctx.saved_tensors
+        static = None if x_scale is None else Scale(x_scale, x_zero_point)
+        if x_t is not None and static is not None:
+            x_t = _clipped(x_t, x, ctx.activation, static)
+        values = x if scale_t is None else project(x, ctx.activation, static)
+        weight = (codes, scale, ctx.format, ctx.block, zero_point)
+        return tangent_of_product(values, weight, x_t, scale_t, bias_t)

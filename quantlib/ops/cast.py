@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.check import CASTS, Result, check_dtype, check_format, dtype_of, wants_gradient
+from quantlib.ops.autograd import StraightThrough
+from quantlib.ops.check import CASTS, Result, check_dtype, check_format, dtype_of, fail, wants_gradient
 from quantlib.ops.declare import Kernel, declare, format_name
 
 
@@ -59,7 +58,15 @@ def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, 
     name = format_name(format)
     saturates = _SATURATES.get(name, False) if saturate is None else saturate
     if wants_gradient("cast", "x", x):
-        result: Tensor = _StraightThrough.apply(x, name, saturates, out)  # type: ignore[no-untyped-call]
+        if out is not None:
+            fail("cast", "out", "None where x requires a gradient", "a tensor")
+        if x.dtype.itemsize == 1 or name.startswith("float8"):
+            way_out = "call it under torch.no_grad() or on x.detach()"
+            raise RuntimeError(
+                "quantlib::cast: x must not require a gradient, which cannot pass through 8 bits, "
+                f"got {x.dtype} to {name}: {way_out}"
+            )
+        result: Tensor = _Cast.apply(x, name, saturates)  # type: ignore[no-untyped-call]
         return result
     if out is None:
         y: Tensor = _cast(x, name, saturates)
@@ -68,22 +75,8 @@ def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, 
     return out
 
 
-class _StraightThrough(torch.autograd.Function):
-    """dx = dy, in x's dtype."""
-
+class _Cast(StraightThrough):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str, saturate: bool, out: Tensor | None) -> Tensor:
-        if out is not None:
-            raise RuntimeError("quantlib::cast: out must be None where x requires a gradient, got a tensor")
-        if x.dtype.itemsize == 1 or name.startswith("float8"):
-            raise RuntimeError(
-                f"quantlib::cast: x must not require a gradient, which cannot pass through 8 bits, "
-                f"got {x.dtype} to {name}: call it under torch.no_grad() or on x.detach()"
-            )
-        ctx.dtype = x.dtype
+    def forward(x: Tensor, name: str, saturate: bool) -> Tensor:
         y: Tensor = _cast(x, name, saturate)
         return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        return dy.to(ctx.dtype), None, None, None

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from quantlib import formats
 from quantlib.formats import FloatFormat, Format, IntFormat
@@ -52,6 +53,35 @@ def check_tensor(op: str, argument: str, got: Tensor, expected: Result, device: 
     shape, dtype = expected
     if got.dtype != dtype or got.device != device or list(got.shape) != list(shape):
         fail(op, argument, described(shape, dtype, device), described(got.shape, got.dtype, got.device))
+
+
+def check_outs(op: str, outs: dict[str, Tensor]) -> None:
+    """Each result is written where no other element and no other result is."""
+    for name, out in outs.items():
+        span = 0  # what the axes of smaller strides reach
+        for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+            if size > 1 and stride <= span and out.numel():
+                fail(op, name, "a tensor whose elements do not share memory", f"strides {list(out.stride())}")
+            span += stride * (size - 1)
+        for other in outs:
+            if other == name:
+                break
+            if overlap(out, outs[other]):
+                fail(op, name, "in memory of its own", f"that of {other}")
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory of two tensors may have a byte in common."""
+    (first, end), (other, other_end) = _memory(a), _memory(b)
+    return first < other_end and other < end
+
+
+def _memory(x: Tensor) -> tuple[int, int]:
+    """The first byte of ``x`` and the one after its last; nothing of what has no memory."""
+    if not x.numel() or x.is_meta or not (first := x.data_ptr()):
+        return 0, 0
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    return first, first + (last + 1) * x.element_size()
 
 
 def check_dtype(op: str, argument: str, got: torch.dtype, accepted: Sequence[str]) -> None:
@@ -109,10 +139,31 @@ def codes_of(shape: Sequence[int], f: Format) -> Result:
 
 
 def wants_gradient(op: str, argument: str, x: Any) -> bool:
-    """Whether autograd is to follow what is done to ``x``, which is a tensor."""
+    """Whether autograd is to follow what is done to ``x``, which is a tensor: in reverse mode, or in forward mode."""
     if not isinstance(x, Tensor):
         fail(op, argument, "a tensor", type(x).__name__)
-    return x.requires_grad and torch.is_grad_enabled()
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return False
+    return _is_followed(x)
+
+
+def _is_followed(x: Tensor) -> bool:
+    """`wants_gradient` at every level of torch.func, and of a tensor that has a tangent."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if _has_derivative(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return _has_derivative(x)
+
+
+def _has_derivative(x: Tensor) -> bool:
+    if torch._C._functorch.is_batchedtensor(x):  # which only the level below it knows
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def no_gradient(op: str, argument: str, x: Any) -> None:

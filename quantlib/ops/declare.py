@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantlib import backends, formats
-from quantlib.ops.check import Block, Result, check_tensor, fail
+from quantlib.ops.check import Block, Result, check_outs, check_tensor, fail, overlap
 from quantlib.spec import matrix_shape
 
 Kernel = Callable[..., None]
@@ -49,9 +49,16 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
         def call_out(*args: Any, **outs: Tensor) -> None:
             fake_out(*args, **outs)
             given = [outs[name] for name in names]
+            check_outs(op, outs)
             if not given[0].numel():
                 return
-            dense = [out if out.is_contiguous() else torch.empty_like(out, memory_format=DENSE) for out in given]
+            read = [a for a in args if isinstance(a, Tensor)]
+            dense = [
+                torch.empty_like(out, memory_format=DENSE)
+                if not out.is_contiguous() or any(overlap(out, a) for a in read)
+                else out
+                for out in given
+            ]
             launch(kernel, dense, *args)
             for out, written in zip(given, dense, strict=True):
                 if written is not out:
@@ -66,6 +73,15 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
 
     def each(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         """One call an example: a block never spans two of them."""
+        if not info.batch_size:
+            shapes = (
+                torch.empty(a.movedim(d, 0).shape[1:], dtype=a.dtype, device="meta") if isinstance(d, int)
+                else a.to("meta") if isinstance(a, Tensor) else a
+                for a, d in zip(args, in_dims, strict=True)
+            )  # fmt: skip
+            device = next(a.device for a in args if isinstance(a, Tensor))
+            none = [torch.empty((0, *shape), dtype=dtype, device=device) for shape, dtype in results(*shapes)]
+            return (none[0], 0) if len(none) == 1 else (tuple(none), (0,) * len(none))
         calls = []
         for n in range(info.batch_size):
             example = (a.select(d, n) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))

@@ -17,6 +17,7 @@ from quantlib.ops.check import (
     check_dtype,
     check_format,
     check_tensor,
+    dtype_name,
     fail,
     host_values,
 )
@@ -133,6 +134,7 @@ def fake_quantize(
     -----
     Contract C10, ``docs/contract.md``; Esser et al., Learned Step Size Quantization, 2020.
     """
+    check_grad_factor(grad_factor)
     if mask not in ("rounded", "lsq"):
         fail("fake_quantize", "mask", "rounded or lsq", repr(mask))
     for argument, value in (("x", x), ("scale", scale)):
@@ -173,6 +175,7 @@ def fake_quantize_per_tensor_affine(
         As :func:`fake_quantize`.
     """
     rows = x.reshape(1, -1)
+    _check_integers(zero_point, quant_min, quant_max)
     scale, zero_point = (
         torch.as_tensor(v, dtype=torch.float32, device=x.device).reshape(1, 1)[:, : rows.shape[1]]
         for v in (scale, zero_point)
@@ -190,7 +193,10 @@ def fake_quantize_per_channel_affine(
     *,
     grad_factor: float = 1.0,
 ) -> Tensor:
-    """:func:`fake_quantize` with the arguments of ``torch.fake_quantize_per_channel_affine``, and its forward bytes.
+    """:func:`fake_quantize` with the arguments of ``torch.fake_quantize_per_channel_affine``.
+
+    Its forward bytes too where zero points are integers. A float zero point is rounded and clamped to a code, as by
+    torch's learnable variant; ``torch.fake_quantize_per_channel_affine`` adds it as it is, before rounding.
 
     Parameters
     ----------
@@ -213,6 +219,9 @@ def fake_quantize_per_channel_affine(
     RuntimeError
         As :func:`fake_quantize`.
     """
+    _check_integers(zero_point, quant_min, quant_max)
+    if scale.dtype != torch.float32:
+        fail("fake_quantize", "scale", "float32", dtype_name(scale.dtype))
     moved = x.movedim(axis, 0)
     rows = moved.reshape(moved.shape[0], -1)
     scale, zero_point = (v.float().reshape(-1, 1)[:, : rows.shape[1]] for v in (scale, zero_point))
@@ -230,7 +239,14 @@ def grad_factor(n: int, qmax: float) -> float:
     return float(torch.tensor(1.0 / math.sqrt(n * qmax), dtype=torch.float32))
 
 
+def check_grad_factor(value: float) -> None:
+    """A float32 that is not negative: what it is multiplied by is float32."""
+    if not 0 <= value <= torch.finfo(torch.float32).max:
+        fail("fake_quantize", "grad_factor", "a finite float32, at least 0", value)
+
+
 def _affine(rows: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, grad_factor: float) -> Tensor:
+    check_grad_factor(grad_factor)
     name = "int8" if qmin < 0 else "uint8"  # of the format only the largest scale is used: the codes are qmin..qmax
     return _call(rows, scale, name, (1, max(rows.shape[1], 1)), zero_point, (qmin, qmax), False, grad_factor)
 
@@ -255,6 +271,15 @@ def _call(
         return y
     _fake_quantize_out(*args, out=out)
     return out
+
+
+def _check_integers(zero_point: Tensor | float, qmin: int, qmax: int) -> None:
+    """An integer zero point is a code, as torch asks; one that is a float is learned, and clamped."""
+    if isinstance(zero_point, Tensor):
+        if not zero_point.is_floating_point():
+            check_codes(zero_point, "int8", (qmin, qmax))
+    elif isinstance(zero_point, int) and not qmin <= zero_point <= qmax:
+        fail("fake_quantize", "zero_point", f"in {qmin}..{qmax}", zero_point)
 
 
 def check_codes(zero_point: Tensor, name: str, limits: Limits | None) -> None:

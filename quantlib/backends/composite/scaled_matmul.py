@@ -37,7 +37,7 @@ def scaled_matmul(
         # integers below 2^53: float64 is exact in any order
         w, s_n = values.double(), (s if len(s) == 1 else s[n])
         if scale.shape[1] == 1:
-            total[:, n] = product(a, w.T).float() * s_x * s_n.T
+            total[:, n] = (product(a, w.T).float() + 0) * s_x * s_n.T  # a sum starts at +0
             continue
         for J in range(scale.shape[1]):
             k = slice(J * bk, (J + 1) * bk)

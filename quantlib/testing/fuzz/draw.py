@@ -87,6 +87,7 @@ def shown(value: Any) -> str:
 def valid(rng: Rng, op: str | None = None) -> Call:
     """A call that must be served, of a raw overload or of a public function, maybe into tensors that are given."""
     op = op or pick(rng, OPS)
+    want: tuple[Array | Sum, ...]
     if op in table.OPS:
         overload, arguments, want = _table(rng, op)
     elif op in learned.OPS:
@@ -181,6 +182,7 @@ def _helper(rng: Rng, op: str) -> Call:
         f, dtype = pick(rng, CASTS[1:]), pick(rng, DTYPES)
         case = Case("cast", f, dtype, (3, pick(rng, SIZES)), saturate=True)
         x = compare.tensors(case)["x"]
+        assert x is not None
         codes = reference.cast(_floats(bits(x), dtype), f, saturate=True)
         want = reference.cast(_floats(codes, f), dtype)
         return Call(op, f"quantlib.ops.{op}", {"x": x, "format": f, "saturate": True}, (want,))
@@ -195,12 +197,12 @@ def _helper(rng: Rng, op: str) -> Call:
         return Call(op, f"quantlib.{op}", {"packed": torch.from_numpy(two), "format": f, "size": K}, (one,))
     f = pick(rng, [f.name for f in formats.TABLE if f.bits <= 8])
     case = Case("dequantize", f, "float32", (N, K), (-1, -1))
-    codes = compare.tensors(case)["codes"]
-    assert codes is not None
-    tiles = ops.tile(codes, f, size=K)  # by the code itself: what is held is that one undoes the other, in any layout
+    given = compare.tensors(case)["codes"]
+    assert given is not None
+    tiles = ops.tile(given, f, size=K)  # by the code itself: what is held is that one undoes the other, in any layout
     back = ops.untile(tiles, f, (N, K))
     if op == "tile":
-        return Call(op, f"quantlib.ops.{op}", {"codes": codes, "format": f, "size": K}, (bits(tiles),))
+        return Call(op, f"quantlib.ops.{op}", {"codes": given, "format": f, "size": K}, (bits(tiles),))
     return Call(op, f"quantlib.ops.{op}", {"tiles": tiles, "format": f, "shape": (N, K)}, (bits(back),))
 
 

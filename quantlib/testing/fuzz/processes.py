@@ -73,7 +73,7 @@ def _batch(
         child.start()
         sending.close()
         findings: list[Finding] = []
-        done, why, call = 0, "", "a call that is not made yet"
+        done, why, call, ended = 0, "", "a call that is not made yet", False
         while True:
             if not receiving.poll(limit):
                 child.kill()
@@ -87,11 +87,13 @@ def _batch(
                 findings.append(message)
             elif isinstance(message, str):
                 call = message
+            elif message is None:
+                ended = True
             else:
                 done = message
         child.join()
         receiving.close()
-        if done < len(seeds):  # it did not come to the end
+        if not ended:
             name = backends[(first + done) % len(backends)]
             if not why:
                 stack.seek(0)
@@ -114,9 +116,21 @@ def _run(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if size < 1 << 40:  # a sanitizer reserves terabytes
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    state = _dispatcher()
     for number, seed in enumerate(seeds):
         finding = judge(seed, backends[(first + number) % len(backends)], op, announce=sending.send)
         if finding is not None:
             sending.send(smallest(finding))
         sending.send(number + 1)
+        if (
+            _dispatcher() != state
+        ):  # torch's own errors inside of a transform leave it so: the next call gets a new process
+            break
+    sending.send(None)
     sending.close()
+
+
+def _dispatcher() -> tuple[int, int]:
+    """What torch's dispatcher is told to leave out and to take in, which belongs to the thread."""
+    excluded, included = torch._C._dispatch_tls_local_exclude_set(), torch._C._dispatch_tls_local_include_set()
+    return excluded.raw_repr(), included.raw_repr()

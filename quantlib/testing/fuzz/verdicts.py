@@ -20,6 +20,11 @@ from quantlib.testing.fuzz.draw import Call
 from quantlib.testing.fuzz.faults import After
 
 CLASSES = ("crash", "hang", "unclear message", "wrong bytes", "written input", "lost gradient", "refused", "accepted")
+# Classes that do not fail a run yet, with the reason. A finding of one is printed all the same.
+KNOWN = {
+    "unclear message": "layouts other than strided, Python types that a schema lacks, transforms of torch.func and the "
+    "arguments of ops.fake_cast and ops.fake_quantize_per_*_affine are refused in torch's own words",
+}
 CLEAR = (RuntimeError, TypeError, ValueError, NotImplementedError)
 # Words of torch that say nothing about the call.
 UNCLEAR = (
@@ -72,6 +77,8 @@ def make(seed: int, op: str | None = None, kept: Sequence[int] | None = None) ->
         for number in range(count_of(seed)) if kept is None else kept:
             after, by_type = faults.inflict(call, np.random.default_rng([seed, 1 + number]))
             worst, typed = max(worst, after, key=order.index), typed or by_type
+    if worst is After.ERROR and len(call.faults) > 1:  # what comes later may have undone it
+        worst = After.ANY
     return call, worst, typed
 
 
@@ -159,9 +166,6 @@ def _wrong(results: tuple[Any, ...], want: tuple[Array | Sum, ...]) -> tuple[str
 
 def _plain(t: Tensor) -> Tensor:
     t = t.detach()
-    if torch._is_functional_tensor(t):
-        torch._sync(t)
-        t = torch._from_functional_tensor(t)
     return t.to_dense() if t.layout is not torch.strided else t
 
 
@@ -179,7 +183,6 @@ def _ordinary(t: Tensor) -> bool:
         and t.layout is torch.strided
         and not t.is_quantized
         and not t.is_nested
-        and not torch._is_functional_tensor(t)
         and t.dim() < 16
         and all(size < 1 << 16 for size in t.shape)
     )

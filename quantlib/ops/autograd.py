@@ -1,0 +1,101 @@
+"""dx and dy of an op: reverse and forward mode, under ``torch.func`` too, declared once for each overload.
+
+A kernel under the dispatcher's ``Autograd`` key records one node per level of ``torch.func``, as torch's own ops do;
+`torch.library.register_autograd` knows reverse mode at one level only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from quantlib import backends
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def differentiable(
+    overload: str,
+    setup: Callable[[Any, tuple[Any, ...]], None],
+    backward: Callable[..., Gradients],
+    jvp: Callable[..., Tensor],
+) -> None:
+    """Register the derivative of ``overload``, which has one result.
+
+    Parameters
+    ----------
+    setup : (ctx, args)
+        Keeps in ``ctx`` what the others need: tensors by `keep`, anything else as attributes.
+    backward : (ctx, dy) -> a gradient or None for each argument
+    jvp : (ctx, *tangents of the arguments, None where one has none) -> the tangent of the result
+    """
+    op = getattr(getattr(torch.ops.quantlib, overload.partition(".")[0]), overload.partition(".")[2] or "default")
+    defaults = tuple(a.default_value for a in op._schema.arguments)
+    after = torch._C._after_autograd_keyset
+
+    def forward(*args: Any) -> Any:
+        *args, keyset = args  # type: ignore[assignment]
+        # the levels of torch.func below this one record too, and a Function switches both modes off
+        with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return op.redispatch(keyset & after, *args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup(ctx, inputs[:-1])
+
+    def vjp(ctx: Any, *dys: Tensor | None) -> Any:
+        return (*backward(ctx, *dys), None) if any(dy is not None for dy in dys) else (None,) * (len(defaults) + 1)
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": vjp, "jvp": _without_last(jvp)}
+    # the name that torch.library gives its own, which profiles show
+    name = f"GeneratedBackwardFor_quantlib_{overload.replace('.', '_')}"
+    function = type(name, (_SingleLevelFunction,), {k: staticmethod(v) for k, v in methods.items()})
+    apply = function.apply  # type: ignore[attr-defined]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with enable_single_level_autograd_function():
+                return apply(*args, *defaults[len(args) :], keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & after, *args)
+
+    backends.implement(overload, kernel, "Autograd", with_keyset=True)
+
+
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save ``tensors`` for backward and for jvp alike."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _without_last(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(jvp)
+    def called(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return jvp(ctx, *tangents[:-1])
+
+    return called
+
+
+class StraightThrough(torch.autograd.Function):
+    """A projection of x whose derivative is that of the identity; ``forward(x, ...)`` is for a subclass to give."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype, ctx.y_dtype, ctx.others = inputs[0].dtype, output.dtype, len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return (dy.to(ctx.dtype), *(None,) * ctx.others)
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
+        return x_t.to(ctx.y_dtype)
