@@ -59,6 +59,41 @@ PUBLIC: list[tuple[str, Callable[[], Any]]] = [
         "quantlib::cast: out must be None where x requires a gradient",
         lambda: quantlib.cast(X.clone().requires_grad_(), "float16", out=X.half()),
     ),
+    (
+        "quantlib::dequant_matmul: x must be a tensor, got list",
+        lambda: quantlib.dequant_matmul([1.0], C8, S, "int8", block=B),
+    ),
+    (
+        "quantlib::dequant_matmul: scale must be a tensor, got float",
+        lambda: quantlib.dequant_matmul(X, C8, 0.1, "int8", block=B),
+    ),
+    (
+        "quantlib::dynamic_matmul: x must be a tensor, got ndarray",
+        lambda: quantlib.dynamic_matmul(X.numpy(), C8, S, block=B),
+    ),
+    (
+        "quantlib::scaled_matmul: scale must be a tensor, got NoneType",
+        lambda: quantlib.scaled_matmul(C8, S[:, :1], C8, None, block=B),
+    ),
+    *(
+        (
+            f"quantlib::fake_quantize: grad_factor must be a finite float32, at least 0, got {value}",
+            lambda value=value: quantlib.fake_quantize(X, S, "int8", block=B, grad_factor=value),
+        )
+        for value in (float("nan"), float("inf"), -1.0, 1e300)
+    ),
+    (
+        "quantlib::fake_quantize: zero_point must be in 0..255, got 300",
+        lambda: quantlib.ops.fake_quantize_per_tensor_affine(X, 0.1, 300, 0, 255),
+    ),
+    (
+        "quantlib::fake_quantize: zero_point must be in 0..255, got -1",
+        lambda: quantlib.ops.fake_quantize_per_channel_affine(X, S[:, 0], -C8[:, 0].int(), 0, 0, 255),
+    ),
+    (
+        "quantlib::fake_quantize: scale must be float32, got float16",
+        lambda: quantlib.ops.fake_quantize_per_channel_affine(X, S[:, 0].half(), C8[:, 0].int(), 0, 0, 255),
+    ),
     ("quantlib::pack: format must be ", lambda: quantlib.pack(C8, "int8")),
     ("quantlib::pack: codes must be integers [..., K], got ", lambda: quantlib.pack(X, "int4")),
     ("quantlib::pack: codes must be in -8..7, got 99", lambda: quantlib.pack(C8 * 99, "int4")),

@@ -14,7 +14,7 @@ import quantlib
 from quantlib import formats, ops, reference, testing
 from quantlib.reference.numerics import Array
 from quantlib.reference.ops import reduce_blocks
-from quantlib.testing import values
+from quantlib.testing import assert_same_bytes, values
 
 SHAPE = (6, 67)
 SPECS = [(f.name, affine) for f in formats.TABLE for affine in (False, True) if not (affine and f.is_float)]
@@ -224,3 +224,13 @@ def test_bad_input(backend: Served, message: str) -> None:
     given = {"x": torch.randn(2, 8), "scale": torch.ones(2, 1), "format": "int8", "block": (1, -1)} | BAD[message]
     with pytest.raises(RuntimeError, match=f"quantlib::fake_quantize: {message}"):
         quantlib.fake_quantize(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_float_zero_point_that_is_not_learned_is_that_of_torch(dtype: torch.dtype) -> None:
+    x = (torch.arange(-40, 40).view(2, 40) / 8).to(dtype)
+    scale, zero_point = torch.tensor([0.1, 0.0125]), torch.tensor([2.4, 85.0])
+    got = quantlib.ops.fake_quantize_per_channel_affine(x, scale, zero_point, 0, 0, 255)
+    assert_same_bytes(got, torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, 0, 255))
+    got = quantlib.ops.fake_quantize_per_tensor_affine(x, scale[0], torch.tensor(3.5), 0, 255)
+    assert_same_bytes(got, torch.fake_quantize_per_tensor_affine(x, 0.1, 3, 0, 255))

@@ -89,7 +89,7 @@ def use_backend(name: str) -> Iterator[None]:
     ValueError
         For a name that is no backend.
     """
-    global _blocks
+    global _blocks  # noqa: PLW0603
     block = _Block(name)
     with _lock:
         _blocks = (*_blocks, block)
@@ -128,7 +128,7 @@ def vmap(overload: str, rule: Callable[..., Any]) -> None:
 
 def start() -> None:
     """Put Triton over CUDA C++ and heed ``QUANTLIB_BACKEND``, once every op is attached."""
-    global _blocks
+    global _blocks  # noqa: PLW0603
     _blocks = (_Block(os.environ.get("QUANTLIB_BACKEND", "auto")),)
     if torch.version.cuda is not None:
         for overload in _binders:
@@ -154,7 +154,7 @@ def _keep_own(*entered: _Block) -> None:
 
 def _install() -> None:
     """Cover what some open block has another backend for by kernels that ask `current`."""
-    global _switch
+    global _switch  # noqa: PLW0603
     for device in DEVICES:
         for overload in _binders:
             if (overload, device) not in _covered and any(_differs(b.name, overload, device) for b in _blocks):
@@ -171,7 +171,7 @@ def _uninstall() -> None:
     torch frees a kernel that is taken back even while another thread runs it, so where there are other threads all
     stays as it is, and a call costs some microseconds more.
     """
-    global _switch
+    global _switch  # noqa: PLW0603
     needed = any(_differs(b.name, *pair) for b in _blocks for pair in _covered)
     if _switch is not None and not needed and threading.active_count() == 1:
         _switch._destroy()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantlib import ops
-from quantlib.ops.autograd import StraightThrough
+from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.spec import QuantSpec
 
@@ -116,8 +116,7 @@ def project(x: Tensor, spec: QuantSpec, static: Scale | None = None) -> Tensor:
     """
     y: Tensor
     if static is None:
-        y = _Project.apply(x, spec)  # type: ignore[no-untyped-call]
-        return y
+        return apply(_Project, x, spec)
     narrow = x.float() if x.dtype == torch.float64 else x
     scale, zero_point = static.blocks_of(x, spec)
     z = None if zero_point is None else zero_point.float()
@@ -170,8 +169,7 @@ def integer_matmul(
         As for `quantlib.scaled_matmul`.
     """
     given = (None, None) if static is None else static
-    y: Tensor = _IntegerMatmul.apply(x, scale, bias, codes, zero_point, *given, activation, format, block)  # type: ignore[no-untyped-call]
-    return y
+    return apply(_IntegerMatmul, x, scale, bias, codes, zero_point, *given, activation, format, block)
 
 
 class _IntegerMatmul(torch.autograd.Function):
@@ -236,7 +234,7 @@ class _IntegerMatmul(torch.autograd.Function):
         return dx, dscale, dbias, *[None] * 7
 
     @staticmethod
-    def jvp(ctx: Any, x_t: Tensor | None, scale_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Tensor:
+    def tangent(ctx: Any, x_t: Tensor | None, scale_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Tensor:
         x, scale, codes, zero_point, x_scale, x_zero_point = ctx.saved_tensors
         static = None if x_scale is None else Scale(x_scale, x_zero_point)
         if x_t is not None and static is not None:

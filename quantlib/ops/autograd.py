@@ -97,5 +97,17 @@ class StraightThrough(torch.autograd.Function):
         return (dy.to(ctx.dtype), *(None,) * ctx.others)
 
     @staticmethod
-    def jvp(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
+    def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
         return x_t.to(ctx.y_dtype)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """``function.apply(*args)``, with its ``tangent`` as jvp: a function that has a jvp is one that Dynamo refuses."""
+    chosen = function if torch.compiler.is_compiling() else _with_jvp(function)
+    y: Tensor = chosen.apply(*args)  # type: ignore[no-untyped-call]
+    return y
+
+
+@functools.cache
+def _with_jvp(function: Any) -> type[torch.autograd.Function]:
+    return type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.autograd import StraightThrough
+from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.ops.check import CASTS, Result, check_dtype, check_format, dtype_of, fail, wants_gradient
 from quantlib.ops.declare import Kernel, declare, format_name
 
@@ -66,8 +66,7 @@ def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, 
                 "quantlib::cast: x must not require a gradient, which cannot pass through 8 bits, "
                 f"got {x.dtype} to {name}: {way_out}"
             )
-        result: Tensor = _Cast.apply(x, name, saturates)  # type: ignore[no-untyped-call]
-        return result
+        return apply(_Cast, x, name, saturates)
     if out is None:
         y: Tensor = _cast(x, name, saturates)
         return y

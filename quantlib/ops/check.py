@@ -63,10 +63,10 @@ def check_outs(op: str, outs: dict[str, Tensor]) -> None:
             if size > 1 and stride <= span and out.numel():
                 fail(op, name, "a tensor whose elements do not share memory", f"strides {list(out.stride())}")
             span += stride * (size - 1)
-        for other in outs:
+        for other, earlier in outs.items():
             if other == name:
                 break
-            if overlap(out, outs[other]):
+            if overlap(out, earlier):
                 fail(op, name, "in memory of its own", f"that of {other}")
 
 

@@ -15,6 +15,7 @@ from quantlib.ops.check import (
     check_format,
     check_scale,
     check_tensor,
+    fail,
     no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name
@@ -161,6 +162,8 @@ def dequant_matmul(
     for argument, value in (("codes", codes), ("zero_point", zero_point), ("out", out)):
         if value is not None:
             no_gradient(OP, argument, value)
+    if not isinstance(scale, Tensor):
+        fail(OP, "scale", "a tensor", type(scale).__name__)
     name = format_name(format)
     block = block_of_weight(OP, codes if size is None else size, block, last_size(OP, "x", x))
     y: Tensor

@@ -226,7 +226,8 @@ def _values(weight: tuple[Any, ...], scale: Tensor, K: int) -> Tensor:
     codes, ones, format, block, zero_point = *weight[:1], torch.ones_like(weight[1]), *weight[2:]
     size = K if formats.get(format).packed else None
     units = torch.ops.quantlib.dequantize(codes, ones, format, block, zero_point, torch.float32, size)
-    return units * spread(scale, len(codes), K, (min(block[0], max(len(codes), 1)), min(block[1], max(K, 1))))
+    w: Tensor = units * spread(scale, len(codes), K, (min(block[0], max(len(codes), 1)), min(block[1], max(K, 1))))
+    return w
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -243,8 +244,10 @@ def _through_activation(activation: str, dy: Tensor, before: Tensor) -> Tensor:
         s = torch.sigmoid(before.float())
         return (dy * (s * (1 + before * (1 - s)))).to(dy.dtype)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(dy, before)
-    return torch.ops.aten.gelu_backward(dy, before, approximate=GELU[activation])
+        dy = torch.ops.aten.silu_backward(dy, before)
+    else:
+        dy = torch.ops.aten.gelu_backward(dy, before, approximate=GELU[activation])
+    return dy
 
 
 def _followed() -> bool:

@@ -20,6 +20,7 @@ from quantlib.ops.check import (
     dtype_name,
     fail,
     host_values,
+    wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
 
@@ -159,7 +160,8 @@ def fake_quantize_per_tensor_affine(
     ----------
     x : Tensor [...]
     scale, zero_point : Tensor of one element, or number
-        With gradients where they are float32 tensors that require one, like torch's learnable variant.
+        With gradients where they are float32 tensors that require one, like torch's learnable variant, which rounds a
+        float zero point; without one it is truncated.
     quant_min, quant_max : int
         The lowest and the highest code; 0 lies between them.
     grad_factor : float
@@ -176,6 +178,12 @@ def fake_quantize_per_tensor_affine(
     """
     rows = x.reshape(1, -1)
     _check_integers(zero_point, quant_min, quant_max)
+    if isinstance(zero_point, float) or (
+        isinstance(zero_point, Tensor)
+        and zero_point.is_floating_point()
+        and not wants_gradient("fake_quantize", "zero_point", zero_point)
+    ):
+        zero_point = torch.as_tensor(zero_point).trunc()
     scale, zero_point = (
         torch.as_tensor(v, dtype=torch.float32, device=x.device).reshape(1, 1)[:, : rows.shape[1]]
         for v in (scale, zero_point)
@@ -193,16 +201,14 @@ def fake_quantize_per_channel_affine(
     *,
     grad_factor: float = 1.0,
 ) -> Tensor:
-    """:func:`fake_quantize` with the arguments of ``torch.fake_quantize_per_channel_affine``.
-
-    Its forward bytes too where zero points are integers. A float zero point is rounded and clamped to a code, as by
-    torch's learnable variant; ``torch.fake_quantize_per_channel_affine`` adds it as it is, before rounding.
+    """:func:`fake_quantize` with the arguments of ``torch.fake_quantize_per_channel_affine``, and its forward bytes.
 
     Parameters
     ----------
     x : Tensor [...]
     scale, zero_point : Tensor [x.shape[axis]]
-        With gradients where they are float32 tensors that require one, like torch's learnable variant.
+        float32 and an integer dtype or float32. With gradients where they require one, like torch's learnable variant,
+        which rounds a float zero point to a code; without one it is added as it is, before rounding.
     axis : int
         The axis whose entries have a scale each.
     quant_min, quant_max : int
@@ -222,6 +228,8 @@ def fake_quantize_per_channel_affine(
     _check_integers(zero_point, quant_min, quant_max)
     if scale.dtype != torch.float32:
         fail("fake_quantize", "scale", "float32", dtype_name(scale.dtype))
+    if zero_point.is_floating_point() and not any(wants_gradient("fake_quantize", "", v) for v in (scale, zero_point)):
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point.float(), axis, quant_min, quant_max)
     moved = x.movedim(axis, 0)
     rows = moved.reshape(moved.shape[0], -1)
     scale, zero_point = (v.float().reshape(-1, 1)[:, : rows.shape[1]] for v in (scale, zero_point))

@@ -173,8 +173,8 @@ def scaled_matmul(
     row of the weight has several scales, the products of their sums are added in ascending order, and x_scale comes
     last.
     """
-    for argument, value in (("x_scale", x_scale), ("scale", scale), ("bias", bias), ("out", out)):
-        if value is not None:
+    for argument, value in (("x_scale", x_scale), ("codes", codes), ("scale", scale), ("bias", bias), ("out", out)):
+        if value is not None or argument not in ("bias", "out"):
             no_gradient(OP, argument, value)
     block = block_of_weight(OP, codes, block, last_size(OP, "x_codes", x_codes))
     args = (x_codes, x_scale, codes, scale, format_name(format), block, x_zero_point, zero_point, bias, activation)

@@ -59,6 +59,8 @@ def check_epilogue(op: str, bias: Tensor | None, activation: str | None, N: int,
 
 def last_size(op: str, argument: str, x: Tensor) -> int:
     """K of x [..., K]."""
+    if not isinstance(x, Tensor):
+        fail(op, argument, "a tensor", type(x).__name__)
     if not x.dim():
         fail(op, argument, "[..., K]", described(x.shape, x.dtype, x.device))
     return x.shape[-1]
