@@ -104,7 +104,7 @@ class StraightThrough(torch.autograd.Function):
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     """``function.apply(*args)``, with its ``tangent`` as jvp: a function that has a jvp is one that Dynamo refuses."""
     chosen = function if torch.compiler.is_compiling() else _with_jvp(function)
-    y: Tensor = chosen.apply(*args)  # type: ignore[no-untyped-call]
+    y: Tensor = chosen.apply(*args)
     return y
 
 

@@ -139,7 +139,7 @@ def tangent_of_product(
         terms.append(bias_t.to(x.dtype).expand(*x.shape[:-1], *bias_t.shape))
     if scale_t is not None:
         terms.append(_product(x, _values(weight, scale_t, x.shape[-1]).mT))
-    return sum(terms[1:], terms[0])
+    return _sum(terms)
 
 
 def _gradients_with_flag(ctx: Any, dy: Tensor) -> Gradients:
@@ -180,7 +180,7 @@ def _second_tangent(
     terms = [] if dy_t is None else [_backward(dy_t, *weight, ctx.K)]
     if scale_t is not None:
         terms.append(_product(dy, _values(weight, scale_t, ctx.K)))
-    return sum(terms[1:], terms[0])
+    return _sum(terms)
 
 
 def _setup_scale(ctx: Any, args: tuple[Any, ...]) -> None:
@@ -205,7 +205,7 @@ def _second_tangent_of_scale(
     weight = (codes, scale, ctx.format, ctx.block, zero_point)
     _check_frozen(codes_t is not None)
     terms = [gradient_of_scale(*pair, *weight) for pair in ((dy_t, x), (dy, x_t)) if None not in pair]
-    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(scale)
+    return _sum(terms) if terms else torch.zeros_like(scale)
 
 
 def projected_rows(x: Tensor) -> Tensor:
@@ -223,11 +223,19 @@ def gradient_of_bias(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _values(weight: tuple[Any, ...], scale: Tensor, K: int) -> Tensor:
     """w[n, k] = decode(codes[n, k]) * scale[n // br, k // bk]: a derivative may be negative, which no kernel takes."""
-    codes, ones, format, block, zero_point = *weight[:1], torch.ones_like(weight[1]), *weight[2:]
+    codes, _, format, block, zero_point = weight
+    ones = torch.ones_like(weight[1])
     size = K if formats.get(format).packed else None
     units = torch.ops.quantlib.dequantize(codes, ones, format, block, zero_point, torch.float32, size)
     w: Tensor = units * spread(scale, len(codes), K, (min(block[0], max(len(codes), 1)), min(block[1], max(K, 1))))
     return w
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    total, *rest = terms
+    for term in rest:
+        total = total + term
+    return total
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
