@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from quantlib.ops.quantize_dynamic import quantize_dynamic
     from quantlib.ops.scaled_matmul import scaled_matmul
     from quantlib.qat import convert_, prepare_qat_, qat_mode_, qat_parameters
-    from quantlib.spec import QuantSpec
+    from quantlib.spec import W4A8, W4A16, W8A8, W8A16, QuantSpec
 
 _HOME = {
     "cast": "ops",
@@ -50,12 +50,20 @@ _HOME = {
     "quantize_dynamic": "ops",
     "scaled_matmul": "ops",
     "QuantSpec": "spec",
+    "W4A16": "spec",
+    "W4A8": "spec",
+    "W8A16": "spec",
+    "W8A8": "spec",
     "unpack": "ops",
     "use_backend": "backends",
 }  # name -> the module it lives in
 _MODULES = ("nn", "reference")
 
 __all__ = [
+    "W4A8",
+    "W4A16",
+    "W8A8",
+    "W8A16",
     "QuantSpec",
     "cast",
     "compute_scale",
