@@ -14,6 +14,7 @@ from quantlib.ops.check import (
     Block,
     Result,
     check_block,
+    check_dense,
     check_dtype,
     check_format,
     check_tensor,
@@ -23,6 +24,7 @@ from quantlib.ops.check import (
     wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.ops.explain import explain
 
 Limits = tuple[int, int]
 WIDEST = 1 << 16  # codes of a fake quantization: so few that t, clamped to one beyond them, rounds exactly
@@ -135,14 +137,17 @@ def fake_quantize(
     -----
     Contract C10, ``docs/contract.md``; Esser et al., Learned Step Size Quantization, 2020.
     """
-    check_grad_factor(grad_factor)
-    if mask not in ("rounded", "lsq"):
-        fail("fake_quantize", "mask", "rounded or lsq", repr(mask))
-    for argument, value in (("x", x), ("scale", scale)):
-        if not isinstance(value, Tensor):
-            fail("fake_quantize", argument, "a tensor", type(value).__name__)
-    block = whole_axes("fake_quantize", x, block)
-    return _call(x, scale, format_name(format), block, zero_point, None, mask == "lsq", grad_factor, out)
+    try:
+        check_grad_factor(grad_factor)
+        if mask not in ("rounded", "lsq"):
+            fail("fake_quantize", "mask", "rounded or lsq", repr(mask))
+        for argument, value in (("x", x), ("scale", scale)):
+            if not isinstance(value, Tensor):
+                fail("fake_quantize", argument, "a tensor", type(value).__name__)
+        block = whole_axes("fake_quantize", x, block)
+        return _call(x, scale, format_name(format), block, zero_point, None, mask == "lsq", grad_factor, out)
+    except Exception as error:
+        explain("fake_quantize", fake_quantize, locals(), error)
 
 
 def fake_quantize_per_tensor_affine(
@@ -176,19 +181,24 @@ def fake_quantize_per_tensor_affine(
     RuntimeError
         As :func:`fake_quantize`.
     """
-    rows = x.reshape(1, -1)
-    _check_integers(zero_point, quant_min, quant_max)
-    if isinstance(zero_point, float) or (
-        isinstance(zero_point, Tensor)
-        and zero_point.is_floating_point()
-        and not wants_gradient("fake_quantize", "zero_point", zero_point)
-    ):
-        zero_point = torch.as_tensor(zero_point).trunc()
-    scale, zero_point = (
-        torch.as_tensor(v, dtype=torch.float32, device=x.device).reshape(1, 1)[:, : rows.shape[1]]
-        for v in (scale, zero_point)
-    )
-    return _affine(rows, scale, zero_point, quant_min, quant_max, grad_factor).reshape(x.shape)
+    try:
+        op = "fake_quantize_per_tensor_affine"
+        check_dense(op, "x", x)
+        _check_integers(op, zero_point, quant_min, quant_max)
+        rows = x.reshape(1, x.numel())
+        if isinstance(zero_point, float) or (
+            isinstance(zero_point, Tensor)
+            and zero_point.is_floating_point()
+            and not wants_gradient("fake_quantize", "zero_point", zero_point)
+        ):
+            zero_point = torch.as_tensor(zero_point).trunc()
+        scale, zero_point = (
+            torch.as_tensor(v, dtype=torch.float32, device=x.device).reshape(1, 1)[:, : rows.shape[1]]
+            for v in (scale, zero_point)
+        )
+        return _affine(rows, scale, zero_point, quant_min, quant_max, grad_factor).reshape(x.shape)
+    except Exception as error:
+        explain("fake_quantize_per_tensor_affine", fake_quantize_per_tensor_affine, locals(), error)
 
 
 def fake_quantize_per_channel_affine(
@@ -225,16 +235,24 @@ def fake_quantize_per_channel_affine(
     RuntimeError
         As :func:`fake_quantize`.
     """
-    _check_integers(zero_point, quant_min, quant_max)
-    if scale.dtype != torch.float32:
-        fail("fake_quantize", "scale", "float32", dtype_name(scale.dtype))
-    if zero_point.is_floating_point() and not any(wants_gradient("fake_quantize", "", v) for v in (scale, zero_point)):
-        return torch.fake_quantize_per_channel_affine(x, scale, zero_point.float(), axis, quant_min, quant_max)
-    moved = x.movedim(axis, 0)
-    rows = moved.reshape(moved.shape[0], -1)
-    scale, zero_point = (v.float().reshape(-1, 1)[:, : rows.shape[1]] for v in (scale, zero_point))
-    y = _affine(rows, scale, zero_point, quant_min, quant_max, grad_factor)
-    return y.reshape(moved.shape).movedim(0, axis)
+    try:
+        op = "fake_quantize_per_channel_affine"
+        for argument, value in (("x", x), ("scale", scale), ("zero_point", zero_point)):
+            check_dense(op, argument, value)
+        _check_integers(op, zero_point, quant_min, quant_max)
+        if type(axis) is not int or not -x.dim() <= axis < x.dim():
+            fail(op, "axis", f"in {-x.dim()}..{x.dim() - 1}", axis)
+        if scale.dtype != torch.float32:
+            fail("fake_quantize", "scale", "float32", dtype_name(scale.dtype))
+        if zero_point.is_floating_point() and not any(wants_gradient(op, "", v) for v in (scale, zero_point)):
+            return torch.fake_quantize_per_channel_affine(x, scale, zero_point.float(), axis, quant_min, quant_max)
+        moved = x.movedim(axis, 0)
+        rows = moved.reshape(moved.shape[0], moved[:1].numel())
+        scale, zero_point = (v.float().reshape(-1, 1)[:, : rows.shape[1]] for v in (scale, zero_point))
+        y = _affine(rows, scale, zero_point, quant_min, quant_max, grad_factor)
+        return y.reshape(moved.shape).movedim(0, axis)
+    except Exception as error:
+        explain("fake_quantize_per_channel_affine", fake_quantize_per_channel_affine, locals(), error)
 
 
 def grad_factor(n: int, qmax: float) -> float:
@@ -281,8 +299,13 @@ def _call(
     return out
 
 
-def _check_integers(zero_point: Tensor | float, qmin: int, qmax: int) -> None:
+def _check_integers(op: str, zero_point: Tensor | float, qmin: int, qmax: int) -> None:
     """An integer zero point is a code, as torch asks; one that is a float is learned, and clamped."""
+    for argument, value in (("quant_min", qmin), ("quant_max", qmax)):
+        if not hasattr(value, "__index__") or isinstance(value, (bool, Tensor)):
+            fail(op, argument, "an integer", type(value).__name__)
+    if not -WIDEST <= qmin <= 0 < qmax <= WIDEST:
+        fail(op, "quant_min..quant_max", f"a range around 0 inside {-WIDEST}..{WIDEST}", f"{qmin}..{qmax}")
     if isinstance(zero_point, Tensor):
         if not zero_point.is_floating_point():
             check_codes(zero_point, "int8", (qmin, qmax))
