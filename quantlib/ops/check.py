@@ -126,7 +126,12 @@ def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expe
 
 
 def host_values(x: Tensor) -> tuple[float, float] | None:
-    """The least and the largest of ``x`` where looking does not make a device wait for the host; NaN where one is."""
+    """The least and the largest of ``x`` where looking does not make a device wait for the host; NaN where one is.
+
+    None too where x stands for others: compiled, traced, or under a transform of torch.func.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return None
     if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
         return None
     least, largest = x.detach().aminmax()
