@@ -1,4 +1,4 @@
-"""The functions that stand in for torch's fake quantization: its bytes and its errors for every combination it takes."""
+"""The functions in place of torch's fake quantization: its bytes and its errors for every combination it takes."""
 
 from __future__ import annotations
 

@@ -329,7 +329,7 @@ def _as_torch(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, limi
     (least, largest), (s, s_max), (z, z_max) = (
         host_values(v) or unseen if isinstance(v, Tensor) else (v, v) for v in (x, scale, zero_point)
     )
-    ordinary = 2.0**-100 <= s and s_max <= 2.0**120 and qmin <= z and z_max <= qmax
+    ordinary = s >= 2.0**-100 and s_max <= 2.0**120 and qmin <= z and z_max <= qmax
     return ordinary and -least < 2.0**62 * s and largest < 2.0**62 * s
 
 
