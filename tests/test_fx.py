@@ -165,3 +165,13 @@ def test_an_op_is_a_node_through_torch_ops() -> None:
     assert torch.equal(torch.fx.symbolic_trace(run)(x), public(x))
     with pytest.raises(RuntimeError, match="dequant_matmul: x must be a tensor, got Proxy"):
         torch.fx.symbolic_trace(public)
+
+
+@pytest.mark.parametrize("how", [quantlib.quantize_, quantlib.prepare_qat_], ids=["quantized", "qat"])
+def test_a_model_is_not_scripted_but_traced(how: Callable[..., Any]) -> None:
+    for kind, (_, x) in LAYERS.items():
+        net = model(kind, "int8:row", how)
+        with pytest.raises(TypeError, match=r"without quantized layers, got a .*: use torch\.export\.export, or"):
+            torch.jit.script(net)
+        if how is quantlib.quantize_:
+            assert_same(torch.jit.trace(net, x), net, x)

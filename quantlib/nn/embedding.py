@@ -74,4 +74,4 @@ class QuantEmbedding(QuantModule, nn.Embedding):
         check_inside(input)
         size = self.embedding_dim
         y = dequantize_rows(self.plain, input.reshape(-1), self.spec.format, self.block, size, self.dtype)
-        return y.view(*input.shape, size)
+        return y.view([*input.shape, size])

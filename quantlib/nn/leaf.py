@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.fx import Proxy
@@ -20,6 +20,13 @@ class Leaf(nn.Module):
             if isinstance(a, Proxy):
                 return self._traced(a.tracer, args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` asks every module of a model for."""
+        raise TypeError(
+            f"model must be scripted without quantized layers, got a {type(self).__name__}: "
+            "use torch.export.export, or torch.jit.trace once it is converted"
+        )
 
     def _traced(self, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The node. A tracer that takes this module for a leaf itself never calls ``leaf``; others may with values."""
