@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from quantlib import nn, reference
     from quantlib.api import dequantize_, quantize_
-    from quantlib.backends import use_backend
+    from quantlib.backends import library_path, use_backend
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
     from quantlib.ops.dequant_matmul import dequant_matmul
@@ -41,6 +41,7 @@ _HOME = {
     "dequantize_": "api",
     "dynamic_matmul": "ops",
     "fake_quantize": "ops",
+    "library_path": "backends",
     "pack": "ops",
     "prepare_qat_": "qat",
     "qat_mode_": "qat",
@@ -73,6 +74,7 @@ __all__ = [
     "dequantize_",
     "dynamic_matmul",
     "fake_quantize",
+    "library_path",
     "nn",
     "pack",
     "prepare_qat_",

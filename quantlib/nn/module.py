@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_weight
+from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of
 from quantlib.spec import QuantSpec
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 PARTS = {"weight_codes": "codes", "weight_scale": "scale", "weight_zero_point": "zero_point"}
 
 
-class QuantModule(nn.Module):
+class QuantModule(Leaf):
     """A module with a quantized weight: how it is made of a float one, kept through whatever is done to it, and saved.
 
     The weight is viewed as a matrix [N, K], N the outputs or the entries of a table and K all the rest. A subclass

@@ -145,7 +145,12 @@ def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expe
 
 
 def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
-    """The least and the largest of ``x`` where looking does not make a device wait, or ``wait``; NaN where one is."""
+    """The least and the largest of ``x`` where looking does not make a device wait, or ``wait``; NaN where one is.
+
+    None too where x stands for others: compiled, traced, or under a transform of torch.func.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return None
     values = _visible(x, wait)
     if values is None:
         return None

@@ -27,8 +27,8 @@ def _results(
     scale: Tensor,
     format: str,
     block: Block,
-    zero_point: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    zero_point: Tensor | None,
+    dtype: torch.dtype,
     size: int | None = None,
 ) -> list[Result]:
     f = check_format("dequantize", format)
@@ -53,8 +53,8 @@ def _launch(
     scale: Tensor,
     format: str,
     block: Block,
-    zero_point: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    zero_point: Tensor | None,
+    dtype: torch.dtype,
     size: int | None = None,
 ) -> None:
     (out,) = outs
@@ -121,11 +121,7 @@ def dequantize(
         if out is not None:
             _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
             return out
-        y: Tensor
-        if zero_point is None and size is None and dtype is torch.float32:
-            y = _dequantize(codes, scale, name, block)  # an argument left out is half a microsecond saved
-        else:
-            y = _dequantize(codes, scale, name, block, zero_point, dtype, size)
+        y: Tensor = _dequantize(codes, scale, name, block, zero_point, dtype, size)
         return y
     except Exception as error:
         explain("dequantize", dequantize, locals(), error)

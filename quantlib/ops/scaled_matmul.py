@@ -37,11 +37,11 @@ def _results(
     scale: Tensor,
     format: str,
     block: Block,
-    x_zero_point: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    x_zero_point: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> list[Result]:
     check_dtype(OP, "x_codes", x_codes.dtype, X_FORMATS)
     check_dtype(OP, "dtype", dtype, INPUTS)
@@ -92,11 +92,11 @@ def _launch(
     scale: Tensor,
     format: str,
     block: Block,
-    x_zero_point: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    x_zero_point: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> None:
     K, N = x_codes.shape[-1], outs[0].shape[-1]
     M = outs[0].numel() // N
