@@ -336,10 +336,14 @@ class QuantModule(nn.Module):
 
 
 def taken_over(layer: nn.Module) -> dict[str, Any]:
-    """The attributes of ``layer`` for a module that takes its place, the containers of ``nn.Module`` as copies."""
+    """The attributes of ``layer`` for a module that takes its place, the containers of ``nn.Module`` as copies.
+
+    What ``layer.compile()`` has left there is not: it calls ``layer``.
+    """
     return {
         name: copy.copy(value) if name.startswith("_") and isinstance(value, (dict, set)) else value
         for name, value in vars(layer).items()
+        if name != "_compiled_call_impl"
     }
 
 
