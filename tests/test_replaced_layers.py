@@ -270,11 +270,9 @@ def test_a_compiled_layer_computes_with_what_took_its_place(verb: str) -> None:
     if verb == "dequantize_":
         dequantize_(model)
     new: Any = model[0]
-    calls: list[int] = []
-    torch._dynamo.reset()  # compiled code does not look for new hooks
-    new._orig_mod.register_forward_hook(lambda *_: calls.append(1))
-    assert model(x).shape == (2, 8)
-    assert calls
+    torch._dynamo.reset()
+    new._orig_mod.forward = torch.zeros_like
+    assert not model(x).any()
 
 
 def test_a_layer_that_was_compiled_in_place() -> None:
