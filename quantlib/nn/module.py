@@ -176,7 +176,8 @@ class QuantModule(Leaf):
     @property
     def codes(self) -> Tensor:
         """``weight_codes`` in the dtype of the format, as the ops take them: only FP8 differs."""
-        codes = self.weight_codes
+        codes = self._parameters["weight_codes"]
+        assert codes is not None
         return codes if self._viewed is None or codes.dim() != 2 else codes.view(self._viewed)
 
     @property
