@@ -1,5 +1,9 @@
 // What an op accepts. Every check says what was expected and what came, in the words of quantlib/ops/check.py.
 #pragma once
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
 #include "numerics.h"
 #include "problem.h"
 #include "tensor.h"
@@ -37,6 +41,7 @@ inline const std::vector<Dtype>& dtypes() {
 }
 
 inline std::string name_of(int32_t dtype) {
+  if (dtype == kNoDtype) return "None";
   for (const Dtype& d : dtypes())
     if (d.dtype == dtype) return d.name;
   return "dtype " + std::to_string(dtype);
@@ -108,7 +113,27 @@ inline std::string text_of(Device device) {
 }
 
 inline std::string described(SizesView sizes, int32_t dtype, Device device) {
+  if (dtype == kNoDtype) return name_of(dtype);
   return name_of(dtype) + " " + text_of(sizes) + " on " + text_of(device);
+}
+
+// A number as Python writes it: the fewest digits that mean it.
+inline std::string text_of(double value) {
+  if (value != value) return "nan";
+  char text[64];
+  int digits = 0;
+  do std::snprintf(text, sizeof text, "%.*e", digits++, value);
+  while (std::strtod(text, nullptr) != value);
+  const char* exponent = std::strchr(text, 'e');
+  if (!exponent) return text;  // an infinity
+  const int e = std::atoi(exponent + 1);
+  if (e < -4 || e >= 16) return text;
+  std::snprintf(text, sizeof text, "%.*f", std::max(digits - 1 - e, 1), value);
+  return text;
+}
+
+inline void fail_to_allocate(Name name, SizesView sizes, int32_t dtype, Device device) {
+  fail(name.op, name.argument, "small enough to allocate", described(sizes, dtype, device));
 }
 
 // ---- checks ---------------------------------------------------------------------------------------------------------

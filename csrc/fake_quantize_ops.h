@@ -1,27 +1,8 @@
 // From a call of torch to a problem for a device, for fake_quantize and its gradient: see ops.h.
 #pragma once
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-
 #include "ops.h"
 
 namespace quantlib {
-
-// A number as Python writes it: the fewest digits that mean it.
-inline std::string text_of(double value) {
-  if (value != value) return "nan";
-  char text[64];
-  int digits = 0;
-  do std::snprintf(text, sizeof text, "%.*e", digits++, value);
-  while (std::strtod(text, nullptr) != value);
-  const char* exponent = std::strchr(text, 'e');
-  if (!exponent) return text;  // an infinity
-  const int e = std::atoi(exponent + 1);
-  if (e < -4 || e >= 16) return text;
-  std::snprintf(text, sizeof text, "%.*f", std::max(digits - 1 - e, 1), value);
-  return text;
-}
 
 // What forward and backward are given alike, in the order in which Python checks it: quantlib/ops/fake_quantize.py.
 struct FakeQuantizeArguments {
@@ -77,15 +58,15 @@ struct FakeQuantizeArguments {
 template <class Backend, bool OUT>
 void fake_quantize(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "fake_quantize";
-  Arguments in(stack);
-  Tensor x = in.tensor(), scale = in.tensor();
+  Arguments in(op, stack);
+  Tensor x = in.tensor("x"), scale = in.tensor("scale");
   std::string format = in.text();
   Sizes block = in.sizes();
-  auto zero_point = in.optional_tensor();
+  auto zero_point = in.optional_tensor("zero_point");
   FakeQuantizeArguments a{std::move(x),      std::move(scale), std::move(zero_point),
                           std::move(format), std::move(block), in.optional_sizes()};
   in.flag(), in.number();  // of the gradient
-  auto out = take_out<OUT>(in);
+  auto out = take_out<OUT>(in, "out");
 
   a.check<Backend>(op);
   Output y(op, "out", std::move(out), {a.x.sizes().vec(), a.x.dtype()}, a.x.device());
@@ -101,17 +82,18 @@ void fake_quantize(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend, bool OUT, bool AFFINE>
 void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "fake_quantize_backward";
-  Arguments in(stack);
-  Tensor dy = in.tensor(), x = in.tensor(), scale = in.tensor();
+  Arguments in(op, stack);
+  Tensor dy = in.tensor("dy"), x = in.tensor("x"), scale = in.tensor("scale");
   std::optional<Tensor> zero_point;
-  if constexpr (AFFINE) zero_point = in.tensor();
+  if constexpr (AFFINE) zero_point = in.tensor("zero_point");
   std::string format = in.text();
   Sizes block = in.sizes();
   FakeQuantizeArguments a{std::move(x),      std::move(scale), std::move(zero_point),
                           std::move(format), std::move(block), in.optional_sizes()};
   const bool lsq_mask = in.flag();
   const double grad_factor = in.number();
-  auto dx_out = take_out<OUT>(in), dscale_out = take_out<OUT>(in), dzero_point_out = take_out < OUT && AFFINE > (in);
+  auto dx_out = take_out<OUT>(in, "dx"), dscale_out = take_out<OUT>(in, "dscale"),
+       dzero_point_out = take_out<(OUT && AFFINE)>(in, "dzero_point");
 
   a.check<Backend>(op);
   const Result like_x = {a.x.sizes().vec(), a.x.dtype()}, like_scale = {a.scale.sizes().vec(), a.scale.dtype()};
@@ -130,7 +112,7 @@ void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t) {
   auto* dz = AFFINE ? static_cast<float*>(into(dzero_point)) : nullptr;
   const bool on_cpu = a.x.device().type == aoti_torch_device_type_cpu();
   const Sizes partials = {2, on_cpu ? 0 : kPartials};
-  const Tensor partial = Tensor::empty(partials, aoti_torch_dtype_float32(), a.x.device());
+  const Tensor partial = Tensor::empty(partials, aoti_torch_dtype_float32(), a.x.device(), {op, "x"});
   if (a.x.numel())
     Backend(a.x.device())
         .fake_quantize_backward({a.grid, dy.data(), a.x.data(), a.x_type, a.format->type, a.scales(), a.zero_points(),

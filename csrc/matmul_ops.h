@@ -24,8 +24,8 @@ struct WeightArguments {
   std::optional<Tensor> zero_point;  // elsewhere in the schema
   const Format* format = nullptr;
 
-  explicit WeightArguments(Arguments& in)
-      : codes(in.tensor()), scale(in.tensor()), format_name(in.text()), block(in.sizes()) {}
+  explicit WeightArguments(Arguments& in, const char* name_of_codes = "codes")
+      : codes(in.tensor(name_of_codes)), scale(in.tensor("scale")), format_name(in.text()), block(in.sizes()) {}
 
   // [N, K] on `device`, checked, contiguous, its block clamped to it
   template <class Backend>
@@ -49,11 +49,11 @@ struct WeightArguments {
     const Sizes shape = {N, K};
     Grid grid = check_block(op, shape, block);
     check_scale(op, scale, zero_point, *format, scale_sizes(grid), device);
+    const float* s = scales<Backend>(op, scale);
     const int32_t* z = zero_points<Backend>(op, zero_point, *format);
     grid.br = std::min(grid.br, std::max<int64_t>(N, 1)), grid.bk = std::min(grid.bk, std::max<int64_t>(K, 1));
     codes.make_contiguous();
-    scale.make_contiguous();
-    return {grid, codes.data(), format->type, static_cast<const float*>(scale.data()), z};
+    return {grid, codes.data(), format->type, s, z};
   }
 };
 
@@ -63,7 +63,7 @@ struct EpilogueArguments {
   const std::optional<std::string> name;
   Activation activation = Activation::none;
 
-  explicit EpilogueArguments(Arguments& in) : bias(in.optional_tensor()), name(in.optional_text()) {}
+  explicit EpilogueArguments(Arguments& in) : bias(in.optional_tensor("bias")), name(in.optional_text()) {}
 
   void check(const char* op, int64_t N, Device device) {
     if (bias) {
@@ -75,12 +75,12 @@ struct EpilogueArguments {
 
   // The bias as kernels add it: float32, which every float is exactly.
   template <class Backend>
-  Epilogue on(const Backend& backend) {
+  Epilogue on(const char* op, const Backend& backend) {
     if (!bias) return {nullptr, activation};
     bias->make_contiguous();
     if (bias->dtype() != aoti_torch_dtype_float32()) {
-      Tensor wide = Tensor::empty(bias->sizes(), aoti_torch_dtype_float32(), bias->device());
-      const Type type = check_dtype("cast", "x", bias->dtype(), inputs).type;
+      Tensor wide = Tensor::empty(bias->sizes(), aoti_torch_dtype_float32(), bias->device(), {op, "bias"});
+      const Type type = check_dtype(op, "bias", bias->dtype(), inputs).type;
       if (bias->numel()) backend.cast({bias->data(), type, wide.data(), Type::float32, bias->numel(), false});
       bias = std::move(wide);
     }
@@ -92,14 +92,14 @@ struct EpilogueArguments {
 template <class Backend, bool OUT, bool TILED>
 void dequant_matmul(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "dequant_matmul";
-  Arguments in(stack);
-  Tensor x = in.tensor();
-  WeightArguments w(in);
+  Arguments in(op, stack);
+  Tensor x = in.tensor("x");
+  WeightArguments w(in, TILED ? "tiles" : "codes");
   const int64_t size = TILED ? in.size() : 0;
-  w.zero_point = in.optional_tensor();
+  w.zero_point = in.optional_tensor("zero_point");
   EpilogueArguments e(in);
   const bool batch_invariant = in.flag();
-  auto out = take_out<OUT>(in);
+  auto out = take_out<OUT>(in, "out");
 
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
   if constexpr (TILED) w.format = &check_format(op, w.format_name, in_tiles);
@@ -111,7 +111,7 @@ void dequant_matmul(StableIValue* stack, uint64_t, uint64_t) {
   Output y(op, "out", std::move(out), product_of(x, N, x.dtype()), x.device());
   x.make_contiguous();
   const Backend backend(x.device());
-  const Epilogue epilogue = e.on(backend);
+  const Epilogue epilogue = e.on(op, backend);
   void* data = y.data({&x, &w.codes, &w.scale, address(w.zero_point), address(e.bias)});
   if (M && N) backend.dequant_matmul({M, x.data(), x_format.type, weight, epilogue, batch_invariant, data, TILED});
   y.finish(stack[0]);
@@ -121,12 +121,12 @@ void dequant_matmul(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend, bool OUT>
 void dequant_matmul_backward(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "dequant_matmul_backward";
-  Arguments in(stack);
-  Tensor dy = in.tensor();
+  Arguments in(op, stack);
+  Tensor dy = in.tensor("dy");
   WeightArguments w(in);
-  w.zero_point = in.optional_tensor();
+  w.zero_point = in.optional_tensor("zero_point");
   const std::optional<int64_t> size = in.optional_size();
-  auto out = take_out<OUT>(in);
+  auto out = take_out<OUT>(in, "out");
 
   const Format& dy_format = check_dtype(op, "dy", dy.dtype(), inputs);
   const Sizes row = {w.codes.sizes().size() == 2 ? w.codes.sizes()[1] : 0};
@@ -146,14 +146,14 @@ void dequant_matmul_backward(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend, bool OUT>
 void scaled_matmul(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "scaled_matmul";
-  Arguments in(stack);
-  Tensor x_codes = in.tensor(), x_scale = in.tensor();
+  Arguments in(op, stack);
+  Tensor x_codes = in.tensor("x_codes"), x_scale = in.tensor("x_scale");
   WeightArguments w(in);
-  auto x_zero_point = in.optional_tensor();
-  w.zero_point = in.optional_tensor();
+  auto x_zero_point = in.optional_tensor("x_zero_point");
+  w.zero_point = in.optional_tensor("zero_point");
   EpilogueArguments e(in);
   const int32_t dtype = in.dtype();
-  auto out = take_out<OUT>(in);
+  auto out = take_out<OUT>(in, "out");
 
   const Format& x_format = check_dtype(op, "x_codes", x_codes.dtype(), bytes);
   const Format& y_format = check_dtype(op, "dtype", dtype, inputs);
@@ -169,19 +169,19 @@ void scaled_matmul(StableIValue* stack, uint64_t, uint64_t) {
   check_tensor(op, "x_scale", x_scale, {x_scale.sizes().vec(), aoti_torch_dtype_float32()}, device);
   if (x_zero_point)
     check_tensor(op, "x_zero_point", *x_zero_point, {x_scale.sizes().vec(), aoti_torch_dtype_int32()}, device);
+  const float* x_s = scales<Backend>(op, x_scale, "x_scale");
   const int32_t* x_z = zero_points<Backend>(op, x_zero_point, x_format, "x_zero_point");
   check_sum(op, weight.grid, x_format, x_zero_point.has_value(), *w.format, w.zero_point.has_value());
   e.check(op, N, device);
   Output y(op, "out", std::move(out), product_of(x_codes, N, dtype), device);
   x_codes.make_contiguous();
-  x_scale.make_contiguous();
   const Backend backend(device);
-  const Epilogue epilogue = e.on(backend);
+  const Epilogue epilogue = e.on(op, backend);
   void* data =
       y.data({&x_codes, &x_scale, address(x_zero_point), &w.codes, &w.scale, address(w.zero_point), address(e.bias)});
   if (M && N)
-    backend.scaled_matmul({M, x_codes.data(), x_format.type, static_cast<const float*>(x_scale.data()), x_z, x_per_row,
-                           weight, epilogue, data, y_format.type});
+    backend.scaled_matmul(
+        {M, x_codes.data(), x_format.type, x_s, x_z, x_per_row, weight, epilogue, data, y_format.type});
   y.finish(stack[0]);
 }
 
@@ -189,12 +189,12 @@ void scaled_matmul(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend, bool OUT>
 void dynamic_matmul(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "dynamic_matmul";
-  Arguments in(stack);
-  Tensor x = in.tensor();
+  Arguments in(op, stack);
+  Tensor x = in.tensor("x");
   WeightArguments w(in);
-  w.zero_point = in.optional_tensor();
+  w.zero_point = in.optional_tensor("zero_point");
   EpilogueArguments e(in);
-  auto out = take_out<OUT>(in);
+  auto out = take_out<OUT>(in, "out");
 
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
   const Format& f = check_format("quantize_dynamic", "int8", targets);
@@ -206,12 +206,12 @@ void dynamic_matmul(StableIValue* stack, uint64_t, uint64_t) {
   Output y(op, "out", std::move(out), product_of(x, N, x.dtype()), x.device());
   x.make_contiguous();
   const Backend backend(x.device());
-  const Epilogue epilogue = e.on(backend);
+  const Epilogue epilogue = e.on(op, backend);
   void* data = y.data({&x, &w.codes, &w.scale, address(w.zero_point), address(e.bias)});
   if (M && N) {
     const Sizes shape = {M, K}, rows = {M, 1};
-    const Tensor x_codes = Tensor::empty(shape, f.dtype, x.device());
-    const Tensor x_scale = Tensor::empty(rows, aoti_torch_dtype_float32(), x.device());
+    const Tensor x_codes = Tensor::empty(shape, f.dtype, x.device(), {op, "x"});
+    const Tensor x_scale = Tensor::empty(rows, aoti_torch_dtype_float32(), x.device(), {op, "x"});
     auto* s = static_cast<float*>(x_scale.data());
     if (K) backend.quantize_dynamic({{M, K, 1, K}, x.data(), x_format.type, f.type, x_codes.data(), s, nullptr});
     else x_scale.fill_with_zeros();  // any finite scale will do

@@ -3,7 +3,7 @@
 //
 // Backend is what cpu/register.cpp and cuda/register.cpp define, one object a call:
 //   explicit Backend(Device);              makes the device of x current
-//   static constexpr bool reads_values;    whether the host may look at a zero point
+//   static constexpr bool reads_values;    whether the host may look at scales and zero points
 //   void <op>(const <Problem>&) const;     reads and writes contiguous memory, never empty
 #pragma once
 #include "check.h"
@@ -14,7 +14,7 @@ namespace quantlib {
 class Output {
  public:
   Output(const char* op, const char* argument, std::optional<Tensor> given, Result result, Device device)
-      : given_(std::move(given)), result_(std::move(result)), device_(device) {
+      : name_{op, argument}, given_(std::move(given)), result_(std::move(result)), device_(device) {
     if (!given_) return;
     check_tensor(op, argument, *given_, result_, device);
     if (given_->overlaps_itself())
@@ -30,7 +30,7 @@ class Output {
   void* data(std::initializer_list<const Tensor*> inputs) {
     const bool direct = given_ && given_->is_contiguous() &&
                         std::none_of(inputs.begin(), inputs.end(), [&](auto x) { return x && given_->overlaps(*x); });
-    if (!direct) own_.emplace(Tensor::empty(result_.sizes, result_.dtype, device_));
+    if (!direct) own_.emplace(Tensor::empty(result_.sizes, result_.dtype, device_, name_));
     return (direct ? *given_ : *own_).data();
   }
 
@@ -41,14 +41,15 @@ class Output {
   }
 
  private:
+  Name name_;
   std::optional<Tensor> given_, own_;
   Result result_;
   Device device_;
 };
 
 template <bool OUT>
-std::optional<Tensor> take_out(Arguments& in) {
-  if constexpr (OUT) return in.tensor();
+std::optional<Tensor> take_out(Arguments& in, const char* argument) {
+  if constexpr (OUT) return in.tensor(argument);
   else return std::nullopt;
 }
 
@@ -61,6 +62,19 @@ inline Result codes_of(const Tensor& x, const Grid& grid, const Format& f) {
   if (codes.sizes.empty()) codes.sizes.push_back(1);
   codes.sizes.back() = (grid.K + 1) / 2;
   return codes;
+}
+
+// The values of a scale, checked where that costs no wait: a kernel takes 2^-100 for one that is negative.
+template <class Backend>
+const float* scales(const char* op, Tensor& scale, const char* argument = "scale") {
+  scale.make_contiguous();
+  const auto* data = static_cast<const float*>(scale.data());
+  if constexpr (Backend::reads_values) {
+    float least = 0.0f;
+    Backend(scale.device()).least_scale({data, scale.numel(), &least});
+    if (least < 0) fail(op, argument, ">= 0", text_of(double(least)));
+  }
+  return data;
 }
 
 // The values of a zero point, checked where that costs no wait.
@@ -78,11 +92,11 @@ const int32_t* zero_points(const char* op, std::optional<Tensor>& zero_point, co
 template <class Backend, bool OUT>
 void cast(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "cast";
-  Arguments in(stack);
-  Tensor x = in.tensor();
+  Arguments in(op, stack);
+  Tensor x = in.tensor("x");
   const std::string format = in.text();
   const bool saturate = in.flag();
-  auto out = take_out<OUT>(in);
+  auto out = take_out<OUT>(in, "out");
 
   const Format& f = check_format(op, format, casts);
   const Format& x_format = check_dtype(op, "x", x.dtype(), casts);
@@ -97,11 +111,11 @@ void cast(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend, bool OUT, bool AFFINE>
 void compute_scale(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "compute_scale";
-  Arguments in(stack);
-  Tensor x = in.tensor();
+  Arguments in(op, stack);
+  Tensor x = in.tensor("x");
   const std::string format = in.text();
   const Sizes block = in.sizes();
-  auto scale_out = take_out<OUT>(in), zero_point_out = take_out < OUT && AFFINE > (in);
+  auto scale_out = take_out<OUT>(in, "scale"), zero_point_out = take_out<(OUT && AFFINE)>(in, "zero_point");
 
   const Format& f = check_format(op, format, AFFINE ? integers : targets);
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
@@ -123,11 +137,11 @@ void compute_scale(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend, bool OUT>
 void quantize(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "quantize";
-  Arguments in(stack);
-  Tensor x = in.tensor(), scale = in.tensor();
+  Arguments in(op, stack);
+  Tensor x = in.tensor("x"), scale = in.tensor("scale");
   const std::string format = in.text();
   const Sizes block = in.sizes();
-  auto zero_point = in.optional_tensor(), out = take_out<OUT>(in);
+  auto zero_point = in.optional_tensor("zero_point"), out = take_out<OUT>(in, "out");
 
   const Format& f = check_format(op, format, targets);
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
@@ -135,11 +149,10 @@ void quantize(StableIValue* stack, uint64_t, uint64_t) {
   check_scale(op, scale, zero_point, f, scale_sizes(grid), x.device());
   Output codes(op, "out", std::move(out), codes_of(x, grid, f), x.device());
   x.make_contiguous();
-  scale.make_contiguous();
+  const float* s = scales<Backend>(op, scale);
   const int32_t* z = zero_points<Backend>(op, zero_point, f);
   void* data = codes.data({&x, &scale, zero_point ? &*zero_point : nullptr});
-  if (x.numel())
-    Backend(x.device()).quantize({grid, x.data(), x_format.type, f.type, static_cast<float*>(scale.data()), z, data});
+  if (x.numel()) Backend(x.device()).quantize({grid, x.data(), x_format.type, f.type, s, z, data});
   codes.finish(stack[0]);
 }
 
@@ -147,14 +160,14 @@ void quantize(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend, bool OUT>
 void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "dequantize";
-  Arguments in(stack);
-  Tensor codes = in.tensor(), scale = in.tensor();
+  Arguments in(op, stack);
+  Tensor codes = in.tensor("codes"), scale = in.tensor("scale");
   const std::string format = in.text();
   const Sizes block = in.sizes();
-  auto zero_point = in.optional_tensor();
+  auto zero_point = in.optional_tensor("zero_point");
   const int32_t dtype = in.dtype();
   const std::optional<int64_t> size = in.optional_size();
-  auto out = take_out<OUT>(in);
+  auto out = take_out<OUT>(in, "out");
 
   const Format& f = check_format(op, format, targets);
   if (codes.dtype() != f.dtype) fail(op, "codes", name_of(f.dtype), name_of(codes.dtype()));
@@ -164,12 +177,10 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   check_scale(op, scale, zero_point, f, scale_sizes(grid), codes.device());
   Output y(op, "out", std::move(out), {sizes, dtype}, codes.device());
   codes.make_contiguous();
-  scale.make_contiguous();
+  const float* s = scales<Backend>(op, scale);
   const int32_t* z = zero_points<Backend>(op, zero_point, f);
   void* data = y.data({&codes, &scale, zero_point ? &*zero_point : nullptr});
-  if (grid.M && grid.K)
-    Backend(codes.device())
-        .dequantize({grid, codes.data(), f.type, static_cast<float*>(scale.data()), z, data, y_format.type});
+  if (grid.M && grid.K) Backend(codes.device()).dequantize({grid, codes.data(), f.type, s, z, data, y_format.type});
   y.finish(stack[0]);
 }
 
@@ -177,11 +188,12 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend, bool OUT, bool AFFINE>
 void quantize_dynamic(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "quantize_dynamic";
-  Arguments in(stack);
-  Tensor x = in.tensor();
+  Arguments in(op, stack);
+  Tensor x = in.tensor("x");
   const std::string format = in.text();
   const Sizes block = in.sizes();
-  auto codes_out = take_out<OUT>(in), scale_out = take_out<OUT>(in), zero_point_out = take_out < OUT && AFFINE > (in);
+  auto codes_out = take_out<OUT>(in, "codes"), scale_out = take_out<OUT>(in, "scale"),
+       zero_point_out = take_out<(OUT && AFFINE)>(in, "zero_point");
 
   const Format& f = check_format(op, format, AFFINE ? integers : targets);
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);

@@ -34,6 +34,13 @@ struct ComputeScale {
   int32_t* zero_point;  // the same shape, or null: symmetric
 };
 
+// least = the least scale[n] that is negative, or 0
+struct LeastScale {
+  const float* scale;  // [n]
+  int64_t n;
+  float* least;
+};
+
 // codes[i, j] = encode(x[i, j] / scale[i / br, j / bk])
 struct Quantize {
   Grid grid;

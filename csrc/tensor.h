@@ -48,10 +48,24 @@ struct Device {
   bool operator==(Device other) const { return type == other.type && index == other.index; }
 };
 
+// Which argument of which op a tensor is.
+struct Name {
+  const char* op = "";
+  const char* argument = "";
+};
+
+// Says that torch has no memory for a tensor: check.h.
+[[noreturn]] void fail_to_allocate(Name name, SizesView sizes, int32_t dtype, Device device);
+
+constexpr int32_t kNoDtype = -1;  // of what torch passes for None: every check refuses it
+
 // Owns one reference to a torch tensor, and knows what never changes about it.
 class Tensor {
  public:
-  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+  explicit Tensor(AtenTensorHandle handle, Name name = {}) : handle_(handle), name_(name) {
+    bool defined;
+    check_torch(aoti_torch_is_defined(handle, &defined));
+    if (!defined) return;
     int64_t *sizes, dim;
     check_torch(aoti_torch_get_dim(handle, &dim));
     check_torch(aoti_torch_get_sizes(handle, &sizes));
@@ -60,15 +74,16 @@ class Tensor {
     check_torch(aoti_torch_get_device_type(handle, &device_.type));
     check_torch(aoti_torch_get_device_index(handle, &device_.index));
   }
-  static Tensor empty(SizesView sizes, int32_t dtype, Device device) {
+  static Tensor empty(SizesView sizes, int32_t dtype, Device device, Name name) {
     Sizes strides(sizes.size(), 1);
     for (size_t d = sizes.size(); d-- > 1;)
       if (__builtin_mul_overflow(strides[d], std::max<int64_t>(sizes[d], 1), &strides[d - 1]))
         strides[d - 1] = INT64_MAX;
     AtenTensorHandle handle;
-    check_torch(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device.type,
-                                         device.index, &handle));
-    Tensor made(handle);
+    if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device.type, device.index,
+                                 &handle) != AOTI_TORCH_SUCCESS)
+      fail_to_allocate(name, sizes, dtype, device);
+    Tensor made(handle, name);
     if (device.type == aoti_torch_device_type_cpu()) in_huge_pages(made.data(), made.nbytes());
     return made;
   }
@@ -81,11 +96,13 @@ class Tensor {
   }
   Tensor(Tensor&& other) noexcept
       : handle_(std::exchange(other.handle_, nullptr)),
+        name_(other.name_),
         sizes_(other.sizes_),
         dtype_(other.dtype_),
         device_(other.device_) {}
   Tensor& operator=(Tensor&& other) noexcept {
     std::swap(handle_, other.handle_);
+    name_ = other.name_;
     std::swap(sizes_, other.sizes_);
     std::swap(dtype_, other.dtype_);
     std::swap(device_, other.device_);
@@ -120,7 +137,7 @@ class Tensor {
   // Where it is not contiguous it becomes a copy of itself that is.
   void make_contiguous() {
     if (is_contiguous()) return;
-    Tensor copy = empty(sizes_, dtype_, device_);
+    Tensor copy = empty(sizes_, dtype_, device_, name_);
     copy.copy_from(*this);
     *this = std::move(copy);
   }
@@ -164,26 +181,28 @@ class Tensor {
 
  private:
   AtenTensorHandle handle_;
+  Name name_;
   SizesView sizes_;
-  int32_t dtype_;
-  Device device_;
+  int32_t dtype_ = kNoDtype;
+  Device device_ = {-1, -1};
 };
 
 // The arguments of a call, taken in the order of the schema: each belongs to us from then on.
 class Arguments {
  public:
-  explicit Arguments(const StableIValue* stack) : next_(stack) {}
+  Arguments(const char* op, const StableIValue* stack) : op_(op), next_(stack) {}
 
-  Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
+  Tensor tensor(const char* argument) { return Tensor(take<AtenTensorHandle>(), {op_, argument}); }
   bool flag() { return take<bool>(); }
   int64_t size() { return take<int64_t>(); }
   int32_t dtype() { return take<int32_t>(); }
   double number() { return take<double>(); }
   std::string text() { return text_of(take<StringHandle>()); }
   Sizes sizes() { return sizes_of(take<StableListHandle>()); }
-  std::optional<Tensor> optional_tensor() {
-    return optional<Tensor>(
-        [](StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); });
+  std::optional<Tensor> optional_tensor(const char* argument) {
+    return optional<Tensor>([&](StableIValue value) {
+      return Tensor(torch::stable::detail::to<AtenTensorHandle>(value), {op_, argument});
+    });
   }
   std::optional<std::string> optional_text() {
     return optional<std::string>(
@@ -196,6 +215,7 @@ class Arguments {
   std::optional<int64_t> optional_size() { return optional<int64_t>(torch::stable::detail::to<int64_t>); }
 
  private:
+  const char* op_;
   const StableIValue* next_;
 
   static Sizes sizes_of(StableListHandle handle) {

@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from quantlib import nn, reference
     from quantlib.api import dequantize_, quantize_
-    from quantlib.backends import use_backend
+    from quantlib.backends import library_path, use_backend
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
     from quantlib.ops.dequant_matmul import dequant_matmul
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from quantlib.ops.quantize_dynamic import quantize_dynamic
     from quantlib.ops.scaled_matmul import scaled_matmul
     from quantlib.qat import convert_, prepare_qat_, qat_mode_, qat_parameters
-    from quantlib.spec import QuantSpec
+    from quantlib.spec import W4A8, W4A16, W8A8, W8A16, QuantSpec
 
 _HOME = {
     "cast": "ops",
@@ -41,6 +41,7 @@ _HOME = {
     "dequantize_": "api",
     "dynamic_matmul": "ops",
     "fake_quantize": "ops",
+    "library_path": "backends",
     "pack": "ops",
     "prepare_qat_": "qat",
     "qat_mode_": "qat",
@@ -50,12 +51,20 @@ _HOME = {
     "quantize_dynamic": "ops",
     "scaled_matmul": "ops",
     "QuantSpec": "spec",
+    "W4A16": "spec",
+    "W4A8": "spec",
+    "W8A16": "spec",
+    "W8A8": "spec",
     "unpack": "ops",
     "use_backend": "backends",
 }  # name -> the module it lives in
 _MODULES = ("nn", "reference")
 
 __all__ = [
+    "W4A8",
+    "W4A16",
+    "W8A8",
+    "W8A16",
     "QuantSpec",
     "cast",
     "compute_scale",
@@ -65,6 +74,7 @@ __all__ = [
     "dequantize_",
     "dynamic_matmul",
     "fake_quantize",
+    "library_path",
     "nn",
     "pack",
     "prepare_qat_",

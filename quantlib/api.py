@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from quantlib.measure import OnNonfinite, check_weight, describe
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
@@ -142,7 +144,7 @@ def reasons_to_skip(
         if isinstance(owner, cls)
         for child in children
     }
-    adapters = adapters_of(model)
+    adapters, elsewhere = adapters_of(model), kept_elsewhere(model)
     skipped: dict[str, str] = {}
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)  # id of a parameter -> (module, name in it)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
@@ -150,7 +152,7 @@ def reasons_to_skip(
         for key, parameter in module._parameters.items():
             holders[id(parameter)].append((name, key))
     for name, layer in layers.items():
-        why = readers.get(id(layer)) or adapters.get(id(layer)) or reason_to_skip(layer)
+        why = readers.get(id(layer)) or adapters.get(id(layer)) or reason_to_skip(layer) or elsewhere.get(id(layer))
         if why is None and filter_fn is not None and not filter_fn(layer, name):
             why = "filter_fn said no"
         if why is not None:
@@ -169,11 +171,15 @@ def reason_to_skip(layer: nn.Module) -> str | None:
     """What about a layer itself keeps it from being replaced."""
     if isinstance(layer, QuantModule):
         return f"already quantized to {layer.spec}"
+    if is_lazy(layer._parameters.get("weight")):
+        return "its weight has no shape before the first forward"
     if type(layer) not in QUANTIZED:
         base = next(t for t in QUANTIZED if isinstance(layer, t))
         return f"{type(layer).__name__}, a subclass of nn.{base.__name__}, may compute something else"
     if "forward" in vars(layer) and hooked_forward(layer) is None:
         return "its forward has been replaced"
+    if layer._compiled_call_impl is not None:
+        return "it has been compiled: quantize the model before layer.compile()"
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters"
@@ -213,7 +219,7 @@ def account(model: nn.Module, report: Report) -> None:
         codes = "weight_codes" if isinstance(module, QuantModule) else "weight" if isinstance(module, QATModule) else ""
         own = module.KEPT if isinstance(module, QuantModule) else (codes,)
         for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in counted:
+            if parameter is None or is_lazy(parameter) or id(parameter) in counted:
                 continue
             counted.add(id(parameter))
             if key == codes:
@@ -237,7 +243,10 @@ def other_weights(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:
     return {
         name: why_float(module, "weight", weight)
         for name, module in model.named_modules()
-        if (weight := module._parameters.get("weight")) is not None and weight.dim() > 1 and name not in skipped
+        if (weight := dict(module._parameters.items()).get("weight")) is not None
+        and not is_lazy(weight)
+        and weight.dim() > 1
+        and name not in skipped
     }
 
 
@@ -298,23 +307,62 @@ def check_on_nonfinite(on_nonfinite: str) -> None:
         raise ValueError(f"on_nonfinite must be raise or propagate, got {on_nonfinite!r}")
 
 
-def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """id of a module -> the (parent, name) it can be reached by; a shared one has several."""
-    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for parent in model.modules():
-        for child, module in parent._modules.items():
-            places[id(module)].append((parent, child))
+class Place(NamedTuple):
+    """Where ``owner`` holds a module: ``store[key]``."""
+
+    owner: nn.Module
+    store: Any  # a dictionary or a list
+    key: Any
+
+
+def places_of(model: nn.Module) -> dict[int, list[Place]]:
+    """id of a module -> where it can be reached: as a submodule, and in attributes, lists and dictionaries."""
+    places: dict[int, list[Place]] = defaultdict(list)
+    for owner in model.modules():
+        seen: set[int] = set()
+        stores: list[Any] = [vars(owner)]
+        while stores:
+            store = stores.pop()
+            seen.add(id(store))
+            for key, value in list(store.items() if isinstance(store, dict) else enumerate(store)):
+                if isinstance(value, nn.Module):
+                    places[id(value)].append(Place(owner, store, key))
+                elif isinstance(value, (dict, list)) and id(value) not in seen:
+                    stores.append(value)
     return places
 
 
-def put(new: nn.Module, old: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]) -> None:
+def kept_elsewhere(model: nn.Module) -> dict[int, str]:
+    """id of a module -> why another would not be called in its place, though it is where `places_of` finds it."""
+    found: dict[int, str] = {}
+    for owner in model.modules():
+        for name, value in vars(owner).items() if not is_compiled(owner) else ():
+            values = value if isinstance(value, (tuple, set, frozenset)) else (value,)
+            called = [v.func if isinstance(v, functools.partial) else v for v in values]
+            for v in called:
+                layer = v if isinstance(v, nn.Module) and v is not value else getattr(v, "__self__", None)
+                if isinstance(layer, nn.Module) and layer is not owner:
+                    found[id(layer)] = (
+                        f"{type(owner).__name__} holds it in its attribute {name}, a {type(value).__name__}"
+                    )
+    return found
+
+
+def put(new: nn.Module, old: nn.Module, places: dict[int, list[Place]]) -> None:
     """``new`` wherever ``old`` is, with the hooks of ``old`` themselves and not copies."""
     for key, value in vars(old).items():
         if "hooks" in key and isinstance(value, dict):
             vars(new)[key] = value  # the same dictionary: a handle still removes its hook
     rebind_hooks(new)
-    for parent, child in places.pop(id(old)):
-        parent._modules[child] = new
+    for owner, store, key in places.pop(id(old)):
+        store[key] = new
+        if is_compiled(owner):  # its forward calls the layer that it was made of
+            owner.__setstate__(owner.__getstate__())  # type: ignore[operator]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` is what ``torch.compile`` makes of a module. Its class is in a package that loads slowly."""
+    return type(module).__name__ == "OptimizedModule"
 
 
 def share_weight(first: QuantModule, layer: nn.Module, spec: QuantSpec) -> QuantModule:

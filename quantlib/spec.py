@@ -2,12 +2,13 @@
 
 As text, ``format[:per][:affine][@activation[:static]]``, where a weight and an activation are written alike::
 
-    int8                 int8, one scale a row (the default of int8)
+    int8                 int8, one scale a row (per channel, the default of int8)
     int4:group:32        int4, one scale for 32 weights of a row
     int8:tile:128        int8, one scale for a tile of 128 x 128 weights
     uint8:row:affine     uint8 with a zero point
     bfloat16             a plain cast: no scale
-    int8:row@int8:row    int8 weights, and activations projected to int8 row by row as they arrive
+    int8:row@int8:row    int8 weights, and activations quantized to int8 per token as they arrive
+    int8:channel@int8:token    the same: a channel is a row of the weight, a token is a row of the activations
     int8@int8:tensor:static    the same with one scale for all activations, which training or calibration found
 
 or one of the names of `SCHEMES`, such as ``W8A16``.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 from quantlib import formats
@@ -50,16 +51,19 @@ class QuantSpec:
     format : str or torch.dtype
         A row of `quantlib.formats`: ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``float8_e5m2``, ``float4_e2m1fn``,
         ``int8``, ``uint8``, ``int4``.
-    per : {"tensor", "row", "group:N", "tile:N"}, optional
-        The weights that share a scale: all, an output row, N neighbours in a row, a tile of N x N. By default "row"
-        for 8 bits and "group:128" for 4; 16-bit floats have no scale by default and are cast.
+    per : {"tensor", "row", "channel", "token", "group", "group:N", "tile:N"}, optional
+        The weights that share a scale: all, an output row, N neighbours in a row, a tile of N x N. "channel" and
+        "token" are other words for "row": that of a weight, and that of an activation. By default "row" for 8 bits
+        and "group:128" for 4; 16-bit floats have no scale by default and are cast.
     symmetric : bool, optional
         False gives integer formats a zero point. True by default; False for ``uint8``, whose codes have no sign.
     activation : QuantSpec or str, optional
-        Project the input of the layer too, with scales taken from the input as it arrives, or static ones.
+        Quantize the input of the layer too, with scales taken from the input as it arrives, or static ones.
     static : bool
         Of an activation per tensor: its scale is kept with the layer, and does not follow the input. It comes from
         `prepare_qat_` and `convert_`.
+    group_size : int, optional
+        N of a scale per group; the attribute `per` says it afterwards.
 
     Raises
     ------
@@ -69,7 +73,9 @@ class QuantSpec:
     Examples
     --------
     >>> QuantSpec.parse("W4A16")
-    QuantSpec.parse('int4:group:128')
+    QuantSpec(format='int4', per='group:128', symmetric=True, activation=None, static=False)
+    >>> QuantSpec("int4", per="group", group_size=32) == QuantSpec.parse("int4:group:32")
+    True
     >>> QuantSpec("int8", per="group:64", symmetric=False).block((4096, 4096))
     (1, 64)
     """
@@ -79,12 +85,14 @@ class QuantSpec:
     symmetric: bool | None = None
     activation: QuantSpec | None = None
     static: bool = False
+    group_size: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, group_size: int | None) -> None:
         row = formats.get(self.format)
         if row.name not in TARGETS:
             raise ValueError(f"format must be one of {', '.join(TARGETS)}, got {row.name}")
-        per = default_per(row) if self.per is None else checked_per(self.per)
+        wanted = self.per if group_size is None else per_group(self.per, group_size)
+        per = default_per(row) if wanted is None else checked_per(wanted)
         symmetric = row.is_float or row.signed if self.symmetric is None else self.symmetric
         if not isinstance(symmetric, bool):
             raise TypeError(f"symmetric must be True, False or None, got {symmetric!r}")
@@ -173,20 +181,28 @@ class QuantSpec:
         text = ":".join(word for word in words if word)
         return text if self.activation is None else f"{text}@{self.activation}"
 
-    def __repr__(self) -> str:
-        return f"QuantSpec.parse({str(self)!r})"
-
 
 def default_per(row: Format) -> str | None:
     """What shares a scale unless told otherwise: the fewer bits, the fewer weights."""
     return {16: None, 8: "row"}.get(row.bits, "group:128")
 
 
+def per_group(per: str | None, group_size: object) -> str:
+    """What ``per`` and ``group_size`` say together."""
+    if per not in (None, "group"):
+        raise ValueError(f'per must be "group" where group_size is given, got {per!r}')
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be a whole number >= 1, got {group_size!r}")
+    return f"group:{group_size}"
+
+
 def checked_per(per: object) -> str:
     """``per`` as it is written in `QuantSpec.per`."""
+    if per in ("channel", "token"):  # a row of the weight, a row of the activations
+        return "row"
     if isinstance(per, str) and re.fullmatch(r"tensor|row|(group|tile):0*[1-9][0-9]*", per):
         return per if ":" not in per else f"{per.partition(':')[0]}:{int(per.partition(':')[2])}"
-    raise ValueError(f"per must be tensor, row, group:N or tile:N with N >= 1, got {per!r}")
+    raise ValueError(f"per must be tensor, row (or channel, token), group:N or tile:N with N >= 1, got {per!r}")
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -195,3 +211,9 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     for size in shape[:-1]:
         M *= size
     return M, (shape[-1] if len(shape) else 1)
+
+
+W8A16 = QuantSpec.parse("W8A16")
+W8A8 = QuantSpec.parse("W8A8")
+W4A16 = QuantSpec.parse("W4A16")
+W4A8 = QuantSpec.parse("W4A8")

@@ -91,7 +91,7 @@ PUBLIC: list[tuple[str, Callable[[], Any]]] = [
         lambda: quantlib.ops.fake_quantize_per_channel_affine(X, S[:, 0], -C8[:, 0].int(), 0, 0, 255),
     ),
     (
-        "quantlib::fake_quantize: scale must be float32, got float16",
+        "quantlib::fake_quantize: scale must be float32 or bfloat16, got float16",
         lambda: quantlib.ops.fake_quantize_per_channel_affine(X, S[:, 0].half(), C8[:, 0].int(), 0, 0, 255),
     ),
     ("quantlib::pack: format must be ", lambda: quantlib.pack(C8, "int8")),

@@ -85,6 +85,8 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert facts["refusals"]["cpu"]["composite"] == {"device": None, "ops": {}}
     assert (facts["devices"]["cuda"] is None) == ("cuda" in facts["refusals"])
     assert {"quantlib", "python", "torch", "triton", "numpy", "c++", "instruction set"} <= set(facts["versions"])
+    cpp = backends.refuses("cpp", "cpu") is None
+    assert facts["versions"]["c++ library"] == (str(backends.library_path()) if cpp else "-")
     assert facts["environment"]["QUANTLIB_CACHE"] == "/some/where"
     assert main(["info"]) == 0
     text = capsys.readouterr().out

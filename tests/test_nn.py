@@ -144,7 +144,9 @@ def test_moving_the_module_moves_everything() -> None:
 def test_a_scale_that_is_not_float32_is_refused(words: str) -> None:
     q = QuantLinear.from_float(linear(), words)
     assert q.weight_scale is not None
-    q.weight_scale.data = q.weight_scale.data.bfloat16()  # what a mixed-precision policy does
+    with pytest.raises(TypeError, match="data of a scale must be float32, got bfloat16"):
+        q.weight_scale.data = q.weight_scale.data.bfloat16()  # what a mixed-precision policy does
+    q._parameters["weight_scale"] = nn.Parameter(q.weight_scale.data.bfloat16())
     with pytest.raises(RuntimeError, match=r"scale must be float32.*got bfloat16"):
         q(torch.randn(2, K))
 

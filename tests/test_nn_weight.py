@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from quantlib import quantize_
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
@@ -50,6 +52,7 @@ READS: dict[str, Callable[[Any, Tensor], Any]] = {
     "list": lambda w, x: torch.tensor(w.tolist(), dtype=torch.float64),
     "clone": lambda w, x: w.clone(),
     "deepcopy": lambda w, x: copy.deepcopy(w),
+    "format": lambda w, x: torch.tensor([float(f"{w[0, n]:.9e}") for n in range(K)]),
     "pickle": lambda w, x: pickle.loads(pickle.dumps(w)),
 }
 
@@ -236,6 +239,85 @@ def test_requiring_gradients_of_a_whole_model() -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"0.bias", "0.weight_scale", "1.weight", "1.bias"}
     assert all(isinstance(p, QuantParameter) for n, p in model[0].named_parameters() if n != "bias")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_parameters_are_loaded_as_weights_only(spec: str) -> None:
+    q, file = layer(spec), io.BytesIO()
+    torch.save(dict(q.named_parameters()), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert all(type(p) is type(loaded[name]) and torch.equal(p, loaded[name]) for name, p in q.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["swap_module_params_on_conversion", "overwrite_module_params_on_conversion"])
+def test_the_other_ways_of_torch_to_convert_a_module(how: str) -> None:
+    q = layer("int4:group:8")
+    before = q.values()
+    switch = getattr(torch.__future__, f"set_{how}")
+    switch(True)
+    try:
+        q.half().load_state_dict(layer("int4:group:8").half().state_dict())
+        assert q.float().bias.dtype == torch.float32
+    finally:
+        switch(False)
+    assert torch.equal(q.values(), before)
+    assert isinstance(q.weight_codes, QuantParameter)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_asking_for_gradients_one_by_one(spec: str) -> None:
+    q = layer(spec)
+    for p in q.parameters():
+        p.requires_grad = True
+    scales = {"weight_scale"} if q.weight_scale is not None else set()
+    assert {name for name, p in q.named_parameters() if p.requires_grad} == {"bias"} | scales
+    for p in q.parameters():
+        p.requires_grad = False
+    assert not any(p.requires_grad for p in q.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, {"avg_fn": get_ema_avg_fn(0.9)}])
+@pytest.mark.parametrize("spec", [*SPECS, "int8:row:affine"])
+def test_a_running_average_of_a_model_leaves_codes_as_they_are(spec: str, options: dict[str, Any]) -> None:
+    """torch averages integers by multiplying and cutting off, which takes 1 from many a code."""
+    q = layer(spec)
+    average, bias = AveragedModel(q, **options), q.bias.detach().clone()
+    for _ in range(4):
+        average.update_parameters(q)
+        q.bias.data.add_(1)
+    for name, tensor in average.module.state_dict().items():
+        if name != "bias":
+            torch.testing.assert_close(tensor, q.state_dict()[name])
+    assert (average.module.bias > bias).all()
+
+
+def test_codes_take_no_floats() -> None:
+    q = layer("int4:group:8")
+    before = q.values()
+    flat = torch.nn.utils.parameters_to_vector(q.parameters())
+    with pytest.raises(TypeError, match="data of codes or zero points must be uint8, got float32"):
+        torch.nn.utils.vector_to_parameters(flat, q.parameters())
+    with torch.no_grad(), pytest.raises(TypeError, match="codes or zero points must be copied from .*, got float32 in"):
+        q.weight_codes.copy_(q.weight_codes * 0.7)
+    assert torch.equal(q.values(), before)
+    assert type(q.state_dict()["weight_codes"]) is Tensor
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: prune.l1_unstructured(q, "weight", 0.5),
+        lambda q: q.register_parameter("weight", nn.Parameter(torch.zeros(N, K))),
+        lambda q: delattr(q, "weight"),
+    ],
+)
+def test_what_would_take_the_weight_away_gets_an_error(change: Callable[[Any], Any]) -> None:
+    q = layer()
+    names = list(q.state_dict())
+    with pytest.raises(RuntimeError, match=r"weight must not be .*, it is decoded from codes: .*dequantize_\(model\)"):
+        change(q)
+    assert list(q.state_dict()) == names
 
 
 def test_a_subclass_of_a_float_module_is_asked_of_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -205,3 +206,94 @@ def test_an_owner_that_reads_the_weight_gets_values(spec: str) -> None:
     y = model(x)
     dequantize_(model)
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+class Holder(nn.Module):
+    """Calls its layer by something else than the name of the submodule."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8, bias=False)
+        self.how = how
+        self.layers, self.by_name, self.nested = [self.fc], {"fc": self.fc}, {"all": [[self.fc]]}
+        vars(self)["alias"] = self.fc
+        if how == "tuple":
+            self.fixed = (self.fc,)
+        elif how == "method":
+            self.call = self.fc.forward
+        elif how == "partial":
+            self.call = functools.partial(self.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ways: dict[str, Callable[[], Any]] = {
+            "list": lambda: self.layers[0],
+            "dict": lambda: self.by_name["fc"],
+            "nested": lambda: self.nested["all"][0][0],
+            "attribute": lambda: self.alias,
+            "tuple": lambda: self.fixed[0],
+        }
+        y: Tensor = ways.get(self.how, lambda: self.call)()(x)
+        return y
+
+
+@pytest.mark.parametrize("how", ["list", "dict", "nested", "attribute"])
+def test_a_layer_is_replaced_wherever_its_owner_holds_it(how: str) -> None:
+    model, x = Holder(how), torch.randn(2, 8)
+    expected = model(x)
+    quantize_(model, "int8")
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
+    model.fc.weight_codes.data.zero_()
+    assert not model(x).any()
+    dequantize_(model)
+    model.fc.weight.data.fill_(1)
+    assert torch.equal(model(x), nn.functional.linear(x, torch.ones(8, 8)))
+
+
+@pytest.mark.parametrize("how", ["tuple", "method", "partial"])
+def test_a_layer_that_would_still_be_called_stays(how: str) -> None:
+    model = nn.Sequential(Holder(how), nn.Linear(8, 8))
+    name = "fixed" if how == "tuple" else "call"
+    assert quantize_(model, "int8").skipped["0.fc"] == f"Holder holds it in its attribute {name}, a {how}"
+    assert type(model[0].fc) is nn.Linear
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_compiled_layer_computes_with_what_took_its_place(verb: str) -> None:
+    torch._dynamo.reset()
+    model, x = nn.Sequential(torch.compile(nn.Linear(8, 8, bias=False), backend="eager"), nn.ReLU()), torch.randn(2, 8)
+    model(x)
+    if verb == "prepare_qat_":
+        prepare_qat_(model, "int8")
+    else:
+        quantize_(model, "int8")
+        model(x)
+    if verb == "dequantize_":
+        dequantize_(model)
+    new: Any = model[0]
+    torch._dynamo.reset()
+    new._orig_mod.forward = torch.zeros_like
+    assert not model(x).any()
+
+
+def test_a_layer_that_was_compiled_in_place() -> None:
+    """``layer.compile()`` leaves a call of that very layer on it."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8)
+    model[0].compile(backend="eager")
+    report = quantize_(model, "int8")
+    assert report.skipped == {"0": "it has been compiled: quantize the model before layer.compile()"}
+    model[1].compile(backend="eager")
+    y = model(x)
+    dequantize_(model)
+    torch.testing.assert_close(model(x), y)
+    model[1].weight.data.zero_()
+    assert torch.equal(model(x), model[1].bias.expand(2, 8))
+
+
+def test_layers_without_a_shape_and_scripted_ones_are_named() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    assert quantize_(lazy, "int8").skipped == {"0": "its weight has no shape before the first forward"}
+    lazy(torch.randn(2, 5))
+    assert len(quantize_(lazy, "int8").layers) == 1
+    with pytest.raises(ValueError, match=r"nn.Linear to quantize, got 0: RecursiveScriptModule has no quantized form"):
+        quantize_(torch.jit.script(nn.Sequential(nn.Linear(8, 8))), "int8")

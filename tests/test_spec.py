@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
+import quantlib
 from quantlib.spec import SCHEMES, TARGETS, QuantSpec
 
 
@@ -48,6 +50,32 @@ def test_text_is_an_inverse_of_parse(words: str) -> None:
     assert eval(repr(spec)) == spec
 
 
+def test_the_words_of_the_field() -> None:
+    assert QuantSpec.parse("int8:channel@int8:token") == QuantSpec.parse("W8A8") == quantlib.W8A8
+    assert QuantSpec("uint8", per="channel") == QuantSpec("uint8", per="row")
+    assert QuantSpec("int4", per="group", group_size=32) == QuantSpec("int4", group_size=32)
+    assert str(QuantSpec("int4", group_size=32).weight_only) == "int4:group:32"
+    assert repr(quantlib.W4A16) == (
+        "QuantSpec(format='int4', per='group:128', symmetric=True, activation=None, static=False)"
+    )
+    assert [str(s) for s in (quantlib.W8A16, quantlib.W4A16)] == [SCHEMES["w8a16"], SCHEMES["w4a16"]]
+    assert QuantSpec.parse("W4A8") == quantlib.W4A8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per": "row", "group_size": 32}, "per must be \"group\" where group_size is given, got 'row'"),
+        ({"group_size": 0}, "group_size must be a whole number >= 1, got 0"),
+        ({"group_size": "32"}, "group_size must be a whole number >= 1, got '32'"),
+        ({"per": "group"}, "per must be tensor, row .* group:N or tile:N with N >= 1, got 'group'"),
+    ],
+)
+def test_group_sizes_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantSpec("int4", **options)
+
+
 def test_the_constructor_and_the_text_agree() -> None:
     assert QuantSpec("int8", per="group:64", symmetric=False) == QuantSpec.parse("int8:group:64:affine")
     assert QuantSpec("int8", activation="int8") == QuantSpec.parse("W8A8")  # type: ignore[arg-type]
@@ -85,7 +113,7 @@ def test_refused(words: object, named: str) -> None:
 
 
 def test_refused_by_the_constructor() -> None:
-    with pytest.raises(ValueError, match="per must be tensor, row, group:N or tile:N"):
+    with pytest.raises(ValueError, match=r"per must be tensor, row \(or channel, token\), group:N or tile:N"):
         QuantSpec("int8", per=128)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="symmetric must be False for uint8"):
         QuantSpec("uint8", symmetric=True)
@@ -116,6 +144,7 @@ def test_empty_matrices_have_a_block(shape: tuple[int, int]) -> None:
 def test_needs_no_torch() -> None:
     program = """
 import sys
+from typing import Any
 sys.argv, sys.modules["torch"] = ["quantlib"], None
 from quantlib.spec import QuantSpec
 print(QuantSpec.parse("W8A16"))

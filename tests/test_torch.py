@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,7 +267,7 @@ class Model(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        words = ("int8", "int4:group:16", "W8A8", "float8_e4m3fn")
+        words = ("int8", "int4:group:16", "W8A8", "float8_e4m3fn", "int8@uint8:tensor:affine")
         self.layers = torch.nn.Sequential(*(QuantLinear.from_float(torch.nn.Linear(K, K), w) for w in words))
 
     def forward(self, a: Tensor) -> tuple[Tensor, ...]:
@@ -287,6 +289,41 @@ def test_aot_inductor(where: str, tmp_path: Path) -> None:
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
         for got, want in zip(torch._inductor.aoti_load_package(path)(a), model(a), strict=True):
             assert_same_bytes(got, want)
+    if where == "cpu":  # and a program that only opens the library runs it, as one in C++ would
+        torch.save((a, model(a)[0]), tmp_path / "call.pt")
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_QUANTLIB, str(quantlib.library_path()), path, str(tmp_path / "call.pt")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+WITHOUT_QUANTLIB = """
+import ctypes, sys, torch
+library, package, call = sys.argv[1:]
+ctypes.CDLL(library)
+a, want = torch.load(call)
+with torch.no_grad():
+    assert torch.equal(torch._inductor.aoti_load_package(package)(a)[0], want)
+assert "quantlib" not in sys.modules
+"""
+
+
+def test_the_path_of_the_library() -> None:
+    if why := backends.refuses("cpp", "cpu"):
+        with pytest.raises(RuntimeError, match="library of cpu kernels must be loaded, got none: "):
+            quantlib.library_path()
+        pytest.skip(f"cpp: {why}")
+    path = quantlib.library_path()
+    assert path.is_file()
+    assert str(path) in torch.ops.loaded_libraries
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got 'tpu'"):
+        quantlib.library_path("tpu")
+    if torch.version.cuda is None:
+        with pytest.raises(
+            RuntimeError, match=r"library of cuda kernels must be loaded, got none: torch .* without CUDA"
+        ):
+            quantlib.library_path("cuda")
 
 
 # ---- batched --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-// The ops of this folder. Every <op>.cpp is compiled once per instruction set, with -DQL_ISA=<name> naming the
-// namespace; register.cpp, compiled once, includes no code of theirs and chooses among them at run time.
+// The ops of this folder, and the one check that reads much memory. Every <op>.cpp is compiled once per instruction
+// set, with -DQL_ISA=<name> naming the namespace; register.cpp, compiled once, includes no code of theirs and chooses
+// among them at run time.
 #pragma once
 #include "../problem.h"
 
@@ -13,6 +14,7 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*b
 #define QL_KERNELS(X)                               \
   X(cast, Cast)                                     \
   X(compute_scale, ComputeScale)                    \
+  X(least_scale, LeastScale)                        \
   X(quantize, Quantize)                             \
   X(dequantize, Dequantize)                         \
   X(quantize_dynamic, QuantizeDynamic)              \

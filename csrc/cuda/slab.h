@@ -55,7 +55,7 @@ class Slabs {
 
   Tensor allocate(int64_t n, int32_t dtype) const {
     const Sizes sizes = {n};
-    return Tensor::empty(sizes, dtype, device_);
+    return Tensor::empty(sizes, dtype, device_, {"dequant_matmul", "x"});
   }
 };
 

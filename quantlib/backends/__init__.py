@@ -76,6 +76,33 @@ def serving(device: str) -> str:
     return next(backend for backend in order if refuses(backend, device) is None)
 
 
+def library_path(device: str = "cpu") -> Path:
+    """The file of the compiled kernels that this process has loaded.
+
+    A program without Python opens it with ``dlopen`` before it loads a package of AOTInductor: nothing else tells
+    torch what ``quantlib::dequant_matmul`` is. That of "cuda" needs that of "cpu" before it, which has the schemas.
+
+    Parameters
+    ----------
+    device : {"cpu", "cuda"}
+        What the kernels run on.
+
+    Raises
+    ------
+    ValueError
+        For another device.
+    RuntimeError
+        Where no library is loaded, with the reason.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device must be {' or '.join(DEVICES)}, got {device!r}")
+    why = compiled.load(device)  # an import has asked already
+    path = compiled.path_of(device)
+    if path is None:
+        raise RuntimeError(f"library of {device} kernels must be loaded, got none: {why}")
+    return path
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Inside the block only ``name`` runs: "composite", "cpp", "triton", "cuda", or "auto" for the usual order.

@@ -58,6 +58,8 @@ def versions() -> dict[str, str]:
         **{name: package_version(name) for name in PACKAGES},
         "c++": said([*cxx(), "--version"]),
         "nvcc": said([_build.nvcc() or "nvcc", "--version"], line=-2),
+        "c++ library": library("cpu"),
+        "cuda library": library("cuda"),
         "instruction set": instruction_set(),
         "threads": str(torch.get_num_threads()),
     }
@@ -89,6 +91,13 @@ def said(command: list[str], line: int = 0) -> str:
         return lines[line]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "not installed"
+
+
+def library(device: str) -> str:
+    """The file of the kernels of ``device``; why there is none is told beside the backend."""
+    from quantlib.backends import compiled
+
+    return str(compiled.path_of(device) or "-")
 
 
 def instruction_set() -> str:

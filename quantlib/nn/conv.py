@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input
 
 from quantlib.nn.functional import SOURCES, Weight, autocast, dequantize_rows
+from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import QuantModule
 from quantlib.spec import QuantSpec
 
@@ -75,6 +76,7 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [batch, in, ...] or [in, ...] of any float dtype -> [batch, out, ...] of the same."""
+        check_inside(input)
         x = autocast(input)
         spatial = len(self.kernel_size)
         x = x.unsqueeze(0) if input.dim() == spatial + 1 else x

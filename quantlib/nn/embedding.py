@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.nn.functional import dequantize_rows
+from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import QuantModule
 from quantlib.spec import QuantSpec
 
@@ -70,6 +71,7 @@ class QuantEmbedding(QuantModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """ids [...] int32 or int64 -> [..., K] of ``self.dtype``."""
+        check_inside(input)
         size = self.embedding_dim
         y = dequantize_rows(self.plain, input.reshape(-1), self.spec.format, self.block, size, self.dtype)
-        return y.view(*input.shape, size)
+        return y.view([*input.shape, size])

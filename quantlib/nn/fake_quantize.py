@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantlib import ops
 from quantlib.formats import IntFormat
 from quantlib.nn.functional import Scale, Weight, project, quantize_weight
+from quantlib.nn.leaf import Leaf
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
 from quantlib.spec import QuantSpec
 
@@ -35,7 +36,7 @@ class Pass(NamedTuple):
     zero_point: Tensor | None
 
 
-class FakeQuantize(KeepsDtype):
+class FakeQuantize(Leaf, KeepsDtype):
     """The projection of a tensor, as training sees it: `quantlib.fake_quantize` with a scale of its own.
 
     Parameters

@@ -59,7 +59,8 @@ def dequantize_rows(
     if isinstance(rows, slice):
         found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
     else:
-        found = codes.view(torch.uint8).index_select(0, rows).view(codes.dtype)  # which not every dtype has
+        fp8 = codes.dtype.is_floating_point and codes.dtype.itemsize == 1  # which have no index_select
+        found = codes.view(torch.uint8).index_select(0, rows).view(codes.dtype) if fp8 else codes.index_select(0, rows)
     if scale is None:
         return found.to(dtype)
     of_row = torch.div(rows, block[0], rounding_mode="floor") if block[0] > 1 else rows

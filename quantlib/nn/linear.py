@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantlib import ops
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project
+from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import PARTS, QuantModule, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.scaled_matmul import X_FORMATS
@@ -108,6 +109,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., K] of any float dtype -> [..., N] of the same."""
+        check_inside(input)
         x, spec, activation = autocast(input), self.spec, self.spec.activation
         codes, scale, zero_point = self.codes, self.weight_scale, self.weight_zero_point
         bias: Tensor | None = self.bias

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_weight
+from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of
 from quantlib.spec import QuantSpec
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 PARTS = {"weight_codes": "codes", "weight_scale": "scale", "weight_zero_point": "zero_point"}
 
 
-class QuantModule(nn.Module):
+class QuantModule(Leaf):
     """A module with a quantized weight: how it is made of a float one, kept through whatever is done to it, and saved.
 
     The weight is viewed as a matrix [N, K], N the outputs or the entries of a table and K all the rest. A subclass
@@ -197,6 +198,15 @@ class QuantModule(nn.Module):
             raise RuntimeError(f"weight must not be assigned, it is decoded from codes: {WAY_OUT}")
         self.share(value._owner)  # what `tie_weights` of transformers does
 
+    @weight.deleter
+    def weight(self) -> None:
+        raise RuntimeError(f"weight must not be deleted, it is decoded from codes: {WAY_OUT}")
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        if name == "weight" or isinstance(param, DecodedWeight):  # `torch.nn.utils.prune` keeps it under another name
+            raise RuntimeError(f"weight must not be registered as a parameter, it is decoded from codes: {WAY_OUT}")
+        super().register_parameter(name, param)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # of which nn.Module would make a parameter
             object.__setattr__(self, name, value)
@@ -279,8 +289,10 @@ class QuantModule(nn.Module):
         frozen = [p for name in self.KEPT if (p := self._parameters[name]) is not None]
 
         def keep_dtype(t: Tensor) -> Tensor:
-            y = fn(t)
-            return t.to(y.device) if y.dtype != t.dtype and any(t is p for p in frozen) else y
+            if not any(t is p for p in frozen):
+                return fn(t)
+            y = fn(t.data)
+            return y if y.dtype == t.dtype else t.data.to(y.device)
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
@@ -289,6 +301,9 @@ class QuantModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.KEPT:
+            if not keep_vars and (p := self._parameters.get(name)) is not None:
+                destination[prefix + name] = p.data
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["spec"] = str(self.spec)
 
@@ -336,10 +351,14 @@ class QuantModule(nn.Module):
 
 
 def taken_over(layer: nn.Module) -> dict[str, Any]:
-    """The attributes of ``layer`` for a module that takes its place, the containers of ``nn.Module`` as copies."""
+    """The attributes of ``layer`` for a module that takes its place, the containers of ``nn.Module`` as copies.
+
+    What ``layer.compile()`` has left there is not: it calls ``layer``.
+    """
     return {
         name: copy.copy(value) if name.startswith("_") and isinstance(value, (dict, set)) else value
         for name, value in vars(layer).items()
+        if name != "_compiled_call_impl"
     }
 
 

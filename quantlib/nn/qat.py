@@ -12,6 +12,7 @@ from quantlib.nn.conv import QuantConv1d, QuantConv2d
 from quantlib.nn.embedding import QuantEmbedding
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
+from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import QuantLinear
 from quantlib.nn.module import QuantModule, check_of_weight, is_sharded, rebind_hooks, taken_over
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class QATModule(nn.Module):
+class QATModule(Leaf):
     """A float module whose weight is trained as the codes that it will become.
 
     The weight [N, ...] is a float parameter under its own name, viewed as a matrix [N, K] and projected at each

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from quantlib.ops.check import dtype_name
+
 WAY_OUT = (
     "set_weight_(float_weight) quantizes another weight into the layer, "
     "and dequantize_(model) gives back float layers, which can be changed"
@@ -22,8 +24,20 @@ class QuantParameter(nn.Parameter):
     Its dtype is part of the number format, and says nothing of the dtype that the model computes in. So it does not
     count as floating point for those who ask a parameter: ``module.half()`` leaves it alone, and ``model.dtype`` of
     transformers and diffusers is that of the first float parameter. Codes and zero points never require a gradient:
-    ``model.requires_grad_(True)`` passes over them.
+    ``model.requires_grad_(True)`` and ``parameter.requires_grad = True`` pass over them. ``data`` keeps its dtype.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad":
+            self.requires_grad_(value)
+        elif name == "data" and value.dtype != self.dtype:
+            raise TypeError(f"data of {self._what} must be {dtype_name(self.dtype)}, got {dtype_name(value.dtype)}")
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def _what(self) -> str:
+        return "a scale" if self.dtype == torch.float32 else "codes or zero points"
 
     def is_floating_point(self) -> bool:
         return False
@@ -33,11 +47,32 @@ class QuantParameter(nn.Parameter):
             super().requires_grad_(requires_grad)
         return self
 
+    def detach(self) -> Tensor:
+        return super().detach() if self.dtype.is_floating_point else QuantParameter(self.data, requires_grad=False)
+
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> QuantParameter:
+        """Codes take codes. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
+
+        Raises
+        ------
+        TypeError
+            For floats that are no codes.
+        """
+        if source.is_floating_point() and not self.dtype.is_floating_point:
+            values, source = source, source.round()
+            if not torch.allclose(values, source, rtol=0, atol=1e-3):
+                raise TypeError(f"{self._what} must be copied from their like, got {dtype_name(values.dtype)} in between")
+        super().copy_(source, non_blocking)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return QuantParameter, (self.data, self.requires_grad)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantParameter containing:\n{self.data!r}"
+
+
+torch.serialization.add_safe_globals([QuantParameter])  # as nn.Parameter is, for torch.load(weights_only=True)
 
 
 class DecodedWeight(Tensor):
@@ -130,6 +165,9 @@ class DecodedWeight(Tensor):
 
     def tolist(self) -> Any:
         return decoded(self).tolist()
+
+    def __format__(self, format_spec: str) -> str:
+        return decoded(self).__format__(format_spec) if self.dim() == 0 else super().__format__(format_spec)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
         return decoded(self).__dlpack__(**kwargs)

@@ -9,6 +9,7 @@ from quantlib import formats
 from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.ops.check import CASTS, Result, check_dtype, check_format, dtype_of, fail, wants_gradient
 from quantlib.ops.declare import Kernel, declare, format_name
+from quantlib.ops.explain import explain
 
 
 def _results(x: Tensor, format: str, saturate: bool) -> list[Result]:
@@ -55,23 +56,26 @@ def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, 
     -----
     Contract C1, C2 and C3, ``docs/contract.md``.
     """
-    name = format_name(format)
-    saturates = _SATURATES.get(name, False) if saturate is None else saturate
-    if wants_gradient("cast", "x", x):
-        if out is not None:
-            fail("cast", "out", "None where x requires a gradient", "a tensor")
-        if x.dtype.itemsize == 1 or name.startswith("float8"):
-            way_out = "call it under torch.no_grad() or on x.detach()"
-            raise RuntimeError(
-                "quantlib::cast: x must not require a gradient, which cannot pass through 8 bits, "
-                f"got {x.dtype} to {name}: {way_out}"
-            )
-        return apply(_Cast, x, name, saturates)
-    if out is None:
-        y: Tensor = _cast(x, name, saturates)
-        return y
-    _cast_out(x, name, saturates, out=out)
-    return out
+    try:
+        name = format_name(format)
+        saturates = _SATURATES.get(name, False) if saturate is None else saturate
+        if wants_gradient("cast", "x", x):
+            if out is not None:
+                fail("cast", "out", "None where x requires a gradient", "a tensor")
+            if x.dtype.itemsize == 1 or name.startswith("float8"):
+                way_out = "call it under torch.no_grad() or on x.detach()"
+                raise RuntimeError(
+                    "quantlib::cast: x must not require a gradient, which cannot pass through 8 bits, "
+                    f"got {x.dtype} to {name}: {way_out}"
+                )
+            return apply(_Cast, x, name, saturates)
+        if out is None:
+            y: Tensor = _cast(x, name, saturates)
+            return y
+        _cast_out(x, name, saturates, out=out)
+        return out
+    except Exception as error:
+        explain("cast", cast, locals(), error)
 
 
 class _Cast(StraightThrough):

@@ -55,6 +55,17 @@ def check_tensor(op: str, argument: str, got: Tensor, expected: Result, device: 
         fail(op, argument, described(shape, dtype, device), described(got.shape, got.dtype, got.device))
 
 
+def check_dense(op: str, argument: str, got: Any) -> None:
+    """``got`` is a tensor whose elements lie in memory by strides."""
+    if not isinstance(got, Tensor):
+        fail(op, argument, "a tensor", type(got).__name__)
+    if got.is_nested:
+        fail(op, argument, "a dense tensor", "nested")
+    if got.layout is not torch.strided or got.is_quantized:
+        kind = dtype_name(got.dtype) if got.is_quantized else str(got.layout).removeprefix("torch.").strip("_")
+        fail(op, argument, "a dense tensor", kind)
+
+
 def check_outs(op: str, outs: dict[str, Tensor]) -> None:
     """Each result is written where no other element and no other result is."""
     for name, out in outs.items():
@@ -106,11 +117,19 @@ def check_block(op: str, shape: Sequence[int], block: Block) -> Result:
 def check_scale(op: str, scale: Tensor, zero_point: Tensor | None, f: Format, expected: Result, like: Tensor) -> None:
     """scale is as expected; zero_point has its shape and is int32, inside an integer format's range."""
     check_tensor(op, "scale", scale, expected, like.device)
+    check_not_negative(op, "scale", scale)
     if zero_point is None:
         return
     if isinstance(f, FloatFormat):
         fail(op, "zero_point", f"None for {f.name}", "a tensor")
     check_zero_point(op, "zero_point", zero_point, f, (expected[0], torch.int32), like)
+
+
+def check_not_negative(op: str, argument: str, scale: Tensor) -> None:
+    """No scale is negative where looking does not make a device wait: a kernel takes 2^-100 for one that is."""
+    values = _visible(scale)
+    if values is not None and (negative := values < 0).any():
+        fail(op, argument, ">= 0", values[negative].min().item())
 
 
 def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expected: Result, like: Tensor) -> None:
@@ -125,12 +144,32 @@ def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expe
             fail(op, argument, f"in {qmin}..{qmax}", lowest if lowest < qmin else highest)
 
 
-def host_values(x: Tensor) -> tuple[float, float] | None:
-    """The least and the largest of ``x`` where looking does not make a device wait for the host; NaN where one is."""
-    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
+def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
+    """The least and the largest of ``x`` where looking does not make a device wait, or ``wait``; NaN where one is.
+
+    None too where x stands for others: compiled, traced, or under a transform of torch.func.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return None
-    least, largest = x.detach().aminmax()
+    values = _visible(x, wait)
+    if values is None:
+        return None
+    least, largest = values.aminmax()
     return least.item(), largest.item()
+
+
+def _visible(x: Tensor, wait: bool = False) -> Tensor | None:
+    """The values of ``x``, those of every example under vmap, where they lie on the CPU, or on any device."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    if (
+        x.is_meta
+        or (x.device.type != "cpu" and not wait)
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or not x.numel()
+    ):
+        return None
+    return x.detach()
 
 
 def codes_of(shape: Sequence[int], f: Format) -> Result:

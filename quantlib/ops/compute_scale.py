@@ -17,6 +17,7 @@ from quantlib.ops.check import (
     no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.ops.explain import explain, unpacked
 
 
 def _results(x: Tensor, format: str, block: Block) -> list[Result]:
@@ -81,14 +82,16 @@ def compute_scale(
     -----
     Contract C4, ``docs/contract.md``.
     """
-    no_gradient("compute_scale", "x", x)
-    name, block = format_name(format), whole_axes("compute_scale", x, block)
-    if out is None:
-        result: Tensor | tuple[Tensor, Tensor] = (_symmetric if symmetric else _affine)(x, name, block)
-        return result
-    if symmetric:
-        _symmetric_out(x, name, block, out=out)
-    else:
-        scale, zero_point = out
-        _affine_out(x, name, block, scale=scale, zero_point=zero_point)
-    return out
+    try:
+        no_gradient("compute_scale", "x", x)
+        name, block = format_name(format), whole_axes("compute_scale", x, block)
+        if out is None:
+            result: Tensor | tuple[Tensor, Tensor] = (_symmetric if symmetric else _affine)(x, name, block)
+            return result
+        if symmetric:
+            _symmetric_out(x, name, block, out=out)
+        else:
+            _affine_out(x, name, block, **unpacked("compute_scale", out, ("scale", "zero_point")))
+        return out
+    except Exception as error:
+        explain("compute_scale", compute_scale, locals(), error)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quantlib import backends, formats
-from quantlib.ops.check import Block, Result, check_outs, check_tensor, fail, overlap
+from quantlib.ops.check import Block, Result, check_dense, check_outs, check_tensor, fail, overlap
+from quantlib.ops.explain import worded
 from quantlib.spec import matrix_shape
 
 Kernel = Callable[..., None]
@@ -25,51 +26,93 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
     op, _, kind = overload.partition(".")
     out_overload = f"{op}.{kind + '_' if kind else ''}out"
     names = re.findall(r"Tensor\(\w!\) (\w+)", backends.SCHEMAS[out_overload])
+    packet = getattr(torch.ops.quantlib, op)
+    function, out_function = getattr(packet, kind or "default"), getattr(packet, out_overload.partition(".")[2])
+    inputs = [a.name for a in function._schema.arguments]
+    optional = [str(a.type) != "Tensor" for a in function._schema.arguments]  # or no tensor
+
+    def checked(args: Sequence[Any]) -> list[Result]:
+        for name, may_be_none, value in zip(inputs, optional, args, strict=False):  # the rest are defaults
+            if not (value.layout is torch.strided if isinstance(value, Tensor) else may_be_none):
+                check_dense(op, name, value)
+        return results(*args)
 
     def empty(args: Sequence[Any]) -> list[Tensor]:
-        return [torch.empty(shape, dtype=dtype, device=args[0].device) for shape, dtype in results(*args)]
+        return [torch.empty(shape, dtype=dtype, device=args[0].device) for shape, dtype in checked(args)]
+
+    def given(args: Sequence[Any], outs: dict[str, Tensor]) -> dict[str, Any]:
+        return {**dict(zip(inputs, args, strict=False)), **outs}
 
     def fake(*args: Any) -> Any:
         return _result(empty(args))
 
     def fake_out(*args: Any, **outs: Tensor) -> None:
-        for name, expected in zip(names, results(*args), strict=True):
+        for name, expected in zip(names, checked(args), strict=True):
+            check_dense(op, name, outs[name])
             check_tensor(op, name, outs[name], expected, args[0].device)
 
     def bind(kernel: Kernel) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            outs = empty(args)
-            if outs[0].numel():
-                launch(kernel, outs, *args)
+            try:
+                outs = empty(args)
+                if outs[0].numel():
+                    launch(kernel, outs, *args)
+            except Exception as error:
+                raise worded(op, given(args, {}), error) from error
             return _result(outs)
 
         return call
 
     def bind_out(kernel: Kernel) -> Callable[..., Any]:
-        def call_out(*args: Any, **outs: Tensor) -> None:
+        def write(args: Sequence[Any], outs: dict[str, Tensor]) -> None:
             fake_out(*args, **outs)
-            given = [outs[name] for name in names]
             check_outs(op, outs)
-            if not given[0].numel():
+            results = [outs[name] for name in names]
+            if not results[0].numel():
                 return
             read = [a for a in args if isinstance(a, Tensor)]
             dense = [
                 torch.empty_like(out, memory_format=DENSE)
                 if not out.is_contiguous() or any(overlap(out, a) for a in read)
                 else out
-                for out in given
+                for out in results
             ]
             launch(kernel, dense, *args)
-            for out, written in zip(given, dense, strict=True):
+            for out, written in zip(results, dense, strict=True):
                 if written is not out:
                     out.copy_(written)
 
+        def call_out(*args: Any, **outs: Tensor) -> None:
+            try:
+                write(args, outs)
+            except Exception as error:
+                raise worded(op, given(args, outs), error) from error
+
         return call_out
+
+    def out_of_negative(*args: Any, **outs: Tensor) -> None:
+        """Tensors that are kept as their negatives, which torch itself resolves only for ops that return one."""
+        plain = {name: out.resolve_neg() for name, out in outs.items()}
+        out_function(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args), **plain)
+        for name, out in outs.items():
+            if plain[name] is not out:
+                out.copy_(plain[name])
+
+    def refuse_nested(*args: Any, **outs: Tensor) -> None:
+        for name, value in given(args, outs).items():
+            if isinstance(value, Tensor):
+                check_dense(op, name, value)
+
+    def refuse_examples(*args: Any, **outs: Tensor) -> None:
+        fail(op, names[0], "left out under vmap", "a tensor")
 
     backends.attach(overload, bind, fake)
     backends.attach(out_overload, bind_out, fake_out)
-    packet = getattr(torch.ops.quantlib, op)
-    function, out_function = getattr(packet, kind or "default"), getattr(packet, out_overload.partition(".")[2])
+    backends.implement(out_overload, out_of_negative, "Negative")
+    backends.implement(out_overload, refuse_examples, "FuncTorchBatched")
+    for name in (overload, out_overload):
+        for key in NESTED:
+            backends.implement(name, refuse_nested, key)
 
     def each(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         """One call an example: a block never spans two of them."""
@@ -95,6 +138,7 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
 
 
 DENSE = torch.contiguous_format
+NESTED = ("NestedTensorCPU", "NestedTensorCUDA", "AutogradNestedTensor")  # dispatch keys without a kernel otherwise
 
 
 def matrices(shape: Sequence[int], block: Block) -> tuple[int, int, tuple[int, int]]:

@@ -19,6 +19,7 @@ from quantlib.ops.check import (
     no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name
+from quantlib.ops.explain import explain
 from quantlib.ops.weight import block_of_weight, check_epilogue, check_weight, float_bias, last_size, launched
 
 OP = "dequant_matmul"
@@ -159,23 +160,26 @@ def dequant_matmul(
     Contract C11, ``docs/contract.md``. The sum is float32, of the float32 values that `dequantize` gives, in a fixed
     order: the same bytes on every run, within ``2 * K * 2**-23 * sum(abs(x) * abs(w))`` of the exact sum.
     """
-    for argument, value in (("codes", codes), ("zero_point", zero_point), ("out", out)):
-        if value is not None:
-            no_gradient(OP, argument, value)
-    if not isinstance(scale, Tensor):
-        fail(OP, "scale", "a tensor", type(scale).__name__)
-    name = format_name(format)
-    block = block_of_weight(OP, codes if size is None else size, block, last_size(OP, "x", x))
-    y: Tensor
-    if size is not None:
-        args = (x, codes, scale, name, block, size, zero_point, bias, activation, batch_invariant)
-        if out is None:
-            y = _tiled(*args)
-            return y
-        _tiled_out(*args, out=out)
-        return out
-    if out is not None:
-        _dequant_matmul_out(x, codes, scale, name, block, zero_point, bias, activation, batch_invariant, out=out)
-        return out
-    y = _dequant_matmul(x, codes, scale, name, block, zero_point, bias, activation, batch_invariant)
-    return y
+    try:
+        for argument, value in (("codes", codes), ("zero_point", zero_point), ("out", out)):
+            if value is not None:
+                no_gradient(OP, argument, value)
+        if not isinstance(scale, Tensor):
+            fail(OP, "scale", "a tensor", type(scale).__name__)
+        name = format_name(format)
+        block = block_of_weight(OP, codes if size is None else size, block, last_size(OP, "x", x))
+        y: Tensor
+        if size is not None:
+            args = (x, codes, scale, name, block, size, zero_point, bias, activation, batch_invariant)
+            if out is None:
+                y = _tiled(*args)
+                return y
+            _tiled_out(*args, out=out)
+            return out
+        if out is not None:
+            _dequant_matmul_out(x, codes, scale, name, block, zero_point, bias, activation, batch_invariant, out=out)
+            return out
+        y = _dequant_matmul(x, codes, scale, name, block, zero_point, bias, activation, batch_invariant)
+        return y
+    except Exception as error:
+        explain("dequant_matmul", dequant_matmul, locals(), error)

@@ -18,6 +18,7 @@ from quantlib.ops.check import (
     no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.ops.explain import explain
 from quantlib.spec import matrix_shape
 
 
@@ -26,8 +27,8 @@ def _results(
     scale: Tensor,
     format: str,
     block: Block,
-    zero_point: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    zero_point: Tensor | None,
+    dtype: torch.dtype,
     size: int | None = None,
 ) -> list[Result]:
     f = check_format("dequantize", format)
@@ -52,8 +53,8 @@ def _launch(
     scale: Tensor,
     format: str,
     block: Block,
-    zero_point: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    zero_point: Tensor | None,
+    dtype: torch.dtype,
     size: int | None = None,
 ) -> None:
     (out,) = outs
@@ -110,21 +111,20 @@ def dequantize(
     -----
     Contract C7, ``docs/contract.md``: y = fl(fl32(q - z) * s).
     """
-    no_gradient("dequantize", "codes", codes)
-    no_gradient("dequantize", "scale", scale)
-    name = format_name(format)
-    if name in _PACKED and size is None:
-        size = 2 * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
-    block = whole_axes("dequantize", codes, block, size)
-    if out is not None:
-        _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
-        return out
-    y: Tensor
-    if zero_point is None and size is None and dtype is torch.float32:
-        y = _dequantize(codes, scale, name, block)  # an argument left out is half a microsecond saved
-    else:
-        y = _dequantize(codes, scale, name, block, zero_point, dtype, size)
-    return y
+    try:
+        no_gradient("dequantize", "codes", codes)
+        no_gradient("dequantize", "scale", scale)
+        name = format_name(format)
+        if name in _PACKED and size is None:
+            size = 2 * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
+        block = whole_axes("dequantize", codes, block, size)
+        if out is not None:
+            _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
+            return out
+        y: Tensor = _dequantize(codes, scale, name, block, zero_point, dtype, size)
+        return y
+    except Exception as error:
+        explain("dequantize", dequantize, locals(), error)
 
 
 _PACKED = {f.name for f in formats.TABLE if f.packed}

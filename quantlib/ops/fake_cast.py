@@ -8,6 +8,7 @@ from torch import Tensor
 from quantlib import formats
 from quantlib.ops.cast import cast
 from quantlib.ops.declare import format_name
+from quantlib.ops.explain import explain
 from quantlib.ops.fake_quantize import fake_quantize
 
 
@@ -37,9 +38,12 @@ def fake_cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = N
     -----
     Contract C3 and C10, ``docs/contract.md``.
     """
-    name = format_name(format)
-    if getattr(formats.FORMATS.get(name), "saturates", False) if saturate is None else saturate:
-        row = x.reshape(1, -1)
-        one = torch.ones((1, min(x.numel(), 1)), dtype=torch.float32, device=x.device)
-        return fake_quantize(row, one, name, block=(1, -1)).view(x.shape)
-    return cast(cast(x, name, saturate=saturate), x.dtype, saturate=False)
+    try:
+        name = format_name(format)
+        if getattr(formats.FORMATS.get(name), "saturates", False) if saturate is None else saturate:
+            row = x.reshape(1, -1)
+            one = torch.ones((1, min(x.numel(), 1)), dtype=torch.float32, device=x.device)
+            return fake_quantize(row, one, name, block=(1, -1)).view(x.shape)
+        return cast(cast(x, name, saturate=saturate), x.dtype, saturate=False)
+    except Exception as error:
+        explain("fake_cast", fake_cast, locals(), error)

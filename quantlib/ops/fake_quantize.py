@@ -23,6 +23,7 @@ from quantlib.ops.check import (
     wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.ops.explain import explain
 
 Limits = tuple[int, int]
 WIDEST = 1 << 16  # codes of a fake quantization: so few that t, clamped to one beyond them, rounds exactly
@@ -135,18 +136,21 @@ def fake_quantize(
     -----
     Contract C10, ``docs/contract.md``; Esser et al., Learned Step Size Quantization, 2020.
     """
-    check_grad_factor(grad_factor)
-    if mask not in ("rounded", "lsq"):
-        fail("fake_quantize", "mask", "rounded or lsq", repr(mask))
-    for argument, value in (("x", x), ("scale", scale)):
-        if not isinstance(value, Tensor):
-            fail("fake_quantize", argument, "a tensor", type(value).__name__)
-    block = whole_axes("fake_quantize", x, block)
-    return _call(x, scale, format_name(format), block, zero_point, None, mask == "lsq", grad_factor, out)
+    try:
+        check_grad_factor(grad_factor)
+        if mask not in ("rounded", "lsq"):
+            fail("fake_quantize", "mask", "rounded or lsq", repr(mask))
+        for argument, value in (("x", x), ("scale", scale)):
+            if not isinstance(value, Tensor):
+                fail("fake_quantize", argument, "a tensor", type(value).__name__)
+        block = whole_axes("fake_quantize", x, block)
+        return _call(x, scale, format_name(format), block, zero_point, None, mask == "lsq", grad_factor, out)
+    except Exception as error:
+        explain("fake_quantize", fake_quantize, locals(), error)
 
 
 def fake_quantize_per_tensor_affine(
-    x: Tensor,
+    input: Tensor,
     scale: Tensor | float,
     zero_point: Tensor | float,
     quant_min: int,
@@ -154,45 +158,65 @@ def fake_quantize_per_tensor_affine(
     *,
     grad_factor: float = 1.0,
 ) -> Tensor:
-    """:func:`fake_quantize` with the arguments of ``torch.fake_quantize_per_tensor_affine``, and its forward bytes.
+    """``torch.fake_quantize_per_tensor_affine``, by faster kernels, and with gradients for scale and zero point.
 
     Parameters
     ----------
-    x : Tensor [...]
-    scale, zero_point : Tensor of one element, or number
-        With gradients where they are float32 tensors that require one, like torch's learnable variant, which rounds a
-        float zero point; without one it is truncated.
+    input : Tensor [...]
+        float32, float16, bfloat16 or float64.
+    scale, zero_point : number, or Tensor of one element
+        With gradients where they are float32 tensors that require one, as in torch's learnable variant, which rounds a
+        float zero point and clamps it to the codes.
     quant_min, quant_max : int
-        The lowest and the highest code; 0 lies between them.
+        The lowest and the highest code.
     grad_factor : float
         What the gradients of scale and zero point are multiplied by.
 
     Returns
     -------
-    Tensor [...] of x's dtype
+    Tensor [...] of input's dtype
+        The bytes of torch.
 
     Raises
     ------
-    RuntimeError
-        As :func:`fake_quantize`.
+    RuntimeError, TypeError
+        Where torch raises. Where scale or zero point require a gradient: as :func:`fake_quantize`.
+
+    Notes
+    -----
+    Where torch's bytes are not those of contract C10, torch computes them: for float64, an input that is not finite or
+    as large as 2^62 scales, a scale outside 2^-100..2^120, codes beyond +-2^16 or without 0 among them. Values that the
+    host cannot see (on a GPU, compiled, batched) are taken to be ordinary.
+
+    The gradient of input is that of torch, save that it is +0 where it is masked: torch multiplies by 0, which gives -0
+    or, of an infinity, NaN. It cannot be differentiated again.
     """
-    rows = x.reshape(1, -1)
-    _check_integers(zero_point, quant_min, quant_max)
-    if isinstance(zero_point, float) or (
-        isinstance(zero_point, Tensor)
-        and zero_point.is_floating_point()
-        and not wants_gradient("fake_quantize", "zero_point", zero_point)
-    ):
-        zero_point = torch.as_tensor(zero_point).trunc()
-    scale, zero_point = (
-        torch.as_tensor(v, dtype=torch.float32, device=x.device).reshape(1, 1)[:, : rows.shape[1]]
-        for v in (scale, zero_point)
-    )
-    return _affine(rows, scale, zero_point, quant_min, quant_max, grad_factor).reshape(x.shape)
+    try:
+        op, x, limits = "fake_quantize", input, (quant_min, quant_max)
+        learned = any(isinstance(v, Tensor) and wants_gradient(op, "", v) for v in (scale, zero_point))
+        if isinstance(x, Tensor):
+            _check_as_torch(x, limits, None if isinstance(zero_point, Tensor) else zero_point)
+        numbers = type(scale) in (float, int) and type(zero_point) is int
+        tensors = all(isinstance(v, Tensor) and v.numel() == 1 for v in (scale, zero_point))
+        if not learned and not ((numbers or tensors) and _as_torch(x, scale, zero_point, limits)):
+            y: Tensor = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
+            return y
+        if isinstance(zero_point, Tensor) and zero_point.is_floating_point() and not wants_gradient(op, "", zero_point):
+            zero_point = zero_point.trunc()
+        rows = x.reshape(1, -1)
+        scale, zero_point = (
+            torch.as_tensor(v, dtype=torch.float32, device=x.device).reshape(1, 1)[:, : rows.shape[1]]
+            for v in (scale, zero_point)
+        )
+        return (
+            _affine(rows, scale, zero_point, *limits, grad_factor).reshape(x.shape).contiguous(memory_format=layout(x))
+        )
+    except Exception as error:
+        explain("fake_quantize_per_tensor_affine", fake_quantize_per_tensor_affine, locals(), error)
 
 
 def fake_quantize_per_channel_affine(
-    x: Tensor,
+    input: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     axis: int,
@@ -201,40 +225,57 @@ def fake_quantize_per_channel_affine(
     *,
     grad_factor: float = 1.0,
 ) -> Tensor:
-    """:func:`fake_quantize` with the arguments of ``torch.fake_quantize_per_channel_affine``, and its forward bytes.
+    """``torch.fake_quantize_per_channel_affine``, by faster kernels, and with gradients for scale and zero point.
 
     Parameters
     ----------
-    x : Tensor [...]
-    scale, zero_point : Tensor [x.shape[axis]]
-        float32 and an integer dtype or float32. With gradients where they require one, like torch's learnable variant,
-        which rounds a float zero point to a code; without one it is added as it is, before rounding.
+    input : Tensor [...]
+        float32, float16, bfloat16 or float64.
+    scale : Tensor [input.shape[axis]]
+        float32 or bfloat16.
+    zero_point : Tensor [input.shape[axis]]
+        int32, float32 or float16. A float one is added as it is, before rounding. Where it or a scale requires a
+        gradient, both are float32, or the zero point an int32, as in torch's learnable variant, which rounds a float
+        zero point and clamps it to the codes.
     axis : int
-        The axis whose entries have a scale each.
+        The axis whose entries have a scale each, at least 0.
     quant_min, quant_max : int
-        The lowest and the highest code; 0 lies between them.
+        The lowest and the highest code.
     grad_factor : float
         What the gradients of scale and zero point are multiplied by.
 
     Returns
     -------
-    Tensor [...] of x's dtype
+    Tensor [...] of input's dtype
+        The bytes of torch.
 
     Raises
     ------
-    RuntimeError
-        As :func:`fake_quantize`.
+    RuntimeError, TypeError
+        Where torch raises. Where scale or zero point require a gradient: as :func:`fake_quantize`.
+
+    Notes
+    -----
+    As for :func:`fake_quantize_per_tensor_affine`; torch also computes what has a float zero point or a bfloat16 scale.
     """
-    _check_integers(zero_point, quant_min, quant_max)
-    if scale.dtype != torch.float32:
-        fail("fake_quantize", "scale", "float32", dtype_name(scale.dtype))
-    if zero_point.is_floating_point() and not any(wants_gradient("fake_quantize", "", v) for v in (scale, zero_point)):
-        return torch.fake_quantize_per_channel_affine(x, scale, zero_point.float(), axis, quant_min, quant_max)
-    moved = x.movedim(axis, 0)
-    rows = moved.reshape(moved.shape[0], -1)
-    scale, zero_point = (v.float().reshape(-1, 1)[:, : rows.shape[1]] for v in (scale, zero_point))
-    y = _affine(rows, scale, zero_point, quant_min, quant_max, grad_factor)
-    return y.reshape(moved.shape).movedim(0, axis)
+    try:
+        op, x, limits = "fake_quantize", input, (quant_min, quant_max)
+        learned = any(isinstance(v, Tensor) and wants_gradient(op, "", v) for v in (scale, zero_point))
+        if all(isinstance(v, Tensor) for v in (x, scale, zero_point)):
+            _check_as_torch(x, limits, zero_point)
+            _check_channels(x, scale, zero_point, axis)
+        ordinary = scale.dtype == torch.float32 and zero_point.dtype == torch.int32 and scale.numel() > 0
+        if not learned and not (ordinary and _as_torch(x, scale, zero_point, limits)):
+            return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)
+        if scale.dtype != torch.float32:
+            fail(op, "scale", "float32", dtype_name(scale.dtype))
+        moved = x.movedim(axis, 0)
+        rows = moved.unsqueeze(-1).flatten(1)
+        scale, zero_point = (v.float().reshape(-1, 1)[:, : rows.shape[1]] for v in (scale, zero_point))
+        y = _affine(rows, scale, zero_point, *limits, grad_factor).reshape(moved.shape).movedim(0, axis)
+        return y.contiguous(memory_format=layout(x))
+    except Exception as error:
+        explain("fake_quantize_per_channel_affine", fake_quantize_per_channel_affine, locals(), error)
 
 
 def grad_factor(n: int, qmax: float) -> float:
@@ -281,13 +322,50 @@ def _call(
     return out
 
 
-def _check_integers(zero_point: Tensor | float, qmin: int, qmax: int) -> None:
-    """An integer zero point is a code, as torch asks; one that is a float is learned, and clamped."""
+def layout(x: Tensor) -> torch.memory_format:
+    """Of a result: channels last where ``x`` is."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+        return last
+    return torch.contiguous_format
+
+
+def _as_torch(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, limits: Limits) -> bool:
+    """Whether the kernels give torch's bytes, as far as the host can see what is in the tensors."""
+    qmin, qmax = limits
+    if x.dtype == torch.float64 or type(qmin) is not int or type(qmax) is not int:
+        return False
+    if not -WIDEST <= qmin <= 0 < qmax <= WIDEST:
+        return False
+    unseen = 1.0, 1.0  # good for all
+    (least, largest), (s, s_max), (z, z_max) = (
+        host_values(v) or unseen if isinstance(v, Tensor) else (v, v) for v in (x, scale, zero_point)
+    )
+    ordinary = s >= 2.0**-100 and s_max <= 2.0**120 and qmin <= z and z_max <= qmax
+    return ordinary and -least < 2.0**62 * s and largest < 2.0**62 * s
+
+
+def _check_as_torch(x: Tensor, limits: Limits, zero_point: Tensor | float | None) -> None:
+    """What torch asks of both: an integer zero point that it looks at is a code."""
+    check_dtype("fake_quantize", "input", x.dtype, (*INPUTS, "float64"))
+    qmin, qmax = limits
+    if qmin > qmax:
+        fail("fake_quantize", "quant_min", f"at most quant_max {qmax}", qmin)
     if isinstance(zero_point, Tensor):
-        if not zero_point.is_floating_point():
-            check_codes(zero_point, "int8", (qmin, qmax))
+        if zero_point.dtype == torch.int32:
+            check_codes(zero_point, "int8", limits)
     elif isinstance(zero_point, int) and not qmin <= zero_point <= qmax:
         fail("fake_quantize", "zero_point", f"in {qmin}..{qmax}", zero_point)
+
+
+def _check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> None:
+    check_dtype("fake_quantize", "scale", scale.dtype, ("float32", "bfloat16"))
+    check_dtype("fake_quantize", "zero_point", zero_point.dtype, ("int32", "float32", "float16"))
+    if not 0 <= axis < x.dim():
+        fail("fake_quantize", "axis", f"at least 0 and below {x.dim()}", axis)
+    for argument, v in (("scale", scale), ("zero_point", zero_point)):
+        if list(v.shape) != [x.shape[axis]]:
+            fail("fake_quantize", argument, f"[{x.shape[axis]}], one for each entry of axis {axis}", list(v.shape))
 
 
 def check_codes(zero_point: Tensor, name: str, limits: Limits | None) -> None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.check import fail, one_of
+from quantlib.ops.check import check_dense, fail, host_values, one_of
 from quantlib.ops.declare import format_name
+from quantlib.ops.explain import explain
 
 PACKED = tuple(f.name for f in formats.TABLE if f.packed)
 
@@ -30,18 +31,23 @@ def pack(codes: Tensor, format: str) -> Tensor:
     Raises
     ------
     RuntimeError
-        For a dtype that is not an integer's, another format, or a code the format does not have.
+        For a dtype that is not an integer's, another format, or a code the format does not have; the codes of a
+        tensor without values, on meta or of a tracer, are taken as they are.
     """
-    f = _packed("pack", format)
-    if codes.is_floating_point() or codes.is_complex() or codes.dim() == 0:
-        fail("pack", "codes", "integers [..., K]", f"{codes.dtype} {list(codes.shape)}")
-    lowest, highest = (0, 15) if isinstance(f, formats.FloatFormat) else f.range(affine=True)
-    if codes.numel():
-        least, most = (int(c) for c in codes.aminmax())
-        if least < lowest or most > highest:
-            fail("pack", "codes", f"in {lowest}..{highest}", least if least < lowest else most)
-    nibbles = torch.nn.functional.pad(codes.to(torch.uint8) & 15, (0, codes.shape[-1] % 2))
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    try:
+        check_dense("pack", "codes", codes)
+        f = _packed("pack", format)
+        if codes.is_floating_point() or codes.is_complex() or codes.dim() == 0:
+            fail("pack", "codes", "integers [..., K]", f"{codes.dtype} {list(codes.shape)}")
+        lowest, highest = (0, 15) if isinstance(f, formats.FloatFormat) else f.range(affine=True)
+        if values := host_values(codes, wait=True):
+            least, most = map(int, values)
+            if least < lowest or most > highest:
+                fail("pack", "codes", f"in {lowest}..{highest}", least if least < lowest else most)
+        nibbles = torch.nn.functional.pad(codes.to(torch.uint8) & 15, (0, codes.shape[-1] % 2))
+        return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    except Exception as error:
+        explain("pack", pack, locals(), error)
 
 
 def unpack(packed: Tensor, format: str, size: int | None = None) -> Tensor:
@@ -65,14 +71,18 @@ def unpack(packed: Tensor, format: str, size: int | None = None) -> Tensor:
     RuntimeError
         For a dtype other than uint8, another format, or a size the bytes cannot hold.
     """
-    f = _packed("unpack", format)
-    if packed.dtype != torch.uint8 or packed.dim() == 0:
-        fail("unpack", "packed", "uint8 [..., K / 2]", f"{packed.dtype} {list(packed.shape)}")
-    full = 2 * packed.shape[-1]
-    if size is not None and size not in (full - 1, full):
-        fail("unpack", "size", f"{full - 1} or {full}", size)
-    nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., : full if size is None else size]
-    return nibbles if f.is_float else (nibbles ^ 8).to(torch.int8) - 8
+    try:
+        check_dense("unpack", "packed", packed)
+        f = _packed("unpack", format)
+        if packed.dtype != torch.uint8 or packed.dim() == 0:
+            fail("unpack", "packed", "uint8 [..., K / 2]", f"{packed.dtype} {list(packed.shape)}")
+        full = 2 * packed.shape[-1]
+        if size is not None and size not in (full - 1, full):
+            fail("unpack", "size", f"{full - 1} or {full}", size)
+        nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., : full if size is None else size]
+        return nibbles if f.is_float else (nibbles ^ 8).to(torch.int8) - 8
+    except Exception as error:
+        explain("unpack", unpack, locals(), error)
 
 
 def _packed(op: str, format: str) -> formats.Format:

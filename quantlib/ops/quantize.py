@@ -18,6 +18,7 @@ from quantlib.ops.check import (
     no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.ops.explain import explain
 
 
 def _results(x: Tensor, scale: Tensor, format: str, block: Block, zero_point: Tensor | None = None) -> list[Result]:
@@ -84,11 +85,14 @@ def quantize(
     -----
     Contract C5 and C6, ``docs/contract.md``: r = fl(1 / s), t = fl(x * r), q = clamp(RNE(t) + z, qmin, qmax).
     """
-    no_gradient("quantize", "x", x)
-    no_gradient("quantize", "scale", scale)
-    name, block = format_name(format), whole_axes("quantize", x, block)
-    if out is None:
-        codes: Tensor = _quantize(x, scale, name, block, zero_point)
-        return codes
-    _quantize_out(x, scale, name, block, zero_point, out=out)
-    return out
+    try:
+        no_gradient("quantize", "x", x)
+        no_gradient("quantize", "scale", scale)
+        name, block = format_name(format), whole_axes("quantize", x, block)
+        if out is None:
+            codes: Tensor = _quantize(x, scale, name, block, zero_point)
+            return codes
+        _quantize_out(x, scale, name, block, zero_point, out=out)
+        return out
+    except Exception as error:
+        explain("quantize", quantize, locals(), error)

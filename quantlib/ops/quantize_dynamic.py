@@ -18,6 +18,7 @@ from quantlib.ops.check import (
     no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.ops.explain import explain, unpacked
 
 
 def _results(x: Tensor, format: str, block: Block) -> list[Result]:
@@ -84,15 +85,14 @@ def quantize_dynamic(
     -----
     Contract C4, C5 and C6, ``docs/contract.md``.
     """
-    no_gradient("quantize_dynamic", "x", x)
-    name, block = format_name(format), whole_axes("quantize_dynamic", x, block)
-    if out is None:
-        result: tuple[Tensor, ...] = (_symmetric if symmetric else _affine)(x, name, block)
-        return result
-    if symmetric:
-        codes, scale = out
-        _symmetric_out(x, name, block, codes=codes, scale=scale)
-    else:
-        codes, scale, zero_point = out
-        _affine_out(x, name, block, codes=codes, scale=scale, zero_point=zero_point)
-    return out
+    try:
+        no_gradient("quantize_dynamic", "x", x)
+        name, block = format_name(format), whole_axes("quantize_dynamic", x, block)
+        if out is None:
+            result: tuple[Tensor, ...] = (_symmetric if symmetric else _affine)(x, name, block)
+            return result
+        results = ("codes", "scale") if symmetric else ("codes", "scale", "zero_point")
+        (_symmetric_out if symmetric else _affine_out)(x, name, block, **unpacked("quantize_dynamic", out, results))
+        return out
+    except Exception as error:
+        explain("quantize_dynamic", quantize_dynamic, locals(), error)

@@ -13,6 +13,7 @@ from quantlib.ops.check import (
     Block,
     Result,
     check_dtype,
+    check_not_negative,
     check_tensor,
     check_zero_point,
     described,
@@ -21,6 +22,7 @@ from quantlib.ops.check import (
     no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name
+from quantlib.ops.explain import explain
 from quantlib.ops.weight import block_of_weight, check_epilogue, check_weight, float_bias, last_size, launched
 from quantlib.spec import matrix_shape
 
@@ -35,11 +37,11 @@ def _results(
     scale: Tensor,
     format: str,
     block: Block,
-    x_zero_point: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    x_zero_point: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> list[Result]:
     check_dtype(OP, "x_codes", x_codes.dtype, X_FORMATS)
     check_dtype(OP, "dtype", dtype, INPUTS)
@@ -51,6 +53,7 @@ def _results(
         expected = described([M, 1], torch.float32, x_codes.device).replace(" on ", " or [1, 1] on ")
         fail(OP, "x_scale", expected, described(x_scale.shape, x_scale.dtype, x_scale.device))
     check_tensor(OP, "x_scale", x_scale, (x_scale.shape, torch.float32), x_codes.device)
+    check_not_negative(OP, "x_scale", x_scale)
     if x_zero_point is not None:
         check_zero_point(OP, "x_zero_point", x_zero_point, x_format, (x_scale.shape, torch.int32), x_codes)
     check_sum(OP, K, block, x_format, x_zero_point, f, zero_point)
@@ -89,11 +92,11 @@ def _launch(
     scale: Tensor,
     format: str,
     block: Block,
-    x_zero_point: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    x_zero_point: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> None:
     K, N = x_codes.shape[-1], outs[0].shape[-1]
     M = outs[0].numel() // N
@@ -173,13 +176,16 @@ def scaled_matmul(
     row of the weight has several scales, the products of their sums are added in ascending order, and x_scale comes
     last.
     """
-    for argument, value in (("x_scale", x_scale), ("codes", codes), ("scale", scale), ("bias", bias), ("out", out)):
-        if value is not None or argument not in ("bias", "out"):
-            no_gradient(OP, argument, value)
-    block = block_of_weight(OP, codes, block, last_size(OP, "x_codes", x_codes))
-    args = (x_codes, x_scale, codes, scale, format_name(format), block, x_zero_point, zero_point, bias, activation)
-    if out is not None:
-        _scaled_matmul_out(*args, out.dtype, out=out)
-        return out
-    y: Tensor = _scaled_matmul(*args, dtype)
-    return y
+    try:
+        for argument, value in (("x_scale", x_scale), ("codes", codes), ("scale", scale), ("bias", bias), ("out", out)):
+            if value is not None or argument not in ("bias", "out"):
+                no_gradient(OP, argument, value)
+        block = block_of_weight(OP, codes, block, last_size(OP, "x_codes", x_codes))
+        args = (x_codes, x_scale, codes, scale, format_name(format), block, x_zero_point, zero_point, bias, activation)
+        if out is not None:
+            _scaled_matmul_out(*args, out.dtype, out=out)
+            return out
+        y: Tensor = _scaled_matmul(*args, dtype)
+        return y
+    except Exception as error:
+        explain("scaled_matmul", scaled_matmul, locals(), error)

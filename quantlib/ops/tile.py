@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from quantlib.backends.tiles import TileLayout
-from quantlib.ops.check import check_format, check_tensor, described, dtype_of, fail, no_gradient
+from quantlib.ops.check import check_dense, check_format, check_tensor, described, dtype_of, fail, no_gradient
 from quantlib.ops.declare import format_name
+from quantlib.ops.explain import explain
 
 
 def tile(codes: Tensor, format: str | torch.dtype, *, size: int | None = None) -> Tensor:
@@ -32,15 +33,19 @@ def tile(codes: Tensor, format: str | torch.dtype, *, size: int | None = None) -
     RuntimeError
         For an argument that is not as above.
     """
-    no_gradient("tile", "codes", codes)
-    f = check_format("tile", format_name(format), TileLayout.FORMATS)
-    if codes.dim() != 2 or codes.dtype != dtype_of(f):
-        got = described(codes.shape, codes.dtype, codes.device)
-        fail("tile", "codes", f"{f.dtype_name} [N, {'ceil(K / 2)' if f.packed else 'K'}]", got)
-    K = codes.shape[1] * (2 if f.packed else 1)
-    if size is not None and (size not in (K - 1, K) if f.packed else size != K):
-        fail("tile", "size", f"{K - 1} or {K}" if f.packed else K, size)
-    return TileLayout(f).pack(codes.contiguous(), K if size is None else size)
+    try:
+        check_dense("tile", "codes", codes)
+        no_gradient("tile", "codes", codes)
+        f = check_format("tile", format_name(format), TileLayout.FORMATS)
+        if codes.dim() != 2 or codes.dtype != dtype_of(f):
+            got = described(codes.shape, codes.dtype, codes.device)
+            fail("tile", "codes", f"{f.dtype_name} [N, {'ceil(K / 2)' if f.packed else 'K'}]", got)
+        K = codes.shape[1] * (2 if f.packed else 1)
+        if size is not None and (size not in (K - 1, K) if f.packed else size != K):
+            fail("tile", "size", f"{K - 1} or {K}" if f.packed else K, size)
+        return TileLayout(f).pack(codes.contiguous(), K if size is None else size)
+    except Exception as error:
+        explain("tile", tile, locals(), error)
 
 
 def untile(tiles: Tensor, format: str | torch.dtype, shape: tuple[int, int]) -> Tensor:
@@ -62,7 +67,11 @@ def untile(tiles: Tensor, format: str | torch.dtype, shape: tuple[int, int]) -> 
     RuntimeError
         For an argument that is not as above.
     """
-    no_gradient("untile", "tiles", tiles)
-    f = check_format("untile", format_name(format), TileLayout.FORMATS)
-    check_tensor("untile", "tiles", tiles, (TileLayout(f).shape(*shape), torch.uint8), tiles.device)
-    return TileLayout(f).unpack(tiles.contiguous(), *shape)
+    try:
+        check_dense("untile", "tiles", tiles)
+        no_gradient("untile", "tiles", tiles)
+        f = check_format("untile", format_name(format), TileLayout.FORMATS)
+        check_tensor("untile", "tiles", tiles, (TileLayout(f).shape(*shape), torch.uint8), tiles.device)
+        return TileLayout(f).unpack(tiles.contiguous(), *shape)
+    except Exception as error:
+        explain("untile", untile, locals(), error)

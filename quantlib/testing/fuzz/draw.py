@@ -214,12 +214,12 @@ def _per_axis(rng: Rng, op: str) -> Call:
     if op.endswith("tensor_affine"):
         scale, z = float(np.float32(rng.uniform(0.01, 1))), int(rng.integers(low, high + 1))
         want = torch.fake_quantize_per_tensor_affine(x, scale, z, low, high)
-        given: dict[str, Any] = {"x": x, "scale": scale, "zero_point": z}
+        given: dict[str, Any] = {"input": x, "scale": scale, "zero_point": z}
     else:
         scales = torch.from_numpy(rng.uniform(0.01, 1, shape[axis]).astype(np.float32))
         zs = torch.from_numpy(rng.integers(low, high + 1, shape[axis], np.int32))
         want = torch.fake_quantize_per_channel_affine(x, scales, zs, axis, low, high)
-        given = {"x": x, "scale": scales, "zero_point": zs, "axis": axis}
+        given = {"input": x, "scale": scales, "zero_point": zs, "axis": axis}
     return Call(op, f"quantlib.ops.{op}", given | {"quant_min": low, "quant_max": high}, (bits(want),))
 
 

@@ -1,0 +1,47 @@
+"""Modules that torch.fx takes as they are: a call of one is one node of the graph."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+from torch.fx import Proxy
+
+
+class Leaf(nn.Module):
+    """A module that every ``torch.fx.Tracer`` records as a ``call_module`` node instead of tracing through it.
+
+    What it computes depends on the dtype and the shape of its input, which a tracer does not know. By default a tracer
+    does the same with the modules of ``torch.nn``, which it tells by their package.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for a in (*args, *kwargs.values()):
+            if isinstance(a, Proxy):
+                return self._traced(a.tracer, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` asks every module of a model for."""
+        raise TypeError(
+            f"model must be scripted without quantized layers, got a {type(self).__name__}: "
+            "use torch.export.export, or torch.jit.trace once it is converted"
+        )
+
+    def _traced(self, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The node. A tracer that takes this module for a leaf itself never calls ``leaf``; others may with values."""
+
+        def leaf(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(a, Proxy) for a in (*args, *kwargs.values())):
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+            return self._wrapped_call_impl(*args, **kwargs)
+
+        return tracer.call_module(self, leaf, args, kwargs)
+
+
+def check_inside(input: Any) -> None:
+    """``input`` of a forward is no proxy, as it is where a tracer was given the layer itself."""
+    if isinstance(input, Proxy):
+        raise TypeError(
+            "layer must be inside of the model that is traced, got the layer alone: trace nn.Sequential(layer)"
+        )
