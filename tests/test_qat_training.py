@@ -547,3 +547,15 @@ def test_a_weight_that_is_computed_is_not_converted() -> None:
         convert_(model)
     prune.remove(model[0], "weight")
     convert_(model)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_scales_stay_float32_where_a_state_is_half(assign: bool) -> None:
+    model, resumed = prepared(), prepared(seed=1)
+    train_a_little(model)
+    state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    resumed.load_state_dict(state, assign=assign)
+    x = batches(1)[0].to(resumed[0].weight.dtype)
+    resumed(x)
+    kept = [t for q in quantizers(resumed) for t in (*q.parameters(), *q.buffers()) if t.is_floating_point()]
+    assert {t.dtype for t in kept} == {torch.float32}
