@@ -8,7 +8,7 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.c
 # One worker a core, each with one thread.
 WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8)
 
-.PHONY: help demo qat test test-everywhere setup lint format bench verify fuzz sweep-models gpu gpu-static sanitize clean
+.PHONY: help demo qat test test-everywhere setup lint format bench verify fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
@@ -46,6 +46,9 @@ verify: kernels-test  ## all 2^32 inputs of every cast, and of int8 at the scale
 
 fuzz: kernels-test  ## minutes of random calls of every op, right and wrong: crashes, wrong bytes, unclear messages
 	OMP_NUM_THREADS=1 $(RUN) -m quantlib.testing.fuzz --calls 40000 $(ARGS)
+
+test-interrupted: kernels-test  ## a conversion stopped by every fault at every step: nothing is lost
+	QUANTLIB_EVERY_FAULT=1 $(RUN) -m pytest -q tests/test_checkpoint_interrupted.py
 
 sweep-models: kernels-test  ## every architecture of transformers with every spec, into the table of docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m architectures docs/models.md

@@ -196,7 +196,8 @@ def qat_mode_(
     Parameters
     ----------
     fake_quantize : bool
-        Whether weights and activations are projected: off, the model is the float one.
+        Whether weights and activations are projected: off, the model is the float one. Learned scales of weights of
+        which nothing is learned yet start from the weights once more when it is switched on.
     observers : bool
         Whether observers see what passes in training, and set the scales that they are asked for. Where the model is in
         evaluation, they see what passes there too, until it is put into training: a calibration.
@@ -221,6 +222,8 @@ def qat_mode_(
     ...         qat_mode_(model, learn_scales=False)
     """
     for module in model.modules():
+        if fake_quantize and isinstance(module, QATModule):
+            module.catch_up()
         if isinstance(module, FakeQuantize):
             module.enabled = module.enabled if fake_quantize is None else bool(fake_quantize)
             if observers is not None and module.observer is not None:
@@ -242,8 +245,9 @@ def qat_parameters(model: nn.Module) -> list[dict[str, Any]]:
     """
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
     learned = {id(p) for q in quantizers for p in (q.scale_bias, q.zero_point_bias) if p is not None}
+    fixed = {id(p) for q in quantizers for p in (q.base, q.base_zero)}  # which get no gradient
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in fixed:
             groups[id(parameter) in learned].append(parameter)
     return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]

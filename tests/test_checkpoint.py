@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from quantlib import quantize_
+from quantlib import prepare_qat_, quantize_
 from quantlib.checkpoint import dequantize_file, load_quantized, quantize_file, save_quantized
 from quantlib.checkpoint.files import DTYPES
 from quantlib.nn import QuantLinear
@@ -307,8 +307,10 @@ def test_nothing_is_left_of_a_failure(folder: bool, tmp_path: Path) -> None:
     with small_disk(900), pytest.raises(OSError, match=r"while writing"):
         quantize_file(src, dst, "int8")
     assert untouched(tmp_path, before)
+    model = Encoder()
+    quantize_(model, "bfloat16")
     with small_disk(900), pytest.raises(OSError, match=r"while writing"):
-        save_quantized(Encoder(), dst)
+        save_quantized(model, dst)
     assert untouched(tmp_path, before)
     quantize_file(src, dst, "int8")
     kept = tensors(dst)
@@ -508,3 +510,22 @@ def test_state_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"state shift must be a tensor with values.*got torch\.float32 on meta"):
         save_quantized(model, tmp_path / "q")
     assert untouched(tmp_path, set())
+
+
+def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
+    """A model without codes gives a file that nothing loads: it is not written."""
+    prepared = nn.Sequential(nn.Linear(8, 8))
+    prepare_qat_(prepared, "int8")
+    for model, words in ((Encoder(), "quantize_ it first"), (prepared, "convert_ it first")):
+        with pytest.raises(ValueError, match=f"model must have a module of codes to save, got none: {words}"):
+            save_quantized(model, tmp_path / "out")
+    for other in (prepared.state_dict(), None):
+        words = f"model must be an nn.Module, got {type(other).__name__}"
+        with pytest.raises(TypeError, match=words):
+            save_quantized(other, tmp_path / "out")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=words):
+            load_quantized(other, tmp_path / "out")  # type: ignore[arg-type]
+    for size in (0, -1, 1.5, "5GB", True):
+        with pytest.raises(ValueError, match="max_shard_bytes must be an integer of at least 1, got "):
+            save_quantized(Encoder(), tmp_path / "out", max_shard_bytes=size)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,9 @@
 """``quantlib quantize`` stopped at every step that it takes in the file system: nothing of the user's is ever lost.
 
 A child process counts its calls of the file system and is stopped in one of them: by a signal that arrives, or by an
-error that the call gives. What it leaves behind is then looked at, and after SIGKILL another run tidies up.
+error that the call gives. What it leaves behind is then looked at, and after SIGKILL another run tidies up. Every step
+is killed where an output is replaced; other faults take turns over the steps. ``make test-interrupted`` has every fault
+at every step.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from quantlib.cli import main
 
 CALLS = ("mkdir", "open", "pwrite", "fsync", "chmod", "rename", "replace", "link", "unlink", "rmdir")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-FAULTS = (*SIGNALS, errno.ENOSPC, errno.EIO)
+OTHERS = (signal.SIGINT, errno.ENOSPC, signal.SIGTERM, errno.EIO)
+EVERY = "QUANTLIB_EVERY_FAULT" in os.environ
 Files = dict[str, bytes]
 
 
@@ -121,6 +124,15 @@ def boxes(tmp_path: Path, folder: bool, force: bool) -> Iterator[Path]:
         shutil.rmtree(tmp_path / str(number))
 
 
+def faults_at(at: int, killed: bool) -> tuple[int, ...]:
+    """The faults of a step: all of them, or SIGKILL (for ``killed`` at each, else at every second) and one in turn."""
+    if EVERY:
+        return (signal.SIGKILL, *OTHERS)
+    if killed:
+        return (signal.SIGKILL, OTHERS[at % len(OTHERS)])
+    return (signal.SIGKILL,) if at % 2 else (OTHERS[at // 2 % len(OTHERS)],)
+
+
 @pytest.mark.parametrize(
     ("folder", "force", "exchange"),
     [(True, True, True), (True, True, False), (True, False, False), (False, True, True), (False, False, False)],
@@ -131,6 +143,9 @@ def test_whatever_stops_it(folder: bool, force: bool, exchange: bool, tmp_path: 
     source, target = f"in{suffix}", f"out{suffix}"
     box = next(places)
     before, old = contents(box / source), contents(box / target)
+    shutil.copytree(box, tmp_path / "warm")
+    argv = ["quantize", f"{tmp_path}/warm/{source}", f"{tmp_path}/warm/{target}", "--to", "int8"]
+    assert main([*argv, "--force"] if force else argv) == 0  # what is imported and compiled here, no child has to
     status, calls = convert(box, folder, force, -1, 0, exchange)
     new = contents(box / target)
     assert (status, contents(box / source)) == (0, before)
@@ -141,7 +156,7 @@ def test_whatever_stops_it(folder: bool, force: bool, exchange: bool, tmp_path: 
         assert "model.safetensors" not in new
     assert calls > 10
     for at in range(calls):
-        for fault in FAULTS if folder and force and exchange else (signal.SIGKILL, FAULTS[at % 2 * 3 + at // 2 % 2]):
+        for fault in faults_at(at, killed=force and folder):
             box = next(places)
             where = f"call {at} of {calls}, {errno.errorcode[fault] if fault in (errno.EIO, errno.ENOSPC) else fault}"
             status, _ = convert(box, folder, force, at, fault, exchange)

@@ -95,6 +95,19 @@ def test_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         load_quantized(nn.Sequential(nn.Linear(8, 8)), src)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbered_files_without_an_index_are_all_there(first: int, tmp_path: Path) -> None:
+    names = [f"model-{number:05}-of-00003" for number in range(first, first + 3)]
+    for absent in (*names, None):
+        files = {name: {f"{name[-10]}.weight": W8} for name in names if name != absent}
+        src = folder(tmp_path / f"in{absent}", **files)
+        if absent is None or (absent == names[0] and first == 0):  # files 1 and 2 may be the first two of 1, 2, 3
+            continue
+        with pytest.raises(FileNotFoundError, match=f"must hold {absent}.safetensors, as .* says, got no such file"):
+            quantize_file(src, tmp_path / "out", "int8")
+    assert len(quantize_file(src, tmp_path / "out", "int8").layers) == 3
+
+
 NAMED = {"weight_map": {"0.weight": "model.safetensors"}}
 INDICES = [
     json.dumps(NAMED, indent=1).replace("\n", "\r\n").encode(),
@@ -311,6 +324,13 @@ FOREIGN: dict[str, dict[str, Tensor]] = {
     "bitsandbytes codes": {"w.weight": I8, "w.SCB": W8[0]},
     "compressed-tensors": {"w.weight_packed": I32, "w.weight_scale": W8},
     "codes of I8": {"w.weight": I8, "w.weight_scale": W8},
+    "torch.ao": {"w._packed_params.dtype": W8[0], "w.scale": W8[0, 0]},
+    "Marlin": {"w.B_24": I32, "w.B_meta": I8, "w.s": W8},
+    "SpQR": {"w.dense_weights": I32[0], "w.row_offsets": I32[0]},
+    "VPTQ": {"w.indices": I32, "w.centroids.weight": W8},
+    "codes of I32": {"w.B": I32, "w.s": W8},
+    "codes of U8": {"mlp.experts.down_proj": I8.view(torch.uint8)[None], "mlp.experts.down_proj_scale": W8[None]},
+    "codes of I16": {"w.weight": I32.short().unsqueeze(-1)},
     "MX": {"experts.gate_up_proj_blocks": I8.view(torch.uint8), "experts.gate_up_proj_scales": I8.view(torch.uint8)},
 }
 
@@ -324,15 +344,30 @@ def test_models_that_others_quantized(kind: str, tmp_path: Path, capsys: pytest.
         dequantize_file(path, tmp_path / "out.safetensors")
 
 
-@pytest.mark.parametrize("config", [{}, {"text_config": {}}])
+@pytest.mark.parametrize("key", ["quantization_config", "quantization"])
+@pytest.mark.parametrize("inside", [(), ("text_config",), ("thinker_config", "text_config")])
 def test_a_config_that_tells_of_codes(
-    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inside: tuple[str, ...], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     src = folder(tmp_path / "in", model={"0.weight": W8})
-    inner = config.get("text_config", config)
-    inner["quantization_config"] = {"quant_method": "gptq"}
+    config: dict[str, Any] = {key: {"quant_method": "gptq"}}
+    for name in reversed(inside):
+        config = {name: config}
     (src / "config.json").write_text(json.dumps(config))
-    refused(src, r"got a config\.json with quantization_config of gptq", capsys)
+    refused(src, rf"got a config\.json with {key} of gptq", capsys)
+
+
+def test_a_name_that_a_scale_would_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"0.weight": W8, "0.weight_scale": W8[0]}, tmp_path / "in.safetensors")
+    refused(tmp_path / "in.safetensors", r"must leave 0\.weight_scale free for the codes of 0\.weight", capsys)
+
+
+def test_tensors_of_other_kinds_stay(tmp_path: Path) -> None:
+    state = {"0.weight": W8, "z.weight": W8.to(torch.complex64), "mask.weight": W8 > 0}
+    save_file(state, tmp_path / "in.safetensors")
+    report = quantize_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "int8")
+    assert report.skipped == {"z.weight": "complex64: float32, float16 or bfloat16 is quantized"}
+    assert load_file(tmp_path / "out.safetensors")["z.weight"].dtype == torch.complex64
 
 
 # which weights stay floats
@@ -345,14 +380,21 @@ STAY = {
         "mlp.shared_expert_gate",
         "router",
         "mlp.gate.wg",
+        "mlp.gate_network.0",
+        "moe.routing",
     ],
-    "a head": ["lm_head", "lm_heads.0", "embed_out", "output", "score", "classifier.out_proj", "reward_head", "head"],
-    "an adapter": ["q_proj.lora_A.default", "q_proj.lora_B", "lora_down", "hada_w1_a"],
+    "a head": [
+        *("lm_head", "lm_heads.0", "embed_out", "output", "score", "classifier.out_proj", "reward_head", "head"),
+        *("lm_loss", "to_logits", "transformer.output_layer", "class_predictor", "bbox_embed.layers.0", "unembed"),
+        "cls.seq_relationship",
+    ],
+    "an adapter": ["q_proj.lora_A.default", "q_proj.lora_B", "lora_down", "hada_w1_a", "to_q_lora.up", "q.lora.down"],
     "a table that is looked up": [
         *("model.embed_tokens", "wte", "transformer.wpe", "shared", "embeddings.word_embeddings", "embed_tokens.0"),
         *("embeddings", "y_embedder.embedding_table", "layer.0.relative_attention_bias", "pos_embed"),
+        *("vq.codebook", "emb_g", "query_tokens"),
     ],
-    "a norm": ["q_norm", "layernorm", "ln_f"],
+    "a norm": ["q_norm", "layernorm", "ln_f", "ln1", "LayerNorm", "bn1"],
 }
 GO = [
     *("mlp.gate_proj", "mlp.gate_up_proj", "experts.0.w1", "time_embedding.linear_1", "add_embedding.linear_1"),
@@ -392,6 +434,42 @@ def test_names(tmp_path: Path) -> None:
     asked = quantize_file(src, tmp_path / "all.safetensors", "int8", include=["*"], exclude=["0.weight"])
     assert all("axes" in why or why.startswith(("float64", "matches")) for why in asked.skipped.values())
     assert len(asked.layers) == len(report.layers) - 1 + len(expected) - 3
+
+
+def test_routers_and_heads_are_known_by_their_rows(tmp_path: Path) -> None:
+    """Under whatever name: a row for each expert beside it, or for each word of the vocabulary."""
+    state = {f"layers.0.mlp.experts.{i}.w1.weight": torch.ones(6, 4) for i in range(3)}
+    state |= {"layers.0.mlp.switch.weight": torch.ones(3, 4), "layers.0.mlp.switch2.linear.weight": torch.ones(3, 4)}
+    state |= {"layers.0.q.weight": torch.ones(3, 4), "layers.1.mlp.experts.up": torch.ones(5, 6, 4)}
+    state |= {"layers.1.mlp.switch.weight": torch.ones(5, 4), "layers.1.mlp.up.weight": torch.ones(3, 4)}
+    state |= {
+        "speech.weight": torch.ones(11, 4),
+        "layers.1.v.weight": torch.ones(11, 4),
+        "text.weight": torch.ones(9, 4),
+    }
+    state |= {"square.weight": torch.ones(9, 9)}
+    src = folder(tmp_path / "in", model=state)
+    config = {"vocab_size": 9, "audio": {"padded_vocab_size": 11, "vocab_size": None, "odd_vocab_size": [4]}}
+    (src / "config.json").write_text(json.dumps(config))
+    report = quantize_file(src, tmp_path / "out", "int8")
+    assert report.skipped == {
+        "layers.0.mlp.switch.weight": "a router: a row for each of 3 experts",
+        "layers.0.mlp.switch2.linear.weight": "a router: a row for each of 3 experts",
+        "layers.1.mlp.experts.up": "3 axes: experts, not one matrix",
+        "layers.1.mlp.switch.weight": "a router: a row for each of 5 experts",
+        "speech.weight": "a head or a table: a row for each of 11 words",
+        "text.weight": "a head or a table: a row for each of 9 words",
+    }
+    assert len(quantize_file(src, tmp_path / "all", "int8", include=["*"]).skipped) == 1
+
+
+def test_patterns_that_match_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"0.weight": W8, "1.weight": W8}, tmp_path / "in.safetensors")
+    options = {"exclude": ["1.*", "layer.1.*"], "include": ["lm_head"]}
+    quantize_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "int8", **options)
+    words = [record.getMessage() for record in caplog.records]
+    assert [line.split(" matches no tensor of ")[0] for line in words] == ["exclude", "include"]
+    assert words[0].endswith("in.safetensors: layer.1.*")
 
 
 @pytest.mark.parametrize("told", ["config", "biases"])

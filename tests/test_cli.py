@@ -39,6 +39,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"quantlib {quantlib.__version__}\n"
 
 
+def test_without_docstrings() -> None:
+    """``python -OO`` leaves none, and neither help nor a verb may need them."""
+    for argv in (["--help"], ["bits", "--help"], ["formats"]):
+        done = subprocess.run(
+            [sys.executable, "-OO", "-m", "quantlib", *argv], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+
+
 def test_a_locale_without_a_character_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))

@@ -443,9 +443,12 @@ BAD: dict[str, Callable[[], object]] = {
     "model must have been prepared by prepare_qat_, got one without": lambda: convert_(mlp()),
     "model must contain the layers to replace, got a single QATLinear": lambda: convert_(QATLinear(4, 4, spec="int8")),
     "model must have an nn.Linear to prepare, got none": lambda: prepare_qat_(nn.Sequential(nn.ReLU()), "int8"),
-    "layer 0: scale must be above 0, got -": lambda: broken(lambda m: m.weight_quantizer.base[2].neg_()),
-    "layer 0: scale must be above 0, got nan": lambda: broken(
+    "layer 0: scale must be above 0 and finite, got -": lambda: broken(lambda m: m.weight_quantizer.base[2].neg_()),
+    "layer 0: scale must be above 0 and finite, got nan": lambda: broken(
         lambda m: m.weight_quantizer.scale_bias[2].fill_(math.nan)
+    ),
+    "layer 0: scale must be above 0 and finite, got inf": lambda: broken(
+        lambda m: m.weight_quantizer.scale_bias[2].fill_(math.inf)
     ),
     "layer 0: weight must be finite, got inf": lambda: broken(lambda m: m.weight[0, 0].fill_(math.inf)),
     "weight of layer 2 must be finite.* got nan in row 1": lambda: refused_weight(math.nan),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from quantlib import convert_, prepare_qat_, qat_mode_, qat_parameters, quantize_
@@ -483,3 +484,78 @@ def test_observers_under_a_transform_are_an_error() -> None:
         grad(lambda x: quantizer(x).sum())(torch.ones(2, K))
     assert math.isnan(float(quantizer.base))  # type: ignore[arg-type]
     assert int(observer.batches) == 0
+
+
+def test_scales_start_from_the_weights_that_floats_were_trained_to() -> None:
+    """A schedule that begins with floats: what was set at first is of weights that are gone."""
+    model = prepared("int8")
+    qat_mode_(model, fake_quantize=False)
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    qat_mode_(model, fake_quantize=True)
+    fresh = mlp()
+    fresh.load_state_dict({name: t for name, t in model.state_dict().items() if "quantizer" not in name})
+    prepare_qat_(fresh, "int8")
+    assert torch.equal(model[0].weight_quantizer.scale, fresh[0].weight_quantizer.scale)
+    x = batches(1)[0]
+    assert torch.equal(model(x), fresh(x))
+
+
+@pytest.mark.parametrize("how", ["learned", "frozen"])
+def test_scales_in_use_stay_when_projection_is_switched(how: str) -> None:
+    model = prepared("int8")
+    if how == "frozen":
+        qat_mode_(model, learn_scales=False)
+    train_a_little(model)
+    before = model[0].weight_quantizer.scale.clone()
+    qat_mode_(model, fake_quantize=False)
+    model(batches(1)[0])
+    qat_mode_(model, fake_quantize=True)
+    assert torch.equal(model[0].weight_quantizer.scale, before)
+
+
+def test_what_a_loaded_observer_has_seen_stays() -> None:
+    """The model was put into evaluation before its state came: that it had seen nothing then says nothing."""
+    model, resumed = prepared(), prepared(seed=1).eval()
+    train_a_little(model)
+    resumed.load_state_dict(model.state_dict())
+    resumed.train()
+    x = 3 * batches(1)[0]
+    assert torch.equal(resumed(x), model(x))
+    assert not differing(resumed, model)
+
+
+def test_scales_that_were_set_stay_though_all_is_asked_for_a_gradient() -> None:
+    """As a model that was frozen for a while is unfrozen: a step would take a bare scale below 0."""
+    model = prepared("int8").requires_grad_(True)
+    before = [q.base.clone() for q in quantizers(model) if q.base is not None]
+    for parameters in (model.parameters(), qat_parameters(model)):
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+        for x in batches(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert all(torch.equal(q.base, b) for q, b in zip(quantizers(model), before, strict=True))
+    assert not any(p is q.base for group in qat_parameters(model) for p in group["params"] for q in quantizers(model))
+
+
+def test_a_weight_that_is_computed_is_not_converted() -> None:
+    model = prepared("int8")
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    train_a_little(model)
+    with pytest.raises(ValueError, match="layer 0: weight must be a parameter, got one that is computed"):
+        convert_(model)
+    prune.remove(model[0], "weight")
+    convert_(model)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_scales_stay_float32_where_a_state_is_half(assign: bool) -> None:
+    model, resumed = prepared(), prepared(seed=1)
+    train_a_little(model)
+    state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    resumed.load_state_dict(state, assign=assign)
+    x = batches(1)[0].to(resumed[0].weight.dtype)
+    resumed(x)
+    kept = [t for q in quantizers(resumed) for t in (*q.parameters(), *q.buffers()) if t.is_floating_point()]
+    assert {t.dtype for t in kept} == {torch.float32}

@@ -18,6 +18,8 @@ from quantlib.checkpoint.files import NAMES, Slot
 from quantlib.nn.functional import SOURCES
 
 FLOATS = (*SOURCES, torch.float64)
+COMPLEX = (torch.complex64,)
+INTEGERS = tuple(dtype for dtype in NAMES if not dtype.is_floating_point and dtype not in (*COMPLEX, torch.bool))
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
@@ -62,23 +64,29 @@ class Rule:
 RULES = (
     Rule(
         "an adapter",
-        any=r"(lora|loha|hada|lokr|ia3|oft|boft|vera|randlora|vblora|fourierft)_\w+|adaption_\w+|adapters?(_\w+)?|ranknum",
+        any=r"(\w+_)?(lora|loha|hada|lokr|ia3|oft|boft|vera|randlora|vblora|fourierft)(_\w+)?|adaption_\w+|"
+        r"adapters?(_\w+)?|ranknum",
     ),
-    Rule("a router", any=r"gate|router|gating|wg|(\w+_)?(router|expert_gate|experts_gate|moe_gate)"),
+    Rule(
+        "a router",
+        any=r"gate(_net|_network|_logits)?|gating|routing|wg|(\w+_)?(router|expert_gate|experts_gate|moe_gate|top_k_gate)",
+    ),
     Rule(
         "a head",
-        any=r"lm_heads?|(\w+_)?heads?|classifier|(\w+_)?classifier|qa_outputs|embed_out|vocab_projector|codec_head",
-        last=r"score|logits_proj|output_projection",
-        whole=r"output\.weight|(.*\.)?(cls|predictions|lm_head)(\.predictions)?\.decoder\.weight",
+        any=r"(\w+_)?heads?|(\w+_)?classifier|(class|box|bbox)_(predictor|embed)|qa_outputs|vocab_proj(ector)?",
+        last=r"score|(to_)?logits(_proj)?|output_projection|embed_out|unembed(ding)?|lm_(loss|output|proj)|pred_layer|"
+        r"seq_relationship",
+        whole=r"output\.weight|(.*\.)?transformer\.output_layer\.weight|"
+        r"(.*\.)?(cls|predictions|lm_head)(\.predictions)?\.decoder\.weight",
     ),
     Rule(
         "a table that is looked up",
-        last=r"wte|wpe|shared|emb|embeds?|embeddings?|embedding_table|relative_attention_bias|embed_\w+|\w+_embeds?|"
-        r"\w+_embeddings?|\w+_emb|\w+_embeds?_layers",
+        last=r"wte|wpe|shared|emb|embeds?|embeddings?|embedding_table|relative_attention_bias|rel_pos_bias|embed_\w+|"
+        r"\w+_embeds?|\w+_embeddings?|\w+_emb|emb_\w|\w+_embeds?_layers|(\w+_)?codebooks?|query_tokens",
         but=r"embed_(proj\w*|out)|(\w+_)?(patch|time|timestep|timesteps|time_text|t|x|add|guidance|image|pixel|vision|"
         r"context|label|aug|caption|cond)_(emb|embed|embedding|embeddings)",
     ),
-    Rule("a norm", last=r"\w*norm\w*|ln(_\w+)?"),
+    Rule("a norm", last=r"(?i:\w*norm\w*)|(ln|bn|gn|rms)\d*(_\w+)?"),
 )
 
 # Layers of transformers' Conv1D, whose weight lies [in, out], and the types of model that have them.
@@ -90,11 +98,11 @@ def reasons(
     slots: Mapping[str, Slot], config: Mapping[str, Any], include: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, str | None]:
     """Why each float tensor stays as it is; None for one that is quantized. Tensors of integers are not in it."""
-    lies = transposed(slots, config)
+    lies, shaped = transposed(slots, config), by_shape(slots, config)
     return {
-        name: unable(slot, lies) or unwanted(name, include, exclude)
+        name: unable(slot, lies) or unwanted(name, include, exclude, shaped)
         for name, slot in slots.items()
-        if slot.dtype in FLOATS
+        if slot.dtype in (*FLOATS, *COMPLEX)
     }
 
 
@@ -106,12 +114,12 @@ def unable(slot: Slot, lies: Mapping[str, str]) -> str | None:
     if axes > 2:
         kind = "experts" if "expert" in slot.name else "a convolution" if slot.name.endswith("weight") else "a stack"
         return f"{axes} axes: {kind}, not one matrix"
-    if slot.dtype == torch.float64:
-        return "float64: float32, float16 or bfloat16 is quantized"
+    if slot.dtype not in SOURCES:
+        return f"{str(slot.dtype).removeprefix('torch.')}: float32, float16 or bfloat16 is quantized"
     return lies.get(slot.name)
 
 
-def unwanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def unwanted(name: str, include: Sequence[str], exclude: Sequence[str], shaped: Mapping[str, str]) -> str | None:
     """Why a matrix is not to be quantized."""
     if pattern := next((p for p in exclude if fnmatch.fnmatchcase(name, p)), None):
         return f"matches {pattern}"
@@ -119,13 +127,15 @@ def unwanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> str |
         return None
     if rule := next((rule for rule in RULES if rule.matches(name)), None):
         return rule.why
+    if name in shaped:
+        return shaped[name]
     return None if name.rpartition(".")[2] == "weight" else "not named *.weight"
 
 
 def transposed(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, str]:
     """Matrices that lie [in, out], with how that is known: from the type of the model, or from their biases."""
     matrices = {name: slot.shape for name, slot in slots.items() if len(slot.shape) == 2 and name.endswith("weight")}
-    told = next((kind for kind in model_types(config) if kind in CONV1D_MODELS), None)
+    told = next((kind for kind in CONV1D_MODELS for part in parts_of(config) if part.get("model_type") == kind), None)
     found: dict[str, str] = {}
     for name, (rows, columns) in matrices.items():
         bias = slots.get(f"{name.removesuffix('weight')}bias")
@@ -138,18 +148,39 @@ def transposed(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str
     return found
 
 
+def by_shape(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, str]:
+    """Routers, heads and tables under any name: a row for each of the experts beside it, or of the vocabulary."""
+    experts: dict[str, int] = {}  # name of a layer of experts -> how many it has
+    for name, slot in slots.items():
+        if match := re.fullmatch(r"(.*?)\.?experts\.(?:(\d+)\.)?.+", name):
+            count = int(match[2]) + 1 if match[2] else slot.shape[0] if len(slot.shape) == 3 else 0
+            experts[match[1]] = max(experts.get(match[1], 0), count)
+    sizes = (size for part in parts_of(config) for key, size in part.items() if key.endswith("vocab_size"))
+    vocabularies = {size for size in sizes if type(size) is int}
+    found: dict[str, str] = {}
+    for name, slot in slots.items():
+        if len(slot.shape) != 2 or slot.shape[0] == slot.shape[1] or not name.endswith("weight"):
+            continue
+        rows, prefix = slot.shape[0], name.rpartition(".")[0]
+        for _ in range(2):  # its name is one word or two
+            prefix = prefix.rpartition(".")[0]
+            if experts.get(prefix) == rows and "experts" not in name:
+                found[name] = f"a router: a row for each of {rows} experts"
+        if rows in vocabularies and not re.search(r"\.\d+\.\D", name):  # what is in a numbered layer is no head
+            found[name] = f"a head or a table: a row for each of {rows} words"
+    return found
+
+
 def layer_of(name: str) -> str:
     """The word before the last."""
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
-def model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """``model_type`` of a configuration, and of those in it."""
+def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A configuration and those in it."""
     waiting = [config]
     while waiting:
-        found = waiting.pop()
-        if isinstance(kind := found.get("model_type"), str):
-            yield kind
+        yield (found := waiting.pop())
         waiting += [value for value in found.values() if isinstance(value, dict)]
 
 
@@ -162,13 +193,18 @@ CODES = {
     "FP8": r".*(weight_scale_inv|\.scale_weight|scaled_fp8)",
     "NVFP4": r".*\.weight_scale_2",
     "HQQ": r".*\.W_q",
+    "Marlin": r".*\.(B_24|B_meta)",
+    "SpQR": r".*\.dense_weights",
+    "VPTQ": r".*\.(res_)?centroids(\.weight)?",
+    "torch.ao": r"(.*\.)?_packed_params(\..*)?",
     "quanto": r".*\.weight\._(data|scale|qtype)|.*\.weight\._data\..*",
     "torchao": r".*_weight_(qdata|scale)",
     "EXL2 or EXL3": r".*\.(q_weight|q_invperm|trellis)",
     "AQLM": r".*\.codebooks",
 }
 SCALES = re.compile(r"(.*weight)_(scale|zero_point)|(.*)\.(input_scale)")
-CONFIGS = ("quantization_config", "compression_config")
+BESIDE = ("{}_scale", "{}_scales", "{}.scale", "{owner}.scale", "{owner}.scales", "{owner}.s")  # of codes of any name
+CONFIGS = ("quantization_config", "compression_config", "quantization")
 
 
 def check_float(path: object, slots: Mapping[str, Slot], config: Mapping[str, Any]) -> None:
@@ -185,15 +221,17 @@ def codes_of_others(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> str
     for name, slot in slots.items():
         if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in slots:
             return f"MX codes ({name})"
-        is_matrix = len(slot.shape) == 2 and slot.dtype not in FLOATS and name.rpartition(".")[2] == "weight"
-        if is_matrix or (slot.dtype in FLOAT8 and len(slot.shape) > 1):
+        owner, _, last = name.rpartition(".")
+        scaled = any(scale.format(name, owner=owner) in slots for scale in BESIDE)
+        is_codes = slot.dtype in FLOAT8 or (slot.dtype in INTEGERS and (scaled or last == "weight"))
+        if is_codes and len(slot.shape) > 1:
             return f"codes of {NAMES[slot.dtype]} ({name})"
     for name in slots:
         if match := SCALES.fullmatch(name):
             weight = slots.get(match[1] or f"{match[3]}.weight")
             if weight is None or weight.dtype not in FLOATS:
                 return f"scales of codes ({name})"
-    for mapping in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for mapping in parts_of(config):
         for key in CONFIGS:
             if isinstance(quantization := mapping.get(key), dict) and quantization:
                 method = quantization.get("quant_method", quantization.get("library", "unnamed"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_
 from quantlib.nn.module import check_dynamic
 from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -114,6 +118,13 @@ def quantize_file(
         slots = model.slots
         choose.check_float(src, slots, model.config)
         reasons = choose.reasons(slots, model.config, include, exclude)
+        for name in (name for name, why in reasons.items() if why is None):
+            for part in Stored(str(spec), slots[name].shape).slots(name)[1:]:
+                if part.name in slots:
+                    raise ValueError(f"{src} must leave {part.name} free for the codes of {name}, got a tensor there")
+        for option, patterns in (("exclude", exclude), ("include", include)):
+            if unused := [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in slots)]:
+                log.warning("%s matches no tensor of %s: %s", option, src, ", ".join(unused))
         for name, why in reasons.items():
             slot = slots[name]
             size = math.prod(slot.shape)

@@ -11,6 +11,7 @@ import fnmatch
 import json
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -115,6 +116,8 @@ class Model:
         else:
             names = [path.name for path in found]
             single = [self.path / name for name in SINGLE if name in names]
+            if not single:
+                check_numbers(self.path, names)
             for path in single[:1] or found:
                 self._read(path)
             self._check_apart()
@@ -168,6 +171,17 @@ class Model:
                     log.warning("left out %s, which is not the index of the model", path)
             elif all(path != reader.path for reader in self.readers):
                 yield from tree(path, Path(path.name), allowed, ())
+
+
+def check_numbers(folder: Path, names: list[str]) -> None:
+    """Raise FileNotFoundError where files are numbered, as ``-00001-of-00003`` is, and one of them is not there."""
+    for name in names:
+        if match := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", name):
+            before, digits, of, total, after = match.groups()
+            first = 0 if f"{before}{0:0{len(digits)}}{of}{total}{after}" in names else 1
+            for number in range(first, min(first + int(total), first + len(names) + 1)):
+                if (absent := f"{before}{number:0{len(digits)}}{of}{total}{after}") not in names:
+                    raise FileNotFoundError(f"{folder} must hold {absent}, as {name} says, got no such file")
 
 
 def tree(path: Path, target: Path, allowed: list[Path], inside: tuple[Path, ...]) -> Iterator[tuple[Path, Path]]:

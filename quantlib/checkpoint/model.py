@@ -23,6 +23,7 @@ from quantlib.checkpoint.publish import INDEX, replacing
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
 from quantlib.nn.module import check_whole, stored_dtype, stored_shape
+from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_of
 from quantlib.record import of_config, record_
 from quantlib.spec import QuantSpec
@@ -50,9 +51,15 @@ def save_quantized(
     ------
     FileExistsError, FileNotFoundError, OSError
         For a ``path`` that is there, a folder to write in that is not, a disk that is full.
+    TypeError
+        For a ``model`` that is no module.
     ValueError
-        For a state that is not tensors with values, and for a model that fully_shard has sharded.
+        For a model without a module of codes, a state that is not tensors with values, a model that fully_shard has
+        sharded, and a ``max_shard_bytes`` below 1.
     """
+    check_module(model)
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r}")
     check_whole(
         model,
         "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into one that is not, "
@@ -60,6 +67,10 @@ def save_quantized(
     )
     path = Path(path)
     batches, contents = state_of(model)
+    if not contents.weights:
+        prepared = any(isinstance(module, QATModule) for module in model.modules())
+        help = "convert_ it first" if prepared else "quantize_ it first"
+        raise ValueError(f"model must have a module of codes to save, got none: {help}")
     single = path.suffix == ".safetensors"
     with replacing(path, overwrite, folder=not single) as new:
         shards = [batches] if single else list(cut(batches, max_shard_bytes))
@@ -105,6 +116,8 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     ------
     FileNotFoundError
         For a path that is absent.
+    TypeError
+        For a ``model`` that is no module.
     ValueError
         For a file that is truncated, foreign, or holds nothing that quantlib quantized, and for one that does not fit
         the model, naming what is missing, unexpected or of another shape; for a model that fully_shard has sharded.
@@ -114,6 +127,7 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     A layer that cannot hold codes, because there is no module of codes for it or its owner reads its weight directly,
     gets the values that the codes stand for, with a warning in the log.
     """
+    check_module(model)
     check_whole(model, "load before fully_shard")
     with ExitStack() as stack:
         stack.enter_context(untiled(model))
@@ -138,6 +152,11 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
         skeleton.fill(held, device)
     record_(model)
     return model
+
+
+def check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def formats_of(names: list[str], stored: Model, model: nn.Module) -> dict[str, Stored]:

@@ -107,7 +107,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"quantlib {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="verb", required=True)
     for name, module in VERBS.items():
-        about = (module.__doc__ or "").splitlines()[0]
+        about = (module.__doc__ or name).splitlines()[0]  # -OO leaves no docstrings
         module.arguments(verbs.add_parser(name, help=about, description=about))
     return top
 

@@ -64,7 +64,9 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 if every format met its cosine and came back from disk with the same bytes, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m quantlib.examples.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m quantlib.examples.demo", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write to (%(default)s)")
     parser.add_argument("--model", choices=("auto", "minilm", "small"), default="auto", help="which encoder")
     options = parser.parse_args(arguments)

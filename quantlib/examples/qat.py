@@ -38,7 +38,9 @@ LEAST = 0.5  # of what int4 loses in nats, mean over the seeds, that training ha
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 if int4 regained `LEAST` of its loss in every task and all codes were those trained, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m quantlib.examples.qat", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m quantlib.examples.qat", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="train for seconds, with one seed, and expect nothing")
     parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS), help="which")
     parser.add_argument("--save", type=Path, nargs="?", const=Path("docs/qat.png"), help="draw to PATH (%(const)s)")

@@ -240,7 +240,7 @@ class FakeQuantize(Leaf, KeepsDtype):
         Raises
         ------
         ValueError
-            For a scale that is not above 0.
+            For a scale that is not above 0 or not finite.
         """
         if self.base is None:
             return quantize_weight(x, self.spec)
@@ -254,13 +254,13 @@ class FakeQuantize(Leaf, KeepsDtype):
         Raises
         ------
         ValueError
-            For a scale that is dynamic or not above 0.
+            For a scale that is dynamic, not above 0 or not finite.
         """
         if self.scale is None:
             raise ValueError(f"scale must be learned or observed, got {self.source}")
         scale, zero_point = self.scale.detach().view(self.blocks).clone(), None
-        if not scale.is_meta and not (scale > 0).all():
-            raise ValueError(f"scale must be above 0, got {scale[~(scale > 0)][0]:g}")
+        if not scale.is_meta and not (good := (scale > 0) & scale.isfinite()).all():
+            raise ValueError(f"scale must be above 0 and finite, got {scale[~good][0]:g}")
         if isinstance(self.spec.row, IntFormat) and (z := self.zero_point) is not None:  # as C10 has it
             z = z.detach().view(self.blocks)
             zero_point = torch.where(z == z, z, 0).clamp(*self.spec.row.range(affine=True)).round().int()
@@ -310,7 +310,8 @@ class FakeQuantize(Leaf, KeepsDtype):
         missing: list[str] = args[1]
         if f"{prefix}_extra_state" in missing:
             missing.remove(f"{prefix}_extra_state")
-        self.calibrating = self.calibrating and f"{prefix}base" not in state_dict
+        if f"{prefix}base" in state_dict:
+            self.calibrate(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._passes.clear()
@@ -324,10 +325,16 @@ class FakeQuantize(Leaf, KeepsDtype):
         return self.observer is not None and (self.observer.batches.is_meta or not int(self.observer.batches))
 
     def _learned(self, base: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The scale and the zero point that training has made of those that were set."""
-        scale = base if (gain := self.gain) is None else base * gain
-        if zero_point is not None and self.zero_point_bias is not None:
-            zero_point = zero_point + self.zero_point_bias
+        """The scale and the zero point that training has made of those that were set.
+
+        What was set gets no gradient, also where ``model.requires_grad_(True)`` asks for one: it would be trained as
+        the bare scale that it is.
+        """
+        base, gain = base.detach(), self.gain
+        scale = base if gain is None else base * gain
+        if zero_point is not None:
+            zero_point = zero_point.detach()
+            zero_point = zero_point if self.zero_point_bias is None else zero_point + self.zero_point_bias
         return scale, zero_point
 
     @torch.no_grad()

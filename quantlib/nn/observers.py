@@ -32,6 +32,14 @@ class KeepsDtype(nn.Module):
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state of another float dtype, which ``load_state_dict(assign=True)`` would leave so."""
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            given = state_dict.get(f"{prefix}{name}")
+            if own is not None and isinstance(given, Tensor) and given.dtype != own.dtype:
+                state_dict[f"{prefix}{name}"] = given.to(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class Observer(KeepsDtype):
     """Keeps of the tensors that it sees what their scales follow from, in buffers and without waiting for a device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
@@ -136,8 +137,12 @@ class QATModule(Leaf):
         RuntimeError
             Where no forward has projected the weight yet: there is nothing to land on.
         ValueError
-            For a scale that is not above 0, and a weight that is not finite.
+            For a scale that is not above 0, and a weight that is not finite or is computed, as by pruning.
         """
+        if "weight" not in self._parameters:
+            raise ValueError(
+                "weight must be a parameter, got one that is computed: make what computes it permanent first"
+            )
         quantizer = self.weight_quantizer
         if not quantizer.forwards.is_meta and not int(quantizer.forwards):
             raise RuntimeError(
@@ -191,6 +196,22 @@ class QATModule(Leaf):
             else:
                 self._start_over()
         self._scales_came_first = with_scales and not with_weight
+
+    def catch_up(self) -> None:
+        """Start the scale from the weight once more, if the weight was trained without it until now.
+
+        That is where it is switched off, nothing of it is learned, and it is not frozen after it was in use.
+        """
+        quantizer = self.weight_quantizer
+        learned = [t for t in (quantizer.scale_bias, quantizer.zero_point_bias) if t is not None]
+        if quantizer.enabled or not learned or self.weight.is_meta or quantizer.forwards.is_meta:
+            return
+        if not (learned[0].requires_grad or not int(quantizer.forwards)):
+            return
+        if is_sharded(self.weight):
+            warnings.warn("scales of sharded weights start from the weights of prepare_qat_", stacklevel=3)
+        elif not any(bool(t.any()) for t in learned):
+            quantizer.initialize(self.weight.flatten(1), self.initial)
 
     def _start_over(self) -> None:
         """Scales as they start from the weight, on its device if they are on ``meta``."""
