@@ -157,14 +157,10 @@ def _visible(x: Tensor, wait: bool = False) -> Tensor | None:
     """The values of ``x``, those of every example under vmap, where they lie on the CPU, or on any device."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
-    if (
-        x.is_meta
-        or (x.device.type != "cpu" and not wait)
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or not x.numel()
-    ):
+    if x.is_meta or (x.device.type != "cpu" and not wait) or not x.numel():
         return None
-    return x.detach()
+    values = x.detach()
+    return values if type(values) is Tensor else None  # of a tracer, or of a subclass, there may be none
 
 
 def codes_of(shape: Sequence[int], f: Format) -> Result:
