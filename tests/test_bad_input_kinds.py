@@ -204,6 +204,17 @@ def test_one_negative_scale_of_many_is_found(backend: str) -> None:
             quant.dequantize(codes, scale, "int8", [1, 1])
 
 
+@pytest.mark.parametrize("name", ["weight_scale", "input_scale"])
+def test_a_negative_scale_is_not_loaded(name: str) -> None:
+    layer = quantlib.nn.QuantLinear(8, 6, spec="int8@int8:tensor:static")
+    state = layer.state_dict()
+    state[name] = state[name].clone().fill_(-0.5)
+    before = layer.weight_codes.clone()
+    with pytest.raises(RuntimeError, match=rf"0.{name} must be >= 0, got -0.5"):
+        torch.nn.Sequential(layer).load_state_dict({f"0.{k}": v for k, v in state.items()})
+    assert torch.equal(layer.weight_codes, before)
+
+
 def test_nothing_is_looked_at_on_meta() -> None:
     assert quant.dequantize(V.to("meta"), -T.to("meta"), "int8", B).shape == V.shape
 
