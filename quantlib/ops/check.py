@@ -163,6 +163,8 @@ def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
 
 def _visible(x: Tensor, wait: bool = False) -> Tensor | None:
     """The values of ``x``, those of every example under vmap, where they lie on the CPU, or on any device."""
+    if torch.compiler.is_compiling():
+        return None
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     if x.is_meta or (x.device.type != "cpu" and not wait) or not x.numel():
