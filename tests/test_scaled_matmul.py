@@ -151,7 +151,7 @@ def test_the_largest_sums(backend: Served, affine: bool) -> None:
 
 @pytest.mark.parametrize("block", [(1, -1), (1, 16), (-1, -1)], ids=str)
 def test_special_scales(backend: Served, block: tuple[int, int]) -> None:
-    special = [torch.nan, torch.inf, -torch.inf, 0.0, -1.0, 1e-40, 3e38, 1.0]
+    special = [torch.nan, torch.inf, 0.0, -0.0, 1e-40, 3e38, 1.0]
     case = Case(8, 19, 40, "int8", True, "int8", True, block, bias=torch.float32, activation="relu")
     for name in ("x_scale", "scale"):
         t = case.tensors[name]

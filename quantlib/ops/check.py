@@ -127,9 +127,17 @@ def check_scale(op: str, scale: Tensor, zero_point: Tensor | None, f: Format, ex
 
 def check_not_negative(op: str, argument: str, scale: Tensor) -> None:
     """No scale is negative where looking does not make a device wait: a kernel takes 2^-100 for one that is."""
+    least = least_negative(scale)
+    if least is not None:
+        fail(op, argument, ">= 0", least)
+
+
+def least_negative(scale: Tensor) -> float | None:
+    """The least of the negative scales, None without one or where looking would make a device wait."""
     values = _visible(scale)
-    if values is not None and (negative := values < 0).any():
-        fail(op, argument, ">= 0", values[negative].min().item())
+    if values is None or not (negative := values < 0).any():
+        return None
+    return values[negative].min().item()
 
 
 def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expected: Result, like: Tensor) -> None:
@@ -160,16 +168,14 @@ def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
 
 def _visible(x: Tensor, wait: bool = False) -> Tensor | None:
     """The values of ``x``, those of every example under vmap, where they lie on the CPU, or on any device."""
+    if torch.compiler.is_compiling():
+        return None
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
-    if (
-        x.is_meta
-        or (x.device.type != "cpu" and not wait)
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or not x.numel()
-    ):
+    if x.is_meta or (x.device.type != "cpu" and not wait) or not x.numel():
         return None
-    return x.detach()
+    values = x.detach()
+    return values if type(values) is Tensor else None  # of a tracer, or of a subclass, there may be none
 
 
 def codes_of(shape: Sequence[int], f: Format) -> Result:

@@ -98,7 +98,7 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
             if plain[name] is not out:
                 out.copy_(plain[name])
 
-    def refuse_nested(*args: Any, **outs: Tensor) -> None:
+    def refuse_layouts(*args: Any, **outs: Tensor) -> None:
         for name, value in given(args, outs).items():
             if isinstance(value, Tensor):
                 check_dense(op, name, value)
@@ -112,10 +112,11 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
     backends.implement(out_overload, refuse_examples, "FuncTorchBatched")
     for name in (overload, out_overload):
         for key in NESTED:
-            backends.implement(name, refuse_nested, key)
+            backends.implement(name, refuse_layouts, key)
 
     def each(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         """One call an example: a block never spans two of them."""
+        refuse_layouts(*args)
         if not info.batch_size:
             shapes = (
                 torch.empty(a.movedim(d, 0).shape[1:], dtype=a.dtype, device="meta") if isinstance(d, int)

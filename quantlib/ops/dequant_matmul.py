@@ -128,7 +128,7 @@ def dequant_matmul(
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for a format of four bits; or, with ``size``, the tiles of `quantlib.ops.tile`.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32
-        What codes are multiplied by. May require a gradient.
+        What codes are multiplied by, not negative. May require a gradient.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)

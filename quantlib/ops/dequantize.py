@@ -84,7 +84,7 @@ def dequantize(
     codes : Tensor [..., K] of the format's dtype
         Viewed as [M, K]; [..., ceil(K / 2)] uint8 for a format of four bits.
     scale : Tensor [ceil(M / br), ceil(K / bk)] float32
-        What codes are multiplied by.
+        What codes are multiplied by, not negative.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)

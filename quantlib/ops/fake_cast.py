@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantlib import formats
 from quantlib.ops.cast import cast
+from quantlib.ops.check import check_dense
 from quantlib.ops.declare import format_name
 from quantlib.ops.explain import explain
 from quantlib.ops.fake_quantize import fake_quantize
@@ -39,6 +40,7 @@ def fake_cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = N
     Contract C3 and C10, ``docs/contract.md``.
     """
     try:
+        check_dense("fake_cast", "x", x)
         name = format_name(format)
         if getattr(formats.FORMATS.get(name), "saturates", False) if saturate is None else saturate:
             row = x.reshape(1, -1)

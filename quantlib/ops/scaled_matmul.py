@@ -141,11 +141,11 @@ def scaled_matmul(
     x_codes : Tensor [..., K] int8 or uint8
         Viewed as [M, K]; any M, 0 and 1 too, any K whose sums an int32 holds (131071 for int8 without zero points).
     x_scale : Tensor [M, 1] or [1, 1] float32
-        What x_codes are multiplied by.
+        What x_codes are multiplied by, not negative.
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for int4.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32
-        What codes are multiplied by.
+        What codes are multiplied by, not negative.
     format : {"int8", "uint8", "int4"} or a torch.dtype
         Of the weight.
     block : (br, bk)

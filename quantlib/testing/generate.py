@@ -94,7 +94,7 @@ def _scales(case: Case) -> tuple[Array, Array | None]:
     """All scales and zero points over the blocks of ``case``, beginning anywhere."""
     (M, K), (br, bk) = matrix_shape(case), resolved(case)
     shape = -(-M // br), -(-K // bk)
-    every = values.scales(case.format)
+    every = values.accepted_scales(case.format)
     first = 0 if case.shape is None else case.seed
     index = (np.arange(shape[0] * shape[1]) + first).reshape(shape)
     scale = every[index % len(every)]
@@ -194,7 +194,7 @@ def _every_shape(op: str, format: str, dtype: str, symmetric: bool) -> tuple[int
     if op in ("compute_scale", "quantize_dynamic"):
         M, K = _dynamic_every().shape
         return M, K
-    rows = len(values.scales(format)) * (1 if symmetric else len(values.zero_points(format)))
+    rows = len(values.accepted_scales(format)) * (1 if symmetric else len(values.zero_points(format)))
     if op == "dequantize":
         return rows, len(_thinned(values.codes(format), 4000))
     return rows, 3 * len(_thinned(values.midpoints(format, not symmetric), 2000)) + len(values.edges())

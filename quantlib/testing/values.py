@@ -66,6 +66,12 @@ def scales(format: str) -> Array:
     return _readonly(np.concatenate([ordinary, limits, special, signalling]))
 
 
+def accepted_scales(format: str) -> Array:
+    """Those of `scales` that the ops do not refuse on the CPU: none is negative."""
+    every = scales(format)
+    return every[~(every < 0)]
+
+
 def zero_points(format: str) -> tuple[int, ...]:
     """The edges of the format's range and what lies between (C12)."""
     qmin, qmax = _range(formats.get(format))

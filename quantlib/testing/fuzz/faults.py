@@ -55,6 +55,11 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
+def is_strided(value: Any) -> bool:
+    """An ordinary tensor, which torch can stack and give a tangent."""
+    return type(value) is Tensor and not value.is_nested and value.layout is torch.strided and not value.is_quantized
+
+
 def spread_out(t: Tensor) -> Tensor:
     """The same values, every other element of memory."""
     return t.new_empty((*t.shape, 2))[..., 0].copy_(t)
@@ -337,7 +342,7 @@ def surroundings(call: Call, rng: Rng) -> After:
 
 def transformed(call: Call, rng: Rng) -> After:
     """vmap over two examples, each the call's own."""
-    name = pick(rng, [n for n, v in call.arguments.items() if type(v) is Tensor])
+    name = pick(rng, [n for n, v in call.arguments.items() if is_strided(v)])
     example = call.arguments[name]
     count = int(rng.integers(0, 3))
 
@@ -348,7 +353,7 @@ def transformed(call: Call, rng: Rng) -> After:
         batch = torch.stack([example] * count) if count else example.new_empty((0, *example.shape))
         results = torch.func.vmap(one)(batch)
         results = results if isinstance(results, tuple) else (results,)
-        return tuple(r[0] for r in results)
+        return tuple(r[0] if count else r for r in results)
 
     call.around = around
     call.faults[-1] = f"vmap over {count} of {name}"
@@ -357,7 +362,7 @@ def transformed(call: Call, rng: Rng) -> After:
 
 def forward_mode(call: Call, rng: Rng) -> After:
     """A forward derivative: right, or an error, but never lost."""
-    name = pick(rng, [n for n, v in call.arguments.items() if type(v) is Tensor and is_float(v) and n not in call.outs])
+    name = pick(rng, [n for n, v in call.arguments.items() if is_strided(v) and is_float(v) and n not in call.outs])
     primal = call.arguments[name]
 
     def around(function: Callable[..., Any]) -> Any:
@@ -381,7 +386,7 @@ def all_fake(call: Call, rng: Rng) -> After:
     """The shapes alone, as torch.compile and torch.export ask for them."""
     if call.around is not None:  # torch itself cannot make a dual number of a FakeTensor
         raise ValueError("not inside of a transform")
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # what is done later may put in an ordinary tensor
     for name, value in call.arguments.items():
         if isinstance(value, Tensor):
             call.arguments[name] = mode.from_tensor(value)

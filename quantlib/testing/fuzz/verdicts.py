@@ -20,11 +20,6 @@ from quantlib.testing.fuzz.draw import Call
 from quantlib.testing.fuzz.faults import After
 
 CLASSES = ("crash", "hang", "unclear message", "wrong bytes", "written input", "lost gradient", "refused", "accepted")
-# Classes that do not fail a run yet, with the reason. A finding of one is printed all the same.
-KNOWN = {
-    "unclear message": "layouts other than strided, Python types that a schema lacks, transforms of torch.func and the "
-    "arguments of ops.fake_cast and ops.fake_quantize_per_*_affine are refused in torch's own words",
-}
 CLEAR = (RuntimeError, TypeError, ValueError, NotImplementedError)
 # Words of torch that say nothing about the call.
 UNCLEAR = (

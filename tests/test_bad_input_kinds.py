@@ -1,0 +1,249 @@
+"""Negative scales, and arguments of the wrong kind: every op and public function names the argument."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import quantlib
+from quantlib import backends, formats, ops, reference
+from quantlib.testing import assert_same_bytes
+
+quant = torch.ops.quantlib
+X, W, V = torch.ones(4, 8), torch.ones(6, 8, dtype=torch.int8), torch.ones(4, 8, dtype=torch.int8)
+S, T, Z = torch.ones(6, 1), torch.ones(4, 1), torch.zeros(6, 1, dtype=torch.int32)
+B = (1, 8)
+TILES = ops.tile(W, "int8")
+
+# what a call is given; each tensor of it is replaced in turn
+RAW: dict[Callable[..., Any], dict[str, Any]] = {
+    quant.cast: {"x": X, "format": "float16", "saturate": False},
+    quant.compute_scale: {"x": X, "format": "int8", "block": B},
+    quant.quantize: {"x": X, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4]},
+    quant.dequantize: {"codes": V, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4]},
+    quant.quantize_dynamic: {"x": X, "format": "int8", "block": B},
+    quant.fake_quantize: {"x": X, "scale": T, "format": "int8", "block": B, "zero_point": T},
+    quant.fake_quantize_backward: {"dy": X, "x": X, "scale": T, "format": "int8", "block": B},
+    quant.dequant_matmul: {"x": X, "codes": W, "scale": S, "format": "int8", "block": B, "bias": X[0, :6]},
+    quant.dequant_matmul_backward: {"dy": X[:, :6], "codes": W, "scale": S, "format": "int8", "block": B},
+    quant.dequant_matmul_backward_scale: {
+        "dy": X[:, :6].contiguous(), "x": X, "codes": W, "scale": S, "format": "int8", "block": B,
+    },
+    quant.scaled_matmul: {
+        "x_codes": V, "x_scale": T, "codes": W, "scale": S, "format": "int8", "block": B, "zero_point": Z,
+    },
+    quant.dynamic_matmul: {"x": X, "codes": W, "scale": S, "format": "int8", "block": B},
+}  # fmt: skip
+PUBLIC: dict[Callable[..., Any], dict[str, Any]] = {
+    **{getattr(ops, f.__name__): given for f, given in RAW.items() if f.__name__ in ops.__all__},
+    ops.fake_cast: {"x": X, "format": "float16"},
+    ops.fake_quantize_per_tensor_affine: {"x": X, "scale": 1.0, "zero_point": 0, "quant_min": -8, "quant_max": 7},
+    ops.fake_quantize_per_channel_affine: {
+        "x": X, "scale": T[:, 0], "zero_point": Z[:4, 0], "axis": 0, "quant_min": -8, "quant_max": 7,
+    },
+    ops.pack: {"codes": V, "format": "int4"},
+    ops.unpack: {"packed": V.byte(), "format": "int4"},
+    ops.tile: {"codes": W, "format": "int8"},
+    ops.untile: {"tiles": TILES, "format": "int8", "shape": (6, 8)},
+}  # fmt: skip
+LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
+    "sparse_coo": lambda t: t.to_sparse(),
+    "sparse_csr": lambda t: t.to_sparse_csr(),
+    "sparse_csc": lambda t: t.to_sparse_csc(),
+    "sparse_bsr": lambda t: t.to_sparse_bsr((1, 1)),
+    "mkldnn": lambda t: t.to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "nested jagged": lambda t: torch.nested.nested_tensor([t, t], layout=torch.jagged),
+    "qint8": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+}
+NOT_TENSORS = {
+    "ndarray": lambda t: t.numpy(),
+    "list": lambda t: t.tolist(),
+    "float": lambda t: 1.5,
+    "str": lambda t: "x",
+}
+
+
+@pytest.fixture(params=["composite", "cpp"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Python's checks, and C++'s."""
+    if why := backends.refuses(request.param, "cpu"):
+        pytest.skip(f"{request.param}: {why}")
+    with quantlib.use_backend(request.param):
+        yield request.param
+
+
+def each_tensor(calls: dict[Callable[..., Any], dict[str, Any]]) -> Iterator[tuple[Callable[..., Any], str, Tensor]]:
+    for function, given in calls.items():
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                yield function, name, value
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    return str(function.__name__)
+
+
+def said_by(function: Callable[..., Any], given: dict[str, Any]) -> str:
+    with pytest.raises(RuntimeError) as error:
+        function(**given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tensor_that_is_not_dense_is_named(layout: str, backend: str) -> None:
+    for calls in (RAW, PUBLIC):
+        for function, name, value in each_tensor(calls):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about kinds of tensors that are in beta
+                try:
+                    other = LAYOUTS[layout](value)
+                except (RuntimeError, TypeError, IndexError):
+                    continue  # torch has none of this dtype or of so many axes
+            said = said_by(function, {**calls[function], name: other})
+            assert said.startswith(f"quantlib::{name_of(function)}"), said
+            assert f"{name} must be " in said, said
+            assert "\n" not in said
+            assert layout.partition(" ")[0] in said or "float32" in said, said
+
+
+@pytest.mark.parametrize("kind", NOT_TENSORS)
+def test_what_is_no_tensor_is_named(kind: str, backend: str) -> None:
+    for function, name, value in each_tensor(PUBLIC):
+        said = said_by(function, {**PUBLIC[function], name: NOT_TENSORS[kind](value)})
+        assert said.startswith(f"quantlib::{name_of(function)}: {name} must be a tensor"), said
+        assert said.endswith(f"got {kind}"), said
+
+
+def test_none_for_a_tensor_is_named(backend: str) -> None:
+    for function, name, _ in each_tensor(RAW):
+        if name not in ("zero_point", "bias"):
+            said = said_by(function, {**RAW[function], name: None})
+            assert said.startswith(f"quantlib::{name_of(function)}: {name} must be "), said
+            assert "None" in said
+
+
+@pytest.mark.parametrize(
+    ("said", "call"),
+    [
+        ("quantize: block must be two sizes >= 1, got {}", lambda: ops.quantize(X, T, "int8", block={})),
+        ("quantize: block must be two sizes >= 1, got list", lambda: ops.quantize(X, T, "int8", block=[1.5, 8])),
+        ("cast: saturate must be True or False or None, got Tensor", lambda: ops.cast(X, "float16", saturate=X)),
+        ("dequantize: dtype must be a torch.dtype, got str", lambda: ops.dequantize(V, T, "int8", block=B, dtype="x")),
+        ("dequantize: size must be an integer or None, got float",
+         lambda: ops.dequantize(V, T, "int8", block=B, size=8.0)),
+        ("dynamic_matmul: activation must be a string or None, got int",
+         lambda: ops.dynamic_matmul(X, W, S, activation=3)),
+        ("compute_scale: out must be a tuple of scale, zero_point, got Tensor",
+         lambda: ops.compute_scale(X, "int8", B, symmetric=False, out=S)),
+        ("quantize_dynamic: out must be a tuple of codes, scale, got 1 of them",
+         lambda: ops.quantize_dynamic(X, "int8", block=B, out=(S,))),
+        ("fake_quantize_per_channel_affine: axis must be in -2..1, got 7",
+         lambda: ops.fake_quantize_per_channel_affine(X, T[:, 0], Z[:4, 0], 7, 0, 255)),
+        ("fake_quantize_per_tensor_affine: quant_min must be an integer, got bytes",
+         lambda: ops.fake_quantize_per_tensor_affine(X, 1.0, 0, b"x", 255)),
+        ("fake_quantize_per_tensor_affine: quant_min..quant_max must be a range around 0 inside -65536..65536, got 3..5",  # noqa: E501
+         lambda: ops.fake_quantize_per_tensor_affine(X, 1.0, 4, 3, 5)),
+    ],
+)  # fmt: skip
+def test_other_arguments_of_the_wrong_kind(said: str, call: Callable[[], Any], backend: str) -> None:
+    with pytest.raises(RuntimeError) as error:
+        call()
+    assert str(error.value) == f"quantlib::{said}"
+
+
+def test_what_does_not_fit_in_memory_is_named(backend: str) -> None:
+    huge = torch.zeros(()).expand(2**50, 4)
+    said = said_by(quant.cast, {"x": huge, "format": "float16", "saturate": False})
+    assert said.startswith("quantlib::cast: ")
+    assert "x" in said.split()
+    assert "float32 [1125899906842624, 4] on cpu" in said
+
+
+# ---- scales ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [-1.0, -float("inf"), -1e-40])
+def test_a_negative_scale_is_refused(value: float, backend: str) -> None:
+    shown = torch.tensor(value).item()
+    for calls in (RAW, PUBLIC):
+        for function, name, scale in each_tensor(calls):
+            if not name.endswith("scale") or "fake" in name_of(function):
+                continue
+            bad = scale.clone()
+            bad.view(-1)[1:3] = torch.tensor([torch.nan, value])
+            said = said_by(function, {**calls[function], name: bad})
+            assert said == f"quantlib::{name_of(function)}: {name} must be >= 0, got {shown}"
+    said = said_by(quant.dequant_matmul.tiled, {
+        "x": X, "tiles": TILES, "scale": S * value, "format": "int8", "block": B, "size": 6,
+    })  # fmt: skip
+    assert said == f"quantlib::dequant_matmul: scale must be >= 0, got {shown}"
+
+
+def test_a_scale_of_zero_or_nan_is_not(backend: str) -> None:
+    for value in (0.0, -0.0, torch.nan):
+        scale = torch.full((4, 1), value)
+        want = reference.dequantize(V.numpy(), scale.numpy(), "int8", block=B)
+        assert_same_bytes(ops.dequantize(V, scale, "int8", block=B), want)
+
+
+def test_one_negative_scale_of_many_is_found(backend: str) -> None:
+    """In every part that a thread takes, and in one whose elements are not side by side."""
+    codes = torch.ones(1, 300_000, dtype=torch.int8)
+    for at in (0, 100_001, 299_999):
+        scale = torch.ones(300_000, 2)[:, 0].view(1, -1)
+        scale[0, at] = -2.0
+        with pytest.raises(RuntimeError, match=r"dequantize: scale must be >= 0, got -2.0$"):
+            quant.dequantize(codes, scale, "int8", [1, 1])
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "input_scale"])
+def test_a_negative_scale_is_not_loaded(name: str) -> None:
+    layer = quantlib.nn.QuantLinear(8, 6, spec="int8@int8:tensor:static")
+    state = layer.state_dict()
+    state[name] = state[name].clone().fill_(-0.5)
+    before = layer.weight_codes.clone()
+    with pytest.raises(RuntimeError, match=rf"0.{name} must be >= 0, got -0.5"):
+        torch.nn.Sequential(layer).load_state_dict({f"0.{k}": v for k, v in state.items()})
+    assert torch.equal(layer.weight_codes, before)
+
+
+def test_nothing_is_looked_at_on_meta() -> None:
+    assert quant.dequantize(V.to("meta"), -T.to("meta"), "int8", B).shape == V.shape
+
+
+def test_a_kernel_takes_the_least_scale_for_a_negative_one_that_nobody_looked_at() -> None:
+    kernel = importlib.import_module("quantlib.backends.composite").KERNELS["dequantize"]
+    y = torch.empty(4, 8)
+    kernel(V, -T, formats.get("int8"), B, None, y)
+    assert_same_bytes(y, np.full((4, 8), 2.0**-100, np.float32))
+
+
+# ---- transforms -----------------------------------------------------------------------------------------------------
+
+
+def test_out_under_vmap_is_refused(backend: str) -> None:
+    with pytest.raises(RuntimeError, match="quantlib::cast: out must be left out under vmap"):
+        torch.func.vmap(lambda x: quant.cast.out(x, "float16", False, out=torch.empty(8).half()))(X)
+
+
+def test_out_that_is_kept_as_its_negative(backend: str) -> None:
+    out = torch._neg_view(torch.zeros(4, 1))
+    quant.compute_scale.out(X, "int8", B, out=out)
+    assert torch.equal(out, quant.compute_scale(X, "int8", B))
+
+
+def test_packing_without_values_and_under_vmap() -> None:
+    for function, codes in ((ops.pack, V), (ops.unpack, V.byte())):
+        assert function(codes.to("meta"), "int4").shape == function(codes, "int4").shape
+        each = torch.func.vmap(lambda c, function=function: function(c, "int4"))(codes)
+        assert torch.equal(each, function(codes, "int4"))
+    with pytest.raises(RuntimeError, match=r"pack: codes must be in -8..7, got 99"):
+        torch.func.vmap(lambda c: ops.pack(c, "int4"))(V * 99)
