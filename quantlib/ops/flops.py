@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+Shape = Sequence[int]
 COUNTER = "torch.utils.flop_counter"
 PRODUCTS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul", "dynamic_matmul")
 
@@ -22,7 +24,7 @@ def register() -> None:
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    formulas = {getattr(torch.ops.quantlib, op): product_flops for op in PRODUCTS}
+    formulas: dict[Any, Callable[..., int]] = {getattr(torch.ops.quantlib, op): product_flops for op in PRODUCTS}
     formulas[torch.ops.quantlib.dequant_matmul_backward_scale] = gradient_of_scale_flops
     for op, formula in formulas.items():
         if op not in flop_registry:
@@ -41,11 +43,11 @@ def register_where_cheap() -> None:
         register()
 
 
-def product_flops(a: Any, *_: Any, out_shape: Any = None, out: Any = None, **__: Any) -> int:
+def product_flops(a: Shape, *_: Any, out_shape: Shape = (), out: Shape | None = None, **__: Any) -> int:
     """Of x [..., K] and a weight [N, K] to [..., N], or of dy [..., N] and it to [..., K]."""
     return 2 * math.prod(out_shape if out is None else out) * (a[-1] if len(a) else 1)
 
 
-def gradient_of_scale_flops(dy: Any, x: Any, *_: Any, **__: Any) -> int:
+def gradient_of_scale_flops(dy: Shape, x: Shape, *_: Any, **__: Any) -> int:
     """Of dy [..., N] and x [..., K] to [N, K]."""
     return 2 * math.prod(dy) * (x[-1] if len(x) else 1)
