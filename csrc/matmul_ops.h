@@ -152,7 +152,7 @@ void scaled_matmul(StableIValue* stack, uint64_t, uint64_t) {
   auto x_zero_point = in.optional_tensor("x_zero_point");
   w.zero_point = in.optional_tensor("zero_point");
   EpilogueArguments e(in);
-  const int32_t dtype = in.dtype();
+  const int32_t dtype = in.optional_dtype().value_or(aoti_torch_dtype_float32());
   auto out = take_out<OUT>(in, "out");
 
   const Format& x_format = check_dtype(op, "x_codes", x_codes.dtype(), bytes);

@@ -165,7 +165,7 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   const std::string format = in.text();
   const Sizes block = in.sizes();
   auto zero_point = in.optional_tensor("zero_point");
-  const int32_t dtype = in.dtype();
+  const int32_t dtype = in.optional_dtype().value_or(aoti_torch_dtype_float32());
   const std::optional<int64_t> size = in.optional_size();
   auto out = take_out<OUT>(in, "out");
 

@@ -195,7 +195,6 @@ class Arguments {
   Tensor tensor(const char* argument) { return Tensor(take<AtenTensorHandle>(), {op_, argument}); }
   bool flag() { return take<bool>(); }
   int64_t size() { return take<int64_t>(); }
-  int32_t dtype() { return take<int32_t>(); }
   double number() { return take<double>(); }
   std::string text() { return text_of(take<StringHandle>()); }
   Sizes sizes() { return sizes_of(take<StableListHandle>()); }
@@ -212,6 +211,7 @@ class Arguments {
     return optional<Sizes>(
         [](StableIValue value) { return sizes_of(torch::stable::detail::to<StableListHandle>(value)); });
   }
+  std::optional<int32_t> optional_dtype() { return optional<int32_t>(torch::stable::detail::to<int32_t>); }
   std::optional<int64_t> optional_size() { return optional<int64_t>(torch::stable::detail::to<int64_t>); }
 
  private:

@@ -290,7 +290,8 @@ def test_aot_inductor(where: str, tmp_path: Path) -> None:
         for got, want in zip(torch._inductor.aoti_load_package(path)(a), model(a), strict=True):
             assert_same_bytes(got, want)
     if where == "cpu":  # and a program that only opens the library runs it, as one in C++ would
-        torch.save((a, model(a)[0]), tmp_path / "call.pt")
+        with torch.no_grad():
+            torch.save((a, model(a)[0]), tmp_path / "call.pt")
         done = subprocess.run(
             [sys.executable, "-c", WITHOUT_QUANTLIB, str(quantlib.library_path()), path, str(tmp_path / "call.pt")],
             capture_output=True, text=True, check=False,

@@ -34,7 +34,7 @@ class Leaf(nn.Module):
         def leaf(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(a, Proxy) for a in (*args, *kwargs.values())):
                 return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
-            return self._wrapped_call_impl(*args, **kwargs)
+            return self._wrapped_call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
         return tracer.call_module(self, leaf, args, kwargs)
 

@@ -15,6 +15,7 @@ from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, least_negative
+from quantlib.ops.flops import register_if_counting
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -262,6 +263,7 @@ class QuantModule(Leaf):
 
     def _allocate(self, spec: QuantSpec, dtype: torch.dtype | None, device: Any) -> None:
         """Codes of 0 for the weight of `weight_shape`, and scales of 1."""
+        register_if_counting()
         self.spec, self.block = spec, spec.block(self._matrix)
         self._viewed = dtype_of(spec.row) if is_fp8(spec) else None
         self.dtype = torch.get_default_dtype() if dtype is None else dtype

@@ -1,6 +1,7 @@
 """The public functions over ``torch.ops.quantlib``; importing this registers the ops."""
 
 from quantlib import backends
+from quantlib.ops import flops
 from quantlib.ops.cast import cast
 from quantlib.ops.compute_scale import compute_scale
 from quantlib.ops.dequant_matmul import dequant_matmul
@@ -24,6 +25,7 @@ from quantlib.ops.tile import tile, untile
 attach_gradient()
 attach_gradients()
 backends.start()
+flops.register_where_cheap()
 
 __all__ = [
     "cast",

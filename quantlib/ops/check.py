@@ -157,7 +157,7 @@ def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
 
     None too where x stands for others: compiled, traced, or under a transform of torch.func.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return None
     values = _visible(x, wait)
     if values is None:

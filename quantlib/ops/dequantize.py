@@ -27,11 +27,11 @@ def _results(
     scale: Tensor,
     format: str,
     block: Block,
-    zero_point: Tensor | None,
-    dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     size: int | None = None,
 ) -> list[Result]:
-    f = check_format("dequantize", format)
+    f, dtype = check_format("dequantize", format), dtype or torch.float32
     check_dtype("dequantize", "codes", codes.dtype, (f.dtype_name,))
     check_dtype("dequantize", "dtype", dtype, INPUTS)
     shape = list(codes.shape)
@@ -53,8 +53,8 @@ def _launch(
     scale: Tensor,
     format: str,
     block: Block,
-    zero_point: Tensor | None,
-    dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     size: int | None = None,
 ) -> None:
     (out,) = outs

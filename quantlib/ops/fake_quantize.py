@@ -199,7 +199,8 @@ def fake_quantize_per_tensor_affine(
         numbers = type(scale) in (float, int) and type(zero_point) is int
         tensors = all(isinstance(v, Tensor) and v.numel() == 1 for v in (scale, zero_point))
         if not learned and not ((numbers or tensors) and _as_torch(x, scale, zero_point, limits)):
-            y: Tensor = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
+            by_torch: Any = torch.fake_quantize_per_tensor_affine  # whose numbers and tensors are two overloads
+            y: Tensor = by_torch(x, scale, zero_point, *limits)
             return y
         if isinstance(zero_point, Tensor) and zero_point.is_floating_point() and not wants_gradient(op, "", zero_point):
             zero_point = zero_point.trunc()

@@ -37,13 +37,14 @@ def _results(
     scale: Tensor,
     format: str,
     block: Block,
-    x_zero_point: Tensor | None,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    dtype: torch.dtype,
+    x_zero_point: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Result]:
     check_dtype(OP, "x_codes", x_codes.dtype, X_FORMATS)
+    dtype = dtype or torch.float32
     check_dtype(OP, "dtype", dtype, INPUTS)
     K = last_size(OP, "x_codes", x_codes)
     f, N = check_weight(OP, codes, scale, format, block, zero_point, K, x_codes, INTEGERS)
@@ -92,11 +93,11 @@ def _launch(
     scale: Tensor,
     format: str,
     block: Block,
-    x_zero_point: Tensor | None,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    dtype: torch.dtype,
+    x_zero_point: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     K, N = x_codes.shape[-1], outs[0].shape[-1]
     M = outs[0].numel() // N
