@@ -61,7 +61,9 @@ class QuantParameter(nn.Parameter):
         if source.is_floating_point() and not self.dtype.is_floating_point:
             values, source = source, source.round()
             if not torch.allclose(values, source, rtol=0, atol=1e-3):
-                raise TypeError(f"{self._what} must be copied from their like, got {dtype_name(values.dtype)} in between")
+                raise TypeError(
+                    f"{self._what} must be copied from their like, got {dtype_name(values.dtype)} in between"
+                )
         super().copy_(source, non_blocking)
         return self
 
