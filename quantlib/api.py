@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -28,6 +29,7 @@ READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+@torch.inference_mode(False)  # a tensor made in inference mode could never take part in a backward pass
 def quantize_(
     model: nn.Module,
     spec: Any,
@@ -111,6 +113,7 @@ def quantize_(
     return report
 
 
+@torch.inference_mode(False)
 def dequantize_(model: nn.Module) -> list[str]:
     """Put a float module with the values of the codes where each module of codes of ``model`` is, in place.
 
@@ -300,6 +303,11 @@ def check_root(model: nn.Module) -> None:
             f"use {quantized}.from_float(layer, spec) and {quantized}.dequantize()"
         )
     check_whole(model, "this must come before fully_shard or parallelize_module")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model must not hold a DistributedDataParallel, which waits for gradients of the parameters "
+            "that it found: this must come before"
+        )
 
 
 def check_on_nonfinite(on_nonfinite: str) -> None:

@@ -298,7 +298,10 @@ def test_codes_take_no_floats() -> None:
     flat = torch.nn.utils.parameters_to_vector(q.parameters())
     with pytest.raises(TypeError, match="data of codes or zero points must be uint8, got float32"):
         torch.nn.utils.vector_to_parameters(flat, q.parameters())
-    with torch.no_grad(), pytest.raises(TypeError, match="codes or zero points must be copied from .*, got float32 in"):
+    with (
+        torch.no_grad(),
+        pytest.raises(TypeError, match=r"codes or zero points must be copied from .*, got float32 in"),
+    ):
         q.weight_codes.copy_(q.weight_codes * 0.7)
     assert torch.equal(q.values(), before)
     assert type(q.state_dict()["weight_codes"]) is Tensor

@@ -433,9 +433,9 @@ def is_sharded(t: Tensor) -> bool:
 
 
 def check_whole(model: nn.Module, way_out: str) -> None:
-    """No module of ``model`` is sharded by FSDP2, whose parameters are whole only for a while, and no parameter is."""
+    """No module of ``model`` is sharded by FSDP, whose parameters are whole only for a while, and no parameter is."""
     for name, module in model.named_modules():
-        of_fsdp = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+        of_fsdp = any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
         sharded = next((key for key, p in module._parameters.items() if p is not None and is_sharded(p)), None)
         if of_fsdp or sharded is not None:
             where = ".".join(filter(None, (name, sharded))) or "its root"
