@@ -17,7 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from quantlib import quantize_
+from quantlib import dequantize_, quantize_
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
 from quantlib.nn.weight import DecodedWeight, QuantParameter
 
@@ -275,6 +275,26 @@ def test_asking_for_gradients_one_by_one(spec: str) -> None:
     for p in q.parameters():
         p.requires_grad = False
     assert not any(p.requires_grad for p in q.parameters())
+
+
+@pytest.mark.parametrize("spec", ["int8", "bfloat16", "W4A16"])
+def test_what_was_frozen_is_frozen_as_floats(spec: str) -> None:
+    """As the base of adapters is."""
+
+    def trains(change: Callable[[nn.Module], Any], after: Callable[[nn.Module], Any]) -> bool:
+        model = nn.Sequential(nn.Linear(K, N))
+        change(model)
+        quantize_(model, spec)
+        after(model)
+        model = copy.deepcopy(model)
+        assert not model[0].weight_codes.requires_grad
+        dequantize_(model)
+        return bool(model[0].weight.requires_grad)
+
+    assert trains(nn.Module.train, nn.Module.eval)
+    assert not trains(lambda m: m.requires_grad_(False), nn.Module.eval)
+    assert not trains(nn.Module.train, lambda m: m.requires_grad_(False))
+    assert trains(lambda m: m.requires_grad_(False), lambda m: m.requires_grad_(True))
 
 
 @pytest.mark.parametrize("options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, {"avg_fn": get_ema_avg_fn(0.9)}])
