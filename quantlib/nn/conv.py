@@ -79,6 +79,8 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
         """x [batch, in, ...] or [in, ...] of any float dtype -> [batch, out, ...] of the same."""
         x = autocast(input)
         spatial = len(self.kernel_size)
+        if input.dim() not in (spatial + 1, spatial + 2):
+            raise RuntimeError(f"input must have {spatial + 1} or {spatial + 2} axes, got {list(input.shape)}")
         x = x.unsqueeze(0) if input.dim() == spatial + 1 else x
         padding = self.padding
         if self.padding_mode != "zeros" or padding == "same":
@@ -171,10 +173,12 @@ class _Convolve(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = dy.sum([d for d in range(dy.dim()) if d != 1])
         if ctx.needs_input_grad[3]:
-            rest = (ctx.format, ctx.block, how)
+
+            def of_scale(s: Tensor) -> Tensor:
+                return convolved(x, None, Weight(codes, s, zero_point), ctx.format, ctx.block, how)
+
             with torch.enable_grad():
-                dscale_of = torch.func.vjp(lambda s: convolved(x, None, Weight(codes, s, zero_point), *rest), scale)[1]
-                (dscale,) = dscale_of(dy)
+                (dscale,) = torch.func.vjp(of_scale, scale)[1](dy)
         return dx, dbias, None, dscale, None, None, None, None
 
     @staticmethod
@@ -182,13 +186,13 @@ class _Convolve(torch.autograd.Function):
         ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, _: None, scale_t: Tensor | None, *__: Any
     ) -> Tensor:
         codes, scale, zero_point, x = ctx.saved_tensors
-        how, parts = (ctx.format, ctx.block, ctx.how), []
+        rest, parts = (ctx.format, ctx.block, ctx.how), []
         if x_t is not None:
-            parts.append(convolved(x_t, None, Weight(codes, scale, zero_point), *how))
+            parts.append(convolved(x_t, None, Weight(codes, scale, zero_point), *rest))
         if scale_t is not None:  # the values are linear in the scale
-            parts.append(convolved(x, None, Weight(codes, scale_t, zero_point), *how))
+            parts.append(convolved(x, None, Weight(codes, scale_t, zero_point), *rest))
         if bias_t is not None:
-            like = parts[0] if parts else convolved(x, None, Weight(codes, scale, zero_point), *how)
+            like = parts[0] if parts else convolved(x, None, Weight(codes, scale, zero_point), *rest)
             parts.append(bias_t.view(-1, *(1,) * len(ctx.how.stride)).expand_as(like))
         return functools.reduce(torch.add, parts)
 

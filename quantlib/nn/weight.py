@@ -183,7 +183,7 @@ class DecodedWeight(Tensor):
         return decoded(self).tolist()
 
     def __format__(self, format_spec: str) -> str:
-        return decoded(self).__format__(format_spec) if self.dim() == 0 else super().__format__(format_spec)
+        return format(decoded(self), format_spec) if self.dim() == 0 else repr(self)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
         return decoded(self).__dlpack__(**kwargs)
