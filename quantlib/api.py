@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from quantlib.measure import OnNonfinite, check_weight, describe
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
@@ -28,6 +29,7 @@ READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+@torch.inference_mode(False)  # a tensor made in inference mode could never take part in a backward pass
 def quantize_(
     model: nn.Module,
     spec: Any,
@@ -111,6 +113,7 @@ def quantize_(
     return report
 
 
+@torch.inference_mode(False)
 def dequantize_(model: nn.Module) -> list[str]:
     """Put a float module with the values of the codes where each module of codes of ``model`` is, in place.
 
@@ -171,7 +174,7 @@ def reason_to_skip(layer: nn.Module) -> str | None:
     """What about a layer itself keeps it from being replaced."""
     if isinstance(layer, QuantModule):
         return f"already quantized to {layer.spec}"
-    if is_lazy(layer._parameters.get("weight")):
+    if isinstance(layer._parameters.get("weight"), UninitializedParameter):
         return "its weight has no shape before the first forward"
     if type(layer) not in QUANTIZED:
         base = next(t for t in QUANTIZED if isinstance(layer, t))
@@ -185,6 +188,8 @@ def reason_to_skip(layer: nn.Module) -> str | None:
         return "its weight is computed from other parameters"
     if type(weight) is not nn.Parameter:
         return f"its weight is of {type(weight).__name__}"
+    if weight.layout is not torch.strided:
+        return f"its weight has the layout {str(weight.layout).removeprefix('torch.')}"
     if weight.is_meta and hooked_forward(layer) is not None:
         return "accelerate has offloaded its weight: quantize the model before it is dispatched"
     if taken := next((name for name in QUANTIZED[type(layer)].OWN if name in vars(layer)), None):
@@ -219,7 +224,7 @@ def account(model: nn.Module, report: Report) -> None:
         codes = "weight_codes" if isinstance(module, QuantModule) else "weight" if isinstance(module, QATModule) else ""
         own = module.KEPT if isinstance(module, QuantModule) else (codes,)
         for key, parameter in module._parameters.items():
-            if parameter is None or is_lazy(parameter) or id(parameter) in counted:
+            if parameter is None or isinstance(parameter, UninitializedParameter) or id(parameter) in counted:
                 continue
             counted.add(id(parameter))
             if key == codes:
@@ -244,7 +249,7 @@ def other_weights(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:
         name: why_float(module, "weight", weight)
         for name, module in model.named_modules()
         if (weight := dict(module._parameters.items()).get("weight")) is not None
-        and not is_lazy(weight)
+        and not isinstance(weight, UninitializedParameter)
         and weight.dim() > 1
         and name not in skipped
     }
@@ -300,6 +305,11 @@ def check_root(model: nn.Module) -> None:
             f"use {quantized}.from_float(layer, spec) and {quantized}.dequantize()"
         )
     check_whole(model, "this must come before fully_shard or parallelize_module")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model must not hold a DistributedDataParallel, which waits for gradients of the parameters "
+            "that it found: this must come before"
+        )
 
 
 def check_on_nonfinite(on_nonfinite: str) -> None:
@@ -357,7 +367,7 @@ def put(new: nn.Module, old: nn.Module, places: dict[int, list[Place]]) -> None:
     for owner, store, key in places.pop(id(old)):
         store[key] = new
         if is_compiled(owner):  # its forward calls the layer that it was made of
-            owner.__setstate__(owner.__getstate__())  # type: ignore[operator]
+            owner.__setstate__(owner.__getstate__())
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantlib import dequantize_, quantize_
+from quantlib import dequantize_, prepare_qat_, quantize_
 from quantlib.nn import QuantConv1d, QuantEmbedding, QuantLinear
 from quantlib.spec import QuantSpec
 
@@ -222,6 +222,34 @@ def test_refused_models() -> None:
     with pytest.raises(TypeError, match="weight of layer 0 must be float32, float16 or bfloat16, got float64"):
         quantize_(model, "int8")
     assert unchanged(model, before)
+
+
+def test_a_model_that_something_else_has_taken_apart_is_refused() -> None:
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Sequential(nn.Linear(8, 8))
+    for verb in (lambda m: quantize_(m, "int8"), dequantize_, lambda m: prepare_qat_(m, "int8")):
+        with pytest.raises(
+            ValueError, match=r"model must not hold a DistributedDataParallel, .*: this must come before"
+        ):
+            verb(wrapped)
+
+    class FullyShardedDataParallel(nn.Sequential):  # the name of the older one of the two
+        pass
+
+    with pytest.raises(ValueError, match="model must not be sharded, got one that is at 0: this must come before"):
+        quantize_(nn.Sequential(FullyShardedDataParallel(nn.Linear(8, 8))), "int8")
+
+
+@pytest.mark.parametrize("words", ["int8", "W8A8", "int4:group:8", "bfloat16"])
+def test_a_model_that_is_quantized_in_inference_mode_trains_outside_of_it(words: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    for verb in (lambda: quantize_(model, words), lambda: dequantize_(model)):
+        with torch.inference_mode():
+            verb()
+            model(x)
+        assert not any(p.is_inference() for p in model.parameters())
+        model(x.clone().requires_grad_()).sum().backward()
 
 
 def test_a_second_time_is_refused_with_the_reason() -> None:

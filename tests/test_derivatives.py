@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import quantlib
-from quantlib.nn import QuantLinear
+from quantlib.nn import QuantConv1d, QuantLinear
 
 N, K = 6, 10
 
@@ -31,6 +31,17 @@ def layer(spec: str) -> Any:
     m = QuantLinear.from_float(torch.nn.Linear(K, N), spec)
     arguments = (normal(3, K), m.weight_scale.detach(), m.bias.detach())
     return lambda x, s, b: functional_call(m, {"weight_scale": s, "bias": b}, (x,)), arguments
+
+
+def convolution(spec: str, groups: int, of_scale: bool = True) -> Any:
+    m = QuantConv1d.from_float(torch.nn.Conv1d(4, N, 3, padding=1, groups=groups), spec)
+    arguments = (normal(2, 4, 5), m.bias.detach(), m.weight_scale.detach())
+
+    def call(x: Tensor, b: Tensor, *s: Tensor) -> Tensor:
+        y: Tensor = functional_call(m, {"bias": b, **({"weight_scale": s[0]} if s else {})}, (x,))
+        return y
+
+    return call, arguments[: 2 + of_scale]
 
 
 def fake(format: str, block: tuple[int, int], affine: bool, **options: Any) -> Any:
@@ -59,6 +70,8 @@ EVERY = {
     "fake fp8": fake("float8_e4m3fn", (1, 4), False),
     "cast": (lambda x: quantlib.cast(quantlib.cast(x, "bfloat16"), "float32"), (normal(3, K),)),
     "fake_cast": (lambda x: quantlib.ops.fake_cast(x, "float8_e5m2"), (normal(3, K),)),
+    "convolution": convolution("int8", 1),
+    "convolution in groups": convolution("int4:group:4:affine", 2),
     "layer W8A8": layer("W8A8"),
     "layer whole": layer("int8:row@uint8:tensor:affine"),
     "layer floats": layer("int8:row@float8_e4m3fn:row"),

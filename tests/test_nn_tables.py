@@ -267,3 +267,9 @@ def test_the_gradient_of_a_scale(layer: nn.Module, quantized: Any, x: torch.Tens
     index = at[0][:, None] * scale.shape[1] + at[1]
     sums = torch.zeros(scale.numel()).index_add_(0, index.flatten(), terms.flatten()).view_as(scale)
     torch.testing.assert_close(scale.grad, sums / scale.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_of_a_convolution_with_other_axes() -> None:
+    m = QuantConv2d.from_float(nn.Conv2d(4, 8, 3), "int8")
+    with pytest.raises(RuntimeError, match=r"input must have 3 or 4 axes, got \[9\]"):
+        m(torch.randn(9))

@@ -17,7 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from quantlib import quantize_
+from quantlib import dequantize_, quantize_
 from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
 from quantlib.nn.weight import DecodedWeight, QuantParameter
 
@@ -277,6 +277,26 @@ def test_asking_for_gradients_one_by_one(spec: str) -> None:
     assert not any(p.requires_grad for p in q.parameters())
 
 
+@pytest.mark.parametrize("spec", ["int8", "bfloat16", "W4A16"])
+def test_what_was_frozen_is_frozen_as_floats(spec: str) -> None:
+    """As the base of adapters is."""
+
+    def trains(change: Callable[[nn.Module], Any], after: Callable[[nn.Module], Any]) -> bool:
+        model = nn.Sequential(nn.Linear(K, N))
+        change(model)
+        quantize_(model, spec)
+        after(model)
+        model = copy.deepcopy(model)
+        assert not model[0].weight_codes.requires_grad
+        dequantize_(model)
+        return bool(model[0].weight.requires_grad)
+
+    assert trains(nn.Module.train, nn.Module.eval)
+    assert not trains(lambda m: m.requires_grad_(False), nn.Module.eval)
+    assert not trains(nn.Module.train, lambda m: m.requires_grad_(False))
+    assert trains(lambda m: m.requires_grad_(False), lambda m: m.requires_grad_(True))
+
+
 @pytest.mark.parametrize("options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, {"avg_fn": get_ema_avg_fn(0.9)}])
 @pytest.mark.parametrize("spec", [*SPECS, "int8:row:affine"])
 def test_a_running_average_of_a_model_leaves_codes_as_they_are(spec: str, options: dict[str, Any]) -> None:
@@ -298,7 +318,10 @@ def test_codes_take_no_floats() -> None:
     flat = torch.nn.utils.parameters_to_vector(q.parameters())
     with pytest.raises(TypeError, match="data of codes or zero points must be uint8, got float32"):
         torch.nn.utils.vector_to_parameters(flat, q.parameters())
-    with torch.no_grad(), pytest.raises(TypeError, match="codes or zero points must be copied from .*, got float32 in"):
+    with (
+        torch.no_grad(),
+        pytest.raises(TypeError, match=r"codes or zero points must be copied from .*, got float32 in"),
+    ):
         q.weight_codes.copy_(q.weight_codes * 0.7)
     assert torch.equal(q.values(), before)
     assert type(q.state_dict()["weight_codes"]) is Tensor

@@ -290,6 +290,12 @@ def test_a_layer_that_was_compiled_in_place() -> None:
     assert torch.equal(model(x), model[1].bias.expand(2, 8))
 
 
+def test_a_weight_of_another_layout_stays() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(torch.eye(8).to_sparse())
+    assert quantize_(model, "int8").skipped == {"0": "its weight has the layout sparse_coo"}
+
+
 def test_layers_without_a_shape_and_scripted_ones_are_named() -> None:
     lazy = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
     assert quantize_(lazy, "int8").skipped == {"0": "its weight has no shape before the first forward"}

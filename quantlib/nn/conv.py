@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.nn.grad import conv1d_input, conv2d_input
 from quantlib.nn.functional import SOURCES, Weight, autocast, dequantize_rows
 from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import QuantModule
+from quantlib.ops.autograd import apply
 from quantlib.spec import QuantSpec
 
 SLAB = 1 << 20  # weights that are floats at a time
@@ -79,6 +81,8 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
         check_inside(input)
         x = autocast(input)
         spatial = len(self.kernel_size)
+        if input.dim() not in (spatial + 1, spatial + 2):
+            raise RuntimeError(f"input must have {spatial + 1} or {spatial + 2} axes, got {list(input.shape)}")
         x = x.unsqueeze(0) if input.dim() == spatial + 1 else x
         padding = self.padding
         if self.padding_mode != "zeros" or padding == "same":
@@ -88,7 +92,7 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
             padding = (0,) * spatial
         how = Convolution(self.weight_shape, self.stride, padding, self.dilation, self.groups)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y: Tensor = _Convolve.apply(x, bias, *self.plain, self.spec.format, self.block, how)  # type: ignore[no-untyped-call]
+        y = apply(_Convolve, x, bias, *self.plain, self.spec.format, self.block, how)
         return y.squeeze(0) if input.dim() == spatial + 1 else y
 
 
@@ -131,6 +135,8 @@ class Convolution(NamedTuple):
 
 
 class _Convolve(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -149,6 +155,7 @@ class _Convolve(torch.autograd.Function):
         x, _, codes, scale, zero_point, ctx.format, ctx.block, ctx.how = inputs
         ctx.shape = x.shape
         ctx.save_for_backward(codes, scale, zero_point, x if ctx.needs_input_grad[3] else None)
+        ctx.save_for_forward(codes, scale, zero_point, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,20 +163,40 @@ class _Convolve(torch.autograd.Function):
         codes, scale, zero_point, x = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             total = torch.float32 if dy.dtype in SOURCES else dy.dtype
-            dx = torch.zeros(ctx.shape, dtype=total, device=dy.device)
+            parts: dict[int, Tensor] = {}  # first of some channels of x -> their gradient: several slabs may see them
             for n, k, groups in how.slabs():
                 w = slab(Weight(codes, scale, zero_point), n, ctx.format, ctx.block, how, dy.dtype)
-                shape, rest = dx[:, k].shape, (how.stride, how.padding, how.dilation, groups)
-                dx[:, k] += GRADIENT_OF_X[len(how.stride)](shape, w, dy[:, n], *rest)  # type: ignore[no-untyped-call]
-            dx = dx.to(dy.dtype)
+                shape = (ctx.shape[0], k.stop - k.start, *ctx.shape[2:])
+                rest = (how.stride, how.padding, how.dilation, groups)
+                dy_n = dy.narrow(1, n.start, n.stop - n.start)  # `dy[:, n]` has no rule for is_grads_batched
+                part = GRADIENT_OF_X[len(how.stride)](shape, w, dy_n, *rest).to(total)  # type: ignore[no-untyped-call]
+                parts[k.start] = parts[k.start].add_(part) if k.start in parts else part
+            dx = torch.cat(list(parts.values()), 1).to(dy.dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.sum([d for d in range(dy.dim()) if d != 1])
         if ctx.needs_input_grad[3]:
+
+            def of_scale(s: Tensor) -> Tensor:
+                return convolved(x, None, Weight(codes, s, zero_point), ctx.format, ctx.block, how)
+
             with torch.enable_grad():
-                leaf = scale.detach().requires_grad_()
-                y = convolved(x.detach(), None, Weight(codes, leaf, zero_point), ctx.format, ctx.block, how)
-            (dscale,) = torch.autograd.grad(y, leaf, dy)
+                (dscale,) = torch.func.vjp(of_scale, scale)[1](dy)
         return dx, dbias, None, dscale, None, None, None, None
+
+    @staticmethod
+    def tangent(
+        ctx: Any, x_t: Tensor | None, bias_t: Tensor | None, _: None, scale_t: Tensor | None, *__: Any
+    ) -> Tensor:
+        codes, scale, zero_point, x = ctx.saved_tensors
+        rest, parts = (ctx.format, ctx.block, ctx.how), []
+        if x_t is not None:
+            parts.append(convolved(x_t, None, Weight(codes, scale, zero_point), *rest))
+        if scale_t is not None:  # the values are linear in the scale
+            parts.append(convolved(x, None, Weight(codes, scale_t, zero_point), *rest))
+        if bias_t is not None:
+            like = parts[0] if parts else convolved(x, None, Weight(codes, scale, zero_point), *rest)
+            parts.append(bias_t.view(-1, *(1,) * len(ctx.how.stride)).expand_as(like))
+        return functools.reduce(torch.add, parts)
 
 
 def convolved(

@@ -121,11 +121,17 @@ class QuantModule(Leaf):
         if not layer.weight.is_meta:  # a skeleton's scales are still to be loaded
             check_dynamic(new.spec)
         new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec))
+        new.weight_codes.requires_grad_(layer.weight.requires_grad)  # codes only remember it
         return new
 
     def dequantize(self) -> nn.Module:
-        """The float module of ``self.dtype`` with the values that the codes stand for; the bias is the same object."""
-        return self.with_weight(nn.Parameter(self.values(self.dtype)))
+        """The float module of ``self.dtype`` with the values that the codes stand for; the bias is the same object.
+
+        Its weight requires a gradient unless the weight that was quantized did not, or ``requires_grad_(False)`` has
+        been called since.
+        """
+        asked = getattr(self.weight_codes, "asked", True)
+        return self.with_weight(nn.Parameter(self.values(self.dtype), requires_grad=asked))
 
     def with_weight(self, weight: nn.Parameter) -> nn.Module:
         """The float module that this one stands for, with ``weight``, and with all else that this one has."""
@@ -445,9 +451,9 @@ def is_sharded(t: Tensor) -> bool:
 
 
 def check_whole(model: nn.Module, way_out: str) -> None:
-    """No module of ``model`` is sharded by FSDP2, whose parameters are whole only for a while, and no parameter is."""
+    """No module of ``model`` is sharded by FSDP, whose parameters are whole only for a while, and no parameter is."""
     for name, module in model.named_modules():
-        of_fsdp = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+        of_fsdp = any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
         sharded = next((key for key, p in module._parameters.items() if p is not None and is_sharded(p)), None)
         if of_fsdp or sharded is not None:
             where = ".".join(filter(None, (name, sharded))) or "its root"

@@ -24,8 +24,16 @@ class QuantParameter(nn.Parameter):
     Its dtype is part of the number format, and says nothing of the dtype that the model computes in. So it does not
     count as floating point for those who ask a parameter: ``module.half()`` leaves it alone, and ``model.dtype`` of
     transformers and diffusers is that of the first float parameter. Codes and zero points never require a gradient:
-    ``model.requires_grad_(True)`` and ``parameter.requires_grad = True`` pass over them. ``data`` keeps its dtype.
+    ``model.requires_grad_(True)`` and ``parameter.requires_grad = True`` pass over them, and are remembered for the
+    float weight that `dequantize_` gives. ``data`` keeps its dtype.
+
+    Attributes
+    ----------
+    asked : bool
+        Whether a gradient was asked for last; True at first.
     """
+
+    asked = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "requires_grad":
@@ -43,9 +51,15 @@ class QuantParameter(nn.Parameter):
         return False
 
     def requires_grad_(self, requires_grad: bool = True) -> QuantParameter:
+        self.asked = requires_grad
         if self.dtype == torch.float32:  # a scale
             super().requires_grad_(requires_grad)
         return self
+
+    def __deepcopy__(self, memo: Any) -> QuantParameter:
+        new: QuantParameter = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        new.asked = self.asked
+        return new
 
     def detach(self) -> Tensor:
         return super().detach() if self.dtype.is_floating_point else QuantParameter(self.data, requires_grad=False)
@@ -169,7 +183,7 @@ class DecodedWeight(Tensor):
         return decoded(self).tolist()
 
     def __format__(self, format_spec: str) -> str:
-        return decoded(self).__format__(format_spec) if self.dim() == 0 else super().__format__(format_spec)
+        return format(decoded(self), format_spec) if self.dim() == 0 else repr(self)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
         return decoded(self).__dlpack__(**kwargs)
