@@ -191,8 +191,9 @@ class _Convolve(torch.autograd.Function):
         rest, parts = (ctx.format, ctx.block, ctx.how), []
         if x_t is not None:
             parts.append(convolved(x_t, None, Weight(codes, scale, zero_point), *rest))
-        if scale_t is not None:  # the values are linear in the scale
-            parts.append(convolved(x, None, Weight(codes, scale_t, zero_point), *rest))
+        if scale_t is not None:  # the values are linear in the scale, which is never negative
+            up, down = (Weight(codes, t.clamp(min=0), zero_point) for t in (scale_t, -scale_t))
+            parts.append(convolved(x, None, up, *rest) - convolved(x, None, down, *rest))
         if bias_t is not None:
             like = parts[0] if parts else convolved(x, None, Weight(codes, scale, zero_point), *rest)
             parts.append(bias_t.view(-1, *(1,) * len(ctx.how.stride)).expand_as(like))

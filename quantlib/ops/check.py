@@ -153,12 +153,7 @@ def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expe
 
 
 def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
-    """The least and the largest of ``x`` where looking does not make a device wait, or ``wait``; NaN where one is.
-
-    None too where x stands for others: compiled, traced, or under a transform of torch.func.
-    """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
-        return None
+    """The least and the largest of ``x`` where looking does not make a device wait, or ``wait``; NaN where one is."""
     values = _visible(x, wait)
     if values is None:
         return None
@@ -168,7 +163,7 @@ def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
 
 def _visible(x: Tensor, wait: bool = False) -> Tensor | None:
     """The values of ``x``, those of every example under vmap, where they lie on the CPU, or on any device."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # x stands for others
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)

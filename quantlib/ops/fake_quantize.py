@@ -14,6 +14,7 @@ from quantlib.ops.check import (
     Block,
     Result,
     check_block,
+    check_dense,
     check_dtype,
     check_format,
     check_tensor,
@@ -193,6 +194,7 @@ def fake_quantize_per_tensor_affine(
     """
     try:
         op, x, limits = "fake_quantize", input, (quant_min, quant_max)
+        check_dense(op, "input", x)
         learned = any(isinstance(v, Tensor) and wants_gradient(op, "", v) for v in (scale, zero_point))
         if isinstance(x, Tensor):
             _check_as_torch(x, limits, None if isinstance(zero_point, Tensor) else zero_point)
@@ -261,6 +263,8 @@ def fake_quantize_per_channel_affine(
     """
     try:
         op, x, limits = "fake_quantize", input, (quant_min, quant_max)
+        for argument, value in (("input", x), ("scale", scale), ("zero_point", zero_point)):
+            check_dense(op, argument, value)
         learned = any(isinstance(v, Tensor) and wants_gradient(op, "", v) for v in (scale, zero_point))
         if all(isinstance(v, Tensor) for v in (x, scale, zero_point)):
             _check_as_torch(x, limits, zero_point)
