@@ -365,7 +365,8 @@ def forward_mode(call: Call, rng: Rng) -> After:
 
     Below the public functions torch drops the tangents of a raw op that has no derivative, as of any operator.
     """
-    if call.raw and not torch._C._dispatch_has_kernel_for_dispatch_key(call.function.name(), "Autograd"):
+    function: Any = call.function
+    if call.raw and not torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "Autograd"):
         raise ValueError("not of a raw op without a derivative")
     name = pick(rng, [n for n, v in call.arguments.items() if is_strided(v) and is_float(v) and n not in call.outs])
     primal = call.arguments[name]
