@@ -121,7 +121,8 @@ class QuantModule(Leaf):
         if not layer.weight.is_meta:  # a skeleton's scales are still to be loaded
             check_dynamic(new.spec)
         new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec))
-        new.weight_codes.requires_grad_(layer.weight.requires_grad)  # codes only remember it
+        if isinstance(new.weight_codes, QuantParameter):  # not where a subclass of Tensor holds the codes
+            new.weight_codes.requires_grad_(layer.weight.requires_grad)  # which they only remember
         return new
 
     def dequantize(self) -> nn.Module:
