@@ -132,7 +132,7 @@ def find_or_build(name: str, build: bool = True) -> Path:
 
 
 def caches() -> list[Path]:
-    """Where first imports keep what they compiled: the first folder that can be used.
+    """Return the cache folders for compiled kernels, in order; the first that can be used is used.
 
     That is ``QUANTLIB_CACHE`` and no other; without it ``$XDG_CACHE_HOME/quantlib`` or ``~/.cache/quantlib``, and where
     there is no home or it cannot be written, ``quantlib-<user id>`` in the folder of temporary files.
@@ -282,7 +282,7 @@ def cxx_command() -> list[str]:
 
 
 def _words(variable: str) -> list[str]:
-    """What an environment variable holds, as a shell splits it."""
+    """Split an environment variable into words, as a shell does."""
     text = os.environ.get(variable, "")
     try:
         return shlex.split(text)
@@ -343,7 +343,7 @@ def _stub(compilers: _Compilers, folder: Path, soname: str) -> Path:
 
 
 def _sound(library: Path) -> bool:
-    """Whether a library of the cache is there, whole, and written by nobody but this user or root."""
+    """Return True if a cached library exists, is whole, and only this user or root could have written it."""
     try:
         why = _stranger(library.parent) or _stranger(library)
     except OSError:
@@ -356,7 +356,7 @@ def _sound(library: Path) -> bool:
 
 
 def _stranger(path: Path) -> str | None:
-    """Who but this user and root could have written ``path``; None where nobody could."""
+    """Name who else, beside this user and root, could have written ``path``; None if nobody could."""
     for found in (path.lstat(), path.stat()):  # a link too is somebody's
         if found.st_uid not in (0, os.geteuid()):
             return f"{path} belongs to another user, {found.st_uid}"
@@ -373,7 +373,7 @@ def _seal(path: Path) -> None:
 
 
 def _whole(path: Path) -> bool:
-    """Whether ``path`` is there with the bytes it had when `_seal` was called: 2 ms for 2.6 MB, of an import's 2 s."""
+    """Return True if ``path`` has the bytes that `_seal` saw: 2 ms for 2.6 MB, of an import's 2 s."""
     try:
         return path.with_name(f"{path.name}.sha256").read_bytes() == _sha256(path)
     except OSError:

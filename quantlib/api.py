@@ -318,7 +318,7 @@ def check_on_nonfinite(on_nonfinite: str) -> None:
 
 
 class Place(NamedTuple):
-    """Where ``owner`` holds a module: ``store[key]``."""
+    """A place in which ``owner`` holds a module: ``store[key]``."""
 
     owner: nn.Module
     store: Any  # a dictionary or a list
@@ -371,7 +371,7 @@ def put(new: nn.Module, old: nn.Module, places: dict[int, list[Place]]) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module`` is what ``torch.compile`` makes of a module. Its class is in a package that loads slowly."""
+    """True for a module that ``torch.compile`` made. The name is compared: importing its class is slow."""
     return type(module).__name__ == "OptimizedModule"
 
 

@@ -230,7 +230,7 @@ def _differs(name: str, overload: str, device: str) -> bool:
 
 @functools.cache
 def _kernel(name: str, overload: str, device: str) -> Callable[..., Any]:
-    """What runs ``overload`` on ``device`` where ``name`` is forced; it takes the dispatcher's keys first."""
+    """Return the kernel of ``overload`` on ``device`` when ``name`` is forced; its first argument is the keyset."""
     backend = _usual(overload, device) if name == "auto" else name
     if COMPILED.get(backend) == device and (overload, DEVICES[device]) in _compiled:
         kernel: Callable[..., Any] = _compiled_kernel(overload, device).call_boxed

@@ -15,12 +15,18 @@ from quantlib.ops.check import (
     check_format,
     check_scale,
     check_tensor,
-    fail,
-    no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name
 from quantlib.ops.explain import explain
-from quantlib.ops.weight import block_of_weight, check_epilogue, check_weight, float_bias, last_size, launched
+from quantlib.ops.weight import (
+    block_of_weight,
+    check_epilogue,
+    check_followed,
+    check_weight,
+    float_bias,
+    last_size,
+    launched,
+)
 
 OP = "dequant_matmul"
 
@@ -161,11 +167,7 @@ def dequant_matmul(
     order: the same bytes on every run, within ``2 * K * 2**-23 * sum(abs(x) * abs(w))`` of the exact sum.
     """
     try:
-        for argument, value in (("codes", codes), ("zero_point", zero_point), ("out", out)):
-            if value is not None:
-                no_gradient(OP, argument, value)
-        if not isinstance(scale, Tensor):
-            fail(OP, "scale", "a tensor", type(scale).__name__)
+        check_followed(OP, codes, scale, zero_point, out)
         name = format_name(format)
         block = block_of_weight(OP, codes if size is None else size, block, last_size(OP, "x", x))
         y: Tensor

@@ -6,11 +6,19 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_dtype, fail, no_gradient
+from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_dtype
 from quantlib.ops.declare import Kernel, declare, format_name
 from quantlib.ops.explain import explain
 from quantlib.ops.scaled_matmul import check_sum
-from quantlib.ops.weight import block_of_weight, check_epilogue, check_weight, float_bias, last_size, launched
+from quantlib.ops.weight import (
+    block_of_weight,
+    check_epilogue,
+    check_followed,
+    check_weight,
+    float_bias,
+    last_size,
+    launched,
+)
 
 OP = "dynamic_matmul"
 
@@ -105,11 +113,7 @@ def dynamic_matmul(
     Contract C11, ``docs/contract.md``.
     """
     try:
-        for argument, value in (("codes", codes), ("zero_point", zero_point), ("out", out)):
-            if value is not None:
-                no_gradient(OP, argument, value)
-        if not isinstance(scale, Tensor):
-            fail(OP, "scale", "a tensor", type(scale).__name__)
+        check_followed(OP, codes, scale, zero_point, out)
         block = block_of_weight(OP, codes, block, last_size(OP, "x", x))
         args = (x, codes, scale, format_name(format), block, zero_point, bias, activation)
         if out is not None:

@@ -22,6 +22,7 @@ from quantlib.ops.check import (
     described,
     dtype_of,
     fail,
+    no_gradient,
 )
 from quantlib.reference.activation import ACTIVATIONS
 
@@ -46,6 +47,15 @@ def check_weight(
         fail(op, "codes", expected, described(codes.shape, codes.dtype, codes.device))
     check_scale(op, scale, zero_point, f, check_block(op, [N, K], block), like)
     return f, N
+
+
+def check_followed(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor | None) -> None:
+    """Check that nothing without a gradient requires one: of a weight, the scale alone may."""
+    for argument, value in (("codes", codes), ("zero_point", zero_point), ("out", out)):
+        if value is not None:
+            no_gradient(op, argument, value)
+    if not isinstance(scale, Tensor):
+        fail(op, "scale", "a tensor", type(scale).__name__)
 
 
 def check_epilogue(op: str, bias: Tensor | None, activation: str | None, N: int, like: Tensor) -> None:
