@@ -223,8 +223,12 @@ class Recipe:
                 compilers.run(command, f"linking {out.name}")
                 _place(library, out)
 
+    def object(self, unit: Unit) -> str:
+        """Return the name of the object file of ``unit``."""
+        return f"{unit.key(self._platform)}.o"
+
     def _compile(self, compilers: _Compilers, objects: Path, scratch: Path, unit: Unit) -> str:
-        made = objects / f"{unit.key(self._platform)}.o"
+        made = objects / self.object(unit)
         if not _whole(made):
             new = scratch / made.name
             include = ("-I", str(unit.folder), *self.include)

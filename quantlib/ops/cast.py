@@ -19,7 +19,7 @@ def _results(x: Tensor, format: str, saturate: bool) -> list[Result]:
 
 
 def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, saturate: bool) -> None:
-    kernel(x.contiguous().view(-1), formats.get(x.dtype), outs[0].view(-1), formats.get(format), saturate)
+    kernel(x.contiguous().view(-1), formats.get(x.dtype), formats.get(format), saturate, outs[0].view(-1))
 
 
 _cast, _cast_out = declare("cast", _results, _launch)
