@@ -106,6 +106,27 @@ def check_format(op: str, name: str, accepted: Sequence[str] = TARGETS) -> Forma
     return formats.FORMATS[name]
 
 
+def last_size(op: str, argument: str, x: Tensor) -> int:
+    """K of x [..., K]."""
+    if not isinstance(x, Tensor):
+        fail(op, argument, "a tensor", type(x).__name__)
+    if not x.dim():
+        fail(op, argument, "[..., K]", described(x.shape, x.dtype, x.device))
+    return x.shape[-1]
+
+
+def check_size(op: str, codes: Tensor, f: Format, size: int | None) -> int:
+    """K of ``codes`` of f; ``size`` says it where a byte holds two codes, and by default the last byte is full."""
+    columns = matrix_shape(codes.shape)[1]
+    if not f.packed:
+        if size is not None and size != columns:
+            fail(op, "size", columns, size)
+        return columns
+    if size is not None and (size not in (2 * columns - 1, 2 * columns) or size < 0):
+        fail(op, "size", f"{2 * columns - 1} or {2 * columns}", size)
+    return 2 * columns if size is None else size
+
+
 def check_block(op: str, shape: Sequence[int], block: Block) -> Result:
     """The scale of x of ``shape``: float32 [ceil(M / br), ceil(K / bk)]."""
     if len(block) != 2 or block[0] < 1 or block[1] < 1:

@@ -6,61 +6,24 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.check import (
-    INPUTS,
-    Block,
-    Result,
-    check_block,
-    check_dtype,
-    check_format,
-    check_scale,
-    fail,
-    no_gradient,
-)
-from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.backends.weight import QuantizedWeight
+from quantlib.ops.check import INPUTS, Block, Result, check_block, check_dtype, check_scale, no_gradient
+from quantlib.ops.declare import Kernel, declare, format_name, launch_matrices, whole_axes
 from quantlib.ops.explain import explain
 from quantlib.spec import matrix_shape
 
 
-def _results(
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    size: int | None = None,
-) -> list[Result]:
-    f, dtype = check_format("dequantize", format), dtype or torch.float32
+def _results(weight: QuantizedWeight, dtype: torch.dtype | None) -> list[Result]:
+    codes, f, dtype = weight.codes, weight.format, dtype or torch.float32
     check_dtype("dequantize", "codes", codes.dtype, (f.dtype_name,))
     check_dtype("dequantize", "dtype", dtype, INPUTS)
-    shape = list(codes.shape)
-    K = matrix_shape(shape)[1]
-    if f.packed:
-        if size is not None and (size not in (2 * K - 1, 2 * K) or size < 0):
-            fail("dequantize", "size", f"{2 * K - 1} or {2 * K}", size)
-        shape[-1:] = [2 * K if size is None else size]
-    elif size is not None and size != K:
-        fail("dequantize", "size", K, size)
-    check_scale("dequantize", scale, zero_point, f, check_block("dequantize", shape, block), codes)
+    shape = [*codes.shape[:-1], weight.shape[1]] if codes.dim() or f.packed else []
+    check_scale("dequantize", weight.scale, weight.zero_point, f, check_block("dequantize", shape, weight.block), codes)
     return [(shape, dtype)]
 
 
-def _launch(
-    kernel: Kernel,
-    outs: list[Tensor],
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    size: int | None = None,
-) -> None:
-    (out,) = outs
-    M, K, block = matrices(out.shape, block)
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    kernel(codes.contiguous().view(M, -1), scale.contiguous(), formats.get(format), block, zero_point, out.view(M, K))
+def _launch(kernel: Kernel, outs: list[Tensor], weight: QuantizedWeight, dtype: torch.dtype | None) -> None:
+    launch_matrices(kernel, outs, weight=weight)
 
 
 _dequantize, _dequantize_out = declare("dequantize", _results, _launch)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from quantlib.backends.composite.numerics import (
-    Block,
     canonical,
     decode_float,
     effective_scale,
@@ -16,12 +15,12 @@ from quantlib.backends.composite.numerics import (
     store,
     unpack,
 )
-from quantlib.formats import FloatFormat, Format
+from quantlib.backends.weight import QuantizedWeight
+from quantlib.formats import FloatFormat
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, format: Format, block: Block, zero_point: Tensor | None, out: Tensor
-) -> None:
+def dequantize(weight: QuantizedWeight, out: Tensor) -> None:
+    codes, scale, format, block, zero_point, *_ = weight
     M, K = out.shape
     if format.packed:
         codes = unpack(codes, K)

@@ -20,7 +20,7 @@ from quantlib.backends.triton.tile import (
     store,
     unpack,
 )
-from quantlib.formats import Format
+from quantlib.backends.weight import QuantizedWeight
 
 
 @triton.jit
@@ -64,19 +64,13 @@ def dequantize_kernel(
         dequantize_tile(codes_ptr, y_ptr, scale_ptr, zero_point_ptr, here, sizes, F, Y, AFFINE, T, ARCH, True)
 
 
-def dequantize(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    zero_point: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    shape, block = launch.flatten((out.shape[0], out.shape[1]), block, format)
+def dequantize(weight: QuantizedWeight, out: torch.Tensor) -> None:
+    codes, format, zero_point = launch.codes_of(weight.codes), weight.format, weight.zero_point
+    shape, block = launch.flatten(weight.shape, weight.block, format)
     tile = launch.choose_tile(shape, block, format)
     launch.launch(
         dequantize_kernel, launch.tiles(shape, block, tile), out.device,
-        launch.codes_of(codes), scale, zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]), codes.shape[1],
+        codes, weight.scale, zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]), codes.shape[1],
         format, formats.get(out.dtype), zero_point is not None, tile, launch.arch(out.device),
         warps=tile.warps,
     )  # fmt: skip

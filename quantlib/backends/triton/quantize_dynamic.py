@@ -54,7 +54,7 @@ def quantize_dynamic(
     block: launch.Shape,
     codes: torch.Tensor,
     scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
 ) -> None:
     shape, flat_block = launch.flatten((x.shape[0], x.shape[1]), block, format)
     chosen = launch.choose_blocks(shape, flat_block, x.dtype.itemsize, format)
