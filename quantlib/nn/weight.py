@@ -112,6 +112,7 @@ class DecodedWeight(Tensor):
     _decode: Callable[[], Tensor]
     _owner: Any
     _is_param = True  # `isinstance(layer.weight, nn.Parameter)`, as it is for a float layer
+    _is_hf_initialized = True  # for transformers: there is nothing to draw at random
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, decode: Callable[[], Tensor], owner: Any = None) -> Any:
