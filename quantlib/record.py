@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from quantlib.nn import QuantModule
+from quantlib.nn.experts import QuantExperts
 
 LIBRARY = "quantlib"
 VERSION = 1
+ENTRY = "quantization_config"
 
 # Base class of another library's models -> the module of ours whose ``keep(model, weights)`` has that library save
 # them. It is imported for such a model only, and that library is there then.
@@ -41,13 +43,25 @@ def record_(model: nn.Module) -> None:
         del config.quantization_config
 
 
+def entry_of(weights: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The ``quantization_config`` of a config.json for ``weights``, as `quantlib.hf` reads it."""
+    specs = [weight["spec"] for weight in weights.values()]
+    most = max(sorted(set(specs)), key=specs.count)
+    return {"quant_method": LIBRARY, "version": VERSION, "spec": most, "weights": weights}
+
+
 def weights_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Name of a quantized weight of ``model`` -> its spec and the shape of the float weight."""
-    return {
-        f"{prefix}.weight".removeprefix("."): {"spec": str(module.spec), "shape": list(module.weight_shape)}
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantModule)
-    }
+    weights: dict[str, dict[str, Any]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        shapes: dict[str, tuple[int, ...]] = {}
+        if isinstance(module, QuantModule):
+            shapes = {"weight": module.weight_shape}
+        elif isinstance(module, QuantExperts):
+            shapes = {key: stack.shape for key, stack in module.stacks.items()}
+        for key, shape in shapes.items():
+            weights[f"{prefix}.{key}".removeprefix(".")] = {"spec": str(module.spec), "shape": list(shape)}
+    return weights
 
 
 def full_name(cls: type) -> str:

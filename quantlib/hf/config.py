@@ -82,8 +82,9 @@ class QuantlibConfig(QuantizationConfigMixin):
             )
         check_on_nonfinite(on_nonfinite)
         parsed = QuantSpec.parse(spec)
-        check_dynamic(parsed)
-        super().__init__(quant_method=LIBRARY)
+        if not weights:  # what is quantized already may have been calibrated
+            check_dynamic(parsed)
+        super().__init__(quant_method=LIBRARY)  # type: ignore[arg-type] # an enum of methods, or the name of another
         self.spec, self.on_nonfinite = str(parsed), on_nonfinite
         self.skip, self.include, self.embeddings = list(skip), list(include), bool(embeddings)
         self.weights = dict(weights or {})

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     ConversionOps,
+    MergeModulelist,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -19,13 +22,15 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from quantlib.api import account, dequantize_, places_of, put, quantized_type, reasons_to_skip, share_weight
+from quantlib.api import account, dequantize_, experts_of, places_of, put, quantized_type, reasons_to_skip, share_weight
 from quantlib.checkpoint.choose import RULES, TABLE
 from quantlib.checkpoint.files import some
+from quantlib.checkpoint.model import join
 from quantlib.checkpoint.stored import Contents, Stored
 from quantlib.hf.config import QuantlibConfig
-from quantlib.measure import check_weight, describe
+from quantlib.measure import check_weight, describe, describe_experts
 from quantlib.nn import QuantModule
+from quantlib.nn.experts import QuantExperts, ways_of
 from quantlib.nn.functional import quantize_weight
 from quantlib.nn.module import PARTS, stored_dtype, stored_shape
 from quantlib.nn.weight import QuantParameter
@@ -52,7 +57,7 @@ class QuantlibQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantlibConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: Report | None = None
-        self.waiting: dict[str, nn.Module] = {}  # name of a weight that is to be quantized -> its float layer
+        self.waiting: set[str] = set()  # names of weights that are to be quantized
         self.tied: dict[str, list[str]] = {}  # such a name -> the other layers that have this weight
         self.places: dict[int, list[Any]] = {}
         self.codes: frozenset[str] = frozenset()  # names of weights that are codes in the files too
@@ -70,10 +75,11 @@ class QuantlibQuantizer(HfQuantizer):
         """Decide which layers become codes when their weights arrive."""
         types = (nn.Linear, nn.Embedding) if self.quantization_config.embeddings else (nn.Linear,)
         skipped = reasons_to_skip(model, types=types)
+        experts = experts_of(model, lambda module, name: True, skipped)
         layers = {name: m for name, m in model.named_modules() if isinstance(m, types) and name not in skipped}
         head = model.get_output_embeddings()
-        for name, layer in layers.items():
-            if why := self._unwanted(name, layer, layer is head):
+        for name, layer in (layers | experts).items():
+            if why := self._unwanted(name, layer is head):
                 skipped[name] = why
         groups: dict[str, list[str]] = {}  # layer whose weight others have -> all of them
         for target, source in model.all_tied_weights_keys.items():
@@ -91,14 +97,14 @@ class QuantlibQuantizer(HfQuantizer):
                 self.tied[f"{first}.weight"] = group[1:]
         self.report = Report(skipped=skipped)
         followers = {name for group in self.tied.values() for name in group}
-        self.waiting = {
-            f"{name}.weight": m for name, m in layers.items() if name not in skipped and name not in followers
-        }
+        wanted = {name: m for name, m in layers.items() if name not in skipped and name not in followers}
+        self.waiting = {f"{name}.weight" for name in wanted}
+        self.waiting |= {f"{name}.{key}" for name, m in experts.items() if name not in skipped for key in ways_of(m)}
         if not self.waiting:
             raise ValueError(f"model must have a layer to quantize, got {skipped or 'none'}")
 
-    def _unwanted(self, name: str, layer: nn.Module, is_head: bool) -> str | None:
-        """Why ``layer`` stays a float, though it could be quantized."""
+    def _unwanted(self, name: str, is_head: bool) -> str | None:
+        """Why a layer stays a float, though it could be quantized."""
         config, names = self.quantization_config, (name, f"{name}.weight")
         if pattern := next((p for p in config.skip if any(fnmatch.fnmatchcase(n, p) for n in names)), None):
             return f"matches {pattern}"
@@ -115,10 +121,11 @@ class QuantlibQuantizer(HfQuantizer):
         stored = names_in(model, given.weights)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, weight in stored.items():
-            layer = modules.get(name.removesuffix(".weight"))
-            parameter = None if layer is None else layer._parameters.get("weight")
-            if parameter is None or tuple(parameter.shape) != weight.shape:
-                got = "no such weight" if parameter is None else f"one of {list(parameter.shape)}"
+            owner, _, key = name.rpartition(".")
+            parameter = modules[owner]._parameters.get(key) if owner in modules else None
+            shape = None if parameter is None else tuple(parameter.shape)
+            if shape is None or (shape != weight.shape and key not in ways_of(modules[owner])):
+                got = "no such weight" if shape is None else f"one of {list(shape)}"
                 raise ValueError(f"model must have {name} {list(weight.shape)} for its codes, got {got}")
         sources = {target: source for target, source in model.all_tied_weights_keys.items() if source in stored}
         for name, weight in stored.items():
@@ -128,10 +135,12 @@ class QuantlibQuantizer(HfQuantizer):
             self._share(model, name, source, stored.get(name, stored[source]).spec)
         self.codes = frozenset(stored)
 
-    def _replace(self, model: Any, name: str, spec: Any) -> QuantModule:
-        """A module of codes, on meta, where the layer of weight ``name`` is."""
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        new = quantized_type(layer).like(layer, QuantSpec.parse(spec))
+    def _replace(self, model: Any, name: str, spec: Any) -> QuantModule | QuantExperts:
+        """A module of codes, on meta, where the layer or the experts of weight ``name`` are."""
+        layer, spec = model.get_submodule(name.rpartition(".")[0]), QuantSpec.parse(spec)
+        if isinstance(layer, QuantExperts):  # of which another weight came before
+            return layer
+        new = (QuantExperts if ways_of(layer) else quantized_type(layer)).like(layer, spec)
         put(new, layer, self.places)
         return new
 
@@ -148,14 +157,14 @@ class QuantlibQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         if self.pre_quantized:  # asked of a tensor whose shape is not the parameter's
-            return param_name.endswith(".weight_codes")
+            return param_name.endswith("_codes")
         return param_name in self.waiting
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        return [*weight_conversions, Codes(self.codes, model.base_model_prefix)] if self.codes else weight_conversions
+        return conversions_of_codes(weight_conversions, model) if self.codes else weight_conversions
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Codes of FP8 count as floats for whoever asks them, and scales stay float32."""
@@ -164,17 +173,27 @@ class QuantlibQuantizer(HfQuantizer):
 
     def quantize(self, model: Any, name: str, x: Tensor) -> dict[str, nn.Parameter]:
         """The parameters that x [N, ...], the weight ``name`` of ``model``, becomes; its layer is replaced."""
-        del self.waiting[name]
-        config, prefix = self.quantization_config, name.removesuffix(".weight")
-        spec = QuantSpec.parse(config.spec)
-        check_weight(f"weight of layer {prefix}", x.flatten(1), spec, config.on_nonfinite)
-        new = self._replace(model, name, spec)
-        new._freeze(quantize_weight(x.detach().flatten(1), new.spec))
+        self.waiting.discard(name)
         assert self.report is not None
-        self.report.layers.append(describe(prefix, x, new.plain, new.spec))
-        for other in self.tied.get(name, ()):
-            self._share(model, f"{other}.weight", name, spec)
-        return {f"{prefix}.{key}": p for key in new.KEPT if (p := new._parameters.get(key)) is not None}
+        config, (prefix, _, key), spec = (
+            self.quantization_config,
+            name.rpartition("."),
+            QuantSpec.parse(self.quantization_config.spec),
+        )
+        check_weight(
+            f"{key} of {prefix}", x.flatten(0, -2) if key != "weight" else x.flatten(1), spec, config.on_nonfinite
+        )
+        new = self._replace(model, name, spec)
+        if isinstance(new, QuantExperts):
+            new.quantize(key, x)
+            self.report.layers.append(describe_experts(prefix, key, x, new))
+        else:
+            new._freeze(quantize_weight(x.detach().flatten(1), new.spec))
+            self.report.layers.append(describe(prefix, x, new.plain, new.spec))
+            for other in self.tied.get(name, ()):
+                self._share(model, f"{other}.weight", name, spec)
+        parts = ((f"{key}_{part}", new._parameters.get(f"{key}_{part}")) for part in ("codes", "scale", "zero_point"))
+        return {f"{prefix}.{part}": p for part, p in parts if p is not None}
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
@@ -198,10 +217,12 @@ class QuantlibQuantizer(HfQuantizer):
         model._weight_conversions = conversions_for_saving(model)
         state = model.state_dict()
         for prefix, module in model.named_modules(remove_duplicate=False):
-            name = f"{prefix}.weight_codes".removeprefix(".")
-            if isinstance(module, QuantModule) and name in state:
+            if isinstance(module, QuantModule) and (name := join(prefix, "weight_codes")) in state:
                 codes = state[name].view(dtype_of(module.spec.row))
                 state[name] = codes.view(stored_shape(module.spec, module.weight_shape))
+            elif isinstance(module, QuantExperts) and module.spec.scaled:
+                for name in (join(prefix, f"{key}_codes") for key in module.stacks):
+                    state[name] = state[name].view(dtype_of(module.spec.row)).unsqueeze(-1)
         return state, {}
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -219,12 +240,17 @@ class QuantlibQuantizer(HfQuantizer):
 HEAD = "the output layer"
 
 
+def kept_by(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of ``module`` that are codes, scales or zero points."""
+    return module.KEPT if isinstance(module, QuantModule) else module.kept if isinstance(module, QuantExperts) else ()
+
+
 def check_loaded(model: nn.Module) -> None:
     """Every part of every quantized weight came from the files: a loader only warns where one did not."""
     missing = [
         f"{prefix}.{key}"
         for prefix, module in model.named_modules()
-        for key in (module.KEPT if isinstance(module, QuantModule) else ())
+        for key in kept_by(module)
         if (p := module._parameters[key]) is not None and not getattr(p, "_is_hf_initialized", False)
     ]
     if missing:
@@ -234,14 +260,17 @@ def check_loaded(model: nn.Module) -> None:
 def adopt_codes(model: nn.Module) -> None:
     """Tensors that a loader has put in place of codes, scales and zero points are `QuantParameter`, codes [N, K]."""
     made: dict[int, QuantParameter] = {}
-    for module in (m for m in model.modules() if isinstance(m, QuantModule)):
-        for key in module.KEPT:
+    for module in model.modules():
+        for key in kept_by(module):
             p = module._parameters[key]
             if p is None or type(p) is QuantParameter:
                 continue
             if id(p) not in made:
                 data = p.data
-                if key == "weight_codes":
+                if isinstance(module, QuantExperts) and key.endswith("_codes"):
+                    E, N, K, _ = module.stacks[key.removesuffix("_codes")]
+                    data = data.view(stored_dtype(module.spec)).view(E, *module.spec.codes_shape((N, K)))
+                elif isinstance(module, QuantModule) and key == "weight_codes":
                     data = data.view(stored_dtype(module.spec)).view(module.spec.codes_shape(module._matrix))
                 made[id(p)] = QuantParameter(data, requires_grad=False)
             module._parameters[key] = made[id(p)]
@@ -314,8 +343,43 @@ def conversions_for_saving(model: Any) -> list[Any]:
     if conversions is None:  # as for a model that was not loaded
         made = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [entry for entry in made if not isinstance(entry, PrefixChange)]
-    names = frozenset(weights_of(model))
-    return [*(entry for entry in conversions if not isinstance(entry, Codes)), Codes(names, model.base_model_prefix)]
+    return conversions_of_codes(conversions, model)
+
+
+def conversions_of_codes(conversions: list[Any], model: Any) -> list[Any]:
+    """``conversions`` for a model some of whose weights are codes: each part of a weight goes the way of the weight."""
+    known = [entry for entry in conversions if not isinstance(entry, Codes)]
+    stacks = {
+        join(prefix, key): module
+        for prefix, module in model.named_modules()
+        if isinstance(module, QuantExperts)
+        for key in module.stacks
+    }
+    parts = [copy for entry in known if isinstance(entry, WeightConverter) for copy in of_parts(entry, stacks)]
+    return [*parts, *known, Codes(frozenset(weights_of(model)), model.base_model_prefix)]
+
+
+def of_parts(converter: WeightConverter, stacks: dict[str, QuantExperts]) -> list[WeightConverter]:
+    """``converter``, which stacks the matrices of experts, for their codes, their scales and their zero points.
+
+    None where it does more than to put matrices below each other: such experts are saved as they are.
+    """
+    targets, sources = converter._original_target_patterns, converter._original_source_patterns
+    owners = [m for name, m in stacks.items() if any(re.search(f"{target}$", name) for target in targets)]
+    simple = all(isinstance(op, (MergeModulelist, Concatenate)) for op in converter.operations)
+    specs = [m.spec for m in owners]
+    rows = all(not spec.scaled or spec.block((2, 2))[0] == 1 for spec in specs)
+    rows = rows and not any(stack.transposed for m in owners for stack in m.stacks.values())
+    if not owners or len(targets) != 1 or not simple or not rows:
+        return []
+    suffixes = {"_codes": ""} | ({"_scale": "_scale"} if specs[0].scaled else {})
+    suffixes |= {} if specs[0].symmetric is not False else {"_zero_point": "_zero_point"}
+    return [
+        converter.copy(
+            [s + of_source for s in sources], [targets[0] + of_target], operations=list(converter.operations)
+        )
+        for of_target, of_source in suffixes.items()
+    ]
 
 
 def keep(model: Any, weights: dict[str, Any]) -> None:
@@ -330,7 +394,7 @@ def keep(model: Any, weights: dict[str, Any]) -> None:
         return
     if not isinstance(quantizer, QuantlibQuantizer):
         specs = [entry["spec"] for entry in weights.values()]
-        quantizer = QuantlibQuantizer(QuantlibConfig(max(set(specs), key=specs.count)), pre_quantized=True)
+        quantizer = QuantlibQuantizer(QuantlibConfig(max(sorted(set(specs)), key=specs.count), weights=weights))
         model.hf_quantizer = quantizer
     quantizer.quantization_config.weights = weights
     model.config.quantization_config = quantizer.quantization_config
