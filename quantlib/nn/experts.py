@@ -6,8 +6,9 @@ with the last two axes exchanged, and multiplies each token by the matrices of t
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -67,10 +68,31 @@ class Stack(NamedTuple):
         inner = rows[-1] // E if len(rows) == 1 else rows[-1]
         return Stack(E, columns, inner, way) if way in ("ekn", "(ek)n") else Stack(E, inner, columns, way)
 
+    def join(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The float weight of E matrices [N, K]."""
+        return torch.stack([m.t() for m in matrices] if self.transposed else list(matrices)).reshape(self.shape)
+
     def matrix(self, weight: Tensor, e: int) -> Tensor:
         """[N, K] of expert ``e`` of a float weight."""
         expert = weight.view(self.E, -1, weight.shape[-1])[e]
         return expert.t() if self.transposed else expert
+
+
+class LowRank(NamedTuple):
+    """An adapter of low rank of E matrices [N, K]: scaling * b[e] @ a[e] is added to that of expert e."""
+
+    a: Tensor  # [E, r, K]
+    b: Tensor  # [E, N, r]
+    scaling: float
+
+    def of(self, x: Tensor, e: int) -> Tensor:
+        """What it adds to x @ weight[e].T"""
+        y: Tensor = F.linear(F.linear(x.to(self.a.dtype), self.a[e]), self.b[e])
+        return (y * self.scaling).to(x.dtype)
+
+    def values(self) -> Tensor:
+        """[E, N, K]"""
+        return self.scaling * (self.b @ self.a)
 
 
 class QuantExperts(Leaf):
@@ -94,11 +116,12 @@ class QuantExperts(Leaf):
     """
 
     FLOAT: ClassVar[type[nn.Module]]
-    OWN: ClassVar[tuple[str, ...]] = ("stacks", "spec", "dtype")
+    OWN: ClassVar[tuple[str, ...]] = ("stacks", "spec", "dtype", "_adapters")
     _version = 2
     stacks: dict[str, Stack]
     spec: QuantSpec
     dtype: torch.dtype
+    _adapters: dict[str, list[LowRank]]  # name of a weight -> what is added to its matrices for now
 
     @classmethod
     def like(cls, experts: nn.Module, spec: Any) -> QuantExperts:
@@ -106,7 +129,7 @@ class QuantExperts(Leaf):
         form = form_of(type(experts))
         new: QuantExperts = form.__new__(form)
         vars(new).update(taken_over(experts))
-        new.spec, new.stacks = QuantSpec.parse(spec), {}
+        new.spec, new.stacks, new._adapters = QuantSpec.parse(spec), {}, {}
         for name, way in ways_of(experts).items():
             weight = new._parameters.pop(name)
             assert weight is not None
@@ -152,12 +175,20 @@ class QuantExperts(Leaf):
         rebind_hooks(new)
         return new
 
-    def values(self, name: str) -> Tensor:
-        """The weight that the codes stand for, of ``self.dtype`` and in the shape of the float weight."""
-        stack = self.stacks[name]
-        matrices = [self._matrix(name, e).values(self.dtype) for e in range(stack.E)]
-        whole = torch.stack([m.t() for m in matrices] if stack.transposed else matrices)
-        return whole.reshape(stack.shape)
+    def values(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that the codes stand for, of ``dtype`` or ``self.dtype``, in the shape of the float weight."""
+        matrices = [self._matrix(name, e).values(dtype or self.dtype) for e in range(self.stacks[name].E)]
+        return self.stacks[name].join(matrices)
+
+    @contextlib.contextmanager
+    def adapted(self, name: str, adapters: Sequence[LowRank]) -> Iterator[None]:
+        """Inside the block ``adapters`` are added to the weight ``name``; gradients reach them."""
+        before = self._adapters.get(name, [])
+        self._adapters[name] = [*before, *adapters]
+        try:
+            yield
+        finally:
+            self._adapters[name] = before
 
     def rows(self, name: str, e: int, rows: slice) -> Tensor:
         """Float32 values of some rows of the matrix [N, K] of expert ``e``."""
@@ -219,19 +250,27 @@ class QuantExperts(Leaf):
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
         if not groups:
             return x.new_zeros(0, self.stacks[name].N)
-        return torch.cat(
-            [self._matrix(name, e).multiply(x[i:j], None if bias is None else bias[e]) for e, i, j in groups]
-        )
+        parts = []
+        for e, i, j in groups:
+            y = self._matrix(name, e).multiply(x[i:j], None if bias is None else bias[e])
+            for adapter in self._adapters.get(name, ()):
+                y = y + adapter.of(x[i:j], e)
+            parts.append(y)
+        return torch.cat(parts)
 
     def _decoded(self, name: str) -> Tensor:
+        stack, adapters = self.stacks[name], self._adapters.get(name)
+        if adapters:  # a weight that others multiply by, and that takes a gradient: it has to be a whole one
+            matrices = torch.stack([adapter.values() for adapter in adapters]).sum(0).unbind()
+            whole: Tensor = self.values(name) + stack.join(matrices).to(self.dtype)
+            return whole
         if torch.compiler.is_compiling():
             return self.values(name)
-        stack = self.stacks[name]
         like = torch.empty(stack.shape, dtype=self.dtype, device="meta")
-        whole: Tensor = DecodedStack(like, self.parts(name).codes.device, lambda: self.values(name), self)
-        whole._matrices = functools.partial(self._matrix, name)  # type: ignore[attr-defined]
-        whole._stack = stack  # type: ignore[attr-defined]
-        return whole
+        owner = Owner(self, name)
+        decoded: DecodedStack = DecodedStack(like, self.parts(name).codes.device, owner.values, owner)
+        decoded._matrices, decoded._stack = functools.partial(self._matrix, name), stack
+        return decoded
 
     def _matrix(self, name: str, e: int) -> Matrix:
         codes, scale, zero_point = self.parts(name)
@@ -251,6 +290,10 @@ class QuantExperts(Leaf):
 
     def _keep(self, name: str, weight: Weight) -> None:
         for part, tensor in zip(PARTS, weight, strict=True):
+            known = self._parameters.get(f"{name}_{part}")
+            if known is not None and tensor is not None and not known.is_meta:
+                known.data = tensor
+                continue
             kept = None if tensor is None else QuantParameter(tensor, requires_grad=False)
             self.register_parameter(f"{name}_{part}", kept)
 
@@ -283,6 +326,24 @@ class QuantExperts(Leaf):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return remade, (self.FLOAT, vars(self))
+
+
+class Owner(NamedTuple):
+    """The module and the name of a weight, as `DecodedWeight` asks for them."""
+
+    experts: QuantExperts
+    name: str
+
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.experts.values(self.name, dtype)
+
+    def set_weight_(self, weight: Tensor) -> None:
+        expected = list(self.experts.stacks[self.name].shape)
+        if list(weight.shape) != expected:
+            raise ValueError(f"{self.name} must be {expected}, got {list(weight.shape)}")
+        if not weight.isfinite().all():
+            raise ValueError(f"{self.name} must be finite, got {float(weight[~weight.isfinite()][0]):g}")
+        self.experts.quantize(self.name, weight.detach())
 
 
 class Matrix(NamedTuple):
@@ -356,9 +417,8 @@ class DecodedStack(DecodedWeight):
 
     def _like(self, view: DecodedWeight, one: int | None, turned: bool) -> DecodedStack:
         decode = view._decode if one is None else functools.partial(self._decode_one, one, turned)
-        new: DecodedStack = DecodedStack(
-            torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device="meta"), view.device, decode
-        )
+        like = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device="meta")
+        new: DecodedStack = DecodedStack(like, view.device, decode, view._owner)
         new._matrices, new._stack, new._one, new._turned = self._matrices, self._stack, one, turned
         return new
 
