@@ -99,7 +99,8 @@ def rms(x: Tensor) -> float:
 
 
 def over_codes(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
-    return type(f"Quant{cls.__name__}", (mixin, cls), {"__doc__": mixin.__doc__, "__module__": __name__})
+    """``cls`` with what ``mixin`` changes, by the same name, which peft compares."""
+    return type(cls.__name__, (mixin, cls), {"__doc__": mixin.__doc__, "__module__": __name__})
 
 
 PLAIN = (layers.Linear, layers.Embedding, layers.Conv1d, layers.Conv2d)

@@ -207,8 +207,9 @@ class QuantlibQuantizer(HfQuantizer):
         self.quantization_config.weights = weights_of(model)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dequantize_(model)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a config has it
         return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -126,6 +126,9 @@ class QuantExperts(Leaf):
     @classmethod
     def like(cls, experts: nn.Module, spec: Any) -> QuantExperts:
         """The module in place of ``experts``, a float module that `ways_of` knows, with codes on meta."""
+        if not ways_of(experts):
+            got = type(experts).__name__
+            raise TypeError(f"experts must be a module of experts that quantlib knows, got {got}")
         form = form_of(type(experts))
         new: QuantExperts = form.__new__(form)
         vars(new).update(taken_over(experts))
@@ -243,7 +246,7 @@ class QuantExperts(Leaf):
         h = self.post_expert_norm(h) if self.has_post_expert_norm else h
         h = h * top_k_weights.reshape(-1)[order[: ends[-1]]].unsqueeze(-1)
         y = h.new_zeros(tokens * chosen, h.shape[-1]).index_copy(0, order[: ends[-1]], h)
-        return y.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+        return y.view(tokens, chosen, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _product(self, name: str, x: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
         """y[r] = x[r] @ weight[e].T + bias[e] for the rows r of each group (e, first row, row behind the last)."""
