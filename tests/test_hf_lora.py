@@ -105,9 +105,13 @@ def test_experts_that_target_parameters_names(name: str, spec: str, tmp_path: Pa
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(quantized(name, spec)[0], tmp_path).eval()
     assert_same_bytes(logits(again, given), y)
+    wrapper = next(m for m in model.modules() if type(m).__name__ == "ParamWrapper")
+    with torch.no_grad():
+        sums = wrapper.get_param() + wrapper.get_delta_weight("default")
     model.merge_adapter()
     merged = logits(model, given)
-    assert distance(merged, y) < (0.5 if spec == "W4A16" else 0.1)
+    error = torch.linalg.vector_norm(wrapper.get_param() - sums) / torch.linalg.vector_norm(sums)
+    assert error < (0.15 if spec == "W4A16" else 0.01)  # a router may choose others for a token: outputs tell less
     model.unmerge_adapter()
     assert_same_bytes(logits(model, given), y)
     for key, value in model.get_base_model().state_dict().items():
