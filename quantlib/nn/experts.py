@@ -373,7 +373,7 @@ class Matrix(NamedTuple):
             return ops.dynamic_matmul(x, codes, scale, spec.format, block=block, zero_point=zero_point, bias=bias)
         if activation is not None:
             if how == "integers":
-                return integer_matmul(x, activation, None, codes, scale, spec.format, block, zero_point, bias)
+                return integer_matmul(x, activation, None, self.weight, spec.format, block, bias)
             x = project(x, activation)
         return ops.dequant_matmul(x, codes, scale, spec.format, block=block, zero_point=zero_point, bias=bias)
 
