@@ -55,12 +55,12 @@ std::optional<Tensor> take_out(Arguments& in, const char* argument) {
 
 inline Sizes scale_sizes(const Grid& grid) { return {grid.scale_rows(), grid.scale_cols()}; }
 
-// x's codes: of x's shape, or [..., ceil(K / 2)] bytes where the format is packed.
+// x's codes: of x's shape, or [..., ceil(K / P)] bytes where P of them share one.
 inline Result codes_of(const Tensor& x, const Grid& grid, const Format& f) {
   Result codes = {x.sizes().vec(), f.dtype};
   if (!f.packed()) return codes;
   if (codes.sizes.empty()) codes.sizes.push_back(1);
-  codes.sizes.back() = (grid.K + 1) / 2;
+  codes.sizes.back() = f.columns(grid.K);
   return codes;
 }
 

@@ -12,7 +12,7 @@ from quantlib import formats
 from quantlib.backends.composite.numerics import spread
 from quantlib.backends.tiles import TileLayout
 from quantlib.ops.autograd import Gradients, differentiable, keep
-from quantlib.ops.check import INPUTS, Block, Result, check_dtype, check_format, fail
+from quantlib.ops.check import INPUTS, Block, Result, check_dtype, check_format, check_size, fail
 from quantlib.ops.declare import Kernel, declare
 from quantlib.ops.dequant_matmul_backward_scale import gradient_of_scale
 from quantlib.ops.weight import check_weight, last_size, launched
@@ -33,13 +33,7 @@ def _results(
     size: int | None = None,
 ) -> list[Result]:
     check_dtype(OP, "dy", dy.dtype, INPUTS)
-    K = codes.shape[1] if codes.dim() == 2 else 0
-    if check_format(OP, format).packed:
-        if size is not None and size not in (2 * K - 1, 2 * K):
-            fail(OP, "size", f"{2 * K - 1} or {2 * K}", size)
-        K = 2 * K if size is None else size
-    elif size is not None and size != K:
-        fail(OP, "size", K, size)
+    K = check_size(OP, codes.shape[1] if codes.dim() == 2 else 0, check_format(OP, format), size)
     _, N = check_weight(OP, codes, scale, format, block, zero_point, K, dy)
     if last_size(OP, "dy", dy) != N:
         fail(OP, "dy", f"[..., {N}]", list(dy.shape))

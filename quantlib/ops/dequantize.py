@@ -14,7 +14,7 @@ from quantlib.ops.check import (
     check_dtype,
     check_format,
     check_scale,
-    fail,
+    check_size,
     no_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
@@ -36,12 +36,9 @@ def _results(
     check_dtype("dequantize", "dtype", dtype, INPUTS)
     shape = list(codes.shape)
     K = matrix_shape(shape)[1]
+    K = check_size("dequantize", K, f, size)
     if f.packed:
-        if size is not None and (size not in (2 * K - 1, 2 * K) or size < 0):
-            fail("dequantize", "size", f"{2 * K - 1} or {2 * K}", size)
-        shape[-1:] = [2 * K if size is None else size]
-    elif size is not None and size != K:
-        fail("dequantize", "size", K, size)
+        shape[-1:] = [K]
     check_scale("dequantize", scale, zero_point, f, check_block("dequantize", shape, block), codes)
     return [(shape, dtype)]
 
@@ -116,7 +113,7 @@ def dequantize(
         no_gradient("dequantize", "scale", scale)
         name = format_name(format)
         if name in _PACKED and size is None:
-            size = 2 * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
+            size = _PACKED[name] * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
         block = whole_axes("dequantize", codes, block, size)
         if out is not None:
             _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
@@ -127,4 +124,4 @@ def dequantize(
         explain("dequantize", dequantize, locals(), error)
 
 
-_PACKED = {f.name for f in formats.TABLE if f.packed}
+_PACKED = {f.name: f.per_byte for f in formats.TABLE if f.packed}

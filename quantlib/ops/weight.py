@@ -41,7 +41,7 @@ def check_weight(
     """codes are [N, K] of the format, on the device of ``like``, and scale and zero_point theirs: the row, and N."""
     f = check_format(op, format, accepted)
     N = codes.shape[0] if codes.dim() else 0
-    shape = [N, (K + 1) // 2 if f.packed else K]
+    shape = [N, f.columns(K)]
     if codes.dim() != 2 or codes.shape[1] != shape[1] or codes.dtype != dtype_of(f) or codes.device != like.device:
         expected = described(shape, dtype_of(f), like.device).replace(f"[{N}", "[N")
         fail(op, "codes", expected, described(codes.shape, codes.dtype, codes.device))

@@ -14,8 +14,8 @@ from quantlib.backends.composite.numerics import (
     float_format,
     spread,
     store,
-    unpack,
 )
+from quantlib.backends.packing import unpack
 from quantlib.formats import FloatFormat, Format
 
 
@@ -23,15 +23,13 @@ def dequantize(
     codes: Tensor, scale: Tensor, format: Format, block: Block, zero_point: Tensor | None, out: Tensor
 ) -> None:
     M, K = out.shape
-    if format.packed:
-        codes = unpack(codes, K)
+    if not format.whole:
+        codes = unpack(codes, format, K)
     s_eff = spread(effective_scale(scale, format), M, K, block)
     if isinstance(format, FloatFormat):
         y = decode_float(codes, format) * s_eff
     else:
         code = codes.int()
-        if format.packed:
-            code = (code ^ 8) - 8
         if zero_point is not None:
             code = code - spread(zero_point.clamp(*format.range(affine=True)), M, K, block)
         y = code.float() * s_eff
