@@ -75,7 +75,7 @@ def encode_float(x, F: tl.constexpr, SATURATE: tl.constexpr, ARCH: tl.constexpr)
         code = bits
     elif ARCH >= 80 and F.bits == 16:
         code = convert_16(x, F, SATURATE)
-    elif ARCH >= 89 and SATURATE and eight_bits(F):
+    elif ARCH >= 89 and SATURATE and eight_bits(F) != "":
         code = convert_8(x, F)
     else:
         SHIFT: tl.constexpr = 23 - F.fraction_bits
@@ -126,7 +126,7 @@ def decode_float(code, F: tl.constexpr, ARCH: tl.constexpr):
         return float_of(code.to(tl.uint32) << 16)
     if F.bits == 16:
         return code.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    if ARCH >= 89 and eight_bits(F):
+    if ARCH >= 89 and eight_bits(F) != "":
         TYPE: tl.constexpr = tl.float8e4nv if eight_bits(F) == "e4m3" else tl.float8e5
         return code.to(tl.uint8).to(TYPE, bitcast=True).to(tl.float16).to(tl.float32)
     code = code.to(tl.uint32)
