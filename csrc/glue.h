@@ -75,12 +75,12 @@ inline Sizes scale_sizes(const Grid& grid) { return {grid.scale_rows(), grid.sca
 inline Result scale_of(const Grid& grid) { return {scale_sizes(grid), aoti_torch_dtype_float32()}; }
 inline Result zero_point_of(const Grid& grid) { return {scale_sizes(grid), aoti_torch_dtype_int32()}; }
 
-// x's codes: of x's shape, or [..., ceil(K / 2)] bytes where the format is packed.
+// x's codes: of x's shape, or [..., ceil(K / P)] bytes where P of them share one.
 inline Result codes_of(const Tensor& x, const Grid& grid, const Format& f) {
   Result codes = {x.sizes().vec(), f.dtype};
   if (!f.packed()) return codes;
   if (codes.sizes.empty()) codes.sizes.push_back(1);
-  codes.sizes.back() = (grid.K + 1) / 2;
+  codes.sizes.back() = f.columns(grid.K);
   return codes;
 }
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantlib import ops
+from quantlib import formats, ops
+from quantlib.backends.weight import QuantizedWeight
 from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.spec import QuantSpec
@@ -147,11 +148,9 @@ def integer_matmul(
     x: Tensor,
     activation: QuantSpec,
     static: Scale | None,
-    codes: Tensor,
-    scale: Tensor,
+    weight: Weight,
     format: str,
     block: tuple[int, int],
-    zero_point: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
     """y = scaled_matmul(quantize(x), codes), of x's dtype.
@@ -166,10 +165,12 @@ def integer_matmul(
         int8 or uint8, a scale for each row or for all of x.
     static : Scale, optional
         Of a static activation; the scale of any other is taken from x.
-    codes, scale, format, block, zero_point, bias
-        As for `quantlib.scaled_matmul`.
+    weight : Weight
+        With a scale, of ``format`` and ``block``.
+    bias : Tensor [N], optional
     """
     given = (None, None) if static is None else static
+    codes, scale, zero_point = weight
     return apply(_IntegerMatmul, x, scale, bias, codes, zero_point, *given, activation, format, block)
 
 
@@ -222,14 +223,14 @@ class _IntegerMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         x, scale, codes, zero_point, x_scale, x_zero_point = ctx.saved_tensors
         static = None if x_scale is None else Scale(x_scale, x_zero_point)
-        weight = (codes, scale, ctx.format, ctx.block, zero_point)
+        weight = QuantizedWeight(codes, scale, formats.get(ctx.format), ctx.block, zero_point, (len(codes), ctx.K))
         dx = dscale = dbias = None
         if dy is not None and ctx.needs_input_grad[0]:
-            dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight, ctx.K)
+            dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight.arguments, ctx.K)
             dx = dx if static is None else _clipped(dx, x, ctx.activation, static)
         if dy is not None and ctx.needs_input_grad[1]:
             values = project(x, ctx.activation, static)
-            dscale = torch.ops.quantlib.dequant_matmul_backward_scale(dy, values, *weight)
+            dscale = torch.ops.quantlib.dequant_matmul_backward_scale(dy, values, *weight.arguments)
         if dy is not None and ctx.needs_input_grad[2]:
             dbias = gradient_of_bias(dy, ctx.bias_dtype)
         return dx, dscale, dbias, *[None] * 7
@@ -241,5 +242,5 @@ class _IntegerMatmul(torch.autograd.Function):
         if x_t is not None and static is not None:
             x_t = _clipped(x_t, x, ctx.activation, static)
         values = x if scale_t is None else project(x, ctx.activation, static)
-        weight = (codes, scale, ctx.format, ctx.block, zero_point)
+        weight = QuantizedWeight(codes, scale, formats.get(ctx.format), ctx.block, zero_point, (len(codes), ctx.K))
         return tangent_of_product(values, weight, x_t, scale_t, bias_t)

@@ -125,8 +125,10 @@ class QuantLinear(QuantModule, nn.Linear):
         if activation is not None:
             static = self._static()
             if self.product == "integers":
-                return integer_matmul(x, activation, static, codes, scale, spec.format, self.block, zero_point, bias)
+                weight = Weight(codes, scale, zero_point)
+                return integer_matmul(x, activation, static, weight, spec.format, self.block, bias)
             x = project(x, activation, static)
+        layout, rows = ("tiles", self.out_features) if codes.dim() == 3 else ("plain", None)
         return ops.dequant_matmul(
             x,
             codes,
@@ -136,7 +138,8 @@ class QuantLinear(QuantModule, nn.Linear):
             zero_point=zero_point,
             bias=bias,
             batch_invariant=self.batch_invariant,
-            size=self.out_features if codes.dim() == 3 else None,
+            layout=layout,
+            rows=rows,
         )
 
     def _static(self) -> Scale | None:
