@@ -5,9 +5,10 @@ signature, that of ``quantlib/backends/composite/<op>.py``:
 
 - all tensors lie on one device; they are contiguous, and the results are not empty;
 - ``x``, ``dy``, ``y``, ``dx``: matrices [M, K] of float32, float16 or bfloat16, in cast [n] of any float format;
-- ``codes``: [M, K] of the format's dtype, or [M, ceil(K / 2)] uint8 where it is packed; of a weight [N, K];
+- ``codes``: [M, K] of the format's dtype, or [M, ceil(K / 2)] uint8 where it is packed;
 - ``scale``: float32 [ceil(M / br), ceil(K / bk)]; ``zero_point``: int32 of its shape, where it is learned float32;
-- ``bias``: [N] of x's types; ``limits``: the lowest and the highest code;
+- ``weight`` and ``epilogue``: the records of ``quantlib/backends/weight.py``;
+- ``limits``: the lowest and the highest code;
 - ``format``: a row of ``quantlib.formats``; ``block``: (br, bk), no larger than the matrix;
 - an argument that may be left out is None; the results come last.
 
