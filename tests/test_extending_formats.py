@@ -117,35 +117,25 @@ def test_triton_serves_it(extended: Path, name: str) -> None:
     table_of(extended, "triton", name, TRITON_INTERPRET="1")
 
 
-# The kernels of one instruction set by the names of the others, which the library chooses among.
-OTHER_ISAS = """
-#include "cpu/kernels.h"
-#define QL_OTHER(OP, PROBLEM) \\
-  void OP(const PROBLEM& problem, ParallelFor run) { quantlib::TESTED_ISA::OP(problem, run); }
-namespace quantlib {
-"""
-
-
 def compile_library(package: Path, isa: str) -> None:
     """``_C.so`` as a wheel has it, of one instruction set's kernels and without -O3: a sixth of the time."""
     csrc, made = package / "_csrc", package / "_C.so"
-    others = [other for other in _build.ISAS if other != isa]
-    stand_ins = "".join(f"namespace {other} {{\nQL_KERNELS(QL_OTHER)\n}}\n" for other in others)
-    (package / "others.cpp").write_text(f"{OTHER_ISAS}{stand_ins}}}  // namespace quantlib\n")
-    ops = [path for path in sorted(csrc.glob("cpu/*.cpp")) if path.name != "register.cpp"]
-    (package / "kernels.cpp").write_text("".join(f'#include "{op}"\n' for op in ops))
+    chosen, every = csrc / "cpu/backend.h", ", ".join(f"{name}::OP" for name in _build.ISAS)
+    assert every in chosen.read_text() or len(_build.ISAS) == 1, "whichever the library chooses"
+    chosen.write_text(chosen.read_text().replace(every, ", ".join(f"{isa}::OP" for _ in _build.ISAS)))
+    glue = [csrc / name for name in ("registration.cpp", "cpu/backend.cpp")]
+    glue += [path for path in csrc.glob("ops/*.cpp") if (csrc / "cpu" / path.name).exists()]
+    kernels = package / "kernels.cpp"
+    ops = [path for path in sorted(csrc.glob("cpu/*.cpp")) if path not in glue]
+    kernels.write_text("".join(f'#include "{op}"\n' for op in ops))
     torch = _build.find_torch()
-    include = ("-I", csrc, "-I", package, "-isystem", torch / "include")
-    flags = [*(flag for flag in (*_build.CPU, *_build.HOST) if flag != "-O3"), "-O1", f"-DTESTED_ISA={isa}", *include]
-    objects = []
-    for source, more in (
-        (package / "kernels.cpp", (*_build.ISAS[isa], f"-DQL_ISA={isa}")),
-        (package / "others.cpp", ()),
-        (csrc / "registration.cpp", ()),
-        (csrc / "cpu/register.cpp", ()),
-    ):
-        objects.append(source.with_suffix(".o"))
-        compile_one([*_build.cxx_command(), *flags, *more, "-c", source, "-o", objects[-1]])
+    include = ("-I", csrc / "cpu", "-I", csrc, "-I", package, "-isystem", torch / "include")
+    flags = [*(flag for flag in (*_build.CPU, *_build.HOST) if flag != "-O3"), "-O1", *include]
+    compiled: list[tuple[Path, tuple[str, ...]]] = [(kernels, (*_build.ISAS[isa], f"-DQL_ISA={isa}"))]
+    compiled += [(source, ()) for source in glue]
+    objects = [package / f"{source.stem}-{n}.o" for n, (source, _) in enumerate(compiled)]
+    for (source, more), made_of in zip(compiled, objects, strict=True):
+        compile_one([*_build.cxx_command(), *flags, *more, "-c", source, "-o", made_of])
     compile_one([*_build.cxx_command(), "-shared", *objects, torch / "lib/libtorch_cpu.so", "-o", made])
 
 
