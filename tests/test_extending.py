@@ -160,7 +160,7 @@ KERNEL = """\
     void absmax(const Absmax& p, ParallelFor run) {
       const Grid& g = p.grid;
       const Decode decode = decoder(p.x_type);
-      const int bits = row_of(p.x_type).bits;
+      const Row x_row = row_of(p.x_type);
       const int64_t cols = g.scale_cols();
       parallel(run, g.scale_rows() * cols, 1, [&](int64_t begin, int64_t end) {
         float buffer[kChunk];
@@ -170,7 +170,7 @@ KERNEL = """\
           for (int64_t i = i0; i < least(i0 + g.br, g.M); ++i)
             for (int64_t j = j0; j < least(j0 + g.bk, g.K); j += kChunk) {
               const int64_t n = least(kChunk, least(j0 + g.bk, g.K) - j);
-              const char* x = static_cast<const char*>(p.x) + byte_offset(bits, g.K, i, j);
+              const char* x = static_cast<const char*>(p.x) + byte_offset(x_row, g.K, i, j);
               if (decode) decode(x, false, buffer, n);
               else __builtin_memcpy(buffer, x, size_t(n) * 4);
               for (int64_t k = 0; k < n; ++k) {
