@@ -123,16 +123,18 @@ def compile_library(package: Path, isa: str) -> None:
     chosen, every = csrc / "cpu/backend.h", ", ".join(f"{name}::OP" for name in _build.ISAS)
     assert every in chosen.read_text() or len(_build.ISAS) == 1, "whichever the library chooses"
     chosen.write_text(chosen.read_text().replace(every, ", ".join(f"{isa}::OP" for _ in _build.ISAS)))
-    glue = [csrc / name for name in ("registration.cpp", "cpu/backend.cpp")]
-    glue += [path for path in csrc.glob("ops/*.cpp") if (csrc / "cpu" / path.name).exists()]
+    glue = [path for path in csrc.glob("ops/*.cpp") if (csrc / "cpu" / path.name).exists()]
     kernels = package / "kernels.cpp"
-    ops = [path for path in sorted(csrc.glob("cpu/*.cpp")) if path not in glue]
+    ops = [path for path in sorted(csrc.glob("cpu/*.cpp")) if path.name != "backend.cpp"]
     kernels.write_text("".join(f'#include "{op}"\n' for op in ops))
     torch = _build.find_torch()
     include = ("-I", csrc / "cpu", "-I", csrc, "-I", package, "-isystem", torch / "include")
     flags = [*(flag for flag in (*_build.CPU, *_build.HOST) if flag != "-O3"), "-O1", *include]
-    compiled: list[tuple[Path, tuple[str, ...]]] = [(kernels, (*_build.ISAS[isa], f"-DQL_ISA={isa}"))]
-    compiled += [(source, ()) for source in glue]
+    compiled: list[tuple[Path, Sequence[object]]] = [
+        (kernels, (*_build.ISAS[isa], f"-DQL_ISA={isa}")),
+        (csrc / "cpu/backend.cpp", [word for path in glue for word in ("-include", path)]),
+        (csrc / "registration.cpp", ()),
+    ]
     objects = [package / f"{source.stem}-{n}.o" for n, (source, _) in enumerate(compiled)]
     for (source, more), made_of in zip(compiled, objects, strict=True):
         compile_one([*_build.cxx_command(), *flags, *more, "-c", source, "-o", made_of])
