@@ -13,12 +13,12 @@ from torch.nn.parameter import UninitializedParameter
 
 from quantlib.measure import OnNonfinite, check_weight, describe
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
-from quantlib.nn.module import check_dynamic, check_whole, hooked_forward, rebind_hooks
+from quantlib.nn.module import check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_name, one_of
 from quantlib.record import record_
 from quantlib.report import Report
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, check_dynamic
 
 Filter = Callable[[nn.Module, str], bool]
 
