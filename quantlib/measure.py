@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantlib import ops
+from quantlib.nn.experts import QuantExperts
 from quantlib.nn.functional import SOURCES, Weight, dequantize_rows
 from quantlib.report import LayerReport
 from quantlib.spec import QuantSpec
@@ -80,6 +81,18 @@ def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerRepo
         ratio = sums.snr_db
     size = sum(t.numel() * t.element_size() for t in weight if t is not None)
     return LayerReport(name, tuple(x.shape), str(spec), x.numel() * x.element_size(), size, ratio)
+
+
+def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> LayerReport:
+    """What became of x, the weight ``key`` of the experts called ``name``."""
+    x, sums, stack = x.detach(), Sums(), experts.stacks[key]
+    for e in range(0 if x.is_meta else stack.E):
+        matrix = stack.matrix(x, e)
+        for rows in slabs_of(matrix):
+            sums.add(matrix[rows], experts.rows(key, e, rows))
+    size = sum(p.numel() * p.element_size() for p in experts.parts(key) if p is not None)
+    ratio = math.nan if x.is_meta else sums.snr_db
+    return LayerReport(f"{name}.{key}", tuple(x.shape), str(experts.spec), x.numel() * x.element_size(), size, ratio)
 
 
 def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:

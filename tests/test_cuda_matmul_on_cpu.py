@@ -10,7 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_on_cpu.emulator import COMPILER, CSRC, MATMULS, SLAB, Buffer, Call, Emulator, KernelError, build
+from cuda_on_cpu.emulator import (
+    COMPILER,
+    CSRC,
+    MATMULS,
+    SLAB,
+    Buffer,
+    Call,
+    Emulator,
+    KernelError,
+    build,
+    with_small_slabs,
+)
 
 from quantlib import formats, reference
 from quantlib.backends.tiles import TileLayout
@@ -149,8 +160,8 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def emulator(cache: Path) -> Emulator:
-    return build(cache, (*MATMULS, SLAB))
+def emulator(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return build(cache, (*MATMULS, SLAB), with_small_slabs(tmp_path_factory.mktemp("small")))
 
 
 def affines(format: str) -> tuple[bool, ...]:

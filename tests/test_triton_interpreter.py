@@ -45,7 +45,7 @@ def test_cast_where_rounding_is_decided(source: str, to: str, saturate: bool) ->
     widened = reference.decode_float(x, formats.get(source))
     want = reference.cast(widened, to, saturate=saturate)
     out = poisoned(want.shape, getattr(torch, to))
-    backend.KERNELS["cast"](tensor(x, source), formats.get(source), out, formats.get(to), saturate)
+    backend.KERNELS["cast"](tensor(x, source), formats.get(source), formats.get(to), saturate, out)
     assert_same_bytes(out, want, f"cast {source} to {to}", widened)
 
 

@@ -1,4 +1,5 @@
 // y[n] = encode(decode(x[n]))
+#include "../ops/cast.h"
 #include "loops.h"
 
 namespace quantlib {

@@ -2,6 +2,7 @@
 //
 // Every sum is made in one order, whatever the other rows are: lane l of a register takes each k with its place in a
 // step, a block of kBlock columns at a time; the lanes of a block are added up by a tree, the blocks in order.
+#include "../ops/dequant_matmul.h"
 #include "../activation.h"
 #include "matmul.h"
 #include "pairs.h"

@@ -1,6 +1,7 @@
 // dx[m, k] = sum over n of dy[m, n] * w[n, k], w = (codes - zero_point) * scale
 //
 // Lanes lie along k; every sum takes its n in ascending order, whatever the other rows are.
+#include "../ops/dequant_matmul_backward.h"
 #include "matmul.h"
 
 namespace quantlib {

@@ -1,4 +1,5 @@
 // y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk]
+#include "../ops/dequantize.h"
 #include "lanes.h"
 #include "loops.h"
 

@@ -1,9 +1,12 @@
 // codes[i, j] = encode(x[i, j] / scale[i // br, j // bk]) of a rectangle, for quantize and quantize_dynamic
 #pragma once
+#include "../ops/quantize.h"
 #include "loops.h"
 
 namespace quantlib {
 namespace QL_ISA {
+
+void quantize(const Quantize&, ParallelFor);
 
 struct QuantizeRows {
   const Quantize& p;

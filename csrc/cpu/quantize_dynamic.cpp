@@ -1,4 +1,5 @@
 // scale = compute_scale(x), codes = quantize(x, scale), x still in the cache
+#include "../ops/quantize_dynamic.h"
 #include "quantize.h"
 #include "range.h"
 

@@ -4,6 +4,7 @@
 // codes - 128 where those are not, and the zero points x_z and z move along:
 //   d = sum of (x - x_z) * (w - z) = sum of x * w  -  x_z * sum of w  -  z * (sum of x  -  K * x_z)
 // modulo 2^32, which is d itself, as it fits. Where a row of w has several scales, each of its blocks has such a d.
+#include "../ops/scaled_matmul.h"
 #include "../activation.h"
 #include "dot.h"
 #include "matmul.h"

@@ -6,6 +6,7 @@
 // More rows of x are as many thread blocks, which read the weight from the cache; each row's sum is the same in all.
 #include "matmul.cuh"
 #include "operand.cuh"
+#include "slab.h"
 
 namespace quantlib {
 namespace cuda {
@@ -222,16 +223,29 @@ void visit_codes(const DequantMatmul& p, Stream stream) {
   }
 }
 
+// What multiplies: the vendor's product of slabs of a decoded weight, the kernel above, or ordinary cores.
+enum class Way { slabs, operands, values };
+
+Way choose(const DequantMatmul& p) {
+  if (takes_slabs(p)) return Way::slabs;
+  return has_operands(p) ? Way::operands : Way::values;
+}
+
 }  // namespace
 
 void dequant_matmul(const DequantMatmul& p, Stream stream) {
-  if (!has_operands(p))
-    return product<false>(
-        "dequant_matmul",
-        {p.M, p.weight.grid.M, p.weight.grid.K, p.x, p.x_type, Values(p.weight, p.tiled), p.epilogue, p.y, 0}, stream);
-  if (p.x_type == Type::float16)
-    return p.tiled ? visit_codes<float16, true>(p, stream) : visit_codes<float16, false>(p, stream);
-  return p.tiled ? visit_codes<bfloat16, true>(p, stream) : visit_codes<bfloat16, false>(p, stream);
+  switch (choose(p)) {
+    case Way::slabs:
+      return multiply_slabs(p, stream);
+    case Way::operands:
+      if (p.x_type == Type::float16)
+        return p.tiled ? visit_codes<float16, true>(p, stream) : visit_codes<float16, false>(p, stream);
+      return p.tiled ? visit_codes<bfloat16, true>(p, stream) : visit_codes<bfloat16, false>(p, stream);
+    case Way::values:
+      const Values w(p.weight, p.tiled);
+      const Grid& g = p.weight.grid;
+      return product<false>("dequant_matmul", {p.M, g.M, g.K, p.x, p.x_type, w, p.epilogue, p.y, 0}, stream);
+  }
 }
 
 }  // namespace cuda

@@ -29,12 +29,12 @@ void launch(const char* op, void (*kernel)(Args), int64_t blocks, int threads, S
     throw std::runtime_error("quantlib::" + std::string(op) + ": a CUDA grid must be at most 2147483647 blocks, got " +
                              std::to_string(blocks));
   void* pointers[] = {&args};
-  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream), op);
+  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream.handle), op);
 }
 
 // p[0 .. n) = 0, four bytes each.
 inline void clear(const char* op, void* p, int64_t n, Stream stream) {
-  check(cudaMemsetAsync(p, 0, size_t(n) * 4, stream), op);
+  check(cudaMemsetAsync(p, 0, size_t(n) * 4, stream.handle), op);
 }
 
 [[noreturn]] inline void unknown_type() { throw std::logic_error("quantlib: a type that no CUDA kernel serves"); }

@@ -1,4 +1,6 @@
 // codes[i, j] = encode(x[i, j] / scale[i / br, j / bk])
+#include "../ops/quantize.h"
+
 #include "vector.cuh"
 
 namespace quantlib {

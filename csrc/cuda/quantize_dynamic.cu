@@ -1,8 +1,16 @@
 // scale[I, J] = range of block (I, J) of x; codes[i, j] = encode(x[i, j] / scale[i / br, j / bk]): x is read once
+#include "../ops/quantize_dynamic.h"
+
+#include "../ops/compute_scale.h"
+#include "../ops/quantize.h"
 #include "range.cuh"
 
 namespace quantlib {
 namespace cuda {
+
+void compute_scale(const ComputeScale&, Stream);
+void quantize(const Quantize&, Stream);
+
 namespace {
 
 constexpr int kMostThreads = 1024;

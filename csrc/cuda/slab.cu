@@ -2,9 +2,12 @@
 // w[n, k] = decode(codes[n, k]) - zero_point[n / br, k / bk], for some rows n of the weight at a time; and the
 // gradient, dx[m, k] = sum over n of dy[m, n] * w[n, k] * scale[n / br, k / bk], for some columns k.
 //
-// This makes w, in x's 16-bit type, and y; between the two lies the vendor's product, see slab.h. Where a row has one
-// scale the operands of y are exact and it multiplies the sums, apart from a power of two, see SplitScale; else they
-// are times their scale, rounded to bfloat16, which has room for every such product.
+// Where x has many rows, some rows of the weight at a time, or columns, become values of x's 16-bit type: a slab, small
+// enough to stay in the cache until the vendor's product has read it. Then the sums become y. Where a row has one scale
+// the operands of y are exact and it multiplies the sums, apart from a power of two, see SplitScale; else they are
+// times their scale, rounded to bfloat16, which has room for every such product.
+#include "slab.h"
+
 #include "matmul.cuh"
 #include "operand.cuh"
 
@@ -12,10 +15,30 @@ namespace quantlib {
 namespace cuda {
 namespace {
 
-constexpr int64_t kLeast = 128;  // rows of x that the kernel for a few of them still takes
+constexpr int64_t kLeast = 128;                  // rows of x that the kernel for a few of them still takes
+constexpr int64_t kMostRows = int64_t(1) << 13;  // of x at a time
+constexpr int64_t kSlab = int64_t(1) << 23;      // values of a slab, and sums, at most
 
 template <class F>
 constexpr bool is_wide = F::bits == 16;  // codes that are x's own values
+
+struct DecodeSlab {
+  Weight weight;
+  bool tiled, scaled;          // whether values are times their scale
+  Type type;                   // float16 or bfloat16
+  int64_t n, n_end, k, k_end;  // rows and columns of the weight; n is a multiple of 16, k of 128, and 0 in tiles
+  void* values;                // [n_end - n, k_end - k] of `type`
+};
+
+struct FinishSlab {
+  int64_t M;
+  const float* total;     // [M, end - first], the sums that become y[:, first .. end)
+  const Weight* of_rows;  // whose scales, one a row, the sums lack; or null
+  int64_t first, end, columns;
+  Epilogue epilogue;
+  Type type;
+  void* y;  // [M, columns] of `type`
+};
 
 template <class X>
 struct DecodeSlabArgs {
@@ -181,17 +204,7 @@ bool holds(const Weight& w, Type type, bool tiled, bool scaled) {
          (!scaled || type == Type::bfloat16);
 }
 
-}  // namespace
-
-bool takes_slabs(const DequantMatmul& p) {
-  const bool scaled = p.weight.grid.bk < p.weight.grid.K;
-  return p.M > kLeast && !p.batch_invariant && holds(p.weight, p.x_type, p.tiled, scaled);
-}
-
-bool takes_slabs(const DequantMatmulBackward& p) {
-  return p.M > kLeast && p.weight.grid.M > 0 && holds(p.weight, p.dy_type, false, true);
-}
-
+// Where the values are: the weight itself where it holds them.
 const void* decode_slab(const DecodeSlab& p, Stream stream) {
   if (p.weight.format == p.type && !p.scaled)
     return static_cast<const uint16_t*>(p.weight.codes) + p.n * p.weight.grid.K;
@@ -219,6 +232,73 @@ void finish_slab(const FinishSlab& p, Stream stream) {
                          p.type == Type::bfloat16 && w && w->format != p.type,
                          vector && is_aligned(p.total, 16) && is_aligned(p.y, 8)};
   launch("finish_slab", finish_slab_kernel, ceil_div(a.chunks, kThreads), kThreads, stream, a);
+}
+
+// Rows or columns of the weight at a time, of J: a multiple of what tiles and blocks of the vendor's product hold.
+int64_t slab_rows(int64_t M, int64_t J, int64_t L) {
+  const int64_t rows = kSlab / (L > M ? L : M) / 128 * 128, some = rows > 128 ? rows : 128;
+  return some < J ? some : J;
+}
+
+// left [M, L], x or dy, times a weight of J rows or columns in slabs:
+//   decode(j, end, values) -> where w[j .. end) is, of these strides as [L, end - j]
+//   finish(m, M, j, end, sums)   takes the sums of rows m .. m + M of left with it
+template <class Decode, class Finish>
+void in_slabs(int64_t M, int64_t J, int64_t L, const void* left, Type type, Stream stream, Decode decode,
+              Finish finish) {
+  const int64_t most = M < kMostRows ? M : kMostRows, width = slab_rows(most, J, L);
+  void* values = stream.torch->allocate(width * L * 2);
+  auto* sums = static_cast<float*>(stream.torch->allocate(most * width * 4));
+  for (int64_t m = 0; m < M; m += kMostRows) {
+    const int64_t rows = M - m < kMostRows ? M - m : kMostRows;
+    const Matrix x{static_cast<const uint16_t*>(left) + m * L, rows, L, {L, 1}};
+    for (int64_t j = 0; j < J; j += width) {
+      const int64_t end = j + width < J ? j + width : J;
+      stream.torch->multiply(x, decode(j, end, values), type, sums);
+      finish(m, rows, j, end, sums);
+    }
+  }
+}
+
+}  // namespace
+
+bool takes_slabs(const DequantMatmul& p) {
+  const bool scaled = p.weight.grid.bk < p.weight.grid.K;
+  return p.M > kLeast && !p.batch_invariant && holds(p.weight, p.x_type, p.tiled, scaled);
+}
+
+bool takes_slabs(const DequantMatmulBackward& p) {
+  return p.M > kLeast && p.weight.grid.M > 0 && holds(p.weight, p.dy_type, false, true);
+}
+
+void multiply_slabs(const DequantMatmul& p, Stream stream) {
+  const Weight& weight = p.weight;
+  const int64_t N = weight.grid.M, K = weight.grid.K;
+  const bool scaled = weight.grid.bk < K;
+  in_slabs(
+      p.M, N, K, p.x, p.x_type, stream,
+      [&](int64_t n, int64_t end, void* values) {
+        const void* w = decode_slab({weight, p.tiled, scaled, p.x_type, n, end, 0, K, values}, stream);
+        return Matrix{w, K, end - n, {1, K}};
+      },
+      [&](int64_t m, int64_t M, int64_t n, int64_t end, const float* sums) {
+        auto* y = static_cast<uint16_t*>(p.y) + m * N;
+        finish_slab({M, sums, scaled ? nullptr : &weight, n, end, N, p.epilogue, p.x_type, y}, stream);
+      });
+}
+
+void multiply_slabs(const DequantMatmulBackward& p, Stream stream) {
+  const int64_t N = p.weight.grid.M, K = p.weight.grid.K;
+  in_slabs(
+      p.M, K, N, p.dy, p.dy_type, stream,
+      [&](int64_t k, int64_t end, void* values) {
+        const void* w = decode_slab({p.weight, false, true, p.dy_type, 0, N, k, end, values}, stream);
+        return Matrix{w, N, end - k, {end - k, 1}};
+      },
+      [&](int64_t m, int64_t M, int64_t k, int64_t end, const float* sums) {
+        auto* dx = static_cast<uint16_t*>(p.dx) + m * K;
+        finish_slab({M, sums, nullptr, k, end, K, {nullptr, Activation::none}, p.dy_type, dx}, stream);
+      });
 }
 
 }  // namespace cuda

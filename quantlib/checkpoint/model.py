@@ -139,9 +139,11 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
             found = Contents.of(reader)
             contents.weights.update(found.weights)
             contents.tied.update(found.tied)
-        codes = [name for name, entry in held.items() if entry.name != name]
+        entry = of_config(stored.config.get("quantization_config"))
+        said = entry["weights"] if entry and isinstance(entry.get("weights"), dict) else {}
+        codes = [name for name in held if held[name].name != name or (name in said and name not in contents.weights)]
         if codes:  # a state as torch saves it says nothing of formats itself
-            contents.weights.update(formats_of(codes, stored, model))
+            contents.weights.update(formats_of(codes, entry, stored.path, model))
         if not contents.weights:
             raise ValueError(f"{path} must hold weights that quantlib quantized, got none among {len(held)} tensors")
         skeleton = Skeleton(model, contents)
@@ -159,10 +161,8 @@ def check_module(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
-def formats_of(names: list[str], stored: Model, model: nn.Module) -> dict[str, Stored]:
-    """What the weights ``names`` are quantized to: by the config.json beside them, or else as in ``model`` already."""
-    path = stored.path
-    entry = of_config(stored.config.get("quantization_config"))
+def formats_of(names: list[str], entry: dict[str, Any] | None, path: Path, model: nn.Module) -> dict[str, Stored]:
+    """What the weights ``names`` are quantized to: by ``entry`` of config.json, or else as in ``model`` already."""
     known = Contents.parse(entry | {"tied": {}}, str(path / CONFIG)).weights if entry else {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantModule):

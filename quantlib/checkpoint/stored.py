@@ -42,6 +42,11 @@ class Stored:
         """[N, K]"""
         return self.shape[0], math.prod(self.shape[1:])
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the codes need a scale."""
+        return QuantSpec.parse(self.spec).scaled
+
     def slots(self, name: str) -> list[Slot]:
         """Codes, scale, zero point: the tensors of the file that hold weight ``name``."""
         spec = QuantSpec.parse(self.spec)

@@ -19,7 +19,7 @@ def _results(x: Tensor, format: Format, saturate: bool) -> list[Result]:
 
 
 def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: Format, saturate: bool) -> None:
-    kernel(x.contiguous().view(-1), formats.get(x.dtype), outs[0].view(-1), format, saturate)
+    kernel(x.contiguous().view(-1), formats.get(x.dtype), format, saturate, outs[0].view(-1))
 
 
 _cast, _cast_out = declare("cast", _results, _launch, CASTS)

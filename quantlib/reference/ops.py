@@ -14,6 +14,8 @@ from quantlib.formats import FloatFormat, IntFormat
 from quantlib.reference import numerics, packing
 from quantlib.reference.numerics import Array
 
+__all__ = ["cast", "compute_scale", "dequantize", "quantize", "quantize_dynamic"]
+
 Block = tuple[int, int]
 
 

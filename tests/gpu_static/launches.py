@@ -112,7 +112,7 @@ def start(call: Call, instead: Any = None) -> None:
     shared = zero_point if zero_point is None else zero_point.float()
     limits = (0, 0) if f.is_float else f.range(call.affine)
     arguments = {
-        "cast": lambda: (x.view(-1), formats.get(source), codes.view(-1), f, f.saturates),
+        "cast": lambda: (x.view(-1), formats.get(source), f, f.saturates, codes.view(-1)),
         "compute_scale": lambda: (x, f, block, scale, zero_point),
         "quantize": lambda: (x, scale, f, block, zero_point, codes),
         "dequantize": lambda: (weight, x),

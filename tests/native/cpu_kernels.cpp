@@ -12,6 +12,37 @@
 #include "cpu/kernels.h"
 #include "fake_quantize.h"
 #include "one_at_a_time.h"
+#include "ops/cast.h"
+#include "ops/compute_scale.h"
+#include "ops/dequant_matmul.h"
+#include "ops/dequant_matmul_backward.h"
+#include "ops/dequantize.h"
+#include "ops/fake_quantize.h"
+#include "ops/fake_quantize_backward.h"
+#include "ops/quantize.h"
+#include "ops/quantize_dynamic.h"
+#include "ops/scaled_matmul.h"
+
+// X(op, its problem)
+#define QL_KERNELS(X)                               \
+  X(cast, Cast)                                     \
+  X(compute_scale, ComputeScale)                    \
+  X(quantize, Quantize)                             \
+  X(dequantize, Dequantize)                         \
+  X(quantize_dynamic, QuantizeDynamic)              \
+  X(fake_quantize, FakeQuantize)                    \
+  X(fake_quantize_backward, FakeQuantizeBackward)   \
+  X(dequant_matmul, DequantMatmul)                  \
+  X(dequant_matmul_backward, DequantMatmulBackward) \
+  X(scaled_matmul, ScaledMatmul)
+
+namespace quantlib {
+namespace TESTED_ISA {
+#define QL_DECLARE(OP, PROBLEM) void OP(const PROBLEM&, ParallelFor);
+QL_KERNELS(QL_DECLARE)
+#undef QL_DECLARE
+}  // namespace TESTED_ISA
+}  // namespace quantlib
 
 using namespace quantlib;
 

@@ -284,8 +284,8 @@ def pick(rng: Rng, options: Iterable[Any]) -> Any:
 
 
 def served() -> tuple[str, ...]:
-    """The backends of the CPU that are fast enough to be tried thousands of times."""
-    return tuple(b for b in ("composite", "cpp") if backends.refuses(b, "cpu") is None)
+    """The backends that the CPU prefers: they are fast enough to be tried thousands of times."""
+    return tuple(b for b in reversed(backends.order("cpu")) if backends.refuses(b, "cpu") is None)
 
 
 def _floats(codes: Array, format: str) -> Array:
