@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_weight
+from quantlib.nn.functional import SOURCES, Seen, Weight, dequantize_weight, quantize_weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, least_negative
@@ -98,7 +98,7 @@ class QuantModule(Leaf):
         return new
 
     @classmethod
-    def from_float(cls, layer: nn.Module, spec: Any) -> Self:
+    def from_float(cls, layer: nn.Module, spec: Any, *, seen: Seen | None = None) -> Self:
         """``layer`` with its weight quantized; the bias is the same parameter, not a copy.
 
         Parameters
@@ -107,6 +107,8 @@ class QuantModule(Leaf):
             The float module that this one stands for; its weight is float32, float16 or bfloat16. Left as it is.
             Its buffers, submodules, hooks and attributes are taken over.
         spec : QuantSpec or what `QuantSpec.parse` takes
+        seen : callable (x, y), optional
+            Called with some rows of the weight [N, K] at a time, and with the float32 values of their codes.
 
         Raises
         ------
@@ -123,7 +125,7 @@ class QuantModule(Leaf):
         assert isinstance(layer.weight, Tensor)
         if not layer.weight.is_meta:  # a skeleton's scales are still to be loaded
             check_dynamic(new.spec)
-        new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec))
+        new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec, seen))
         if isinstance(new.weight_codes, QuantParameter):  # not where a subclass of Tensor holds the codes
             new.weight_codes.requires_grad_(layer.weight.requires_grad)  # which they only remember
         return new
