@@ -67,7 +67,7 @@ class Dequantize(Scaled):
 
     def columns(self, codes: Tensor) -> int:
         """Elements of a row."""
-        return codes.shape[1] * (2 if self.spec.row.packed else 1)
+        return self.spec.row.sizes(codes.shape[1])[-1]
 
     def contenders(self) -> list[Contender]:
         f, format, whole = self.spec.row, self.spec.format, self.spec.block(self.shape)

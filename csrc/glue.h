@@ -8,7 +8,7 @@
 //     static constexpr bool takes_tiles    whether its dequant_matmul reads the tiles of quantlib/backends/tiles.py
 //     void run(const <Problem>&) const     calls the kernel: contiguous memory, never empty
 //   QL_KERNEL(<op>, <Problem>)             declares the kernel that `run` calls for a problem
-//   QL_IMPL(m)                             begins the function that registers the op with torch
+//   QL_IMPL(m)                             begins a function that registers with torch, for the backend's device type
 #pragma once
 #include <backend.h>
 
@@ -57,6 +57,16 @@ class Output {
   Device device_;
 };
 
+// What serves an overload of an op, "quantize" say, and its out form, "quantize.out": told apart by their results.
+using Glue = void (*)(StableIValue* stack, uint64_t arguments, uint64_t results);
+
+inline void register_glue(torch::stable::detail::StableLibrary& m, const std::string& overload, Glue glue) {
+  m.impl(overload.c_str(), glue);
+  m.impl((overload + (overload.find('.') == std::string::npos ? ".out" : "_out")).c_str(), glue);
+}
+#define QL_REGISTER(OVERLOAD, GLUE) \
+  QL_IMPL(m) { register_glue(m, OVERLOAD, GLUE); }
+
 inline const Tensor* address(const std::optional<Tensor>& x) { return x ? &*x : nullptr; }
 
 inline Sizes scale_sizes(const Grid& grid) { return {grid.scale_rows(), grid.scale_cols()}; }
@@ -65,12 +75,12 @@ inline Sizes scale_sizes(const Grid& grid) { return {grid.scale_rows(), grid.sca
 inline Result scale_of(const Grid& grid) { return {scale_sizes(grid), aoti_torch_dtype_float32()}; }
 inline Result zero_point_of(const Grid& grid) { return {scale_sizes(grid), aoti_torch_dtype_int32()}; }
 
-// x's codes: of x's shape, or [..., ceil(K / 2)] bytes where the format is packed.
+// x's codes: of x's shape, or [..., ceil(K / P)] bytes where P of them share one.
 inline Result codes_of(const Tensor& x, const Grid& grid, const Format& f) {
   Result codes = {x.sizes().vec(), f.dtype};
   if (!f.packed()) return codes;
   if (codes.sizes.empty()) codes.sizes.push_back(1);
-  codes.sizes.back() = (grid.K + 1) / 2;
+  codes.sizes.back() = f.columns(grid.K);
   return codes;
 }
 

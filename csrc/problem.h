@@ -3,10 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace quantlib {
+#include "formats.h"
 
-// The rows of the table, in its order.
-enum class Type : uint8_t { float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, float4_e2m1fn, int8, uint8, int4 };
+namespace quantlib {
 
 // x is [M, K]; element (i, j) uses scale[i / br, j / bk] of a [ceil(M / br), ceil(K / bk)] scale.
 struct Grid {

@@ -168,8 +168,8 @@ class QuantSpec:
         return (M + br - 1) // br, (K + bk - 1) // bk
 
     def codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """``shape``, or [..., ceil(K / 2)] bytes where the format is packed."""
-        return (*shape[:-1], (shape[-1] + 1) // 2) if self.row.packed else tuple(shape)
+        """``shape``, or [..., ceil(K / P)] bytes where P codes share one."""
+        return (*shape[:-1], self.row.columns(shape[-1])) if self.row.packed else tuple(shape)
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of the codes, the scales and the zero points of a weight of ``shape``."""

@@ -259,7 +259,9 @@ def test_the_assembly_that_makes_operands(format: str, D: str) -> None:
 
     byte = np.arange(256, dtype=np.uint32)
     word = byte | byte[::-1] << 8 | (byte * 7 & 255) << 16 | (byte * 31 & 255) << 24
-    made = run_assembly(assembly(matmul.int4_operands if format == "int4" else matmul.int8_operand, format, D), word, D)
+    made = run_assembly(
+        assembly(matmul.nibble_operands if format == "int4" else matmul.byte_operand, format, D), word, D
+    )
     four = np.stack([word >> shift & 255 for shift in (0, 8, 16, 24)], 1)
     codes = [four & 15, four >> 4] if format == "int4" else [four]
     half = 8 if format == "int4" else 128

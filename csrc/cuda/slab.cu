@@ -58,7 +58,7 @@ struct DecodeSlabArgs {
 // A word of codes a thread: four of a row that are neighbours, or two times four.
 template <class F, class X, bool TILED>
 __global__ void __launch_bounds__(kThreads) decode_slab_kernel(const DecodeSlabArgs<X> a) {
-  constexpr int bytes = is_wide<F> ? 8 : 4, halves = is_wide<F> ? 1 : 8 / F::bits, half_step = TILED ? 64 : 4;
+  constexpr int bytes = is_wide<F> ? 8 : 4, halves = F::per_byte, half_step = TILED ? 64 : 4;
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= a.words) return;
   const int64_t above = a.per_row.divide(index), in_row = index - above * a.per_row.d;
@@ -142,11 +142,10 @@ __global__ void __launch_bounds__(kThreads) finish_slab_kernel(const FinishSlabA
 }
 
 template <class F, class X, bool TILED>
-void decode(const DecodeSlab& p, Stream stream) {
+void decode(const DecodeSlab& p, const Row& format, Stream stream) {
   const Weight& w = p.weight;
   const Grid& g = w.grid;
-  const bool is_signed = w.format != Type::uint8;
-  constexpr int columns = is_wide<F> ? 4 : 32 / F::bits;  // of a word
+  constexpr int columns = 4 * F::per_byte;  // of a word
   const auto words_of = [](int64_t k) { return TILED ? ceil_div(k, columns * 16) * 256 : k / columns; };
   const int64_t rows = TILED ? ceil_div(p.n_end - p.n, 16) : p.n_end - p.n, per_row = words_of(p.k_end - p.k);
   DecodeSlabArgs<X> a{static_cast<const uint8_t*>(w.codes),
@@ -165,42 +164,28 @@ void decode(const DecodeSlab& p, Stream stream) {
                       g.scale_cols(),
                       p.scaled,
                       0,
-                      0,
-                      0};
-  if constexpr (!is_wide<F>) a.flip = Operand<F, X>::flip(is_signed);
-  if constexpr (!F::is_float) {
-    a.lowest = is_signed ? F::affine_qmin : 0;
-    a.highest = a.lowest + (1 << F::bits) - 1;
-  }
+                      format.qmin,
+                      format.qmax};
+  if constexpr (!is_wide<F>) a.flip = Operand<F, X>::flip(format.is_signed);
   launch("decode_slab", decode_slab_kernel<F, X, TILED>, ceil_div(a.words, kThreads), kThreads, stream, a);
 }
 
-template <class X, bool TILED>
-void visit_codes(const DecodeSlab& p, Stream stream) {
-  switch (p.weight.format) {
-    case Type::int8:
-    case Type::uint8:
-      return decode<int8, X, TILED>(p, stream);
-    case Type::int4:
-      return decode<int4, X, TILED>(p, stream);
-    case Type::float8_e4m3fn:
-      return decode<float8_e4m3fn, X, TILED>(p, stream);
-    case Type::float8_e5m2:
-      return decode<float8_e5m2, X, TILED>(p, stream);
-    case Type::float4_e2m1fn:
-      return decode<float4_e2m1fn, X, TILED>(p, stream);
-    default:
-      if constexpr (std::is_same_v<X, bfloat16> && !TILED) return decode<bfloat16, X, false>(p, stream);
-      unknown_type();
-  }
+template <class X>
+void decode(const DecodeSlab& p, Stream stream) {
+  if constexpr (std::is_same_v<X, bfloat16>)
+    if (p.weight.format == X::type) return decode<X, X, false>(p, row<X>(), stream);
+  const bool found = visit_operand<X>(p.weight.format, [&](auto f, const Row& format) {
+    using F = decltype(f);
+    p.tiled ? decode<F, X, true>(p, format, stream) : decode<F, X, false>(p, format, stream);
+  });
+  if (!found) unknown_type();
 }
 
 // Whether words of codes are whole, each under one scale, and values of `type` hold what they become.
 bool holds(const Weight& w, Type type, bool tiled, bool scaled) {
   const Type f = w.format;
-  const bool byte = f >= Type::float8_e4m3fn, packed = f == Type::int4 || f == Type::float4_e2m1fn;
-  return type != Type::float32 && (byte || f == type) && is_aligned(w.codes, 8) && w.grid.K > 0 &&
-         w.grid.K % (packed && !tiled ? 8 : 4) == 0 && (w.grid.bk >= w.grid.K || w.grid.bk % 4 == 0) &&
+  return type != Type::float32 && (f == type || is_operand(f, type)) && is_aligned(w.codes, 8) && w.grid.K > 0 &&
+         w.grid.K % (tiled ? 4 : 4 * row_of(f).per_byte) == 0 && (w.grid.bk >= w.grid.K || w.grid.bk % 4 == 0) &&
          (!scaled || type == Type::bfloat16);
 }
 
@@ -208,8 +193,7 @@ bool holds(const Weight& w, Type type, bool tiled, bool scaled) {
 const void* decode_slab(const DecodeSlab& p, Stream stream) {
   if (p.weight.format == p.type && !p.scaled)
     return static_cast<const uint16_t*>(p.weight.codes) + p.n * p.weight.grid.K;
-  if (p.type == Type::float16) p.tiled ? visit_codes<float16, true>(p, stream) : visit_codes<float16, false>(p, stream);
-  else p.tiled ? visit_codes<bfloat16, true>(p, stream) : visit_codes<bfloat16, false>(p, stream);
+  p.type == Type::float16 ? decode<float16>(p, stream) : decode<bfloat16>(p, stream);
   return p.values;
 }
 

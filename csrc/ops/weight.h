@@ -36,7 +36,7 @@ struct WeightArguments {
   // The same where codes are tiles, which do not tell N.
   Weight check_tiles(const char* op, int64_t N, int64_t K, Device device) {
     format = &check_format(op, format_name, in_tiles);
-    const int64_t columns = 512 / format->bits;
+    const int64_t columns = 64 * format->per_byte;
     check_tensor(op, "tiles", codes, {{ceil_div(N, 16), ceil_div(K, columns), 1024}, aoti_torch_dtype_uint8()}, device);
     return check_scales(op, N, K, device);
   }

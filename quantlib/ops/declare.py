@@ -77,7 +77,7 @@ class Binder:
             return QuantizedWeight(given["tiles"], scale, format, block, zero_point, shape, "tiles")
         codes = given["codes"]
         if self.x is None:
-            K = check_size(self.op, codes, format, given.get("size"))
+            K = check_size(self.op, matrix_shape(codes.shape)[1], format, given.get("size"))
         else:
             K = last_size(self.op, self.x, given[self.x])
         N = codes.shape[0] if codes.dim() == 2 else matrix_shape(codes.shape)[0]

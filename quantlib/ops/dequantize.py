@@ -79,7 +79,7 @@ def dequantize(
         no_gradient("dequantize", "scale", scale)
         name = format_name(format)
         if name in _PACKED and size is None:
-            size = 2 * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
+            size = _PACKED[name] * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
         block = whole_axes("dequantize", codes, block, size)
         if out is not None:
             _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
@@ -90,4 +90,4 @@ def dequantize(
         explain("dequantize", dequantize, locals(), error)
 
 
-_PACKED = {f.name for f in formats.TABLE if f.packed}
+_PACKED = {f.name: f.per_byte for f in formats.TABLE if f.packed}

@@ -29,7 +29,7 @@ from quantlib.ops.weight import block_of_weight, check_epilogue, check_weight
 from quantlib.spec import matrix_shape
 
 OP = "scaled_matmul"
-X_FORMATS = ("int8", "uint8")
+X_FORMATS = tuple(f.name for f in formats.TABLE if not f.is_float and f.whole)
 
 
 def _results(

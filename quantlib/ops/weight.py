@@ -28,7 +28,7 @@ def check_weight(op: str, weight: QuantizedWeight, like: Tensor) -> None:
     if weight.tiled:
         check_tensor(op, "tiles", codes, (TileLayout(f).shape(N, K), torch.uint8), like.device)
     else:
-        columns = (K + 1) // 2 if f.packed else K
+        columns = f.columns(K)
         if codes.dim() != 2 or codes.shape[1] != columns or codes.dtype != dtype_of(f) or codes.device != like.device:
             expected = described([0, columns], dtype_of(f), like.device).replace("[0", "[N")
             fail(op, "codes", expected, described(codes.shape, codes.dtype, codes.device))

@@ -152,7 +152,7 @@ def _argument(argument: Any, row: Row, device: str) -> Any:
         return None if optional else torch.ones(blocks, dtype=dtype, device=device)
     if argument.name == "codes":
         dtype = getattr(torch, f.dtype_name)
-        return torch.ones(M, K // 2 if f.packed else K, device=device).to(dtype)
+        return torch.ones(M, f.columns(K), device=device).to(dtype)
     given: dict[str, Any] = {"x": torch.ones(SHAPE, device=device), "scale": torch.ones(blocks, device=device)}
     given |= {"x_codes": given["x"].to(torch.int8), "x_scale": torch.ones(M, 1, device=device)}
     given |= {"dy": given["x"][:, :M] if "matmul" in row.overload else given["x"]}

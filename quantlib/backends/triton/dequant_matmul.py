@@ -47,7 +47,7 @@ def dequant_matmul_kernel(
 ):  # fmt: skip
     D: tl.constexpr = operand_type(X, F, SCALES != "element", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
-    HALVES: tl.constexpr = 2 if TILED and F.packed else 1
+    HALVES: tl.constexpr = F.per_byte if TILED else 1
     SPLITS: tl.constexpr = T.splits
     # 1. where this program's sums lie: rows of x change fastest, they share the weight
     across = tl.cdiv(M, T.tile_m)

@@ -17,7 +17,7 @@ from quantlib.backends.triton.matmul import (
     arrive,
     finish,
     load_byte,
-    load_nibbles,
+    load_narrow,
     load_scale,
     offset,
     sum_splits,
@@ -70,8 +70,8 @@ def scaled_matmul_kernel(
         for k in range(first, end, T.tile_k):
             column = k + tl.arange(0, T.tile_k)
             x = load_byte(x_ptr + column[:, None], batch & (column < end)[:, None] if MASKED else batch, X)
-            if F.packed:
-                w = load_nibbles(codes_ptr, rows, k, end, F, T, MASKED)
+            if not F.whole:
+                w = load_narrow(codes_ptr, rows, k, end, F, T, MASKED)
             else:
                 w = load_byte(codes_ptr + column[None, :], rows & (column < end)[None, :] if MASKED else rows, F)
             d = tl.dot(w, x, d, out_dtype=tl.int32)

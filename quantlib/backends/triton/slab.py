@@ -44,7 +44,7 @@ def slab_kernel(
 ):  # fmt: skip
     D: tl.constexpr = operand_type(X, F, SCALES == "row", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
-    HALVES: tl.constexpr = 2 if TILED and F.packed else 1
+    HALVES: tl.constexpr = F.per_byte if TILED else 1
     steps = tl.cdiv(K, T.tile_k)
     row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, tl.program_id(0) % steps
     operands = load_operands(codes_ptr, first + row_tile, step, stride, end, K, F, D, T, TILED, MASKED, ARCH)
