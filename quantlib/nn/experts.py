@@ -27,7 +27,7 @@ from quantlib.nn.functional import (
     quantize_weight,
 )
 from quantlib.nn.leaf import Leaf
-from quantlib.nn.linear import product_of
+from quantlib.nn.linear import kernel_of
 from quantlib.nn.module import rebind_hooks, stored_dtype, taken_over
 from quantlib.nn.weight import DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_of
@@ -368,11 +368,11 @@ class Matrix(NamedTuple):
             x = x if activation is None else project(x, activation)
             return F.linear(x, self.values(x.dtype), None if bias is None else bias.to(x.dtype))
         bias = bias if bias is None or bias.dtype in SOURCES else bias.float()
-        block, how = spec.block((codes.shape[0], self.K)), product_of(spec, self.K)
-        if how == "rows":
+        block, kernel = spec.block((codes.shape[0], self.K)), kernel_of(spec, self.K)
+        if kernel == "dynamic_matmul":
             return ops.dynamic_matmul(x, codes, scale, spec.format, block=block, zero_point=zero_point, bias=bias)
         if activation is not None:
-            if how == "integers":
+            if kernel == "scaled_matmul":
                 return integer_matmul(x, activation, None, self.weight, spec.format, block, bias)
             x = project(x, activation)
         return ops.dequant_matmul(x, codes, scale, spec.format, block=block, zero_point=zero_point, bias=bias)

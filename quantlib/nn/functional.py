@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,14 @@ from torch import Tensor
 from quantlib import formats, ops
 from quantlib.backends.weight import QuantizedWeight
 from quantlib.ops.autograd import StraightThrough, apply
+from quantlib.ops.check import dtype_of
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.spec import QuantSpec
 
+Seen = Callable[[Tensor, Tensor], object]
+
+SLAB = 1 << 17  # elements of a weight at a time: a core's second cache holds them, their values and their codes
+SLAB_OF_A_GPU = 1 << 26
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # what the ops take, and what is quantized
 
 
@@ -24,18 +30,46 @@ class Weight(NamedTuple):
     zero_point: Tensor | None = None  # int32 of scale's shape
 
 
-def quantize_weight(x: Tensor, spec: QuantSpec) -> Weight:
+def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Weight:
     """codes[i, j] = encode(x[i, j] / scale[i // br, j // bk]); the cast of x where ``spec`` has no scale.
 
     Parameters
     ----------
     x : Tensor [..., K]
         float32, float16 or bfloat16.
+    seen : callable (x, y), optional
+        Called with some rows of x [M, K] at a time, and with the float32 values of their codes, which it may overwrite.
     """
     x = x.detach()
+    if seen is not None and not x.is_meta:
+        return _quantize_rows(x, spec, seen)
     if not spec.scaled:
         return Weight(ops.cast(x, spec.format))
     return Weight(*ops.quantize_dynamic(x, spec.format, block=spec.block(x.shape), symmetric=spec.symmetric is True))
+
+
+def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
+    """`quantize_weight` of x [M, K]. Rows that have scales of their own stay in a cache until they have been seen."""
+    (M, K), block = x.shape, spec.block(x.shape)
+    step = max((SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU) // max(K, 1), 1)
+    slabs = [slice(start, min(start + step, M)) for start in range(0, M, step)]
+    if not spec.scaled or block[0] > 1:
+        weight = quantize_weight(x, spec)
+        for rows in slabs:
+            seen(x[rows], dequantize_rows(weight, rows, spec.format, block, K, torch.float32))
+        return weight
+    size, device = spec.scale_shape(x.shape), x.device
+    codes = torch.empty(spec.codes_shape(x.shape), dtype=dtype_of(spec.row), device=device)
+    scale = torch.empty(size, dtype=torch.float32, device=device)
+    zero_point = None if spec.symmetric else torch.empty(size, dtype=torch.int32, device=device)
+    values = torch.empty(min(step, M), K, dtype=torch.float32, device=device)  # one for all, which stays in the cache
+    for rows in slabs:
+        z, y = None if zero_point is None else zero_point[rows], values[: rows.stop - rows.start]
+        outs = (codes[rows], scale[rows]) if z is None else (codes[rows], scale[rows], z)
+        ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=z is None, out=outs)
+        ops.dequantize(codes[rows], scale[rows], spec.format, block=block, zero_point=z, out=y)
+        seen(x[rows], y)
+    return Weight(codes, scale, zero_point)
 
 
 def dequantize_weight(weight: Weight, spec: QuantSpec, size: int, dtype: torch.dtype) -> Tensor:
