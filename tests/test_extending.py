@@ -131,6 +131,30 @@ def test_triton_serves_a_row(with_rows: Path, name: str) -> None:
     tables(with_rows, "triton", name, "3/61")
 
 
+COMPILED = """
+import sys
+
+sys.path.insert(0, "tests")
+from gpu_static import launches, triton_kernels
+from gpu_static.calls import Call
+
+for name in sys.argv[1:]:
+    for call in (
+        Call("quantize_dynamic", "bfloat16", name),
+        Call("dequantize", "bfloat16", name),
+        Call("dequant_matmul", "bfloat16", name, M=1, tiled=True),
+    ):
+        for config in launches.configs(90, [call]):
+            triton_kernels.compiled(config, 90)
+"""
+
+
+def test_triton_compiles_with_the_rows(with_rows: Path) -> None:
+    """For a GPU, with none here: the interpreter takes what the compiler does not."""
+    pytest.importorskip("triton")
+    run(with_rows, "-c", COMPILED, *ROWS, TRITON_INTERPRET="0", QUANTLIB_BUILD="0")
+
+
 def compile_one_isa(package: Path, isa: str) -> None:
     """The library of ``package`` as a wheel has it, but of one instruction set's kernels, by the names of all of them.
 
