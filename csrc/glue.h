@@ -8,7 +8,7 @@
 //     static constexpr bool takes_tiles    whether its dequant_matmul reads the tiles of quantlib/backends/tiles.py
 //     void run(const <Problem>&) const     calls the kernel: contiguous memory, never empty
 //   QL_KERNEL(<op>, <Problem>)             declares the kernel that `run` calls for a problem
-//   QL_IMPL(m)                             begins the function that registers the op with torch
+//   QL_IMPL(m)                             begins a function that registers with torch, for the backend's device type
 #pragma once
 #include <backend.h>
 
@@ -56,6 +56,16 @@ class Output {
   Result result_;
   Device device_;
 };
+
+// What serves an overload of an op, "quantize" say, and its out form, "quantize.out": told apart by their results.
+using Glue = void (*)(StableIValue* stack, uint64_t arguments, uint64_t results);
+
+inline void register_glue(torch::stable::detail::StableLibrary& m, const std::string& overload, Glue glue) {
+  m.impl(overload.c_str(), glue);
+  m.impl((overload + (overload.find('.') == std::string::npos ? ".out" : "_out")).c_str(), glue);
+}
+#define QL_REGISTER(OVERLOAD, GLUE) \
+  QL_IMPL(m) { register_glue(m, OVERLOAD, GLUE); }
 
 inline const Tensor* address(const std::optional<Tensor>& x) { return x ? &*x : nullptr; }
 

@@ -127,9 +127,7 @@ GLUE = """\
 
     QL_KERNEL(absmax, Absmax)
 
-    namespace {
-
-    void absmax(StableIValue* stack, uint64_t, uint64_t results) {
+    static void absmax(StableIValue* stack, uint64_t, uint64_t results) {
       const char* op = "absmax";
       Arguments in(op, stack, results);
       Tensor x = in.tensor("x");
@@ -146,12 +144,7 @@ GLUE = """\
       y.finish(stack[0]);
     }
 
-    }  // namespace
-
-    QL_IMPL(m) {
-      m.impl("absmax", absmax);
-      m.impl("absmax.out", absmax);
-    }
+    QL_REGISTER("absmax", absmax)
 
     }  // namespace quantlib
     """

@@ -112,7 +112,7 @@ CPP = [
 ]  # fmt: skip
 WRONG_LETTER = Fault(
     "C++: a wrong letter in a registration",
-    (("csrc/ops/quantize.cpp", 'm.impl("quantize", ', 'm.impl("quantise", '),),
+    (("csrc/ops/quantize.cpp", '"quantize", quantize', '"quantise", quantize'),),
     (),
 )
 # Only the plain instruction set: a third of the compiling.

@@ -42,7 +42,12 @@ def test_the_cuda_column_is_what_the_library_registers() -> None:
     if not csrc.is_dir():
         pytest.skip("not a checkout")
     glue = [path for path in csrc.glob("ops/*.cpp") if (csrc / f"cuda/{path.stem}.cu").exists()]
-    registered = {name for path in glue for name in re.findall(r'm\.impl\("([\w.]+)"', path.read_text())}
+    overloads = {
+        name
+        for path in glue
+        for name in re.findall(r'^.*(?:QL_REGISTER|register_glue).*?"([\w.]+)"', path.read_text(), re.M)
+    }
+    registered = overloads | {name + ("_out" if "." in name else ".out") for name in overloads}
     recorded = support.recorded(TABLE.read_text(), "cuda")
     for row, entry in recorded.items():
         assert (entry == "cuda") == (row.split()[0] in registered), row

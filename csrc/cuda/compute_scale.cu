@@ -1,6 +1,5 @@
 // scale[I, J] = clamp(max |x[i, j]| of block (I, J) / Q), or scale and zero_point of the block's range
 #include "../ops/compute_scale.h"
-
 #include "range.cuh"
 
 namespace quantlib {

@@ -1,6 +1,5 @@
 // y[i, j] = decode(codes[i, j]) * scale[i / br, j / bk]
 #include "../ops/dequantize.h"
-
 #include "vector.cuh"
 
 namespace quantlib {

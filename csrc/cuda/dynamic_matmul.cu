@@ -1,6 +1,5 @@
 // x_codes, x_scale = quantize_dynamic(x) a row, y = scaled_matmul(x_codes, x_scale, codes, scale)
 #include "../ops/dynamic_matmul.h"
-
 #include "../ops/quantize_dynamic.h"
 #include "../ops/scaled_matmul.h"
 #include "launch.cuh"

@@ -1,6 +1,5 @@
 // y[i, j] = c[i, j] * scale[i // br, j // bk], c the value of x's code in units of the scale
 #include "../ops/fake_quantize.h"
-
 #include "fake_quantize.cuh"
 
 namespace quantlib {

@@ -1,6 +1,5 @@
 // dx[i, j] = m ? dy[i, j] : 0, dscale[I, J] = sum(dy * (m ? c - t : c)), dzero_point[I, J] = sum(m ? 0 : -dy * s)
 #include "../ops/fake_quantize_backward.h"
-
 #include "fake_quantize.cuh"
 
 namespace quantlib {

@@ -1,6 +1,5 @@
 // codes[i, j] = encode(x[i, j] / scale[i / br, j / bk])
 #include "../ops/quantize.h"
-
 #include "vector.cuh"
 
 namespace quantlib {

@@ -1,8 +1,7 @@
 // scale[I, J] = range of block (I, J) of x; codes[i, j] = encode(x[i, j] / scale[i / br, j / bk]): x is read once
-#include "../ops/quantize_dynamic.h"
-
 #include "../ops/compute_scale.h"
 #include "../ops/quantize.h"
+#include "../ops/quantize_dynamic.h"
 #include "range.cuh"
 
 namespace quantlib {

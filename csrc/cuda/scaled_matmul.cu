@@ -4,7 +4,6 @@
 // Zeros fill what is missing on every side. With zero points, d = sum a q - z_x sum q - z sum a + K z_x z, modulo 2^32,
 // where a product with ones gives the sums, in the registers that have d.
 #include "../ops/scaled_matmul.h"
-
 #include "scaled_rows.cuh"
 
 namespace quantlib {

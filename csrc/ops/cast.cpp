@@ -7,9 +7,7 @@ namespace quantlib {
 
 QL_KERNEL(cast, Cast)
 
-namespace {
-
-void cast(StableIValue* stack, uint64_t, uint64_t results) {
+static void cast(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "cast";
   Arguments in(op, stack, results);
   Tensor x = in.tensor("x");
@@ -29,11 +27,6 @@ void cast(StableIValue* stack, uint64_t, uint64_t results) {
   y.finish(stack[0]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("cast", cast);
-  m.impl("cast.out", cast);
-}
+QL_REGISTER("cast", cast)
 
 }  // namespace quantlib

@@ -7,10 +7,8 @@ namespace quantlib {
 
 QL_KERNEL(compute_scale, ComputeScale)
 
-namespace {
-
 template <bool AFFINE>
-void compute_scale(StableIValue* stack, uint64_t, uint64_t results) {
+static void compute_scale(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "compute_scale";
   Arguments in(op, stack, results);
   Tensor x = in.tensor("x");
@@ -36,13 +34,7 @@ void compute_scale(StableIValue* stack, uint64_t, uint64_t results) {
   if constexpr (AFFINE) zero_point.finish(stack[1]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("compute_scale", compute_scale<false>);
-  m.impl("compute_scale.out", compute_scale<false>);
-  m.impl("compute_scale.affine", compute_scale<true>);
-  m.impl("compute_scale.affine_out", compute_scale<true>);
-}
+QL_REGISTER("compute_scale", compute_scale<false>)
+QL_REGISTER("compute_scale.affine", compute_scale<true>)
 
 }  // namespace quantlib

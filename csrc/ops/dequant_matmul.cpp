@@ -7,10 +7,8 @@ namespace quantlib {
 
 QL_KERNEL(dequant_matmul, DequantMatmul)
 
-namespace {
-
 template <bool TILED>
-void dequant_matmul(StableIValue* stack, uint64_t, uint64_t results) {
+static void dequant_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "dequant_matmul";
   Arguments in(op, stack, results);
   Tensor x = in.tensor("x");
@@ -44,15 +42,9 @@ void dequant_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   y.finish(stack[0]);
 }
 
-}  // namespace
-
+QL_REGISTER("dequant_matmul", dequant_matmul<false>)
 QL_IMPL(m) {
-  m.impl("dequant_matmul", dequant_matmul<false>);
-  m.impl("dequant_matmul.out", dequant_matmul<false>);
-  if constexpr (Backend::takes_tiles) {
-    m.impl("dequant_matmul.tiled", dequant_matmul<true>);
-    m.impl("dequant_matmul.tiled_out", dequant_matmul<true>);
-  }
+  if constexpr (Backend::takes_tiles) register_glue(m, "dequant_matmul.tiled", dequant_matmul<true>);
 }
 
 }  // namespace quantlib

@@ -7,9 +7,7 @@ namespace quantlib {
 
 QL_KERNEL(dequant_matmul_backward, DequantMatmulBackward)
 
-namespace {
-
-void dequant_matmul_backward(StableIValue* stack, uint64_t, uint64_t results) {
+static void dequant_matmul_backward(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "dequant_matmul_backward";
   Arguments in(op, stack, results);
   Tensor dy = in.tensor("dy");
@@ -35,11 +33,6 @@ void dequant_matmul_backward(StableIValue* stack, uint64_t, uint64_t results) {
   dx.finish(stack[0]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("dequant_matmul_backward", dequant_matmul_backward);
-  m.impl("dequant_matmul_backward.out", dequant_matmul_backward);
-}
+QL_REGISTER("dequant_matmul_backward", dequant_matmul_backward)
 
 }  // namespace quantlib

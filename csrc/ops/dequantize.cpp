@@ -7,9 +7,7 @@ namespace quantlib {
 
 QL_KERNEL(dequantize, Dequantize)
 
-namespace {
-
-void dequantize(StableIValue* stack, uint64_t, uint64_t results) {
+static void dequantize(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "dequantize";
   Arguments in(op, stack, results);
   Tensor codes = in.tensor("codes"), scale = in.tensor("scale");
@@ -43,11 +41,6 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t results) {
   y.finish(stack[0]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("dequantize", dequantize);
-  m.impl("dequantize.out", dequantize);
-}
+QL_REGISTER("dequantize", dequantize)
 
 }  // namespace quantlib

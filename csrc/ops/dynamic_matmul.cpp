@@ -7,9 +7,7 @@ namespace quantlib {
 
 QL_KERNEL(dynamic_matmul, DynamicMatmul)
 
-namespace {
-
-void dynamic_matmul(StableIValue* stack, uint64_t, uint64_t results) {
+static void dynamic_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "dynamic_matmul";
   Arguments in(op, stack, results);
   Tensor x = in.tensor("x");
@@ -46,11 +44,6 @@ void dynamic_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   y.finish(stack[0]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("dynamic_matmul", dynamic_matmul);
-  m.impl("dynamic_matmul.out", dynamic_matmul);
-}
+QL_REGISTER("dynamic_matmul", dynamic_matmul)
 
 }  // namespace quantlib

@@ -7,9 +7,7 @@ namespace quantlib {
 
 QL_KERNEL(fake_quantize, FakeQuantize)
 
-namespace {
-
-void fake_quantize(StableIValue* stack, uint64_t, uint64_t results) {
+static void fake_quantize(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "fake_quantize";
   Arguments in(op, stack, results);
   FakeQuantizeArguments a(in);
@@ -35,11 +33,6 @@ void fake_quantize(StableIValue* stack, uint64_t, uint64_t results) {
   y.finish(stack[0]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("fake_quantize", fake_quantize);
-  m.impl("fake_quantize.out", fake_quantize);
-}
+QL_REGISTER("fake_quantize", fake_quantize)
 
 }  // namespace quantlib

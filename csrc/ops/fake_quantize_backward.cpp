@@ -7,10 +7,8 @@ namespace quantlib {
 
 QL_KERNEL(fake_quantize_backward, FakeQuantizeBackward)
 
-namespace {
-
 template <bool AFFINE>
-void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t results) {
+static void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "fake_quantize_backward";
   Arguments in(op, stack, results);
   Tensor dy = in.tensor("dy");
@@ -60,13 +58,7 @@ void fake_quantize_backward(StableIValue* stack, uint64_t, uint64_t results) {
   if constexpr (AFFINE) dzero_point.finish(stack[2]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("fake_quantize_backward", fake_quantize_backward<false>);
-  m.impl("fake_quantize_backward.out", fake_quantize_backward<false>);
-  m.impl("fake_quantize_backward.affine", fake_quantize_backward<true>);
-  m.impl("fake_quantize_backward.affine_out", fake_quantize_backward<true>);
-}
+QL_REGISTER("fake_quantize_backward", fake_quantize_backward<false>)
+QL_REGISTER("fake_quantize_backward.affine", fake_quantize_backward<true>)
 
 }  // namespace quantlib

@@ -7,9 +7,7 @@ namespace quantlib {
 
 QL_KERNEL(quantize, Quantize)
 
-namespace {
-
-void quantize(StableIValue* stack, uint64_t, uint64_t results) {
+static void quantize(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "quantize";
   Arguments in(op, stack, results);
   Tensor x = in.tensor("x"), scale = in.tensor("scale");
@@ -38,11 +36,6 @@ void quantize(StableIValue* stack, uint64_t, uint64_t results) {
   codes.finish(stack[0]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("quantize", quantize);
-  m.impl("quantize.out", quantize);
-}
+QL_REGISTER("quantize", quantize)
 
 }  // namespace quantlib

@@ -7,10 +7,8 @@ namespace quantlib {
 
 QL_KERNEL(quantize_dynamic, QuantizeDynamic)
 
-namespace {
-
 template <bool AFFINE>
-void quantize_dynamic(StableIValue* stack, uint64_t, uint64_t results) {
+static void quantize_dynamic(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "quantize_dynamic";
   Arguments in(op, stack, results);
   Tensor x = in.tensor("x");
@@ -46,13 +44,7 @@ void quantize_dynamic(StableIValue* stack, uint64_t, uint64_t results) {
   if constexpr (AFFINE) zero_point.finish(stack[2]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("quantize_dynamic", quantize_dynamic<false>);
-  m.impl("quantize_dynamic.out", quantize_dynamic<false>);
-  m.impl("quantize_dynamic.affine", quantize_dynamic<true>);
-  m.impl("quantize_dynamic.affine_out", quantize_dynamic<true>);
-}
+QL_REGISTER("quantize_dynamic", quantize_dynamic<false>)
+QL_REGISTER("quantize_dynamic.affine", quantize_dynamic<true>)
 
 }  // namespace quantlib

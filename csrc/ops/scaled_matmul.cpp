@@ -7,9 +7,7 @@ namespace quantlib {
 
 QL_KERNEL(scaled_matmul, ScaledMatmul)
 
-namespace {
-
-void scaled_matmul(StableIValue* stack, uint64_t, uint64_t results) {
+static void scaled_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "scaled_matmul";
   Arguments in(op, stack, results);
   Tensor x_codes = in.tensor("x_codes"), x_scale = in.tensor("x_scale");
@@ -58,11 +56,6 @@ void scaled_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   y.finish(stack[0]);
 }
 
-}  // namespace
-
-QL_IMPL(m) {
-  m.impl("scaled_matmul", scaled_matmul);
-  m.impl("scaled_matmul.out", scaled_matmul);
-}
+QL_REGISTER("scaled_matmul", scaled_matmul)
 
 }  // namespace quantlib

@@ -1,10 +1,9 @@
 """Who runs an op: the kernel table, the order of preference, and the switch.
 
 Kernels stack per dispatch key. At the bottom lies ``composite``, pure torch on any device; the C++ library puts ``cpp``
-over it on the CPU and ``cuda`` on CUDA; a backend in Python that a device prefers to those, as ``triton`` on CUDA, lies
-over both.
-:func:`use_backend` puts kernels over all of them that ask which backend the calling thread wants; a compiled graph
-follows without recompiling.
+over it on the CPU and ``cuda`` on CUDA; a Python backend that a device prefers to those lies over them, as ``triton``
+does on CUDA. :func:`use_backend` puts kernels over all of them that ask which backend the calling thread wants; a
+compiled graph follows without recompiling.
 """
 
 from __future__ import annotations

@@ -3,8 +3,13 @@
 A *kernel* is the function that runs an op. It writes into tensors that it is given and returns nothing. Each op has one
 signature, that of ``quantlib/backends/composite/<op>.py``:
 
-- tensors are contiguous and never empty, what the op views as a matrix is one ([M, K]), and all lie on one device;
-- a format is its row of ``quantlib.formats``, and a block (br, bk) is no larger than its matrix;
+- all tensors lie on one device; they are contiguous, and the results are not empty;
+- ``x``, ``dy``, ``y``, ``dx``: matrices [M, K] of float32, float16 or bfloat16, in cast [n] of any float format;
+- ``codes``: [M, K] of the format's dtype, or [M, ceil(K / 2)] uint8 where it is packed;
+- ``scale``: float32 [ceil(M / br), ceil(K / bk)]; ``zero_point``: int32 of its shape, where it is learned float32;
+- ``weight`` and ``epilogue``: the records of ``quantlib/backends/weight.py``;
+- ``limits``: the lowest and the highest code;
+- ``format``: a row of ``quantlib.formats``; ``block``: (br, bk), no larger than the matrix;
 - an argument that may be left out is None; the results come last.
 
 Everything has been checked before a kernel is called: ``quantlib/ops/<op>.py``.
