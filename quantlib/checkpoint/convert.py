@@ -22,8 +22,8 @@ from quantlib.checkpoint.files import Batch, Job, Piece, Reader, Slot
 from quantlib.checkpoint.folder import CONFIG, Model
 from quantlib.checkpoint.publish import keep_mode, replacing, sync
 from quantlib.checkpoint.stored import KEY, Contents, Stored, as_stored
-from quantlib.measure import OnNonfinite, Sums, check_finite, slabs
-from quantlib.nn.functional import SOURCES, Weight, quantize_weight
+from quantlib.measure import OnNonfinite, Sums, check_finite
+from quantlib.nn.functional import SOURCES, Weight, quantize_weight, slabs
 from quantlib.nn.module import check_dynamic
 from quantlib.record import ENTRY, entry_of
 from quantlib.report import LayerReport, Report
