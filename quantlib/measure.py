@@ -110,7 +110,7 @@ def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerRepo
     ratio = math.nan
     if not x.is_meta:
         matrix, sums = x.detach().flatten(1), Sums()
-        br = spec.block(matrix.shape)[0]
+        br = spec.block(matrix.shape)[0] if spec.scaled else 1
         for rows in slabs_of(matrix, br):
             sums.add(matrix[rows], rows_of(weight, rows, br), spec)
         ratio = sums.snr_db

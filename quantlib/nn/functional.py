@@ -51,7 +51,7 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
 
 def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
     """`quantize_weight` of x [M, K]. Rows that have scales of their own stay in a cache until they have been seen."""
-    size, br, device = spec.scale_shape(x.shape), spec.block(x.shape)[0], x.device
+    size, br, device = spec.scale_shape(x.shape), spec.block(x.shape)[0] if spec.scaled else 1, x.device
     if not spec.scaled or br > 1:
         weight = quantize_weight(x, spec)
         for rows in slabs_of(x, br):
