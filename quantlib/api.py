@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from quantlib.measure import OnNonfinite, check_weight, describe, describe_experts
+from quantlib.measure import OnNonfinite, Sums, check_weight, describe_experts
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
 from quantlib.nn.experts import QuantExperts, ways_of
-from quantlib.nn.module import check_dynamic, check_whole, hooked_forward, rebind_hooks
+from quantlib.nn.module import check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_name, one_of
 from quantlib.record import record_
-from quantlib.report import Report
-from quantlib.spec import QuantSpec
+from quantlib.report import LayerReport, Report
+from quantlib.spec import QuantSpec, check_dynamic
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -112,8 +112,10 @@ def quantize_(
         if id(weight) in done:
             new = share_weight(done[id(weight)], layer, spec)
         else:
-            done[id(weight)] = new = quantized_type(layer).from_float(layer, spec)
-            report.layers.append(describe(name, weight, new.plain, new.spec))
+            sums = Sums()
+            done[id(weight)] = new = quantized_type(layer).from_float(layer, spec, seen=sums.add)
+            snr_db = math.nan if weight.is_meta else sums.snr_db
+            report.layers.append(LayerReport.of(name, weight, str(new.spec), new.plain, snr_db))
         del weight
         put(new, layer, places)
     for name in list(experts):

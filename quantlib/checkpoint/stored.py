@@ -23,9 +23,8 @@ from torch import Tensor
 
 from quantlib.checkpoint.files import NAMES, Reader, Slot, checked_shape, some_words
 from quantlib.nn.functional import Weight, dequantize_weight
-from quantlib.nn.module import stored_shape
 from quantlib.ops.check import dtype_of
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, stored_shape
 
 VERSION = 1  # of what this module describes; every older one stays readable
 KEY = "quantlib"

@@ -11,9 +11,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantlib.api import check_on_nonfinite
 from quantlib.measure import OnNonfinite
-from quantlib.nn.module import check_dynamic
 from quantlib.record import LIBRARY, VERSION
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, check_dynamic
 
 
 @register_quantization_config(LIBRARY)

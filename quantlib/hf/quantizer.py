@@ -32,12 +32,12 @@ from quantlib.measure import check_weight, describe, describe_experts
 from quantlib.nn import QuantModule
 from quantlib.nn.experts import QuantExperts, ways_of
 from quantlib.nn.functional import quantize_weight
-from quantlib.nn.module import PARTS, stored_dtype, stored_shape
+from quantlib.nn.module import PARTS, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_of
 from quantlib.record import LIBRARY, record_, weights_of
 from quantlib.report import Report
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, stored_shape
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from quantlib import formats, ops
 from quantlib.backends.weight import QuantizedWeight
 from quantlib.ops.autograd import StraightThrough, apply
+from quantlib.ops.check import dtype_of
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.spec import QuantSpec
 
+SLAB = 1 << 18  # elements of a weight at a time: a core's second cache holds them and their codes
+SLAB_OF_A_GPU = 1 << 26  # each slab waits for the device once
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # what the ops take, and what is quantized
 
 
@@ -24,18 +28,65 @@ class Weight(NamedTuple):
     zero_point: Tensor | None = None  # int32 of scale's shape
 
 
-def quantize_weight(x: Tensor, spec: QuantSpec) -> Weight:
+Seen = Callable[[Tensor, Weight, QuantSpec], object]
+
+
+def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Weight:
     """codes[i, j] = encode(x[i, j] / scale[i // br, j // bk]); the cast of x where ``spec`` has no scale.
 
     Parameters
     ----------
     x : Tensor [..., K]
         float32, float16 or bfloat16.
+    seen : callable (x, weight, spec), optional
+        Called with some rows of x [M, K] at a time and with their codes, while both are in a cache.
     """
     x = x.detach()
+    if seen is not None and not x.is_meta:
+        return _quantize_rows(x, spec, seen)
     if not spec.scaled:
         return Weight(ops.cast(x, spec.format))
     return Weight(*ops.quantize_dynamic(x, spec.format, block=spec.block(x.shape), symmetric=spec.symmetric is True))
+
+
+def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
+    """`quantize_weight` of x [M, K]. Rows that have scales of their own stay in a cache until they have been seen."""
+    size, br, device = spec.scale_shape(x.shape), spec.block(x.shape)[0] if spec.scaled else 1, x.device
+    if not spec.scaled or br > 1:
+        weight = quantize_weight(x, spec)
+        for rows in slabs_of(x, br):
+            seen(x[rows], rows_of(weight, rows, br), spec)
+        return weight
+    codes = torch.empty(spec.codes_shape(x.shape), dtype=dtype_of(spec.row), device=device)
+    scale = torch.empty(size, dtype=torch.float32, device=device)
+    zero_point = None if spec.symmetric else torch.empty(size, dtype=torch.int32, device=device)
+    weight = Weight(codes, scale, zero_point)
+    for rows in slabs_of(x):
+        part = rows_of(weight, rows, 1)
+        outs = tuple(t for t in part if t is not None)
+        block, symmetric = spec.block(x[rows].shape), zero_point is None
+        ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=symmetric, out=outs)
+        seen(x[rows], part, spec)
+    return weight
+
+
+def slabs(rows: int, columns: int, multiple: int = 1, elements: int = SLAB) -> Iterator[slice]:
+    """Runs of rows of a matrix [rows, columns] of about ``elements`` each, cut at multiples of ``multiple`` rows."""
+    step = max(elements // max(columns, 1) // multiple, 1) * multiple
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def slabs_of(x: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """`slabs` of a matrix in memory."""
+    rows, columns = x.shape
+    return slabs(rows, columns, min(multiple, max(rows, 1)), SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU)
+
+
+def rows_of(weight: Weight, rows: slice, br: int) -> Weight:
+    """Some rows of a weight [M, K], the first of which begins a block of ``br`` rows."""
+    blocks = slice(rows.start // br, -(-rows.stop // br))
+    return Weight(weight.codes[rows], *(None if t is None else t[blocks] for t in weight[1:]))
 
 
 def dequantize_weight(weight: Weight, spec: QuantSpec, size: int, dtype: torch.dtype) -> Tensor:

@@ -40,6 +40,7 @@ def differentiable(overload: str, backward: Callable[..., Gradients], jvp: Calla
     tensors = [a.name for a in bound.schema if "Tensor" in str(a.type)]  # which autograd itself keeps
     others = [name for name in bound.names if name not in tensors]
     tensors_of, others_of = (operator.itemgetter(*map(bound.names.index, names)) for names in (tensors, others))
+    known = set(bound.names)
     after = torch._C._after_autograd_keyset
 
     def forward(*args: Any) -> Any:
@@ -64,6 +65,7 @@ def differentiable(overload: str, backward: Callable[..., Gradients], jvp: Calla
             return (None,) * (len(defaults) + 1)
         needs = set(itertools.compress(bound.names, ctx.needs_input_grad))
         gradients = backward(*dys, needs, **arguments(ctx))
+        assert gradients.keys() <= known, f"{overload} has no argument for a gradient in {list(gradients)}"
         return (*map(gradients.get, bound.names), None)
 
     def tangent(ctx: Any, *tangents: Tensor | None) -> Tensor:
