@@ -8,7 +8,7 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.c
 # One worker a core, each with one thread.
 WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8)
 
-.PHONY: help demo qat test test-everywhere setup lint format bench verify fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
+.PHONY: help demo qat test test-everywhere setup lint format bench verify prove fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
@@ -43,6 +43,9 @@ bench: kernels-bench  ## time every op beside its peers
 
 verify: kernels-test  ## all 2^32 inputs of every cast, and of int8 at the scales of the contract
 	$(RUN) -m quantlib verify $(ARGS)
+
+prove: kernels-test  ## the numeric contract proven for every input by an SMT solver; ARGS=--all, ARGS=--write
+	$(RUN) -m quantlib.proof $(ARGS)
 
 fuzz: kernels-test  ## minutes of random calls of every op, right and wrong: crashes, wrong bytes, unclear messages
 	OMP_NUM_THREADS=1 $(RUN) -m quantlib.testing.fuzz --calls 40000 $(ARGS)

@@ -75,9 +75,13 @@ NanCodes = Literal["none", "high", "negative zero"]
 class FloatFormat(Stored):
     """``sign | exponent | fraction``: a code is worth (-1)^s * 2^(e - bias) * 1.f, or 2^(1 - bias) * 0.f at e = 0."""
 
+    # What ml_dtypes calls it, and torch where it has a dtype for it.
     name: str
+    # Bits of e, below the sign.
     exponent_bits: int
+    # Bits of f, the lowest.
     fraction_bits: int
+    # The e of the values from 1 up to 2.
     bias: int
     # Whether the code after the largest finite value is infinity, of either sign.
     has_inf: bool
@@ -89,7 +93,6 @@ class FloatFormat(Stored):
 
     is_float = True
     signed = True  # the highest bit of a code is its sign
-    has_subnormals = True  # at e = 0 the fraction counts smallest values, as above
 
     def __post_init__(self) -> None:
         if self.nan not in get_args(NanCodes):
@@ -177,7 +180,9 @@ class FloatFormat(Stored):
 class IntFormat(Stored):
     """Two's complement when signed. Symmetric codes leave out the most negative one (C4)."""
 
+    # int or uint and the bits.
     name: str
+    # Bits of a code.
     bits: int
     # Whether there are negative codes.
     signed: bool

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from quantlib import ops
+from quantlib import formats, ops
+from quantlib.backends import compiled
 from quantlib.nn.experts import QuantExperts
-from quantlib.nn.functional import SOURCES, Weight, dequantize_rows
+from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, rows_of, slabs_of
+from quantlib.ops.check import dtype_name
 from quantlib.report import LayerReport
 from quantlib.spec import QuantSpec
 
 OnNonfinite = Literal["raise", "propagate"]
-
-SLAB = 1 << 18  # elements: a MiB of float32, of which a core's second cache holds the input, the values and the codes
-SLAB_OF_A_GPU = 1 << 26  # each slab waits for the device once
-
-
-def slabs(rows: int, columns: int, multiple: int = 1, elements: int = SLAB) -> Iterator[slice]:
-    """Runs of rows of a matrix [rows, columns] of about ``elements`` each, cut at multiples of ``multiple`` rows."""
-    step = max(elements // max(columns, 1) // multiple, 1) * multiple
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def slabs_of(x: Tensor) -> Iterator[slice]:
-    """`slabs` of a matrix in memory."""
-    rows, columns = x.shape
-    return slabs(rows, columns, elements=SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU)
 
 
 @dataclass
@@ -42,8 +30,14 @@ class Sums:
     signal: float = 0.0
     noise: float = 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Count a slab x of any float dtype with its values y, float32; ``y`` is overwritten."""
+    def add(self, x: Tensor, weight: Weight, spec: QuantSpec) -> None:
+        """Count a slab x [M, K] of any float dtype with its codes, whose blocks begin with it."""
+        found = squared_error(x, weight, spec)
+        if found is not None and 1e-20 < found[0] < 1e30 and math.isfinite(found[1]):
+            self.signal += found[0]
+            self.noise += found[1]
+            return
+        y = dequantize_weight(weight, spec, x.shape[1], torch.float32)
         x = x.float()
         self.signal += squares(x)
         self.noise += squares(y.sub_(x))
@@ -55,6 +49,47 @@ class Sums:
             return math.inf
         ratio = self.signal / self.noise
         return 10 * math.log10(ratio) if 0 < ratio < math.inf else math.nan
+
+
+def squared_error(x: Tensor, weight: Weight, spec: QuantSpec) -> tuple[float, float] | None:
+    """The sums of squares of x [M, K] and of its error, by one pass in C++; None where that does not serve."""
+    codes, scale, zero_point = weight
+    kernel = _kernel() if scale is not None and x.device.type == "cpu" and x.dtype in SOURCES else None
+    given = [t for t in (x, codes, scale, zero_point) if t is not None]
+    if kernel is None or not all(type(t.detach()) is Tensor and t.is_contiguous() for t in given) or not x.numel():
+        return None
+    sums = torch.empty(2, x.shape[0], dtype=torch.float64)
+    pointers = [None if t is None else t.data_ptr() for t in (x, codes, scale, zero_point, sums[0], sums[1])]
+    x_type, format = (TYPES.index(name) for name in (dtype_name(x.dtype), spec.format))
+    block = spec.block(x.shape)
+    failed = kernel(pointers[0], x_type, pointers[1], format, *pointers[2:4], *x.shape, *block, *pointers[4:])
+    signal, noise = sums.sum(1).tolist()
+    return None if failed else (signal, noise)
+
+
+TYPES = list(formats.FORMATS)  # as `enum class Type` of csrc/formats.h numbers them
+
+
+@functools.cache
+def _kernel() -> Any:
+    """``quantlib_squared_error`` of csrc/cpu/backend.cpp; None without the library. It lets other threads run."""
+    path = compiled.path_of("cpu")
+    if path is None:
+        return None
+    function = ctypes.CDLL(str(path)).quantlib_squared_error
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [
+        pointer,
+        ctypes.c_int,
+        pointer,
+        ctypes.c_int,
+        pointer,
+        pointer,
+        *[number] * 4,
+        pointer,
+        pointer,
+    ]
+    return function
 
 
 def squares(x: Tensor) -> float:
@@ -75,12 +110,11 @@ def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerRepo
     ratio = math.nan
     if not x.is_meta:
         matrix, sums = x.detach().flatten(1), Sums()
-        block = spec.block(matrix.shape)
-        for rows in slabs_of(matrix):
-            sums.add(matrix[rows], dequantize_rows(weight, rows, spec.format, block, matrix.shape[1], torch.float32))
+        br = spec.block(matrix.shape)[0] if spec.scaled else 1
+        for rows in slabs_of(matrix, br):
+            sums.add(matrix[rows], rows_of(weight, rows, br), spec)
         ratio = sums.snr_db
-    size = sum(t.numel() * t.element_size() for t in weight if t is not None)
-    return LayerReport(name, tuple(x.shape), str(spec), x.numel() * x.element_size(), size, ratio)
+    return LayerReport.of(name, x, str(spec), weight, ratio)
 
 
 def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> LayerReport:
@@ -88,11 +122,11 @@ def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> L
     x, sums, stack = x.detach(), Sums(), experts.stacks[key]
     for e in range(0 if x.is_meta else stack.E):
         matrix = stack.matrix(x, e)
-        for rows in slabs_of(matrix):
-            sums.add(matrix[rows], experts.rows(key, e, rows))
-    size = sum(p.numel() * p.element_size() for p in experts.parts(key) if p is not None)
+        block = experts.spec.block(matrix.shape)
+        for rows in slabs_of(matrix, block[0]):
+            sums.add(matrix[rows], rows_of(experts.matrix(key, e).weight, rows, block[0]), experts.spec)
     ratio = math.nan if x.is_meta else sums.snr_db
-    return LayerReport(f"{name}.{key}", tuple(x.shape), str(experts.spec), x.numel() * x.element_size(), size, ratio)
+    return LayerReport.of(f"{name}.{key}", x, str(experts.spec), experts.parts(key), ratio)
 
 
 def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING says is enough to add an op and a backend, planted in a copy of the tree."""
+"""What CONTRIBUTING says is enough to add a format, an op and a backend, planted in a copy of the tree."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from quantlib import _build, backends
+from quantlib import _build, backends, formats
+from quantlib.cli.info import instruction_set
+from quantlib.formats import FloatFormat, Format, IntFormat
+from quantlib.testing import names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +46,210 @@ def write(path: Path, text: str) -> None:
     assert not path.exists(), "a new file"
     path.parent.mkdir(exist_ok=True)
     path.write_text(textwrap.dedent(text))
+
+
+# ---- a format -------------------------------------------------------------------------------------------------------
+
+# Codes without a sign, four to a byte, of six bits in a byte of their own, and NaN in the place of -0
+ROWS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        FloatFormat("float8_e4m3fnuz", 4, 3, 8, False, "negative zero"),
+        FloatFormat("float6_e3m2fn", 3, 2, 3, False, "none"),
+        FloatFormat("float6_e2m3fn", 2, 3, 1, False, "none"),
+        IntFormat("uint4", 4, False, 2),
+        IntFormat("int2", 2, True, 4),
+    )
+}
+WRONG = {
+    "another NaN": FloatFormat("float8_e4m3fnuz", 4, 3, 8, False, "high"),
+    "another bias": FloatFormat("float8_e4m3fnuz", 4, 3, 7, False, "negative zero"),
+    "a NaN where there is none": FloatFormat("float6_e3m2fn", 3, 2, 3, False, "high"),
+    "infinity where there is none": FloatFormat("float6_e3m2fn", 3, 2, 3, True, "high"),
+    "another exponent": FloatFormat("float6_e3m2fn", 2, 3, 1, False, "none"),
+    "a sign": IntFormat("uint4", 4, True, 2),
+    "fewer bits": IntFormat("uint4", 2, False, 4),
+}
+END_OF_TABLE = ")  # fmt: skip\n\nFORMATS"
+
+
+def plant_rows(tree: Path, rows: Iterable[Format]) -> Path:
+    """The rows, and the header that the table writes: nothing else."""
+    table = tree / "quantlib/formats.py"
+    text = table.read_text()
+    assert text.count(END_OF_TABLE) == 1
+    table.write_text(text.replace(END_OF_TABLE, "".join(f"    {row},\n" for row in rows) + END_OF_TABLE))
+    (tree / "csrc/formats.h").write_text(run(tree, "quantlib/formats.py"))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def with_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree and of its tests, with `ROWS`."""
+    tree = plant_rows(copy_of_tree(tmp_path_factory.mktemp("rows")), ROWS.values())
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    return tree
+
+
+def tables(tree: Path, backend: str, name: str, part: str) -> None:
+    """A part of the case tables of one format."""
+    run(tree, "-m", "quantlib.testing", backend, "--format", name, "--part", part, QUANTLIB_BUILD="0")
+
+
+def test_the_rows_are_new() -> None:
+    assert not ROWS.keys() & formats.FORMATS.keys()
+
+
+def test_the_tests_of_formats_take_the_rows(with_rows: Path) -> None:
+    """Among them the comparison of every code with what the format's name says, and with ml_dtypes."""
+    files = [f"tests/test_{stem}.py" for stem in ("formats", "reference", "packing")]
+    run(with_rows, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, QUANTLIB_BUILD="0")
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_row_is_seen(fault: str) -> None:
+    with pytest.raises(AssertionError, match=f"{WRONG[fault].name}.* its name"):
+        names.check(WRONG[fault])
+
+
+def test_the_case_tables_see_a_wrong_row(tmp_path: Path) -> None:
+    tree = plant_rows(copy_of_tree(tmp_path), [WRONG["another NaN"]])
+    wrong = "-m", "quantlib.testing", "composite", "--op", "compute_scale", "--format", "float8_e4m3fnuz"
+    with pytest.raises(AssertionError, match="float8_e4m3fnuz, saturate=False, by its name: "):
+        run(tree, *wrong, QUANTLIB_BUILD="0")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_pure_torch_serves_a_row(with_rows: Path, name: str) -> None:
+    tables(with_rows, "composite", name, "0/3")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_triton_serves_a_row(with_rows: Path, name: str) -> None:
+    pytest.importorskip("triton")
+    tables(with_rows, "triton", name, "3/61")
+
+
+COMPILED = """
+import sys
+
+sys.path.insert(0, "tests")
+from gpu_static import launches, triton_kernels
+from gpu_static.calls import Call
+
+for name in sys.argv[1:]:
+    for call in (
+        Call("quantize_dynamic", "bfloat16", name),
+        Call("dequantize", "bfloat16", name),
+        Call("dequant_matmul", "bfloat16", name, M=1, tiled=True),
+    ):
+        for config in launches.configs(90, [call]):
+            triton_kernels.compiled(config, 90)
+"""
+
+
+def test_triton_compiles_with_the_rows(with_rows: Path) -> None:
+    """For a GPU, with none here: the interpreter takes what the compiler does not."""
+    pytest.importorskip("triton")
+    run(with_rows, "-c", COMPILED, *ROWS, TRITON_INTERPRET="0", QUANTLIB_BUILD="0")
+
+
+def compile_one_isa(package: Path, isa: str) -> None:
+    """The library of ``package`` as a wheel has it, but of one instruction set's kernels, by the names of all of them.
+
+    The kernels in one call of the compiler, which reads every header once, and without -O3: in a tenth of the time.
+    """
+    csrc = package / "_csrc"
+    paths = [unit.source.relative_to(_build.CSRC) for unit in _build.cpu_units()]
+    kernels = sorted({path for path in paths if path.parts[0] == "cpu" and path.stem != "backend"})
+    glue = [path for path in paths if path not in kernels]
+    ops = [path.stem for path in kernels if (csrc / f"ops/{path.stem}.h").exists()]
+    others = [other for other in _build.ISAS if other != isa]
+    names = [(op, "".join(word.title() for word in op.split("_"))) for op in ("least_scale", *ops)]
+    by_others = "".join(
+        f"namespace {other} {{ void {op}(const {problem}& p, ParallelFor run) {{ {isa}::{op}(p, run); }} }}\n"
+        for op, problem in names
+        for other in others
+    )
+    unity = "".join(f'#include "{path}"\n' for path in kernels) + f"namespace quantlib {{\n{by_others}}}\n"
+    (csrc / "kernels.cpp").write_text(unity)
+    include = ("-I", csrc / "cpu", "-I", csrc, "-I", package, "-isystem", _build.find_torch() / "include")
+    flags = [flag for flag in (*_build.CPU, *_build.HOST) if flag != "-O3"]
+    optimized = ("-O1", *_build.ISAS[isa], f"-DQL_ISA={isa}")
+    sources = {csrc / "kernels.cpp": optimized} | {csrc / path: ("-O0",) for path in glue}
+    objects = [source.with_suffix(".o") for source in sources]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        made = [
+            pool.submit(compiler, *flags, *more, *include, "-c", source, "-o", source.with_suffix(".o"))
+            for source, more in sources.items()
+        ]
+    for one in made:
+        one.result()
+    compiler("-shared", *objects, _build.find_torch() / "lib/libtorch_cpu.so", "-o", package / "_C.so")
+
+
+def compiler(*arguments: object) -> None:
+    command = [*_build.cxx_command(), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cpp_serves_the_rows(with_rows: Path, tmp_path: Path) -> None:
+    """By the best instruction set that this machine has."""
+    if why := backends.refuses("cpp", "cpu"):
+        pytest.skip(f"cpp: {why}")
+    if shutil.which(_build.cxx_command()[0]) is None:
+        pytest.skip("no compiler to compile with")
+    tree = Path(shutil.copytree(with_rows, tmp_path / "tree"))
+    (tree / "csrc").rename(tree / "quantlib/_csrc")
+    compile_one_isa(tree / "quantlib", instruction_set())
+    for name in ROWS:
+        tables(tree, "cpp", name, "0/2")
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
+def test_cuda_compiles_with_the_rows(with_rows: Path, source: str) -> None:
+    """By a compiler for the CPU, which knows templates as well as CUDA's."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    folders = (f"-I{with_rows}/tests/cuda_on_cpu", f"-I{with_rows}/csrc")
+    warnings = ("-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsyntax-only")
+    compiler(*_build.COMMON[1:2], *warnings, *folders, "-x", "c++", with_rows / "csrc/cuda" / source)
+
+
+EMULATED = """
+import sys
+
+sys.path.insert(0, "tests")
+from pathlib import Path
+
+import test_cuda_matmul_on_cpu as products
+import test_cuda_on_cpu as ops
+from quantlib.testing import cases
+
+cache, names = Path(sys.argv[1]), sys.argv[2:]
+emulator = ops.build(cache, ("quantize", "dequantize", "scaled_matmul", "dequant_matmul"))
+for name in names:
+    for op in ("quantize", "dequantize"):
+        chosen = list(cases(op, name))[::9]
+        ops.check(emulator, chosen, [ops.call_of(case, seed, seed % 3) for seed, case in enumerate(chosen)])
+    products.check(emulator, [
+        products.Case(op, name, shape, block, affine=affine, tiled=tiled, exact=True)
+        for op in ("scaled_matmul",) * (name in products.INTEGERS) + ("dequant_matmul",)
+        for shape, block in (((3, 18, 70), (1, 32)), ((9, 20, 128), (1, -1)))
+        for affine in products.affines(name)
+        for tiled in (False, True)[: 2 - (op == "scaled_matmul")]
+    ])
+"""
+
+
+def test_cuda_kernels_serve_the_rows(with_rows: Path, request: pytest.FixtureRequest) -> None:
+    """A part of what tests/test_cuda_on_cpu.py and test_cuda_matmul_on_cpu.py do, by the emulator that they run on."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    cache = request.config.cache.mkdir("cuda_on_cpu")
+    run(with_rows, "-c", EMULATED, str(cache), *ROWS, QUANTLIB_BUILD="0")
 
 
 # ---- an op -----------------------------------------------------------------------------------------------------------
@@ -160,7 +369,7 @@ KERNEL = """\
     void absmax(const Absmax& p, ParallelFor run) {
       const Grid& g = p.grid;
       const Decode decode = decoder(p.x_type);
-      const int bits = row_of(p.x_type).bits;
+      const Row x_row = row_of(p.x_type);
       const int64_t cols = g.scale_cols();
       parallel(run, g.scale_rows() * cols, 1, [&](int64_t begin, int64_t end) {
         float buffer[kChunk];
@@ -170,7 +379,7 @@ KERNEL = """\
           for (int64_t i = i0; i < least(i0 + g.br, g.M); ++i)
             for (int64_t j = j0; j < least(j0 + g.bk, g.K); j += kChunk) {
               const int64_t n = least(kChunk, least(j0 + g.bk, g.K) - j);
-              const char* x = static_cast<const char*>(p.x) + byte_offset(bits, g.K, i, j);
+              const char* x = static_cast<const char*>(p.x) + byte_offset(x_row, g.K, i, j);
               if (decode) decode(x, false, buffer, n);
               else __builtin_memcpy(buffer, x, size_t(n) * 4);
               for (int64_t k = 0; k < n; ++k) {

@@ -19,7 +19,7 @@ FLOORS = [
     {"reference"},
     {"backends"},
     {"ops"},
-    {"testing"},
+    {"testing", "proof"},
     {"nn"},
     {"record", "report"},
     {"measure"},

@@ -65,3 +65,23 @@ extern "C" __attribute__((visibility("default"))) const char* quantlib_isa() {
     return "";
   }
 }
+
+// For quantlib/measure.py, which has checked its arguments. Types are rows of the table by their number.
+extern "C" __attribute__((visibility("default"))) int quantlib_squared_error(
+    const void* x, int x_type, const void* codes, int format, const float* scale, const int32_t* zero_point, int64_t M,
+    int64_t K, int64_t br, int64_t bk, double* signal, double* noise) {
+  try {
+    quantlib::launch(quantlib::SquaredError{.grid = {M, K, br, bk},
+                                            .x = x,
+                                            .x_type = quantlib::Type(x_type),
+                                            .codes = codes,
+                                            .format = quantlib::Type(format),
+                                            .scale = scale,
+                                            .zero_point = zero_point,
+                                            .signal = signal,
+                                            .noise = noise});
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}

@@ -30,6 +30,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 #endif
 
 QL_KERNEL(least_scale, LeastScale)
+QL_KERNEL(squared_error, SquaredError)
 
 class Backend {
  public:

@@ -16,4 +16,16 @@ struct LeastScale {
   float* least;
 };
 
+// How far codes are from what they were made of, row by row: no op, but what a report of `quantize_` measures.
+struct SquaredError {
+  Grid grid;
+  const void* x;  // [M, K] float32, float16 or bfloat16
+  Type x_type;
+  const void* codes;  // [M, K], or fewer bytes where codes share them
+  Type format;
+  const float* scale;         // [ceil(M / br), ceil(K / bk)]
+  const int32_t* zero_point;  // the same shape, or null: symmetric
+  double *signal, *noise;     // [M]
+};
+
 }  // namespace quantlib

@@ -22,8 +22,8 @@ from quantlib.checkpoint.files import Batch, Job, Piece, Reader, Slot
 from quantlib.checkpoint.folder import CONFIG, Model
 from quantlib.checkpoint.publish import keep_mode, replacing, sync
 from quantlib.checkpoint.stored import KEY, Contents, Stored, as_stored
-from quantlib.measure import OnNonfinite, Sums, check_finite, slabs
-from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_weight
+from quantlib.measure import OnNonfinite, Sums, check_finite
+from quantlib.nn.functional import SOURCES, Weight, quantize_weight, slabs
 from quantlib.nn.module import check_dynamic
 from quantlib.record import ENTRY, entry_of
 from quantlib.report import LayerReport, Report
@@ -231,8 +231,6 @@ class Projection:
 
     def _slab(self, rows: slice) -> list[Piece]:
         x = self.reader.rows(self.slot.name, rows)
-        if self.spec.scaled:
-            x = x.float()  # once, for the codes and for the report
         return self._pieces(rows, x, quantize_weight(x, self.spec))
 
     def _with_one_scale(self) -> Iterator[Piece]:
@@ -252,7 +250,7 @@ class Projection:
     def _pieces(self, rows: slice, x: Tensor, weight: Weight) -> list[Piece]:
         """Codes and scales of some rows, each with the byte that it begins at; the rows are counted."""
         sums = self.sums[rows.start] = Sums()
-        sums.add(x, dequantize_weight(weight, self.spec, self.shape[1], torch.float32))
+        sums.add(x, weight, self.spec)
         if self.on_nonfinite == "raise" and not math.isfinite(sums.noise):
             self._check()
         first = rows.start // self.spec.block(self.shape)[0]

@@ -20,7 +20,6 @@ from quantlib.nn.functional import (
     SOURCES,
     Weight,
     autocast,
-    dequantize_rows,
     dequantize_weight,
     integer_matmul,
     project,
@@ -180,7 +179,7 @@ class QuantExperts(Leaf):
 
     def values(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that the codes stand for, of ``dtype`` or ``self.dtype``, in the shape of the float weight."""
-        matrices = [self._matrix(name, e).values(dtype or self.dtype) for e in range(self.stacks[name].E)]
+        matrices = [self.matrix(name, e).values(dtype or self.dtype) for e in range(self.stacks[name].E)]
         return self.stacks[name].join(matrices)
 
     @contextlib.contextmanager
@@ -192,12 +191,6 @@ class QuantExperts(Leaf):
             yield
         finally:
             self._adapters[name] = before
-
-    def rows(self, name: str, e: int, rows: slice) -> Tensor:
-        """Float32 values of some rows of the matrix [N, K] of expert ``e``."""
-        matrix, stack = self._matrix(name, e), self.stacks[name]
-        block = self.spec.block((stack.N, stack.K))
-        return dequantize_rows(matrix.weight, rows, self.spec.format, block, stack.K, torch.float32)
 
     def parts(self, name: str) -> Weight:
         """Codes [E, ...], scales and zero points as they are kept."""
@@ -255,7 +248,7 @@ class QuantExperts(Leaf):
             return x.new_zeros(0, self.stacks[name].N)
         parts = []
         for e, i, j in groups:
-            y = self._matrix(name, e).multiply(x[i:j], None if bias is None else bias[e])
+            y = self.matrix(name, e).multiply(x[i:j], None if bias is None else bias[e])
             for adapter in self._adapters.get(name, ()):
                 y = y + adapter.of(x[i:j], e)
             parts.append(y)
@@ -272,10 +265,11 @@ class QuantExperts(Leaf):
         like = torch.empty(stack.shape, dtype=self.dtype, device="meta")
         owner = Owner(self, name)
         decoded: DecodedStack = DecodedStack(like, self.parts(name).codes.device, owner.values, owner)
-        decoded._matrices, decoded._stack = functools.partial(self._matrix, name), stack
+        decoded._matrices, decoded._stack = functools.partial(self.matrix, name), stack
         return decoded
 
-    def _matrix(self, name: str, e: int) -> Matrix:
+    def matrix(self, name: str, e: int) -> Matrix:
+        """The codes of expert ``e``."""
         codes, scale, zero_point = self.parts(name)
         one = codes[e]
         if one.dtype != dtype_of(self.spec.row):

@@ -107,8 +107,8 @@ class QuantModule(Leaf):
             The float module that this one stands for; its weight is float32, float16 or bfloat16. Left as it is.
             Its buffers, submodules, hooks and attributes are taken over.
         spec : QuantSpec or what `QuantSpec.parse` takes
-        seen : callable (x, y), optional
-            Called with some rows of the weight [N, K] at a time, and with the float32 values of their codes.
+        seen : callable (x, weight, spec), optional
+            Called with some rows of the weight [N, K] at a time and with their codes.
 
         Raises
         ------

@@ -123,8 +123,9 @@ def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH
     elif F.per_byte == 2 and F.signed and not F.is_float and tl.float32 != D:
         return nibble_operands(tiles, D)
     else:
+        PLACES: tl.constexpr = F.per_byte
         values = ()
-        for place in tl.static_range(F.per_byte):
+        for place in tl.static_range(PLACES):
             code = spread_sign((tiles >> (place * F.bits)).to(tl.int32) & ((1 << F.bits) - 1), F)
             values = values + (operand(code, F, D, ARCH),)  # noqa: RUF005 (Triton knows no starred tuple)
         return values

@@ -34,12 +34,12 @@ def quantize_dynamic_kernel(
     store_scale(scale_ptr, zero_point_ptr, b, s, z, b < blocks, AFFINE)
     r_scale, z = reciprocal(s)[:, None, None], z[:, None, None]
     CHUNKS: tl.constexpr = B.chunks
+    WIDTH: tl.constexpr = B.cols // F.per_byte  # of the bytes of a chunk
     for u in tl.static_range(CHUNKS):
         r, c = chunk_at(u, B)
         codes = encode(decode_float(chunks[u], X, ARCH) * r_scale, z, F, AFFINE, ARCH)
         inside = exists & (r < rows)
         if not F.whole:
-            WIDTH: tl.constexpr = B.cols // F.per_byte
             if not B.exact:  # what follows the last code of a byte is 0
                 codes = tl.where(c < cols, codes, 0)
             codes = pack(codes.reshape(B.count * B.rows, B.cols), F).reshape(B.count, B.rows, WIDTH)

@@ -136,7 +136,7 @@ class Matmul:
         M, N, K, device = key.M, key.N, key.K, on.device
         self.block, self.dtype = (1, key.group or K), getattr(torch, key.dtype)
         groups = -(-K // self.block[1])
-        shape = TileLayout(self.format).shape(N, K) if key.tiled else (N, -(-K * self.format.bits // 8))
+        shape = TileLayout(self.format).shape(N, K) if key.tiled else (N, self.format.columns(K))
         stored = torch.uint8 if key.tiled or self.format.packed else getattr(torch, self.format.dtype_name)
         bytes_of_codes = torch.Size(shape).numel()
         self.copies = max(1, min(64, -(-3 * on.cache // bytes_of_codes)))
