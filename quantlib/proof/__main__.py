@@ -16,7 +16,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="quantlib.proof", description=__doc__)
     parser.add_argument("--all", action="store_true", help="the long theorems too")
     parser.add_argument("--theorem", metavar="WORDS", help="only theorems whose name has these words")
-    parser.add_argument("--format", choices=sorted(formats.FORMATS), help="only cases of this format")
+    parser.add_argument(
+        "--format", action="append", default=[], choices=sorted(formats.FORMATS), help="only cases of this format"
+    )
     parser.add_argument("--no-faults", action="store_true", help="leave the planted faults out")
     parser.add_argument("--solver", choices=sorted(solver.ASK), default="bitwuzla", help="who is asked (bitwuzla)")
     parser.add_argument("--jobs", type=int, metavar="N", help="cases at a time (one a core)")
@@ -38,7 +40,7 @@ def main() -> int:
         return 0
     try:
         return report(
-            format=args.format,
+            formats=args.format,
             theorem=args.theorem,
             long=args.all,
             faults=not args.no_faults,

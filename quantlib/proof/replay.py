@@ -57,6 +57,11 @@ def replay(fault: Fault, model: Mapping[str, int], run: Run, claim: Any) -> str:
             if wrong_call.language == REFERENCE:
                 confirm_on_numpy(wrong_call, run.sources, wrong, model)
     expect(changed, "the fault changes nothing")
+    if fault.confirm is not None:
+        try:
+            fault.confirm(model)
+        except AssertionError as error:
+            raise UnfaithfulError(str(error)) from None
     return ", ".join(said)
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ LIMIT, LONG_LIMIT = 60.0, 1800.0  # seconds for one case
 
 def report(
     *,
-    format: str | None = None,
+    formats: Collection[str] = (),
     theorem: str | None = None,
     long: bool = False,
     faults: bool = True,
@@ -41,9 +42,9 @@ def report(
     why = solver.missing(solved_by)
     if why is not None:
         raise ImportError(f"a proof needs an SMT solver: {why}")
-    asked = prove.questions(format, long, theorem, faults)
+    asked = prove.questions(formats, long, theorem, faults)
     if not asked:
-        raise ValueError(f"there must be a theorem to prove, got none for {theorem or format}")
+        raise ValueError(f"there must be a theorem to prove, got none for {theorem or ', '.join(formats)}")
     say = Printer(out)
     say(f"{solver.version(solved_by)}; {len(asked)} questions, {len({q.theorem for q in asked})} theorems")
     started = time.perf_counter()
