@@ -57,7 +57,7 @@ setup(
     package_dir={"quantlib._csrc": "csrc", "quantlib.benchmarks": "benchmarks"},
     package_data={
         "quantlib": ["ops.def", "py.typed", "backends/triton/tuned/*"],
-        "quantlib._csrc": ["*.h", "*.cpp", "cpu/*.h", "cpu/*.cpp", "cuda/*.cuh", "cuda/*.h", "cuda/*.cu", "cuda/*.cpp"],
+        "quantlib._csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cuh", "*/*.cu"],
     },
     exclude_package_data={"quantlib.benchmarks": ["**"]},
     ext_modules=[Extension(f"quantlib.{Path(BUILD['FILES'][name]).stem}", []) for name in NAMES],

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,13 +60,12 @@ class Dequantize(Scaled):
         block = self.spec.block((codes.shape[0], K))
         s, *z = (t[of_block_rows(rows, block[0])].cpu().numpy() for t in (scale, *zero_point))
         options = {"block": block, "zero_point": z[0] if z else None, "dtype": self.dtype, "size": K}
-        part = bits(codes[rows])
-        part = part.view(np.int8) if self.spec.format == "int8" else part
+        part = bits(codes[rows]).view(self.spec.row.storage)
         yield rows, reference.dequantize(part, s, self.spec.format, **options)
 
     def columns(self, codes: Tensor) -> int:
         """Elements of a row."""
-        return codes.shape[1] * (2 if self.spec.row.packed else 1)
+        return self.spec.row.sizes(codes.shape[1])[-1]
 
     def contenders(self) -> list[Contender]:
         f, format, whole = self.spec.row, self.spec.format, self.spec.block(self.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantlib.backends.packing import pack, unpack
 from quantlib.formats import SCALE_MIN, Format
 
 
@@ -45,17 +46,13 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, f: Format) -> Te
 
 
 def store(codes: Tensor, out: Tensor, f: Format) -> None:
-    """Blocks of codes into [M, K]; two a byte into [M, K / 2] where the format is packed"""
+    """Blocks of codes into [M, K], or [M, ceil(K / P)] bytes that P codes share"""
     if f.packed:
-        pairs = codes.view(torch.uint8).view(*out.shape, 2)
-        out.copy_((pairs[..., 0] & 15) | (pairs[..., 1] << 4))
+        out.copy_(pack(codes.view(torch.uint8).view(len(out), -1), f))
     else:
         out.copy_(codes.view(out.shape))
 
 
 def load(codes: Tensor, K: int, f: Format) -> Tensor:
     """[M, K] or packed codes -> [M, K] float32"""
-    if f.packed:
-        nibbles = torch.stack((codes & 15, codes >> 4), -1).view(-1, K)
-        codes = (nibbles ^ 8).view(torch.int8) - 8
-    return codes.float()
+    return (unpack(codes, f, K) if f.packed else codes).float()

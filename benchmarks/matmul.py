@@ -151,14 +151,13 @@ def exact_x(shape: tuple[int, int], dynamic: bool) -> Tensor:
 def exact_weight(shape: tuple[int, int], spec: QuantSpec, device: str = "cpu", seed: int = 1) -> tuple[Tensor, Tensor]:
     """Codes and scale, powers of two. The largest code is in every block: whoever quantizes the values finds both."""
     generator, highest = torch.Generator().manual_seed(seed), int(spec.row.max)
-    (N, K), (br, bk) = shape, spec.block(shape)
+    K, (br, bk) = shape[1], spec.block(shape)
     exponent = -round(math.log2(0.58 * highest * math.sqrt(K)))  # y is about as large as x
     q = torch.randint(-highest, highest + 1, shape, generator=generator, dtype=torch.int8)
     q[::br, ::bk] = highest
     scale = torch.exp2(torch.randint(exponent - 1, exponent + 2, spec.scale_shape(shape), generator=generator))
     if spec.row.packed:
-        low, high = F.pad(q, (0, K % 2)).view(N, -1, 2).unbind(-1)
-        q = (low & 15 | high << 4).view(torch.uint8)
+        q = quantlib.pack(q, spec.format)
     return q.to(device), scale.to(device)
 
 

@@ -147,7 +147,7 @@ def by_gemlite(model: nn.Module, spec: QuantSpec) -> nn.Module:
             kind = helper.A16W8_INT8 if spec.activation is None else helper.A8W8_int8_dynamic
             return kind(**options).from_linear(linear)
         codes, scale = quantlib.quantize_dynamic(w, spec.format, block=spec.block(w.shape))
-        q = torch.stack((codes & 15, codes >> 4), -1).view(w.shape) ^ 8
+        q = (quantlib.unpack(codes, spec.format) + 8).view(torch.uint8)
         return helper.A16W4_HQQ_INT(**options).from_weights(q, scale, torch.full_like(scale, 8))
 
     return replaced(model, convert)

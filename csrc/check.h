@@ -16,11 +16,14 @@ namespace quantlib {
 struct Format {
   const char* name;
   Type type;
-  int bits;
+  int bits, per_byte;
   bool is_float;
   int qmin, qmax;  // of an affine zero point
   int32_t dtype;   // of its codes
-  bool packed() const { return bits < 8; }
+  bool packed() const { return per_byte > 1; }
+  bool whole() const { return bits == 8 || bits == 16 || bits == 32; }
+  // How many of `dtype` hold a row of K codes
+  int64_t columns(int64_t K) const { return K / per_byte + (K % per_byte != 0); }
 };
 
 struct Dtype {
@@ -48,32 +51,26 @@ inline std::string name_of(int32_t dtype) {
 }
 
 inline const std::vector<Format>& formats() {
-  static const std::vector<Format> all = [] {
-    const auto dtype = [](const std::string& name, int bits) {
-      if (bits < 8) return aoti_torch_dtype_uint8();
-      return std::find_if(dtypes().begin(), dtypes().end(), [&](const Dtype& d) { return d.name == name; })->dtype;
-    };
-    return std::vector<Format>{{"float32", Type::float32, 32, true, 0, 0, aoti_torch_dtype_float32()},
-#define QL_ROW(NAME, BITS, ...) {#NAME, Type::NAME, BITS, true, 0, 0, dtype(#NAME, BITS)},
-                               QL_FLOATS(QL_ROW)
+  const auto format = [](const char* name, Type type, int32_t dtype) {
+    const Row f = row_of(type);
+    return Format{name, type, f.bits, f.per_byte, f.is_float, f.qmin, f.qmax, dtype};
+  };
+  static const std::vector<Format> all = {format("float32", Type::float32, aoti_torch_dtype_float32()),
+#define QL_ROW(NAME, DTYPE, ...) format(#NAME, Type::NAME, aoti_torch_dtype_##DTYPE()),
+                                          QL_FLOATS(QL_ROW) QL_INTS(QL_ROW)
 #undef QL_ROW
-#define QL_ROW(NAME, BITS, ...) \
-  {#NAME, Type::NAME, BITS, false, NAME::affine_qmin, NAME::affine_qmax, dtype(#NAME, BITS)},
-                                   QL_INTS(QL_ROW)
-#undef QL_ROW
-    };
-  }();
+  };
   return all;
 }
 
 // Which formats an argument may have.
 using Accepts = bool (*)(const Format&);
 inline bool inputs(const Format& f) { return f.is_float && f.bits >= 16; }
-inline bool casts(const Format& f) { return f.is_float && !f.packed(); }
+inline bool casts(const Format& f) { return f.is_float && f.whole(); }
 inline bool targets(const Format& f) { return f.type != Type::float32; }
 inline bool in_tiles(const Format& f) { return f.bits <= 8; }
 inline bool integers(const Format& f) { return !f.is_float; }
-inline bool bytes(const Format& f) { return !f.is_float && !f.packed(); }
+inline bool bytes(const Format& f) { return !f.is_float && f.whole(); }
 
 inline std::string one_of(Accepts accepts) {
   std::string text, last;
@@ -194,12 +191,15 @@ inline void check_zero_point(const char* op, const char* argument, const int32_t
          std::to_string(lowest < f.qmin ? lowest : highest));
 }
 
-// The shape of what `codes` stand for; `size` is K, which bytes that hold two codes cannot tell when it is odd.
+// The shape of what `codes` stand for; `size` is K, which bytes that several codes share cannot tell.
 inline Sizes check_size(const char* op, SizesView codes, const Format& f, std::optional<int64_t> size) {
-  const int64_t last = codes.empty() ? 1 : codes.back(), K = f.packed() ? 2 * last : last, least = K - f.packed();
-  if (size && (*size < std::max<int64_t>(least, 0) || *size > K))
-    fail(op, "size", f.packed() ? std::to_string(least) + " or " + std::to_string(K) : std::to_string(K),
-         std::to_string(*size));
+  const int64_t last = codes.empty() ? 1 : codes.back(), K = last * f.per_byte;
+  const int64_t least = std::max<int64_t>(K - f.per_byte + 1, 0);
+  if (size && (*size < least || *size > K)) {
+    std::string expected = std::to_string(least);
+    for (int64_t n = least + 1; n <= K; ++n) expected += (n == K ? " or " : ", ") + std::to_string(n);
+    fail(op, "size", expected, std::to_string(*size));
+  }
   Sizes sizes = codes.vec();
   if (!f.packed()) return sizes;
   if (sizes.empty()) sizes.push_back(1);
@@ -217,7 +217,7 @@ inline int64_t check_last_size(const char* op, const char* argument, const Tenso
 
 // N of codes [N, K] of the format
 inline int64_t check_codes(const char* op, const Tensor& codes, const Format& f, int64_t K, Device device) {
-  const int64_t columns = f.packed() ? (K + 1) / 2 : K;
+  const int64_t columns = f.columns(K);
   if (codes.sizes().size() != 2 || codes.sizes()[1] != columns || codes.dtype() != f.dtype ||
       !(codes.device() == device))
     fail(op, "codes", name_of(f.dtype) + " [N, " + std::to_string(columns) + "] on " + text_of(device),

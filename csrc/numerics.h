@@ -3,16 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "formats.h"
-
-#ifdef __CUDACC__
-#define QL_FN __host__ __device__ __forceinline__
-#define QL_MEMBER QL_FN
-#else
-// Internal linkage and always inlined: a file compiled for AVX-512 must not lend its code to one compiled without.
-#define QL_FN static inline __attribute__((always_inline))
-#define QL_MEMBER inline __attribute__((always_inline))
-#endif
+#include "rows.h"
 
 namespace quantlib {
 
@@ -92,54 +83,6 @@ QL_FN V min(V a, V b) {
   return Lanes<V>::min(a, b);
 }
 
-// ---- the rows of the table as types ---------------------------------------------------------------------------------
-
-struct float32 {
-  using storage = float;
-  static constexpr bool is_float = true;
-  static constexpr int bits = 32;
-};
-
-template <int BITS>
-struct storage_of;
-template <>
-struct storage_of<16> {
-  using type = uint16_t;
-};
-template <>
-struct storage_of<8> {
-  using type = uint8_t;
-};
-template <>
-struct storage_of<4> {
-  using type = uint8_t;
-};
-
-#define QL_FLOAT_TYPE(NAME, BITS, E, M, BIAS, MAX_CODE, OVERFLOW_CODE, NAN_CODE, MAX, SCALE_MAX)        \
-  struct NAME {                                                                                         \
-    using storage = storage_of<BITS>::type;                                                             \
-    static constexpr bool is_float = true, is_signed = false; /* the sign bit is no part of a number */ \
-    static constexpr int bits = BITS, exponent_bits = E, fraction_bits = M, bias = BIAS;                \
-    static constexpr uint32_t max_code = MAX_CODE, overflow_code = OVERFLOW_CODE, nan_code = NAN_CODE;  \
-    static constexpr uint32_t max = MAX, scale_max = SCALE_MAX; /* bits of an FP32 value */             \
-    static constexpr bool has_inf = MAX_CODE + 1 == OVERFLOW_CODE && OVERFLOW_CODE != NAN_CODE;         \
-    static constexpr bool has_nan = NAN_CODE != MAX_CODE;                                               \
-  };
-QL_FLOATS(QL_FLOAT_TYPE)
-#undef QL_FLOAT_TYPE
-
-#define QL_INT_TYPE(NAME, BITS, QMIN, QMAX, AFFINE_QMIN, AFFINE_QMAX, MAX, SCALE_MAX) \
-  struct NAME {                                                                       \
-    using storage = uint8_t;                                                          \
-    static constexpr bool is_float = false, is_signed = AFFINE_QMIN < 0;              \
-    static constexpr int bits = BITS, qmin = QMIN, qmax = QMAX;                       \
-    static constexpr int affine_qmin = AFFINE_QMIN, affine_qmax = AFFINE_QMAX;        \
-    static constexpr int max = MAX;                                                   \
-    static constexpr uint32_t scale_max = SCALE_MAX; /* bits of an FP32 value */      \
-  };
-QL_INTS(QL_INT_TYPE)
-#undef QL_INT_TYPE
-
 // ---- float formats --------------------------------------------------------------------------------------------------
 
 // x -> code of F: nearest, ties to even, rounded once (C3).
@@ -164,8 +107,9 @@ QL_FN Bits<V> encode_float(V x, bool saturate) {
   // 4. too large: the largest finite value, or what the format has beyond it, which is the next code
   const I limit = splat<I>(int32_t(saturate ? F::max_code : F::overflow_code));
   r = r < limit ? r : limit;
-  // 5. sign; NaN last
-  const U code = same_bits<U>(r) | ((bits >> unsigned(32 - F::bits)) & (1u << (F::bits - 1)));
+  // 5. sign, of a zero only where there is -0; NaN last
+  U code = same_bits<U>(r) | ((bits >> unsigned(32 - F::bits)) & (1u << (F::bits - 1)));
+  if constexpr (!F::has_negative_zero) code = r == 0 ? splat<U>(0u) : code;
   return a > int32_t(kInfinity) ? splat<U>(F::nan_code) : code;
 }
 
@@ -187,6 +131,7 @@ QL_FN V decode_float(Bits<V> code) {
   if constexpr (F::has_inf) bits = a == int32_t(F::overflow_code) ? splat<I>(int32_t(kInfinity)) : bits;
   const U signed_bits = same_bits<U>(bits) | ((code << unsigned(32 - F::bits)) & 0x80000000u);
   if constexpr (!F::has_nan) return same_bits<V>(signed_bits);
+  if constexpr (!F::has_negative_zero) return same_bits<V>(signed_bits == 0x80000000u ? splat<U>(kNaN) : signed_bits);
   constexpr int32_t highest = F::has_inf ? F::overflow_code : F::max_code;
   return same_bits<V>(a > highest ? splat<U>(kNaN) : signed_bits);
 }

@@ -1,18 +1,25 @@
-// Codes of four bits, two a byte: element 2j in the low nibble of byte j, element 2j + 1 in the high one
-// (quantlib/reference/packing.py). The nibble past an odd row is 0.
+// Codes that share a byte: code P j + i of a row is bits i * bits and up of byte j, P = 8 / bits
+// (quantlib/reference/packing.py). What follows the last code of a row is 0.
 #pragma once
 #include "numerics.h"
 
 namespace quantlib {
 
-QL_FN uint8_t pack(uint32_t even, uint32_t odd) { return uint8_t((even & 15u) | (odd << 4)); }
+// The byte that code(0), code(1) .. share
+template <class F, class Code>
+QL_FN uint8_t pack(const Code& code) {
+  uint32_t byte = code(0);
+  for (int i = 1; i < F::per_byte; ++i) byte = (byte & ((1u << i * F::bits) - 1u)) | code(i) << i * F::bits;
+  return uint8_t(byte);
+}
 
-// The code of F in nibble `odd` of `byte`; the sign of an integer format is spread.
+// Code i of F in `byte`, its sign spread where it is a signed integer; bits that no code has do not count.
 template <class F>
-QL_FN int32_t unpack(uint8_t byte, int odd) {
-  const int32_t nibble = odd ? byte >> 4 : byte & 15;
-  if constexpr (F::is_signed) return (nibble ^ 8) - 8;
-  else return nibble;
+QL_FN int32_t unpack(uint8_t byte, int i) {
+  constexpr int32_t mask = (1 << F::bits) - 1, sign = 1 << (F::bits - 1);
+  const int32_t code = F::per_byte == 2 ? (i ? byte >> 4 : byte & 15) : byte >> (i * F::bits) & mask;
+  if constexpr (F::is_signed) return (code ^ sign) - sign;
+  else return code;
 }
 
 }  // namespace quantlib

@@ -190,7 +190,9 @@ class Tensor {
 // The arguments of a call, taken in the order of the schema: each belongs to us from then on.
 class Arguments {
  public:
-  Arguments(const char* op, const StableIValue* stack) : op_(op), next_(stack) {}
+  // `results` is how many the op returns: none in an out form, which is given them.
+  Arguments(const char* op, const StableIValue* stack, uint64_t results)
+      : op_(op), next_(stack), has_outs_(results == 0) {}
 
   Tensor tensor(const char* argument) { return Tensor(take<AtenTensorHandle>(), {op_, argument}); }
   bool flag() { return take<bool>(); }
@@ -212,11 +214,17 @@ class Arguments {
         [](StableIValue value) { return sizes_of(torch::stable::detail::to<StableListHandle>(value)); });
   }
   std::optional<int32_t> optional_dtype() { return optional<int32_t>(torch::stable::detail::to<int32_t>); }
+  bool has_outs() const { return has_outs_; }
+  // The tensor for a result, in an out form.
+  std::optional<Tensor> out(const char* argument) {
+    return has_outs_ ? std::optional<Tensor>(tensor(argument)) : std::nullopt;
+  }
   std::optional<int64_t> optional_size() { return optional<int64_t>(torch::stable::detail::to<int64_t>); }
 
  private:
   const char* op_;
   const StableIValue* next_;
+  bool has_outs_;
 
   static Sizes sizes_of(StableListHandle handle) {
     size_t length;

@@ -93,11 +93,19 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOME:
+    value = None
+    if name in _HOME or _is_op(name):
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'ops')}"), name)
+    if value is None or isinstance(value, type(sys)):  # the module of an op without a public function
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _is_op(name: str) -> bool:
+    """Return True for an op of ops.def: its public function is one of this module's, listed above or not."""
+    with open(os.path.join(os.path.dirname(__file__), "ops.def")) as schemas:
+        return f'\nDEF("{name}(' in schemas.read()
 
 
 def __dir__() -> list[str]:

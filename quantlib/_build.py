@@ -24,6 +24,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -44,13 +45,13 @@ log = logging.getLogger("quantlib")
 
 KEEP_SECONDS = 30 * 24 * 3600  # a build deletes what the cache has kept longer
 
-COMMON = ("-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # runs on every libtorch from 2.11
+COMMON = ("-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # runs on every libtorch from 2.11
 HOST = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off")  # C0: no contraction to FMA
 CPU = (*COMMON, "-Wall", "-fno-math-errno", "-fno-trapping-math")
 CUDA = (*COMMON, "-DUSE_CUDA", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")  # C0
 CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
 
-# csrc/cpu/<op>.cpp is compiled once for each of these; csrc/cpu/register.cpp picks one when the library is loaded.
+# csrc/cpu/<op>.cpp is compiled once for each of these; csrc/cpu/backend.cpp picks one when an op is first called.
 ISAS: dict[str, tuple[str, ...]] = {"plain": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ("-mavx2", "-mfma", "-mf16c")
@@ -160,11 +161,25 @@ class Unit:
     source: Path
     compiler: tuple[str, ...]
     flags: tuple[str, ...]
+    folder: Path = CSRC  # searched for headers before the others
 
-    def key(self, headers: bytes) -> str:
-        """Of everything that decides the object file."""
-        text = "\0".join((*self.compiler, *self.flags, self.source.name))
-        return _digest(headers, text.encode(), self.source.read_bytes())
+    def key(self, platform: bytes) -> str:
+        """Return a digest of everything that decides the object file."""
+        text = "\0".join((*self.compiler, *self.flags, str(self.source.relative_to(CSRC))))
+        return _digest(platform, text.encode(), *(path.read_bytes() for path in self.read()))
+
+    def read(self) -> list[Path]:
+        """Return the source and every header of ours that it includes, directly or through others.
+
+        A header counts even where an ``#if`` leaves it out. Those of torch and the compiler are not followed.
+        """
+        found, folders = [self.source], (self.folder, CSRC, PACKAGE)
+        for path in found:  # which grows
+            for name in _includes(path):
+                header = next((h for folder in (path.parent, *folders) if (h := folder / name).is_file()), None)
+                if header is not None and (header := Path(os.path.normpath(header))) not in found:
+                    found.append(header)
+        return found
 
 
 class Recipe:
@@ -175,10 +190,9 @@ class Recipe:
             raise BuildError(f"the kernels are compiled on Linux only, this is {sys.platform}")
         torch = find_torch()
         self.include = ("-I", str(CSRC), "-I", str(PACKAGE), "-isystem", str(torch / "include"))
-        version = torch / "include/torch/headeronly/version.h"
-        headers = [PACKAGE / "ops.def", version, *sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))]
         machine = (platform.machine(), *platform.libc_ver())  # a home may be shared by several
-        self._headers = _digest("".join(machine).encode(), *(h.read_bytes() for h in headers)).encode()
+        version = torch / "include/torch/headeronly/version.h"
+        self._platform = _digest("".join(machine).encode(), version.read_bytes()).encode()
         self.units = cuda_units() if name == "cuda" else cpu_units()
         if not self.units:
             raise BuildError(f"{CSRC} holds no sources of the {name} kernels")
@@ -187,7 +201,7 @@ class Recipe:
             self.linker, self.needs = (*self.linker, "-cudart", "static"), ["libtorch_cpu.so", "libtorch_cuda.so"]
         else:
             self.linker = (*self.linker, *cxxflags())
-        self.key = _digest(" ".join(self.linker).encode(), *(u.key(self._headers).encode() for u in self.units))
+        self.key = _digest(" ".join(self.linker).encode(), *(u.key(self._platform).encode() for u in self.units))
 
     def build(self, out: Path, objects: Path) -> None:
         """Compile what ``objects`` does not hold yet and link it into ``out``, which appears whole or not at all."""
@@ -209,11 +223,16 @@ class Recipe:
                 compilers.run(command, f"linking {out.name}")
                 _place(library, out)
 
+    def object(self, unit: Unit) -> str:
+        """Return the name of the object file of ``unit``."""
+        return f"{unit.key(self._platform)}.o"
+
     def _compile(self, compilers: _Compilers, objects: Path, scratch: Path, unit: Unit) -> str:
-        made = objects / f"{unit.key(self._headers)}.o"
+        made = objects / self.object(unit)
         if not _whole(made):
             new = scratch / made.name
-            command = [*unit.compiler, *unit.flags, *self.include, "-c", str(unit.source), "-o", str(new)]
+            include = ("-I", str(unit.folder), *self.include)
+            command = [*unit.compiler, *unit.flags, *include, "-c", str(unit.source), "-o", str(new)]
             compilers.run(command, str(unit.source.relative_to(CSRC)))
             _place(new, made)
             _seal(made)
@@ -262,13 +281,19 @@ class _Compilers:
 
 
 def cpu_units() -> list[Unit]:
-    """Every op once an ISA, the glue once."""
-    cxx = tuple(cxx_command())
+    """Every file of csrc/cpu once an instruction set, the glue once."""
+    cxx, folder = tuple(cxx_command()), CSRC / "cpu"
     flags = (*cxxflags(), *CPU, *HOST)
-    glue = [p for p in (CSRC / "registration.cpp", CSRC / "cpu/register.cpp") if p.exists()]
-    ops = sorted(p for p in CSRC.glob("cpu/*.cpp") if p not in glue)
-    each = [Unit(p, cxx, (*flags, f"-DQL_ISA={isa}", *more)) for p in ops for isa, more in ISAS.items()]
-    return [*each, *(Unit(p, cxx, flags) for p in glue)]
+    glue = [p for p in (CSRC / "registration.cpp", folder / "backend.cpp", *op_glue(folder)) if p.exists()]
+    kernels = sorted(p for p in folder.glob("*.cpp") if p not in glue)
+    each = [Unit(p, cxx, (*flags, f"-DQL_ISA={isa}", *more)) for p in kernels for isa, more in ISAS.items()]
+    return [*each, *(Unit(p, cxx, flags, folder) for p in glue)]
+
+
+def op_glue(folder: Path) -> list[Path]:
+    """Return csrc/ops/<op>.cpp for each op that ``folder`` has a kernel file of: the ops that its library registers."""
+    stems = {p.stem for p in folder.iterdir() if p.suffix in (".cpp", ".cu")} if folder.is_dir() else set()
+    return sorted(p for p in CSRC.glob("ops/*.cpp") if p.stem in stems)
 
 
 def cxxflags() -> list[str]:
@@ -291,13 +316,15 @@ def _words(variable: str) -> list[str]:
 
 
 def cuda_units() -> list[Unit]:
-    """Every kernel and the glue, each for all of CUDA_TARGETS."""
-    compiler = nvcc()
+    """Every kernel for all of CUDA_TARGETS, and the glue, which is plain C++."""
+    compiler, folder = nvcc(), CSRC / "cuda"
     if compiler is None:
         raise BuildError("no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin")
     targets = (flag for target in CUDA_TARGETS for flag in ("-gencode", target))
     flags = (*CUDA, "-Xcompiler", ",".join(HOST), *targets)
-    return [Unit(p, (compiler,), flags) for p in sorted(CSRC.glob("cuda/*.c*")) if p.suffix in (".cu", ".cpp")]
+    kernels = [Unit(p, (compiler,), flags) for p in sorted(folder.glob("*.cu"))]
+    cxx, flags = tuple(cxx_command()), (*cxxflags(), *COMMON, "-DUSE_CUDA", *HOST)
+    return [*kernels, *(Unit(p, cxx, flags, folder) for p in (*sorted(folder.glob("*.cpp")), *op_glue(folder)))]
 
 
 def nvcc() -> str | None:
@@ -332,6 +359,18 @@ def jobs() -> int:
     if count < 1:
         raise BuildError(f"MAX_JOBS must be a positive integer, got {text!r}")
     return count
+
+
+@functools.cache
+def _includes(path: Path) -> tuple[str, ...]:
+    """Return the names that a source includes. One that is a macro could be any header: that is an error."""
+    names = re.findall(
+        r"^[ \t]*#[ \t]*include[ \t]*(.*?)[ \t]*(?://.*)?$", path.read_text(errors="replace"), re.MULTILINE
+    )
+    for name in names:
+        if not re.fullmatch(r'"[^"]+"|<[^>]+>', name):
+            raise BuildError(f"{path} must include headers by name, got {name}")
+    return tuple(name[1:-1] for name in names)
 
 
 def _stub(compilers: _Compilers, folder: Path, soname: str) -> Path:

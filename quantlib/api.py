@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from quantlib.measure import OnNonfinite, check_weight, describe
+from quantlib.measure import OnNonfinite, Sums, check_weight, describe_experts
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
-from quantlib.nn.module import check_dynamic, check_whole, hooked_forward, rebind_hooks
+from quantlib.nn.experts import QuantExperts, ways_of
+from quantlib.nn.module import check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_name, one_of
 from quantlib.record import record_
-from quantlib.report import Report
-from quantlib.spec import QuantSpec
+from quantlib.report import LayerReport, Report
+from quantlib.spec import QuantSpec, check_dynamic
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -87,13 +89,19 @@ def quantize_(
     types = checked_types(types)
     skipped = reasons_to_skip(model, filter_fn, types)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, types) and n not in skipped}
-    if not layers and filter_fn is None:
+    experts = experts_of(model, filter_fn, skipped) if nn.Linear in types else {}
+    if not layers and not experts and filter_fn is None:
         found = by_reason(skipped | other_weights(model, skipped)) or "none"
         raise ValueError(f"model must have an {one_of([f'nn.{t.__name__}' for t in types])} to quantize, got {found}")
-    if not all(weight_of(layer).is_meta for layer in layers.values()):  # a skeleton's scales are still to be loaded
+    on_meta = [weight_of(layer).is_meta for layer in layers.values()]
+    on_meta += [weight.is_meta for module in experts.values() for weight in stacks_of(module).values()]
+    if not all(on_meta):  # a skeleton's scales are still to be loaded
         check_dynamic(spec)
     for name, layer in layers.items():
         check_weight(f"weight of layer {name}", weight_of(layer).flatten(1), spec, on_nonfinite)
+    for name, module in experts.items():
+        for key, weight in stacks_of(module).items():
+            check_weight(f"{key} of {name}", weight.flatten(0, -2), spec, on_nonfinite)
 
     report, places = Report(skipped=skipped), places_of(model)
     done: dict[int, QuantModule] = {}  # id of a float weight -> what it became
@@ -104,10 +112,17 @@ def quantize_(
         if id(weight) in done:
             new = share_weight(done[id(weight)], layer, spec)
         else:
-            done[id(weight)] = new = quantized_type(layer).from_float(layer, spec)
-            report.layers.append(describe(name, weight, new.plain, new.spec))
+            sums = Sums()
+            done[id(weight)] = new = quantized_type(layer).from_float(layer, spec, seen=sums.add)
+            snr_db = math.nan if weight.is_meta else sums.snr_db
+            report.layers.append(LayerReport.of(name, weight, str(new.spec), new.plain, snr_db))
         del weight
         put(new, layer, places)
+    for name in list(experts):
+        module = experts.pop(name)
+        codes = QuantExperts.from_float(module, spec)
+        report.layers += [describe_experts(name, key, x, codes) for key, x in stacks_of(module).items()]
+        put(codes, module, places)
     account(model, report)
     record_(model)
     return report
@@ -123,11 +138,15 @@ def dequantize_(model: nn.Module) -> list[str]:
         The names of the modules. Weights that were tied are tied again.
     """
     check_root(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
+    kinds = (QuantModule, QuantExperts)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     names, places = list(layers), places_of(model)
     done: dict[int, nn.Parameter] = {}  # id of the codes -> the weight that they became
     for name in names:
         quantized = layers.pop(name)
+        if isinstance(quantized, QuantExperts):
+            put(quantized.dequantize(), quantized, places)
+            continue
         tied = id(quantized.weight_codes)
         new = quantized.with_weight(done[tied]) if tied in done else quantized.dequantize()
         done[tied] = weight_of(new)
@@ -198,6 +217,32 @@ def reason_to_skip(layer: nn.Module) -> str | None:
     return None if why is None else f"an nn.{type(layer).__name__} {why}"
 
 
+def experts_of(model: nn.Module, filter_fn: Filter | None, skipped: dict[str, str]) -> dict[str, nn.Module]:
+    """Modules of experts whose matrices can and shall be quantized; what keeps others from it goes into ``skipped``."""
+    found: dict[str, nn.Module] = {}
+    adapters, elsewhere = adapters_of(model), kept_elsewhere(model)
+    for name, module in model.named_modules():
+        if not ways_of(module):
+            continue
+        why = adapters.get(id(module)) or elsewhere.get(id(module))
+        if why is None and not all(type(weight) is nn.Parameter for weight in stacks_of(module).values()):
+            why = "its weights are computed from other parameters"
+        if why is None and "forward" in vars(module) and hooked_forward(module) is None:
+            why = "its forward has been replaced"
+        if why is None and filter_fn is not None and not filter_fn(module, name):
+            why = "filter_fn said no"
+        if why is None:
+            found[name] = module
+        else:
+            skipped[name] = why
+    return found
+
+
+def stacks_of(experts: nn.Module) -> dict[str, Any]:
+    """The float weights of ``experts`` that are stacks of matrices, by name."""
+    return {key: getattr(experts, key, None) for key in ways_of(experts)}
+
+
 def adapters_of(model: nn.Module) -> dict[int, str]:
     """id of a module -> why it is no part of the base model: what peft trains beside a layer or before a model."""
     found: dict[int, str] = {}
@@ -221,14 +266,12 @@ def account(model: nn.Module, report: Report) -> None:
     for prefix, module in model.named_modules():
         if isinstance(module, FakeQuantize):  # scales
             continue
-        codes = "weight_codes" if isinstance(module, QuantModule) else "weight" if isinstance(module, QATModule) else ""
-        own = module.KEPT if isinstance(module, QuantModule) else (codes,)
+        own, sizes = quantized_parameters(module)
         for key, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, UninitializedParameter) or id(parameter) in counted:
                 continue
             counted.add(id(parameter))
-            if key == codes:
-                report.quantized += module.weight.numel()
+            report.quantized += sizes.get(key, 0)
             if key in own:
                 continue
             report.floats += parameter.numel()
@@ -241,6 +284,18 @@ def account(model: nn.Module, report: Report) -> None:
                 report.skipped.setdefault(name, why_float(module, key, parameter))
                 report.sizes[name] = report.sizes.get(name, 0) + parameter.numel()
     report.warn()
+
+
+def quantized_parameters(module: nn.Module) -> tuple[Collection[str], dict[str, int]]:
+    """The parameters of a quantized weight, or of one that is trained as its codes; and of those that hold codes how
+    many weights they stand for."""
+    if isinstance(module, QuantModule):
+        return module.KEPT, {"weight_codes": math.prod(module.weight_shape)}
+    if isinstance(module, QuantExperts):
+        return module.kept, {f"{name}_codes": math.prod(stack.shape) for name, stack in module.stacks.items()}
+    if isinstance(module, QATModule):
+        return ("weight",), {"weight": module.weight.numel()}
+    return (), {}
 
 
 def other_weights(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:

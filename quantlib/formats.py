@@ -8,25 +8,99 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
+
+
+class Stored:
+    """How the codes of a format lie in memory.
+
+    A code of 8, 16 or 32 bits fills bytes of its own, and torch has a dtype of the format's name. A narrower one lies
+    in the low bits of a byte, whose other bits are 0 when it is written and ignored when it is read; or ``per_byte``
+    codes share a byte, and code ``per_byte * j + i`` of a row is bits ``i * bits`` and up of byte j. These bytes are
+    uint8.
+    """
+
+    name: str
+    bits: int
+    per_byte: int
+    is_float: bool
+    signed: bool
+
+    def __post_init__(self) -> None:
+        shared = self.per_byte in (2, 4) and self.bits * self.per_byte == 8
+        if not shared and (self.per_byte != 1 or self.bits > 32 or (self.bits > 8 and self.bits not in (16, 32))):
+            raise ValueError(
+                f"per_byte of {self.name} must be 1, or 2 or 4 where {self.bits} bits divide a byte so, "
+                f"got {self.per_byte}"
+            )
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether codes share a byte."""
+        return self.per_byte > 1
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether a code fills the bytes in which it lies."""
+        return self.bits in (8, 16, 32)
+
+    @cached_property
+    def storage(self) -> str:
+        """The integer dtype that codes are kept in, in NumPy's words."""
+        signed = self.whole and self.signed and not self.is_float
+        return f"{'' if signed else 'u'}int{max(self.bits, 8)}"
+
+    @cached_property
+    def dtype_name(self) -> str:
+        """The dtype that codes are kept in, in torch's words."""
+        return self.name if self.whole else "uint8"
+
+    @cached_property
+    def bytes_per_element(self) -> float:
+        return max(self.bits, 8) / 8 / self.per_byte
+
+    def columns(self, size: int) -> int:
+        """Elements of ``storage`` that hold a row of ``size`` codes."""
+        return (size + self.per_byte - 1) // self.per_byte if self.packed else size
+
+    def sizes(self, columns: int) -> tuple[int, ...]:
+        """The sizes of a row that take ``columns`` elements of ``storage``, in ascending order."""
+        return tuple(columns * self.per_byte - i for i in reversed(range(self.per_byte)))
+
+
+NanCodes = Literal["none", "high", "negative zero"]
 
 
 @dataclass(frozen=True)
-class FloatFormat:
+class FloatFormat(Stored):
     """``sign | exponent | fraction``: a code is worth (-1)^s * 2^(e - bias) * 1.f, or 2^(1 - bias) * 0.f at e = 0."""
 
+    # What ml_dtypes calls it, and torch where it has a dtype for it.
     name: str
+    # Bits of e, below the sign.
     exponent_bits: int
+    # Bits of f, the lowest.
     fraction_bits: int
+    # The e of the values from 1 up to 2.
     bias: int
-    has_inf: bool  # the top exponent is kept for infinity and NaN
-    has_nan: bool  # at least one code is NaN
+    # Whether the code after the largest finite value is infinity, of either sign.
+    has_inf: bool
+    # "none": no code is NaN. "high": the codes of either sign beyond infinity are, or the highest code of either sign
+    # where there is no infinity. "negative zero": the code of -0 is the only NaN, and so there is no -0.
+    nan: NanCodes
+    # Codes that share a byte: see `Stored`.
+    per_byte: int = 1
 
     is_float = True
-    signed = True
+    signed = True  # the highest bit of a code is its sign
+
+    def __post_init__(self) -> None:
+        if self.nan not in get_args(NanCodes):
+            raise ValueError(f"nan of {self.name} must be one of {', '.join(get_args(NanCodes))}, got {self.nan!r}")
+        super().__post_init__()
 
     @cached_property
-    def bits(self) -> int:
+    def bits(self) -> int:  # type: ignore[override]
         return 1 + self.exponent_bits + self.fraction_bits
 
     @cached_property
@@ -34,15 +108,24 @@ class FloatFormat:
         return 1 << (self.bits - 1)
 
     @cached_property
+    def has_nan(self) -> bool:
+        return self.nan != "none"
+
+    @cached_property
+    def has_negative_zero(self) -> bool:
+        return self.nan != "negative zero"
+
+    @cached_property
     def max_code(self) -> int:
         """Code of the largest finite value."""
-        top = self.sign_bit - 1
-        return top - (1 << self.fraction_bits) if self.has_inf else top - self.has_nan
+        # below NaN: with an infinity it has the rest of the top exponent, else one code
+        high_nans = ((1 << self.fraction_bits) - 1 if self.has_inf else 1) if self.nan == "high" else 0
+        return self.sign_bit - 1 - high_nans - self.has_inf
 
     @cached_property
     def nan_code(self) -> int:
         """The one NaN that is ever written; a format without NaN writes its largest value instead (C1)."""
-        return self.sign_bit - 1 if self.has_nan else self.max_code
+        return {"none": self.max_code, "high": self.sign_bit - 1, "negative zero": self.sign_bit}[self.nan]
 
     @cached_property
     def overflow_code(self) -> int:
@@ -54,6 +137,11 @@ class FloatFormat:
         """Largest finite value: what ``amax`` is divided by to make a scale (Q of C4)."""
         exponent, fraction = divmod(self.max_code, 1 << self.fraction_bits)
         return 2.0 ** (exponent - self.bias) * (1 + fraction / (1 << self.fraction_bits))
+
+    @cached_property
+    def smallest(self) -> float:
+        """Smallest value above 0."""
+        return 2.0 ** (1 - self.bias - self.fraction_bits)
 
     @cached_property
     def max_bits(self) -> int:
@@ -75,22 +163,39 @@ class FloatFormat:
         """Largest effective scale, 2^(127 - exponent of the largest magnitude) (C4)."""
         return 2.0 ** (127 - ((self.max_code >> self.fraction_bits) - self.bias))
 
-    packed = property(lambda self: self.bits < 8)
-    storage = property(lambda self: f"uint{max(self.bits, 8)}")
-    dtype_name = property(lambda self: "uint8" if self.packed else self.name)
-    bytes_per_element = property(lambda self: self.bits / 8)
+    @cached_property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest code, as `pack` takes them: bits without a sign."""
+        return 0, (1 << self.bits) - 1
+
+    def holds(self, f: Format) -> bool:
+        """Whether this format has every value of ``f``, of an integer format every code less a zero point."""
+        if isinstance(f, IntFormat):
+            return f.bits <= self.fraction_bits + 1 and 2**f.bits <= self.max
+        special = f.has_inf <= self.has_inf and f.has_nan <= self.has_nan
+        return special and f.fraction_bits <= self.fraction_bits and f.max <= self.max and f.smallest >= self.smallest
 
 
 @dataclass(frozen=True)
-class IntFormat:
+class IntFormat(Stored):
     """Two's complement when signed. Symmetric codes leave out the most negative one (C4)."""
 
+    # int or uint and the bits.
     name: str
+    # Bits of a code.
     bits: int
+    # Whether there are negative codes.
     signed: bool
+    # Codes that share a byte: see `Stored`.
+    per_byte: int = 1
 
     is_float = False
     exponent_bits = 0
+
+    def __post_init__(self) -> None:
+        if not 1 + self.signed <= self.bits <= 8:
+            raise ValueError(f"bits of {self.name} must be {1 + self.signed}..8, got {self.bits}")
+        super().__post_init__()
 
     @cached_property
     def max(self) -> int:
@@ -103,33 +208,38 @@ class IntFormat:
         return lowest - (affine and self.signed), self.max
 
     @cached_property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return self.range(affine=True)
+
+    @cached_property
+    def excess(self) -> int:
+        """What is taken from a code so that a signed byte holds it."""
+        return 0 if self.max <= 127 else 128
+
+    @cached_property
     def scale_max(self) -> float:
         """Largest effective scale, 2^(127 - exponent of the largest magnitude) (C4)."""
         largest = self.max + self.signed
         return 2.0 ** (127 - (largest.bit_length() - 1))
 
-    packed = property(lambda self: self.bits < 8)
-    storage = property(lambda self: "uint8" if self.packed or not self.signed else f"int{self.bits}")
-    dtype_name = property(lambda self: "uint8" if self.packed else self.name)
-    bytes_per_element = property(lambda self: self.bits / 8)
-
 
 Format = FloatFormat | IntFormat
 
 SCALE_MIN = 2.0**-100  # smallest effective scale: 1/s stays normal (C4)
-FLOAT32 = FloatFormat("float32", 8, 23, 127, True, True)  # the source of every projection
+FLOAT32 = FloatFormat("float32", 8, 23, 127, True, "high")  # the source of every projection
 
 TABLE: tuple[Format, ...] = (
-    #            name             exponent fraction bias  inf    nan
-    FloatFormat("float16",        5,       10,      15,   True,  True),
-    FloatFormat("bfloat16",       8,       7,       127,  True,  True),
-    FloatFormat("float8_e4m3fn",  4,       3,       7,    False, True),
-    FloatFormat("float8_e5m2",    5,       2,       15,   True,  True),
-    FloatFormat("float4_e2m1fn",  2,       1,       1,    False, False),
-    #          name     bits signed
+    #            name             exponent fraction bias  inf    nan     codes a byte
+    FloatFormat("float16",        5,       10,      15,   True,  "high"),
+    FloatFormat("bfloat16",       8,       7,       127,  True,  "high"),
+    FloatFormat("float8_e4m3fn",  4,       3,       7,    False, "high"),
+    FloatFormat("float8_e5m2",    5,       2,       15,   True,  "high"),
+    FloatFormat("float4_e2m1fn",  2,       1,       1,    False, "none", 2),
+    #          name     bits signed codes a byte
     IntFormat("int8",   8,   True),
     IntFormat("uint8",  8,   False),
-    IntFormat("int4",   4,   True),
+    IntFormat("int4",   4,   True,  2),
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {f.name: f for f in (FLOAT32, *TABLE)}
@@ -159,25 +269,38 @@ def c_header() -> str:
     """``csrc/formats.h``: the same rows, with what follows from them worked out."""
     floats, ints = [], []
     for f in TABLE:
+        stored = f"{f.name}, {f.dtype_name}, {f.bits}, {f.per_byte}"
         if isinstance(f, FloatFormat):
+            shape = f"{f.exponent_bits}, {f.fraction_bits}, {f.bias}"
+            has = ", ".join("true" if b else "false" for b in (f.has_inf, f.has_nan, f.has_negative_zero))
             codes = ", ".join(f"0x{c:x}" for c in (f.max_code, f.overflow_code, f.nan_code))
             values = ", ".join(f"0x{float_bits(v):08x}" for v in (f.max, f.scale_max))
-            shape = f"{f.bits}, {f.exponent_bits}, {f.fraction_bits}, {f.bias}"
-            floats.append(f"  X({f.name}, {shape}, {codes}, {values})")
+            floats.append(f"  X({stored}, {shape}, {has}, {codes}, {values})")
         else:
             limits = ", ".join(str(q) for affine in (False, True) for q in f.range(affine))
-            ints.append(f"  X({f.name}, {f.bits}, {limits}, {f.max}, 0x{float_bits(f.scale_max):08x})")
+            signed = "true" if f.signed else "false"
+            ints.append(f"  X({stored}, {signed}, {limits}, {f.max}, 0x{float_bits(f.scale_max):08x})")
     return "\n".join(
         [
             "// Written by `python quantlib/formats.py > csrc/formats.h`: edit that table, not this file.",
             "#pragma once",
+            "#include <cstdint>",
             "",
-            "// X(name, bits, exponent_bits, fraction_bits, bias, max_code, overflow_code, nan_code, max, scale_max)",
+            "namespace quantlib {",
+            "",
+            "// The rows of the table, in its order.",
+            f"enum class Type : uint8_t {{ {', '.join(FORMATS)} }};",
+            "",
+            "}  // namespace quantlib",
+            "",
+            "// X(name, torch's dtype of its codes, bits, codes a byte, exponent_bits, fraction_bits, bias,",
+            "//   has_inf, has_nan, has_negative_zero, max_code, overflow_code, nan_code, max, scale_max)",
             "// The last two are the bits of an FP32 value.",
             "#define QL_FLOATS(X) \\",
             " \\\n".join(floats),
             "",
-            "// X(name, bits, qmin, qmax, affine_qmin, affine_qmax, max, scale_max)",
+            "// X(name, torch's dtype of its codes, bits, codes a byte, is_signed, qmin, qmax, affine_qmin,",
+            "//   affine_qmax, max, scale_max)",
             "#define QL_INTS(X) \\",
             " \\\n".join(ints),
             "",

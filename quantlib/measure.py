@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from quantlib import ops
-from quantlib.nn.functional import SOURCES, Weight, dequantize_rows
+from quantlib import formats, ops
+from quantlib.backends import compiled
+from quantlib.nn.experts import QuantExperts
+from quantlib.nn.functional import SOURCES, Weight, dequantize_weight
+from quantlib.ops.check import dtype_name
 from quantlib.report import LayerReport
 from quantlib.spec import QuantSpec
 
@@ -28,10 +33,16 @@ def slabs(rows: int, columns: int, multiple: int = 1, elements: int = SLAB) -> I
         yield slice(start, min(start + step, rows))
 
 
-def slabs_of(x: Tensor) -> Iterator[slice]:
+def slabs_of(x: Tensor, multiple: int = 1) -> Iterator[slice]:
     """`slabs` of a matrix in memory."""
     rows, columns = x.shape
-    return slabs(rows, columns, elements=SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU)
+    return slabs(rows, columns, min(multiple, max(rows, 1)), SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU)
+
+
+def rows_of(weight: Weight, rows: slice, br: int) -> Weight:
+    """Some rows of a weight [M, K], the first of which begins a block of ``br`` rows."""
+    blocks = slice(rows.start // br, -(-rows.stop // br))
+    return Weight(weight.codes[rows], *(None if t is None else t[blocks] for t in weight[1:]))
 
 
 @dataclass
@@ -41,8 +52,14 @@ class Sums:
     signal: float = 0.0
     noise: float = 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Count a slab x of any float dtype with its values y, float32; ``y`` is overwritten."""
+    def add(self, x: Tensor, weight: Weight, spec: QuantSpec) -> None:
+        """Count a slab x [M, K] of any float dtype with its codes, whose blocks begin with it."""
+        found = squared_error(x, weight, spec)
+        if found is not None and 1e-20 < found[0] < 1e30 and math.isfinite(found[1]):
+            self.signal += found[0]
+            self.noise += found[1]
+            return
+        y = dequantize_weight(weight, spec, x.shape[1], torch.float32)
         x = x.float()
         self.signal += squares(x)
         self.noise += squares(y.sub_(x))
@@ -54,6 +71,47 @@ class Sums:
             return math.inf
         ratio = self.signal / self.noise
         return 10 * math.log10(ratio) if 0 < ratio < math.inf else math.nan
+
+
+def squared_error(x: Tensor, weight: Weight, spec: QuantSpec) -> tuple[float, float] | None:
+    """The sums of squares of x [M, K] and of its error, by one pass in C++; None where that does not serve."""
+    codes, scale, zero_point = weight
+    kernel = _kernel() if scale is not None and x.device.type == "cpu" and x.dtype in SOURCES else None
+    given = [t for t in (x, codes, scale, zero_point) if t is not None]
+    if kernel is None or not all(type(t.detach()) is Tensor and t.is_contiguous() for t in given) or not x.numel():
+        return None
+    sums = torch.empty(2, x.shape[0], dtype=torch.float64)
+    pointers = [None if t is None else t.data_ptr() for t in (x, codes, scale, zero_point, sums[0], sums[1])]
+    x_type, format = (TYPES.index(name) for name in (dtype_name(x.dtype), spec.format))
+    block = spec.block(x.shape)
+    failed = kernel(pointers[0], x_type, pointers[1], format, *pointers[2:4], *x.shape, *block, *pointers[4:])
+    signal, noise = sums.sum(1).tolist()
+    return None if failed else (signal, noise)
+
+
+TYPES = list(formats.FORMATS)  # as `enum class Type` of csrc/formats.h numbers them
+
+
+@functools.cache
+def _kernel() -> Any:
+    """``quantlib_squared_error`` of csrc/cpu/backend.cpp; None without the library. It lets other threads run."""
+    path = compiled.path_of("cpu")
+    if path is None:
+        return None
+    function = ctypes.CDLL(str(path)).quantlib_squared_error
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [
+        pointer,
+        ctypes.c_int,
+        pointer,
+        ctypes.c_int,
+        pointer,
+        pointer,
+        *[number] * 4,
+        pointer,
+        pointer,
+    ]
+    return function
 
 
 def squares(x: Tensor) -> float:
@@ -75,11 +133,24 @@ def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerRepo
     if not x.is_meta:
         matrix, sums = x.detach().flatten(1), Sums()
         block = spec.block(matrix.shape)
-        for rows in slabs_of(matrix):
-            sums.add(matrix[rows], dequantize_rows(weight, rows, spec.format, block, matrix.shape[1], torch.float32))
+        for rows in slabs_of(matrix, block[0]):
+            sums.add(matrix[rows], rows_of(weight, rows, block[0]), spec)
         ratio = sums.snr_db
     size = sum(t.numel() * t.element_size() for t in weight if t is not None)
     return LayerReport(name, tuple(x.shape), str(spec), x.numel() * x.element_size(), size, ratio)
+
+
+def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> LayerReport:
+    """What became of x, the weight ``key`` of the experts called ``name``."""
+    x, sums, stack = x.detach(), Sums(), experts.stacks[key]
+    for e in range(0 if x.is_meta else stack.E):
+        matrix = stack.matrix(x, e)
+        block = experts.spec.block(matrix.shape)
+        for rows in slabs_of(matrix, block[0]):
+            sums.add(matrix[rows], rows_of(experts.matrix(key, e).weight, rows, block[0]), experts.spec)
+    size = sum(p.numel() * p.element_size() for p in experts.parts(key) if p is not None)
+    ratio = math.nan if x.is_meta else sums.snr_db
+    return LayerReport(f"{name}.{key}", tuple(x.shape), str(experts.spec), x.numel() * x.element_size(), size, ratio)
 
 
 def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:

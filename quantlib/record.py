@@ -3,37 +3,69 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 from torch import nn
 
 from quantlib.nn import QuantModule
+from quantlib.nn.experts import QuantExperts
 
 LIBRARY = "quantlib"
 VERSION = 1
+ENTRY = "quantization_config"
+
+# Base class of another library's models -> the module of ours whose ``keep(model, weights)`` has that library save
+# them. It is imported for such a model only, and that library is there then.
+KEEPERS = {"transformers.modeling_utils.PreTrainedModel": "quantlib.hf.quantizer"}
 
 
 def record_(model: nn.Module) -> None:
     """Have the config of ``model`` say which weights are quantized to what; a model without a config is left alone.
 
-    A config that several models share becomes this model's own. The entry names no ``quant_method``: a loader that
-    does not know it raises, where it would otherwise warn and go on with weights drawn at random.
+    A config that several models share becomes this model's own. A model of transformers is saved by `quantlib.hf` from
+    now on. The config of another library's model names no ``quant_method``, since that library knows none of ours: it
+    raises, where it would otherwise go on with weights drawn at random.
     """
     config = getattr(model, "config", None)
     if not hasattr(model, "save_pretrained") or not hasattr(config, "to_dict") or isinstance(config, dict):
         return
-    weights = {
-        f"{prefix}.weight".removeprefix("."): {"spec": str(module.spec), "shape": list(module.weight_shape)}
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantModule)
-    }
-    if not weights and of_config(getattr(config, "quantization_config", None)) is None:
+    weights, known = weights_of(model), getattr(config, "quantization_config", None)
+    if not weights and of_config(known) is None:
         return
     config = own_config(model)
-    if weights:
+    keeper = next((KEEPERS[name] for cls in type(model).__mro__ if (name := full_name(cls)) in KEEPERS), None)
+    if keeper is not None:
+        importlib.import_module(keeper).keep(model, weights)
+    elif weights:
         config.quantization_config = {"library": LIBRARY, "version": VERSION, "weights": weights}
     else:
         del config.quantization_config
+
+
+def entry_of(weights: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The ``quantization_config`` of a config.json for ``weights``, as `quantlib.hf` reads it."""
+    specs = [weight["spec"] for weight in weights.values()]
+    most = max(sorted(set(specs)), key=specs.count)
+    return {"quant_method": LIBRARY, "version": VERSION, "spec": most, "weights": weights}
+
+
+def weights_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Name of a quantized weight of ``model`` -> its spec and the shape of the float weight."""
+    weights: dict[str, dict[str, Any]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        shapes: dict[str, tuple[int, ...]] = {}
+        if isinstance(module, QuantModule):
+            shapes = {"weight": module.weight_shape}
+        elif isinstance(module, QuantExperts):
+            shapes = {key: stack.shape for key, stack in module.stacks.items()}
+        for key, shape in shapes.items():
+            weights[f"{prefix}.{key}".removeprefix(".")] = {"spec": str(module.spec), "shape": list(shape)}
+    return weights
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__name__}"
 
 
 def own_config(model: nn.Module) -> Any:
@@ -47,5 +79,7 @@ def own_config(model: nn.Module) -> Any:
 
 
 def of_config(entry: Any) -> dict[str, Any] | None:
-    """``entry``, a ``quantization_config``, if `record_` made it."""
-    return entry if isinstance(entry, dict) and entry.get("library") == LIBRARY else None
+    """``entry``, a ``quantization_config``, as a dict if quantlib made it."""
+    entry = entry.to_dict() if hasattr(entry, "to_dict") else entry
+    ours = isinstance(entry, dict) and LIBRARY in (entry.get("library"), entry.get("quant_method"))
+    return entry if ours else None

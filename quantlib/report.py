@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,12 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     snr_db: float
+
+    @classmethod
+    def of(cls, name: str, x: Tensor, spec: str, parts: Iterable[Tensor | None], snr_db: float) -> LayerReport:
+        """The report of x, which became ``parts``: codes, scales, zero points."""
+        after = sum(t.nbytes for t in parts if t is not None)
+        return cls(name, tuple(x.shape), spec, x.nbytes, after, snr_db)
 
 
 @dataclass

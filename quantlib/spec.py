@@ -16,6 +16,7 @@ or one of the names of `SCHEMES`, such as ``W8A16``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, replace
@@ -167,8 +168,8 @@ class QuantSpec:
         return (M + br - 1) // br, (K + bk - 1) // bk
 
     def codes_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """``shape``, or [..., ceil(K / 2)] bytes where the format is packed."""
-        return (*shape[:-1], (shape[-1] + 1) // 2) if self.row.packed else tuple(shape)
+        """``shape``, or [..., ceil(K / P)] bytes where P codes share one."""
+        return (*shape[:-1], self.row.columns(shape[-1])) if self.row.packed else tuple(shape)
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of the codes, the scales and the zero points of a weight of ``shape``."""
@@ -211,6 +212,42 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     for size in shape[:-1]:
         M *= size
     return M, (shape[-1] if len(shape) else 1)
+
+
+def check_of_weight(spec: QuantSpec) -> None:
+    """A weight has no static scale: the scale is kept with the codes in any case.
+
+    Raises
+    ------
+    ValueError
+        For a spec whose weight is static.
+    """
+    if spec.static:
+        raise ValueError(f"spec must be static in its activation only, got {spec}")
+
+
+def check_dynamic(spec: QuantSpec) -> None:
+    """``spec`` is for a weight, and asks for nothing that only training or calibration can find.
+
+    Raises
+    ------
+    ValueError
+        For a spec with a static scale.
+    """
+    check_of_weight(spec)
+    if spec.activation is not None and spec.activation.static:
+        raise ValueError(
+            f"spec must have activations whose scales follow the input, got {spec}: "
+            "static ones come from prepare_qat_, some forwards, and convert_"
+        )
+
+
+def stored_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in a file of the codes of a float weight of ``shape``; codes with scales have one axis more: [N, K, 1]."""
+    if not spec.scaled:
+        return shape
+    N, *rest = shape
+    return (*spec.codes_shape((N, math.prod(rest))), *(1 for _ in rest))
 
 
 W8A16 = QuantSpec.parse("W8A16")

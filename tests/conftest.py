@@ -75,8 +75,9 @@ class Served:
         return backends.refuses(self.backend, self.device, overload)
 
 
-HOME = (("composite", "cpu"), ("cpp", "cpu"), ("triton", "cpu"), ("cuda", "cuda"))
-ALL = tuple(Served(*pair) for pair in (*HOME, ("composite", "cuda"), ("triton", "cuda")))
+KNOWN = tuple(reversed(backends.BACKENDS.values()))
+HOME = tuple((b.name, b.devices[0]) for b in KNOWN)
+ALL = tuple(Served(*pair) for pair in (*HOME, *((b.name, device) for b in KNOWN for device in b.devices[1:])))
 SERVED = tuple(s for s in ALL if s.refusal() is None) + tuple(
     Served("composite", d) for d in DEVICES[1:] if d != "cuda"
 )

@@ -9,14 +9,16 @@ import math
 import re
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from quantlib import dequantize_, prepare_qat_, quantize_
-from quantlib.nn import QuantConv1d, QuantEmbedding, QuantLinear
+from quantlib.nn import QuantConv1d, QuantEmbedding, QuantLinear, functional
 from quantlib.spec import QuantSpec
+from quantlib.testing import assert_same_bytes
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -141,6 +143,30 @@ def test_signal_to_noise() -> None:
     assert report.layers[0].snr_db == pytest.approx(10 * math.log10(weight.square().sum() / noise.square().sum()))
     assert report.worst in report.layers
     assert quantize_(mlp().bfloat16(), "bf16").layers[0].snr_db == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spec", ["int8", "uint8", "W4A16", "int4:group:8:affine", "int8:tile:5", "int8:tensor", "fp8", "bf16"]
+)
+def test_values_are_seen_where_codes_are_made(spec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "SLAB", 100)
+    weight, parsed = torch.randn(17, 23).to(dtype), QuantSpec.parse(spec)
+    xs, ys = [], []
+
+    def seen(x: Tensor, y: Tensor) -> None:
+        xs.append(x.clone())
+        ys.append(y.clone())
+        y.zero_()
+
+    got, want = functional.quantize_weight(weight, parsed, seen), functional.quantize_weight(weight, parsed)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert_same_bytes(a, b)
+    assert len(xs) == 5
+    assert torch.equal(torch.cat(xs), weight)
+    assert torch.equal(torch.cat(ys), functional.dequantize_weight(want, parsed, 23, torch.float32))
 
 
 def test_dequantize_restores_the_values() -> None:
@@ -346,10 +372,10 @@ def test_float_layers_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
     counts: list[int] = []
     from_float = QuantLinear.from_float
 
-    def counting(layer: nn.Linear, spec: object) -> QuantLinear:
+    def counting(layer: nn.Linear, spec: object, **options: Any) -> QuantLinear:
         gc.collect()
         counts.append(sum(ref() is not None for ref in alive))
-        return from_float(layer, spec)
+        return from_float(layer, spec, **options)
 
     monkeypatch.setattr(QuantLinear, "from_float", counting)
     quantize_(model, "int8")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,31 @@ def test_a_compiled_graph_follows_the_switch() -> None:
     assert_same_bytes(graph(x()), want)
     assert counter.frame_count == 1
     torch.compiler.reset()
+
+
+def test_every_folder_is_a_backend() -> None:
+    folders = {path.parent.name for path in Path(backends.__file__).parent.glob("*/__init__.py")}
+    assert folders == set(backends.BACKENDS)
+    assert list(backends.BACKENDS) == ["triton", "cuda", "cpp", "composite"], "the order of preference"
+    assert backends.order("cpu") == backends.order("cpu:0") == ("cpp", "composite")
+    assert backends.order("cuda") == ("triton", "cuda", "composite")
+    assert backends.order("meta") == ("composite",)
+
+
+@pytest.mark.parametrize("name", [b.name for b in backends.BACKENDS.values() if not b.compiled])
+def test_a_kernel_has_the_signature_of_pure_torch(name: str) -> None:
+    """More arguments may follow, with defaults."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    for op, kernel in backends.BACKENDS[name].kernels.items():
+        expected = inspect.signature(backends.BACKENDS["composite"].kernels[op]).parameters
+        got = inspect.signature(kernel).parameters
+        assert list(got)[: len(expected)] == list(expected), op
+        assert all(got[more].default is not inspect.Parameter.empty for more in list(got)[len(expected) :]), op
+
+
+def test_pure_torch_has_a_kernel_of_every_op() -> None:
+    assert tuple(backends.BACKENDS["composite"].kernels) == backends.OPS
 
 
 @pytest.mark.parametrize("name", ["reference", "", "CPP", "gpu"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -310,7 +309,7 @@ BAD = {
     "dynamic_matmul": DYNAMICALLY,
 }
 EVERY = [(f"quantlib::{op}: {said}", call) for op, table in BAD.items() for said, call in table]
-CPU = ["composite", "cpp"]
+CPU = backends.order("cpu")
 
 
 @pytest.fixture(params=CPU)
@@ -395,7 +394,7 @@ def test_another_device() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("name", ["composite", "triton", "cuda"])
+@pytest.mark.parametrize("name", [b.name for b in backends.BACKENDS.values() if "cuda" in b.devices])
 def test_a_scale_on_the_other_device(name: str) -> None:
     if why := backends.refuses(name, "cuda"):
         pytest.skip(f"{name}: {why}")
@@ -404,12 +403,12 @@ def test_a_scale_on_the_other_device(name: str) -> None:
         quant.quantize(X.cuda(), S, "int8", B)
 
 
-@pytest.mark.parametrize("name", ["composite", "triton"])
+@pytest.mark.parametrize("name", [b.name for b in backends.BACKENDS.values() if "quantize" in b.kernels])
 def test_a_kernel_clamps_a_zero_point_that_nobody_looked_at(name: str) -> None:
     """On a device the check would have to wait for its values; a kernel stays inside the format by itself."""
     if why := backends.refuses(name, "cpu"):
         pytest.skip(f"{name}: {why}")
-    kernel = importlib.import_module(f"quantlib.backends.{name}").KERNELS["quantize"]
+    kernel = backends.BACKENDS[name].kernels["quantize"]
     f = formats.get("int8")
     for z in (1000, -1000, 2**31 - 1, -(2**31)):
         codes = torch.empty(6, 35, dtype=i8)

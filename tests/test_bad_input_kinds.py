@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import quantlib
 from quantlib import backends, formats, ops, reference
+from quantlib.backends.weight import QuantizedWeight
 from quantlib.testing import assert_same_bytes
 
 quant = torch.ops.quantlib
@@ -71,7 +71,7 @@ NOT_TENSORS = {
 }
 
 
-@pytest.fixture(params=["composite", "cpp"])
+@pytest.fixture(params=backends.order("cpu"))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Python's checks, and C++'s."""
     if why := backends.refuses(request.param, "cpu"):
@@ -218,9 +218,9 @@ def test_nothing_is_looked_at_on_meta() -> None:
 
 
 def test_a_kernel_takes_the_least_scale_for_a_negative_one_that_nobody_looked_at() -> None:
-    kernel = importlib.import_module("quantlib.backends.composite").KERNELS["dequantize"]
+    kernel = backends.BACKENDS["composite"].kernels["dequantize"]
     y = torch.empty(4, 8)
-    kernel(V, -T, formats.get("int8"), B, None, y)
+    kernel(QuantizedWeight(V, -T, formats.get("int8"), B, None, (4, 8)), y)
     assert_same_bytes(y, np.full((4, 8), 2.0**-100, np.float32))
 
 

@@ -68,6 +68,22 @@ PUBLIC: list[tuple[str, Callable[[], Any]]] = [
         lambda: quantlib.dequant_matmul(X, C8, 0.1, "int8", block=B),
     ),
     (
+        "quantlib::dequant_matmul: layout must be plain or tiles, got rows",
+        lambda: quantlib.dequant_matmul(X, C8, S, "int8", block=B, layout="rows"),
+    ),
+    (
+        "quantlib::dequant_matmul: rows must be the rows of the weight for tiles, got None",
+        lambda: quantlib.dequant_matmul(X, C8, S, "int8", block=B, layout="tiles"),
+    ),
+    (
+        "quantlib::dequant_matmul: rows must be None for plain codes, got 4",
+        lambda: quantlib.dequant_matmul(X, C8, S, "int8", block=B, rows=4),
+    ),
+    (
+        "quantlib::dequant_matmul: size must be an integer or None, got str",
+        lambda: quantlib.dequant_matmul(X, C8, S, "int8", block=B, size="4"),
+    ),
+    (
         "quantlib::dynamic_matmul: x must be a tensor, got ndarray",
         lambda: quantlib.dynamic_matmul(X.numpy(), C8, S, block=B),
     ),

@@ -34,9 +34,10 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     for name in ("_build.py", "ops.def"):
         shutil.copy(ROOT / "quantlib" / name, tmp_path / "quantlib")
+    (tmp_path / "csrc/registration.cpp").write_text('#define DEF(schema)\n#include "ops.def"\n')
     (tmp_path / "csrc/numbers.h").write_text("#define ANSWER 42\n")
     (tmp_path / "csrc/cpu/op.cpp").write_text('#include "numbers.h"\nnamespace QL_ISA { int f() { return ANSWER; } }\n')
-    (tmp_path / "csrc/cpu/register.cpp").write_text("namespace plain { int f(); }\nint g() { return plain::f(); }\n")
+    (tmp_path / "csrc/cpu/backend.cpp").write_text("namespace plain { int f(); }\nint g() { return plain::f(); }\n")
     return tmp_path
 
 
@@ -86,10 +87,78 @@ def test_a_library_is_named_by_all_that_it_is_made_of(tree: Path) -> None:
 def test_only_what_changed_is_compiled_again(tree: Path) -> None:
     build(tree)
     before = objects(tree)
-    with open(tree / "csrc/cpu/register.cpp", "a") as file:
+    with open(tree / "csrc/cpu/backend.cpp", "a") as file:
         file.write("// changed\n")
     build(tree)
     assert len(objects(tree) - before) == 1
+
+
+@compiler
+def test_a_header_is_of_those_that_include_it(tree: Path) -> None:
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/vector.cuh").touch()
+    (tree / "csrc/cpu/more.h").write_text("#include <numbers.h>  // found as ../numbers.h\n")
+    (tree / "csrc/cpu/other.cpp").write_text('#  include "more.h"\nnamespace QL_ISA { int h() { return 0; } }\n')
+    library, before = build(tree), objects(tree)
+
+    def compiled_again(header: str) -> int:
+        with open(tree / header, "a") as file:
+            file.write("// changed\n")
+        assert Path(build(tree)).exists()
+        known = objects(tree) - before
+        before.update(known)
+        return len(known)
+
+    assert compiled_again("csrc/cuda/vector.cuh") == 0
+    assert build(tree) == library
+    assert compiled_again("csrc/cpu/more.h") == len(_build.ISAS)
+    assert compiled_again("csrc/numbers.h") == 2 * len(_build.ISAS)
+    (tree / "csrc/cpu/more.h").write_text("#define MORE <numbers.h>\n#include MORE\n")
+    assert "must include headers by name, got MORE" in build(tree)
+
+
+@compiler
+def test_every_header_that_a_compiler_reads_is_known() -> None:
+    """Of every source that this machine can preprocess: what `Unit.read` finds is what the compiler says."""
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("not a checkout")
+    include = [f"-I{_build.CSRC}", f"-I{_build.PACKAGE}", "-isystem", str(_build.find_torch() / "include")]
+    emulated = [f"-I{ROOT / 'tests/cuda_on_cpu'}", "-DUSE_CUDA"]
+    folder = _build.CSRC / "cuda"
+    cuda = [_build.Unit(p, ("c++",), ("-std=c++20",)) for p in folder.glob("*.c*") if p.suffix in (".cu", ".cpp")]
+    cuda += [_build.Unit(p, ("c++",), ("-std=c++20",), folder) for p in _build.op_glue(folder)]
+    assert len(cuda) > 20
+    for unit in (*_build.cpu_units(), *cuda):
+        more = emulated if unit in cuda else []
+        command = [
+            *unit.compiler,
+            *unit.flags,
+            f"-I{unit.folder}",
+            *include,
+            *more,
+            "-x",
+            "c++",
+            "-MM",
+            str(unit.source),
+        ]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        files = {Path(os.path.normpath(word)) for word in said.replace("\\\n", " ").split()[1:]}
+        ours = {path for path in files if {_build.CSRC, _build.PACKAGE} & set(path.parents)}
+        assert unit.source in ours
+        assert ours <= set(unit.read()), unit.source
+
+
+@compiler
+def test_an_op_is_registered_by_the_backends_that_have_its_kernel(tree: Path) -> None:
+    """csrc/ops/<op>.cpp is compiled where the backend's folder has a file of its stem."""
+    (tree / "csrc/ops").mkdir()
+    (tree / "csrc/cpu/backend.h").touch()
+    for op in ("op", "another"):
+        function = f'extern "C" __attribute__((visibility("default"))) int glue_of_{op}() {{ return 0; }}\n'
+        (tree / f"csrc/ops/{op}.cpp").write_text(f"#include <backend.h>\n{function}")
+    library = Path(build(tree)).read_bytes()
+    assert b"glue_of_op" in library
+    assert b"glue_of_another" not in library
 
 
 @compiler
@@ -349,9 +418,9 @@ def test_a_compiler_that_fails_ends_the_others(tree: Path) -> None:
     """They were started at once; what one of them would still do is of no use."""
     slow = tree / "slow"
     slow.write_text(
-        f'#!/bin/sh\ncase "$*" in *register.cpp*) exit 3;; esac\necho $$ > {tree}/pids/$$\nexec sleep 1000\n'
+        f'#!/bin/sh\ncase "$*" in *backend.cpp*) exit 3;; esac\necho $$ > {tree}/pids/$$\nexec sleep 1000\n'
     )
     slow.chmod(0o755)
     (tree / "pids").mkdir()
-    assert "cpu/register.cpp does not compile: exit status 3" in build(tree, CXX=str(slow), MAX_JOBS="99")
+    assert "cpu/backend.cpp does not compile: exit status 3" in build(tree, CXX=str(slow), MAX_JOBS="99")
     assert [pid for pid in (int(path.name) for path in (tree / "pids").iterdir()) if alive(pid)] == []

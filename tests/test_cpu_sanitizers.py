@@ -19,8 +19,8 @@ from quantlib import _build
 
 NATIVE = Path(__file__).parent / "native"
 CXX = shlex.split(os.environ.get("CXX", "c++"))
-KERNELS = sorted(p for p in _build.CSRC.glob("cpu/*.cpp") if p.name != "register.cpp")
-FLAGS = ("-std=c++17", f"-I{_build.CSRC}", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+KERNELS = sorted(p for p in _build.CSRC.glob("cpu/*.cpp") if p.name != "backend.cpp")
+FLAGS = ("-std=c++20", f"-I{_build.CSRC}", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 CALLED = ("--param", "asan-instrumentation-with-call-threshold=0")  # checks that are calls compile in half the time
 

@@ -10,20 +10,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_on_cpu.emulator import COMPILER, CSRC, MATMULS, SLAB, Buffer, Call, Emulator, KernelError, build
+from cuda_on_cpu.emulator import (
+    COMPILER,
+    CSRC,
+    MATMULS,
+    SLAB,
+    Buffer,
+    Call,
+    Emulator,
+    KernelError,
+    build,
+    with_small_slabs,
+)
 
 from quantlib import formats, reference
 from quantlib.backends.tiles import TileLayout
-from quantlib.formats import IntFormat
+from quantlib.formats import FloatFormat, IntFormat
 from quantlib.reference import numerics
 from quantlib.reference.matmul import bound
-from quantlib.testing import assert_same_bytes, bits, tensor
+from quantlib.testing import assert_same_bytes, bits, tensor, values
 from quantlib.testing.bytes import Array
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no {COMPILER[0]}")
 
 EIGHT, ALL = [f.name for f in formats.TABLE if f.bits <= 8], [f.name for f in formats.TABLE]
-FINITE = [f.name for f in formats.TABLE if f.bits <= 8 and "float8" not in f.name]
+FINITE = [f.name for f in formats.TABLE if f.bits <= 8 and not (isinstance(f, FloatFormat) and f.has_nan)]
 INTEGERS = [f.name for f in formats.TABLE if isinstance(f, IntFormat)]
 ACTIVATIONS = (None, "gelu", "relu", "silu", "gelu_tanh")
 
@@ -63,14 +74,14 @@ class Case:
             assert isinstance(f, IntFormat)
             z = random.integers(*f.range(affine=True), blocks, np.int32, endpoint=True)
         if not self.exact:
-            codes = random.integers(0, 256, (N, (K + 1) // 2 if f.packed else K * f.bits // 8), np.uint8)
-            if f.packed and K % 2:
-                codes[:, -1] &= 15
+            codes = random.integers(0, 256, (N, f.columns(K) * np.dtype(f.storage).itemsize), np.uint8)
+            if K % f.per_byte:
+                codes[:, -1] &= (1 << K % f.per_byte * f.bits) - 1
             scale = random.uniform(0.5, 2, blocks).astype(np.float32)
             return codes.view(f.storage), scale, z
-        z = None if z is None else random.integers(0, 4, blocks, np.int32)
+        z = None if z is None else random.integers(0, min(4, f.code_range[1] + 1), blocks, np.int32)
         scale = np.exp2(random.integers(-3, 4, blocks) - 20 * self.huge).astype(np.float32)
-        w = random.integers(0 if self.format == "uint8" and z is None else -3, 4, (N, K)).astype(np.float32)
+        w = random.integers(-3 if f.signed or z is not None else 0, 4, (N, K)).astype(np.float32)
         w *= np.repeat(np.repeat(scale, br, 0)[:N], bk, 1)[:, :K]
         return reference.quantize(w, scale, self.format, block=(br, bk), zero_point=z), scale, z
 
@@ -149,8 +160,8 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def emulator(cache: Path) -> Emulator:
-    return build(cache, (*MATMULS, SLAB))
+def emulator(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return build(cache, (*MATMULS, SLAB), with_small_slabs(tmp_path_factory.mktemp("small")))
 
 
 def affines(format: str) -> tuple[bool, ...]:
@@ -207,13 +218,11 @@ def test_a_sum_is_infinite_only_where_y_is(emulator: Emulator, format: str) -> N
 def test_every_code_becomes_its_value(emulator: Emulator, format: str, dtype: str) -> None:
     """x has a one a row, so that y is the weight: infinities, NaN and subnormals of float codes too."""
     f = formats.get(format)
-    n, K = 1 << f.bits, 64 if f.bits == 8 else 128
-    rows = n // 16
-    codes = np.zeros((rows, K), np.uint8)
-    codes[:, :16] = np.arange(n, dtype=np.uint8).reshape(rows, 16)
-    if f.packed:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
-    codes = codes.view(f.storage)
+    every, K = values.codes(format), 64 * f.per_byte
+    rows = max(len(every) // 16, 1)
+    codes = np.zeros((rows, K), every.dtype)
+    codes[:, :16] = np.resize(every, (rows, 16))
+    codes = codes if f.whole else reference.pack(codes, f)
     scale = np.full((rows, 1), 2.0**-3, np.float32)
     x = reference.cast(np.eye(16, K, dtype=np.float32), dtype)
     for z in (None,) if f.is_float else (None, *(np.full((rows, 1), edge, np.int32) for edge in f.range(True))):
@@ -369,19 +378,18 @@ FAULTS = (
 )  # fmt: skip
 
 # A planted executable has int8 codes and bfloat16 alone in the kernel of matrix instructions: it compiles in seconds.
-NARROW = (
-    r"    case Type::(int4|float\w+):\n      return run<\1, X, TILED>\(p, stream\);\n"
-    r"|  if \(p.x_type == .*\n.*float16, false.*\n"
-)
+OTHER_ROWS = r" \\\n  X\((?!int8,|float16,|bfloat16,).*?\)(?= \\$|$)"  # of formats.h
+OTHER_X = r"p.x_type == Type::float16 \? multiply<float16>\(p, stream\) : "
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault, cache: Path, tmp_path: Path) -> None:
     csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     kernel, place = csrc / "cuda/dequant_matmul.cu", csrc / "cuda" / fault.file
-    narrow, n = re.subn(NARROW, "", kernel.read_text())
-    assert n == 5, "the formats stand elsewhere"
-    kernel.write_text(narrow)
+    for path, pattern, times in ((csrc / "formats.h", OTHER_ROWS, len(formats.TABLE) - 3), (kernel, OTHER_X, 1)):
+        narrow, n = re.subn(pattern, "", path.read_text(), flags=re.MULTILINE)
+        assert n == times, "the formats stand elsewhere"
+        path.write_text(narrow)
     assert place.read_text().count(fault.right) == 1, "the fault's place has changed"
     place.write_text(place.read_text().replace(fault.right, fault.wrong))
     emulator = build(cache, (fault.case.op,), csrc)

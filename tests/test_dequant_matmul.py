@@ -216,8 +216,9 @@ def test_tiles_are_the_same_codes_in_another_order(format: str, shape: tuple[int
     assert tiles.shape[-1] == 1024
     assert_same_bytes(ops.untile(tiles, format, shape), codes)
     x = small_integers(3, K)
-    y = quantlib.dequant_matmul(x, tiles, scale, format, block=(1, -1), size=N)
-    assert_same_bytes(y, quantlib.dequant_matmul(x, codes, scale, format, block=(1, -1)))
+    want = quantlib.dequant_matmul(x, codes, scale, format, block=(1, -1))
+    for words in ({"layout": "tiles", "rows": N}, {"size": N}):
+        assert_same_bytes(quantlib.dequant_matmul(x, tiles, scale, format, block=(1, -1), **words), want)
 
 
 def test_lane_holds_its_fragment() -> None:

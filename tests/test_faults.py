@@ -35,6 +35,7 @@ class Fault:
 COMPOSITE = "quantlib/backends/composite"
 QUANTIZE, SCALE, NUMERICS, CAST = (f"{COMPOSITE}/{op}.py" for op in ("quantize", "compute_scale", "numerics", "cast"))
 INT8 = ("--op", "quantize", "--format", "int8")
+PACKING = "quantlib/backends/packing.py"
 PROJECT = "t = x.float() * spread(effective_scale(scale, format).reciprocal(), M, K, block)"
 ENCODE = "code = torch.minimum(torch.maximum(t, (qmin - z).float()), (qmax - z).float()).round().int() + z"
 
@@ -73,7 +74,8 @@ PYTHON = [
     ),
     Fault(
         "the high nibble first",
-        ((NUMERICS, "code[..., 0::2] | code[..., 1::2] << 4", "code[..., 1::2] | code[..., 0::2] << 4"),),
+        ((PACKING, "codes[..., 0 :: f.per_byte]", "codes[..., 1 :: f.per_byte]"),
+         (PACKING, "codes[..., i :: f.per_byte]", "codes[..., 1 - i :: f.per_byte]")),
         ("--op", "quantize", "--format", "int4"),
     ),
     Fault(
@@ -109,12 +111,15 @@ CPP = [
     ),
 ]  # fmt: skip
 WRONG_LETTER = Fault(
-    "C++: a wrong letter in a registration", (("csrc/ops.h", 'm.impl("quantize", ', 'm.impl("quantise", '),), ()
+    "C++: a wrong letter in a registration",
+    (("csrc/ops/quantize.cpp", '"quantize", quantize', '"quantise", quantize'),),
+    (),
 )
 # Only the plain instruction set: a third of the compiling.
 PLAIN = (
     ("quantlib/_build.py", 'if platform.machine() in ("x86_64", "AMD64"):\n    ISAS', "if False:\n    ISAS"),
-    ("csrc/cpu/register.cpp", "#ifdef __x86_64__", "#if 0"),
+    ("csrc/cpu/backend.h", "#ifdef __x86_64__", "#if 0"),
+    ("csrc/cpu/backend.cpp", "#ifdef __x86_64__", "#if 0"),
 )
 
 

@@ -12,10 +12,16 @@ import pytest
 import torch
 
 from quantlib import formats
+from quantlib.testing import names
 
 FLOATS = [f for f in formats.FORMATS.values() if isinstance(f, formats.FloatFormat)]
 INTS = [f for f in formats.FORMATS.values() if isinstance(f, formats.IntFormat)]
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("f", formats.FORMATS.values(), ids=lambda f: f.name)
+def test_rows_are_what_their_names_say(f: formats.Format) -> None:
+    names.check(f)
 
 
 @pytest.mark.parametrize("f", FLOATS, ids=lambda f: f.name)
@@ -34,7 +40,7 @@ def test_float_rows_agree_with_ml_dtypes(f: formats.FloatFormat) -> None:
     assert bool(np.isnan(value(f.nan_code))) == f.has_nan
 
 
-@pytest.mark.parametrize("f", [f for f in FLOATS if not f.packed], ids=lambda f: f.name)
+@pytest.mark.parametrize("f", [f for f in FLOATS if f.whole], ids=lambda f: f.name)
 def test_float_rows_agree_with_torch(f: formats.FloatFormat) -> None:
     info = torch.finfo(getattr(torch, f.name))
     assert (info.max, info.bits) == (f.max, f.bits)
@@ -63,13 +69,13 @@ def test_largest_scales_are_those_of_the_contract(name: str, exponent: int) -> N
 def test_get_takes_a_name_or_a_dtype() -> None:
     for name, f in formats.FORMATS.items():
         assert formats.get(name) is f
-        if not f.packed:
+        if f.whole:
             assert formats.get(getattr(torch, name)) is f
 
 
 @pytest.mark.parametrize("unknown", ["fp8", "", "torch.int8x", torch.float64, 8, None])
 def test_get_names_what_there_is(unknown: object) -> None:
-    with pytest.raises(ValueError, match=r"format must be one of float32, .*int4, got ") as error:
+    with pytest.raises(ValueError, match=rf"format must be one of float32, .*{formats.TABLE[-1].name}, got ") as error:
         formats.get(unknown)
     assert repr(unknown) in str(error.value)
 

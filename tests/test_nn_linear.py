@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from quantlib import ops
-from quantlib.nn import QuantLinear
+import quantlib.nn.linear
+from quantlib import backends, ops
+from quantlib.nn import QuantEmbedding, QuantLinear
 from quantlib.nn.functional import project, quantize_weight
-from quantlib.nn.linear import product_of
+from quantlib.nn.linear import kernel_of
 from quantlib.spec import QuantSpec
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -34,25 +39,28 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("words", "product"),
+    ("words", "kernel"),
     [
-        ("bf16", "whole"),
-        ("float16@int8", "whole"),
-        ("W8A16", "floats"),
-        ("W4A16", "floats"),
-        ("fp8@int8", "floats"),
-        ("int8@float8_e4m3fn", "floats"),
-        ("int8@int8:group:32", "floats"),
-        ("W8A8", "rows"),
-        ("W4A8", "rows"),
-        ("uint8@int8:row", "rows"),
-        ("int8@int8:tensor", "integers"),
-        ("int8@int8:row:affine", "integers"),
-        ("int4@uint8", "integers"),
+        ("bf16", "linear"),
+        ("float16@int8", "linear"),
+        ("W8A16", "dequant_matmul"),
+        ("W4A16", "dequant_matmul"),
+        ("fp8@int8", "dequant_matmul"),
+        ("int8@float8_e4m3fn", "dequant_matmul"),
+        ("int8@int8:group:32", "dequant_matmul"),
+        ("W8A8", "dynamic_matmul"),
+        ("W4A8", "dynamic_matmul"),
+        ("uint8@int8:row", "dynamic_matmul"),
+        ("int8@int8:tensor", "scaled_matmul"),
+        ("int8@int8:row:affine", "scaled_matmul"),
+        ("int4@uint8", "scaled_matmul"),
     ],
 )
-def test_the_product_of_a_spec(words: str, product: str) -> None:
-    assert product_of(QuantSpec.parse(words), K) == product
+def test_the_kernel_of_a_spec(words: str, kernel: str) -> None:
+    layer = QuantLinear(K, N, spec=words)
+    assert layer.kernel == kernel_of(QuantSpec.parse(words), K) == kernel
+    older = {"linear": "whole", "dequant_matmul": "floats", "dynamic_matmul": "rows", "scaled_matmul": "integers"}
+    assert layer.product == older[kernel]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -160,12 +168,14 @@ def test_tiles_are_the_same_layer(words: str) -> None:
 
     state = tiled.state_dict()
     assert all(same(state[name], tensor) for name, tensor in q.state_dict().items())
-    for copied in (copy.deepcopy(tiled), pickle.loads(pickle.dumps(tiled)), copy.deepcopy(tiled).bfloat16().float()):
-        assert copied.tiled
-        assert same(copied.weight_codes, tiled.weight_codes)
+    for copied in (copy.deepcopy(tiled), copy.copy(tiled), pickle.loads(pickle.dumps(tiled))):
+        assert not copied.tiled
+        assert same(copied.weight_codes, q.weight_codes)
+    assert tiled.bfloat16().float().tiled
     fresh = QuantLinear(K, N, spec=words).tile_()
     fresh.load_state_dict(state)
-    assert torch.equal(fresh(x), y)
+    assert not fresh.tiled
+    assert torch.equal(fresh(x), q(x))
     assert tiled.tile_() is tiled
     assert same(tiled.untile_().weight_codes, q.weight_codes)
     assert tiled.untile_() is tiled
@@ -175,13 +185,133 @@ def test_tiles_take_only_codes_of_their_shape() -> None:
     fresh = QuantLinear(K, N, spec="int8").tile_()
     with pytest.raises(RuntimeError, match=r"size mismatch for weight_codes: .*torch.Size\(\[18, 70\]\)"):
         fresh.load_state_dict(QuantLinear(K, N - 1, bias=False, spec="int8").state_dict(), strict=False)
-    assert fresh.tiled
     with torch.device("meta"):
         skeleton = QuantLinear(K, N, spec="int8").tile_()
     skeleton.load_state_dict(quantized("int8").state_dict(), assign=True)
-    assert skeleton.tiled
     x = torch.randn(2, K)
     torch.testing.assert_close(skeleton(x), quantized("int8")(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers take their device for one that multiplies tiles faster."""
+    monkeypatch.setattr(quantlib.nn.linear, "on_gpu", lambda x: True)
+    monkeypatch.setattr(backends, "serving", lambda device: "triton")
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("words", TILED)
+def test_a_layer_packs_itself_the_first_time_it_multiplies(words: str, device: str, tmp_path: Path) -> None:
+    q, x = quantized(words, torch.bfloat16).eval(), torch.randn(3, K).bfloat16()
+    want, plain = q(x), copy.deepcopy(q)  # with gradients: nothing moves
+    q.requires_grad_(False)
+    assert not q.tiled
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(q(x), want, rtol=0.02, atol=0.02)
+        assert q.tiled
+        assert not q.weight_codes.is_inference()
+        assert not q.weight_codes.asked
+        q.train()
+        assert not q.tiled
+        q.eval()
+    with torch.no_grad():
+        q(x)
+    assert all(same(q.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
+    safetensors.torch.save_model(q, str(tmp_path / "q.safetensors"))
+    fresh = QuantLinear(K, N, spec=words, dtype=torch.bfloat16)
+    safetensors.torch.load_model(fresh, str(tmp_path / "q.safetensors"))
+    for other in (fresh, copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert not other.tiled
+        assert same(other.weight_codes, plain.weight_codes)
+    assert q.tiled
+    assert q.to(torch.float16).tiled
+    assert copy.deepcopy(q).to("meta").weight_codes.shape == plain.weight_codes.shape
+    assert q.to("meta").weight_codes.shape == plain.weight_codes.shape
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_layer_does_not_pack_itself_where_something_depends_on_its_codes() -> None:
+    x = torch.randn(3, K).bfloat16()
+
+    def packs(
+        words: str = "int8", change: Callable[[QuantLinear], Any] = lambda q: q, call: Any = QuantLinear.__call__
+    ) -> bool:
+        q = quantized(words, torch.bfloat16).eval()
+        with torch.no_grad():
+            change(q)
+            call(q, x)
+        return q.tiled
+
+    embedding = QuantEmbedding.from_float(nn.Embedding(N, K), "int8")
+    assert packs()
+    assert not packs("W8A8")
+    assert not packs("bfloat16:row")
+    assert not packs(change=QuantLinear.train)
+    assert not packs(change=lambda q: q.share(embedding))
+    assert not packs(change=embedding.share)
+    assert not packs(change=lambda q: vars(q).update(_hf_hook=None))
+    assert not packs(change=lambda q: q._parameters.update(weight_codes=nn.Parameter(q.weight_codes.data, False)))
+    assert not packs(call=lambda q, x: q(x.float()))
+    assert not packs(call=lambda q, x: torch.func.vmap(q)(x))
+    assert not packs(call=lambda q, x: torch.jit.trace(q, x, check_trace=False))
+    assert not packs(call=lambda q, x: torch.export.export(q, (x,)))
+    assert not packs(call=lambda q, x: torch.compile(q, backend="eager", fullgraph=True)(x))
+    with torch.enable_grad():
+        q = quantized("int8", torch.bfloat16).eval()
+        q(x)
+    assert not q.tiled
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_codes_that_a_graph_has_recorded_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, x = quantized("int8", torch.bfloat16).eval(), torch.randn(3, K).bfloat16()
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(quantlib.nn.linear, "is_recorded", lambda x: True)
+            q(x)
+        q(x)
+        assert not q.tiled
+        copied = copy.deepcopy(q)
+        copied(x)
+        assert copied.tiled
+        with monkeypatch.context() as patch:
+            patch.setattr(quantlib.nn.linear, "is_recorded", lambda x: True)
+            copied(x)
+        assert copied.train().tiled
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_layer_without_memory_for_two_copies_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, x = quantized("int8", torch.bfloat16).eval(), torch.randn(3, K).bfloat16()
+    calls = []
+
+    def full(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(ops, "tile", full)
+    with torch.no_grad():
+        assert torch.equal(q(x), q(x))
+    assert len(calls) == 1
+    assert not q.tiled
+
+
+def test_weights_that_are_shared_are_a_matrix() -> None:
+    q, embedding = quantized("int8").tile_(), QuantEmbedding.from_float(nn.Embedding(N, K), "int8")
+    embedding.share(q)
+    assert embedding.weight_codes is q.weight_codes
+    assert torch.equal(embedding(torch.arange(N)), q.values())
+
+
+def test_a_layer_pickled_by_an_earlier_version() -> None:
+    q = quantized("W8A8")
+    state = {k: v for k, v in q.__getstate__().items() if k not in ("kernel", "_fixed")} | {"product": "rows"}
+    old = QuantLinear.__new__(QuantLinear)
+    old.__setstate__(state)
+    assert (old.kernel, old.product) == ("dynamic_matmul", "rows")
+    x = torch.randn(2, K)
+    assert torch.equal(old(x), q(x))
 
 
 @pytest.mark.parametrize("words", ["bf16", "W8A8", "int8@uint8"])

@@ -12,7 +12,7 @@ from quantlib import backends
 from quantlib.testing import assert_same_bytes
 
 
-@pytest.fixture(params=["composite", "cpp"])
+@pytest.fixture(params=backends.order("cpu"))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if why := backends.refuses(request.param, "cpu"):
         pytest.skip(f"{request.param}: {why}")

@@ -41,12 +41,13 @@ def test_the_cuda_column_is_what_the_library_registers() -> None:
     csrc = TABLE.parent.parent / "csrc"
     if not csrc.is_dir():
         pytest.skip("not a checkout")
-    impls: dict[str, set[str]] = {}
-    for path in csrc.glob("*ops.h"):
-        for function, body in re.findall(r"^void (register_\w+)\(.*?\{\n(.*?)^\}", path.read_text(), re.M | re.S):
-            impls[function] = set(re.findall(r'm\.impl\("([\w.]+)"', body))
-    used = re.findall(r"quantlib::(register_\w+)<quantlib::Cuda>", (csrc / "cuda/register.cpp").read_text())
-    registered = set().union(*(impls[function] for function in used))
+    glue = [path for path in csrc.glob("ops/*.cpp") if (csrc / f"cuda/{path.stem}.cu").exists()]
+    overloads = {
+        name
+        for path in glue
+        for name in re.findall(r'^.*(?:QL_REGISTER|register_glue).*?"([\w.]+)"', path.read_text(), re.M)
+    }
+    registered = overloads | {name + ("_out" if "." in name else ".out") for name in overloads}
     recorded = support.recorded(TABLE.read_text(), "cuda")
     for row, entry in recorded.items():
         assert (entry == "cuda") == (row.split()[0] in registered), row

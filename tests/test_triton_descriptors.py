@@ -9,6 +9,7 @@ import torch
 
 from quantlib import formats, reference
 from quantlib.backends import triton as backend
+from quantlib.backends.weight import Epilogue, QuantizedWeight
 from quantlib.testing import assert_same_bytes, poisoned
 
 pytest.importorskip("triton")
@@ -43,7 +44,8 @@ def test_every_byte(
     bias = None if activation is None else torch.randn(N)
     x_scale, y = torch.rand(M if rows == 1 else 1, 1), poisoned((M, N), getattr(torch, dtype))
     kernel = backend.KERNELS["scaled_matmul"]
-    kernel(o["x_codes"], x_scale, o["codes"], o["scale"], INT8, (rows, K), None, None, bias, activation, y)
+    weight = QuantizedWeight(o["codes"], o["scale"], INT8, (rows, K), None, (N, K))
+    kernel(o["x_codes"], x_scale, weight, None, Epilogue(bias, activation), y)
     want = reference.scaled_matmul(
         o["x_codes"].numpy(), x_scale.numpy(), o["codes"].numpy(), o["scale"].numpy(), "int8", block=(rows, K),
         bias=None if bias is None else bias.numpy(), activation=activation, dtype=dtype,
@@ -58,7 +60,8 @@ def test_what_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def describable(x_zero_point: Any = None, zero_point: Any = None, **changed: Any) -> bool:
         o = good | changed
-        return descriptors.describable(o["x_codes"], o["codes"], o["scale"], x_zero_point, zero_point)
+        weight = QuantizedWeight(o["codes"], o["scale"], INT8, (1, 32), zero_point, tuple(o["codes"].shape))
+        return descriptors.describable(o["x_codes"], weight, x_zero_point)
 
     assert describable()
     assert not describable(x_zero_point=z)

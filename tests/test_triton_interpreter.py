@@ -17,6 +17,7 @@ import torch
 
 from quantlib import formats, reference
 from quantlib.backends import triton as backend
+from quantlib.backends.weight import QuantizedWeight
 from quantlib.testing import assert_same_bytes, poisoned, tensor, values
 
 pytest.importorskip("triton")
@@ -44,7 +45,7 @@ def test_cast_where_rounding_is_decided(source: str, to: str, saturate: bool) ->
     widened = reference.decode_float(x, formats.get(source))
     want = reference.cast(widened, to, saturate=saturate)
     out = poisoned(want.shape, getattr(torch, to))
-    backend.KERNELS["cast"](tensor(x, source), formats.get(source), out, formats.get(to), saturate)
+    backend.KERNELS["cast"](tensor(x, source), formats.get(source), formats.get(to), saturate, out)
     assert_same_bytes(out, want, f"cast {source} to {to}", widened)
 
 
@@ -78,7 +79,8 @@ def test_dequantize_every_code(format: str, dtype: str) -> None:
         want = reference.dequantize(codes, scale, format, block=(1, K), zero_point=z, dtype=dtype)
         out = poisoned(want.shape, getattr(torch, dtype))
         zs = None if z is None else torch.tensor(z)
-        backend.KERNELS["dequantize"](tensor(codes, format), torch.tensor(scale), f, (1, K), zs, out)
+        weight = QuantizedWeight(tensor(codes, format), torch.tensor(scale), f, (1, K), zs, want.shape)
+        backend.KERNELS["dequantize"](weight, out)
         assert_same_bytes(out, want, f"dequantize {format} to {dtype}, zero_point {zero_point}")
 
 
@@ -118,7 +120,8 @@ def test_tiles_cover_every_element_once(
     want = reference.dequantize(codes, scale, format, block=block, zero_point=z, dtype=source, size=shape[1])
     out = poisoned(shape, getattr(torch, source))
     zs = None if z is None else torch.tensor(z)
-    backend.KERNELS["dequantize"](tensor(codes, format), torch.tensor(scale), f, block, zs, out)
+    weight = QuantizedWeight(tensor(codes, format), torch.tensor(scale), f, block, zs, shape)
+    backend.KERNELS["dequantize"](weight, out)
     assert_same_bytes(out, want, f"dequantize {format} {shape} {block}")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantlib import formats, quantize_dynamic, reference
 from quantlib.backends import triton as backend
 from quantlib.backends.tiles import TileLayout
+from quantlib.backends.weight import Epilogue, QuantizedWeight
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.reference.matmul import bound
 from quantlib.testing import assert_same_bytes, poisoned
@@ -53,9 +54,10 @@ class Weight:
             if self.format.is_float and self.format.bits == 8:  # -8..8
                 self.codes = w.to(self.codes.dtype)
 
-    def launched(self, tiled: bool = False) -> tuple[Any, ...]:
+    def launched(self, tiled: bool = False) -> QuantizedWeight:
         codes = TileLayout(self.format).pack(self.codes, self.K) if tiled else self.codes
-        return codes, self.scale, self.format, self.block, self.zero_point
+        shape, layout = (self.N, self.K), "tiles" if tiled else "plain"
+        return QuantizedWeight(codes, self.scale, self.format, self.block, self.zero_point, shape, layout)
 
     def described(self) -> dict[str, Any]:
         z = None if self.zero_point is None else self.zero_point.numpy()
@@ -84,7 +86,7 @@ def test_dequant_matmul_of_exact_operands(format: str, block: tuple[int, int], a
         x, bias = torch.randint(-8, 9, (M, K)).to(dtype), torch.randint(-4, 5, (N,)).float()
         y = poisoned((M, N), dtype)
         kernel = backend.KERNELS["dequant_matmul"]
-        kernel(x, *weight.launched(tiled), bias, "gelu", False, tiled, y)
+        kernel(x, weight.launched(tiled), Epilogue(bias, "gelu"), False, y)
         options = {"bias": bias.numpy(), "activation": "gelu", "dtype": name_of(dtype)}
         want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **weight.described(), **options)
         assert_same_bytes(y, want, f"dequant_matmul {format} {block} M={M}")
@@ -95,7 +97,7 @@ def test_dequant_matmul_of_exact_operands(format: str, block: tuple[int, int], a
 def test_dequant_matmul_is_within_the_bound(format: str, block: tuple[int, int], M: int) -> None:
     weight = Weight(24, 1200, format, block, False, exact=False)
     x, y = torch.randn(M, 1200).bfloat16(), poisoned((M, 24), torch.bfloat16)
-    backend.KERNELS["dequant_matmul"](x, *weight.launched(), None, None, False, False, y)
+    backend.KERNELS["dequant_matmul"](x, weight.launched(), Epilogue(), False, y)
     codes, scale, name = weight.arrays()
     w = reference.dequantize(codes, scale, name, block=weight.block).view(np.float32)
     exact = x.double().numpy() @ w.T.astype(np.float64)
@@ -114,7 +116,7 @@ def test_slabs_of_a_large_batch(
     choice = tuning.MatmulTile(32, 0, TileLayout(weight.format).columns if tiled else 64, 1, 4, 1, slab=32)
     monkeypatch.setattr(tuning, "choose_matmul", lambda *_: choice)
     x, bias, y = torch.randint(-8, 9, (33, 150)).bfloat16(), torch.randn(40), poisoned((33, 40), torch.bfloat16)
-    backend.KERNELS["dequant_matmul"](x, *weight.launched(tiled), bias, "relu", False, tiled, y)
+    backend.KERNELS["dequant_matmul"](x, weight.launched(tiled), Epilogue(bias, "relu"), False, y)
     options = {"bias": bias.numpy(), "activation": "relu", "dtype": "bfloat16"}
     want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **weight.described(), **options)
     assert_same_bytes(y, want, f"slabs {format} {block}")
@@ -136,7 +138,7 @@ def test_splits_of_k_are_summed_in_order() -> None:
     choice = tuning.choose_matmul((2, 20, 2100), weight.format, torch.float32, 2100, True, False, "", 232448)
     assert choice.splits == 4
     x, y = torch.randint(-8, 9, (2, 2100)).float(), poisoned((2, 20), torch.float32)
-    backend.KERNELS["dequant_matmul"](x, *weight.launched(True), None, None, False, True, y)
+    backend.KERNELS["dequant_matmul"](x, weight.launched(True), Epilogue(), False, y)
     assert_same_bytes(y, reference.dequant_matmul(x.numpy(), *weight.arrays(), **weight.described()), "four splits")
 
 
@@ -146,9 +148,9 @@ def test_a_row_alone_has_the_bytes_it_has_in_a_batch(format: str, block: tuple[i
     x = torch.randn(70, 640).bfloat16()
     y, alone = poisoned((70, 40), torch.bfloat16), poisoned((1, 40), torch.bfloat16)
     kernel = backend.KERNELS["dequant_matmul"]
-    kernel(x, *weight.launched(), None, None, True, False, y)
+    kernel(x, weight.launched(), Epilogue(), True, y)
     for m in (0, 37, 69):
-        kernel(x[m : m + 1], *weight.launched(), None, None, True, False, alone)
+        kernel(x[m : m + 1], weight.launched(), Epilogue(), True, alone)
         assert torch.equal(alone.view(torch.int16)[0], y.view(torch.int16)[m])
 
 
@@ -159,7 +161,7 @@ def test_infinities_nan_and_subnormals_of_x(dtype: torch.dtype) -> None:
     x[0, 0], x[1, 1], x[2, 2] = float("inf"), float("nan"), -float("inf")
     x[3] = torch.finfo(dtype).smallest_normal / 4
     y = poisoned((5, 17), dtype)
-    backend.KERNELS["dequant_matmul"](x, *weight.launched(True), None, None, False, True, y)
+    backend.KERNELS["dequant_matmul"](x, weight.launched(True), Epilogue(), False, y)
     want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **weight.described(), dtype=name_of(dtype))
     assert_same_bytes(y, want, "what is not normal")
 
@@ -169,7 +171,7 @@ def test_dequant_matmul_backward_of_exact_operands(format: str, block: tuple[int
     for n, (M, N, K) in enumerate(((3, 37, 75), (66, 20, 70), (17, 16, 64))):
         weight, dtype = Weight(N, K, format, block, affine), DTYPES[n]
         dy, dx = torch.randint(-8, 9, (M, N)).to(dtype), poisoned((M, K), dtype)
-        backend.KERNELS["dequant_matmul_backward"](dy, *weight.launched(), dx)
+        backend.KERNELS["dequant_matmul_backward"](dy, weight.launched(), dx)
         want = reference.dequant_matmul_backward(
             dy.float().numpy(), *weight.arrays(), **weight.described(), dtype=name_of(dtype), size=K
         )
@@ -192,8 +194,7 @@ def test_scaled_matmul(x_format: str, shape: tuple[int, int, int]) -> None:
             continue
         weight, bias = Weight(N, K, format, block, w_affine, exact=False), torch.randn(N)
         y = poisoned((M, N), torch.bfloat16)
-        codes, scale, f, clamped, zero_point = weight.launched()
-        kernel(x, x_scale, codes, scale, f, clamped, z, zero_point, bias, "silu", y)
+        kernel(x, x_scale, weight.launched(), z, Epilogue(bias, "silu"), y)
         want = reference.scaled_matmul(
             x.numpy(), x_scale.numpy(), *weight.arrays(), **weight.described(), bias=bias.numpy(), activation="silu",
             x_zero_point=None if z is None else z.numpy(), dtype="bfloat16",
@@ -206,7 +207,7 @@ def test_dynamic_matmul(dtype: torch.dtype) -> None:
     for format, block, affine in (("int8", (1, -1), False), ("int4", (1, 32), True)):
         weight, x = Weight(21, 130, format, block, affine, exact=False), torch.randn(9, 130).to(dtype)
         y = poisoned((9, 21), dtype)
-        backend.KERNELS["dynamic_matmul"](x, *weight.launched(), None, "gelu_tanh", y)
+        backend.KERNELS["dynamic_matmul"](x, weight.launched(), Epilogue(activation="gelu_tanh"), y)
         want = reference.dynamic_matmul(
             x.float().numpy(), *weight.arrays(), **weight.described(), activation="gelu_tanh", dtype=name_of(dtype)
         )
@@ -217,8 +218,9 @@ def test_dynamic_matmul(dtype: torch.dtype) -> None:
 def test_no_columns_leave_the_bias(op: str) -> None:
     codes, scale, bias = torch.empty(6, 0, dtype=torch.int8), torch.empty(6, 0), torch.randn(6)
     x, y = torch.empty(3, 0), poisoned((3, 6), torch.float32)
-    rest = (False, False, y) if op == "dequant_matmul" else (y,)
-    backend.KERNELS[op](x, codes, scale, formats.get("int8"), (1, 1), None, bias, None, *rest)
+    rest = (False, y) if op == "dequant_matmul" else (y,)
+    weight = QuantizedWeight(codes, scale, formats.get("int8"), (1, 1), None, (6, 0))
+    backend.KERNELS[op](x, weight, Epilogue(bias), *rest)
     assert torch.equal(y, bias.expand(3, 6))
 
 
@@ -257,7 +259,9 @@ def test_the_assembly_that_makes_operands(format: str, D: str) -> None:
 
     byte = np.arange(256, dtype=np.uint32)
     word = byte | byte[::-1] << 8 | (byte * 7 & 255) << 16 | (byte * 31 & 255) << 24
-    made = run_assembly(assembly(matmul.int4_operands if format == "int4" else matmul.int8_operand, format, D), word, D)
+    made = run_assembly(
+        assembly(matmul.nibble_operands if format == "int4" else matmul.byte_operand, format, D), word, D
+    )
     four = np.stack([word >> shift & 255 for shift in (0, 8, 16, 24)], 1)
     codes = [four & 15, four >> 4] if format == "int4" else [four]
     half = 8 if format == "int4" else 128

@@ -16,10 +16,10 @@ static inline bool shared_blocks(const Grid& g) {
 }
 
 // body(I, J0, J1) for every block, several together while what is read of a row stays in the first-level cache. Where
-// J0 * bk has to be even, because two codes share a byte, so is J0.
+// `unit` codes share a byte, J0 is a multiple of it, and so is J0 * bk.
 template <class Body>
-static inline void parallel_blocks(ParallelFor run, const Grid& g, bool packed, const Body& body) {
-  const int64_t cols = g.scale_cols(), unit = packed ? 2 : 1;
+static inline void parallel_blocks(ParallelFor run, const Grid& g, int64_t unit, const Body& body) {
+  const int64_t cols = g.scale_cols();
   const int64_t fitting = g.br > 1 ? kChunk / g.bk : kResident / g.bk;  // many rows: long pieces of each
   const int64_t step = most(unit, least(kBlocks, fitting) / unit * unit), across = (cols + step - 1) / step;
   const int64_t elements = g.br * least(step * g.bk, g.K);
@@ -40,7 +40,7 @@ static inline void reduce_blocks(ParallelFor run, const Rows& rows) {
   using Partial = typename Rows::Partial;
   const Grid& g = rows.grid;
   if (!shared_blocks(g)) {
-    parallel_blocks(run, g, false, [&](int64_t I, int64_t J0, int64_t J1) {
+    parallel_blocks(run, g, 1, [&](int64_t I, int64_t J0, int64_t J1) {
       Partial whole[kBlocks];
       rows.blocks(I * g.br, least((I + 1) * g.br, g.M), J0, J1, whole);
       rows.finish(I, J0, J1, whole);

@@ -60,7 +60,7 @@ Range RangeRows::row(int64_t i, int64_t j, int64_t n) const {
 
 void RangeRows::blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* out) const {
   if (i1 - i0 == 1 || grid.bk >= 64) {
-    const int64_t bytes = row_of(p.x_type).bits / 8;
+    const int64_t bytes = row_of(p.x_type).bytes;
     for (int64_t i = i0; i < i1; ++i)
       for (int64_t J = J0; J < J1; ++J) {
         const int64_t j = J * grid.bk, n = least(grid.bk, grid.K - j);
@@ -103,21 +103,14 @@ void RangeRows::finish(int64_t I, int64_t J0, int64_t J1, const Range* range) co
     const bool is_nan = high != high || low != low;
     highest[k] = is_nan ? float_of(kNaN) : high, lowest[k] = is_nan ? float_of(kNaN) : low;
   }
-  switch (p.format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return scales_of<NAME>(lowest, highest, n, p.scale + at, p.zero_point ? p.zero_point + at : nullptr);
-    QL_FLOATS(QL_CASE)
-    QL_INTS(QL_CASE)
-#undef QL_CASE
-    default:
-      return;
-  }
+  visit(p.format, [&](auto f) {
+    using F = decltype(f);
+    if constexpr (F::bits < 32)
+      scales_of<F>(lowest, highest, n, p.scale + at, p.zero_point ? p.zero_point + at : nullptr);
+  });
 }
 
-void compute_scale(const ComputeScale& p, ParallelFor run) {
-  reduce_blocks(run, RangeRows{p, collapse(p.grid, false)});
-}
+void compute_scale(const ComputeScale& p, ParallelFor run) { reduce_blocks(run, RangeRows{p, collapse(p.grid)}); }
 
 }  // namespace QL_ISA
 }  // namespace quantlib

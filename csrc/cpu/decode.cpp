@@ -16,12 +16,10 @@ QL_FN void decode_step(const void* codes, float* y) {
     return;
   }
   if constexpr (F::bits < 8) {
-    int8_t nibbles[kStep];
-    for (int64_t j = 0; j < kStep / 2; ++j) {
-      nibbles[2 * j] = int8_t(unpack<F>(in[j], 0));
-      nibbles[2 * j + 1] = int8_t(unpack<F>(in[j], 1));
-    }
-    for (int64_t j = 0; j < kStep; ++j) wide[j] = nibbles[j];
+    int8_t narrow[kStep];
+    for (int64_t j = 0; j < kStep / F::per_byte; ++j)
+      for (int i = 0; i < F::per_byte; ++i) narrow[F::per_byte * j + i] = int8_t(unpack<F>(in[j], i));
+    for (int64_t j = 0; j < kStep; ++j) wide[j] = narrow[j];
   } else {
     for (int64_t j = 0; j < kStep; ++j) wide[j] = F::is_signed ? int8_t(in[j]) : in[j];
   }
@@ -38,12 +36,12 @@ void decode(const void* __restrict__ codes, bool past_caches, float* __restrict_
   past_caches = past_caches && uintptr_t(y) % sizeof(Floats) == 0;
   int64_t j = 0;
   for (; j + kStep <= n; j += kStep) {
-    decode_step<F>(in + j * F::bits / 8, past_caches ? step : y + j);
+    decode_step<F>(in + bytes_of<F>(j), past_caches ? step : y + j);
     if (past_caches) stream(step, reinterpret_cast<char*>(y + j), sizeof step);
   }
   if (j == n) return;
   char in_rest[kStep * 2] = {};
-  __builtin_memcpy(in_rest, in + j * F::bits / 8, ((n - j) * F::bits + 7) / 8);
+  __builtin_memcpy(in_rest, in + bytes_of<F>(j), size_t(bytes_of<F>(n - j)));
   decode_step<F>(in_rest, step);
   __builtin_memcpy(y + j, step, (n - j) * 4);
 }
@@ -51,16 +49,11 @@ void decode(const void* __restrict__ codes, bool past_caches, float* __restrict_
 }  // namespace
 
 Decode decoder(Type format) {
-  switch (format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return decode<NAME>;
-    QL_FLOATS(QL_CASE)
-    QL_INTS(QL_CASE)
-#undef QL_CASE
-    default:
-      return nullptr;  // float32 is read where it lies
-  }
+  return visit(format, [](auto f) -> Decode {
+    using F = decltype(f);
+    if constexpr (F::bits == 32) return nullptr;  // it is read where it lies
+    else return decode<F>;
+  });
 }
 
 }  // namespace QL_ISA

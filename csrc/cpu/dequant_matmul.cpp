@@ -2,6 +2,7 @@
 //
 // Every sum is made in one order, whatever the other rows are: lane l of a register takes each k with its place in a
 // step, a block of kBlock columns at a time; the lanes of a block are added up by a tree, the blocks in order.
+#include "../ops/dequant_matmul.h"
 #include "../activation.h"
 #include "matmul.h"
 #include "pairs.h"
@@ -141,7 +142,7 @@ struct Direct {
     const Direct& direct;
     decltype(pairs_of<F, AFFINE>(0)) pairs[kSlab];
     QL_MEMBER Floats operator()(int n, int64_t k) const {
-      const char* codes = direct.codes[n] + k * F::bits / 8;
+      const char* codes = direct.codes[n] + bytes_of<F>(k);
       __builtin_prefetch(codes + kSlab * (direct.codes[1] - direct.codes[0]));  // the same columns of the next slab
       return pairs[n](codes);
     }
@@ -166,10 +167,10 @@ template <class F, bool AFFINE>
 void decode_pairs(const char* codes, int32_t z, int64_t count, uint16_t* out) {
   const auto pairs = pairs_of<F, AFFINE>(z);
   int64_t k = 0;
-  for (; k + 32 <= count; k += 32) store(out + k, pairs(codes + k * F::bits / 8));
+  for (; k + 32 <= count; k += 32) store(out + k, pairs(codes + bytes_of<F>(k)));
   if (k == count) return;
   char rest[32] = {};
-  __builtin_memcpy(rest, codes + k * F::bits / 8, size_t((count - k) * F::bits + 7) / 8);
+  __builtin_memcpy(rest, codes + bytes_of<F>(k), size_t(bytes_of<F>(count - k)));
   const Floats last = pairs(rest);
   __builtin_memcpy(out + k, &last, size_t(count - k) * 2);
 }
@@ -179,24 +180,15 @@ struct PairKernels {
   decltype(&decode_pairs<int8, false>) decode;
 };
 
-// What multiplies codes of a format of at most eight bits.
+// What multiplies codes of a format whose values are pairs; null for others.
 PairKernels pair_kernels(Type format, bool affine) {
-  switch (format) {
-    case Type::float8_e4m3fn:
-      return {multiply_codes<float8_e4m3fn, false>, decode_pairs<float8_e4m3fn, false>};
-    case Type::float8_e5m2:
-      return {multiply_codes<float8_e5m2, false>, decode_pairs<float8_e5m2, false>};
-    case Type::float4_e2m1fn:
-      return {multiply_codes<float4_e2m1fn, false>, decode_pairs<float4_e2m1fn, false>};
-#define QL_CASE(NAME, ...)                                                     \
-  case Type::NAME:                                                             \
-    if (affine) return {multiply_codes<NAME, true>, decode_pairs<NAME, true>}; \
-    return {multiply_codes<NAME, false>, decode_pairs<NAME, false>};
-      QL_INTS(QL_CASE)
-#undef QL_CASE
-    default:
-      return {};
-  }
+  return visit(format, [&](auto f) -> PairKernels {
+    using F = decltype(f);
+    if constexpr (!in_pairs<F>) return {};
+    else if constexpr (F::is_float) return {multiply_codes<F, false>, decode_pairs<F, false>};
+    else if (affine) return {multiply_codes<F, true>, decode_pairs<F, true>};
+    else return {multiply_codes<F, false>, decode_pairs<F, false>};
+  });
 }
 #endif
 
@@ -210,7 +202,7 @@ struct Product {
   int64_t m0;
   const WeightRows weight = WeightRows(p.weight);
   const int64_t N = p.weight.grid.M, K = p.weight.grid.K;
-  const int y_bits = row_of(p.x_type).bits;
+  const Row y_row = row_of(p.x_type);
   const Encode encode = encoder(p.x_type, false, false);
   const bool scales_sums = sizeof(E) == 2, scales_parts = scales_sums && weight.cols > 1;
 
@@ -247,7 +239,7 @@ struct Product {
   int64_t row_at(int64_t n) const { return least(n, N - 1); }
 
   const char* codes_at(int64_t n, int64_t k) const {
-    return static_cast<const char*>(weight.w.codes) + byte_offset(weight.format.bits, K, n, k);
+    return static_cast<const char*>(weight.w.codes) + byte_offset(weight.format, K, n, k);
   }
 
   void find_parts(int64_t n0, int64_t k0, int64_t columns, Parts& parts) const {
@@ -301,7 +293,7 @@ struct Product {
     }
     for (int64_t n = 0; n < n1 - n0; n += kLanes)
       store(total + n, activate(load<Floats>(total + n), p.epilogue.activation));
-    encode(total, nullptr, nullptr, {false, false}, static_cast<char*>(p.y) + byte_offset(y_bits, N, m, n0), n1 - n0);
+    encode(total, nullptr, nullptr, {false, false}, static_cast<char*>(p.y) + byte_offset(y_row, N, m, n0), n1 - n0);
   }
 };
 
@@ -330,10 +322,10 @@ void multiply_floats(const DequantMatmul& p, ParallelFor run, const int64_t* row
 }
 
 #ifdef __AVX512BF16__
-// Whether the codes are whole BF16 values, of at most 2^16 and if not zero at least 2^-16, and scales are for sums.
+// Whether the codes become BF16 values, and scales are for sums.
 bool takes_pairs(const DequantMatmul& p) {
   const Grid& g = p.weight.grid;
-  const bool fits = row_of(p.weight.format).bits <= 8, whole = g.bk >= g.K || g.bk % 32 == 0;
+  const bool fits = pair_kernels(p.weight.format, false).multiply, whole = g.bk >= g.K || g.bk % 32 == 0;
   return p.x_type == Type::bfloat16 && fits && whole && g.K > 0;
 }
 

@@ -1,6 +1,7 @@
 // dx[m, k] = sum over n of dy[m, n] * w[n, k], w = (codes - zero_point) * scale
 //
 // Lanes lie along k; every sum takes its n in ascending order, whatever the other rows are.
+#include "../ops/dequant_matmul_backward.h"
 #include "matmul.h"
 
 namespace quantlib {
@@ -47,7 +48,7 @@ struct Gradient {
   int64_t m0;
   const WeightRows weight = WeightRows(p.weight);
   const int64_t N = p.weight.grid.M, K = p.weight.grid.K;
-  const int dx_bits = row_of(p.dy_type).bits;
+  const Row dx_row = row_of(p.dy_type);
   const Encode encode = encoder(p.dy_type, false, false);
 
   Gradient(const DequantMatmulBackward& p, Rows<float> dy, int64_t m0) : p(p), dy(dy), m0(m0) {}
@@ -67,7 +68,7 @@ struct Gradient {
     for (int64_t r = r0; r < r1; ++r) {
       float* row = sums + (r - r0) * kColumns;
       for (int64_t k = 0; k < k1 - k0; ++k) row[k] = add(row[k], 0.0f);  // an underflow may be -0, a sum never is
-      encode(row, nullptr, nullptr, {false, false}, static_cast<char*>(p.dx) + byte_offset(dx_bits, K, m0 + r, k0),
+      encode(row, nullptr, nullptr, {false, false}, static_cast<char*>(p.dx) + byte_offset(dx_row, K, m0 + r, k0),
              k1 - k0);
     }
   }

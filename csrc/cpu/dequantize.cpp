@@ -1,4 +1,5 @@
 // y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk]
+#include "../ops/dequantize.h"
 #include "lanes.h"
 #include "loops.h"
 
@@ -28,23 +29,23 @@ QL_FN void dequantize_pair(const char* codes, Floats s, Floats z, bool past_cach
 }
 
 // n elements, of which the first block has `first`
-using Blocks = void (*)(const char* codes, const float* scale, const int32_t* zero_point, Row format, int64_t first,
-                        int64_t bk, bool stream, char* y, int64_t n);
+using Blocks = void (*)(const char* codes, const float* scale, const int32_t* zero_point, const Row& format,
+                        int64_t first, int64_t bk, bool stream, char* y, int64_t n);
 
 // Blocks begin at multiples of kPair.
 template <class F, class Y, bool AFFINE>
-void dequantize_blocks(const char* __restrict__ codes, const float* scale, const int32_t* zero_point, Row format,
+void dequantize_blocks(const char* __restrict__ codes, const float* scale, const int32_t* zero_point, const Row& format,
                        int64_t first, int64_t bk, bool stream, char* __restrict__ y, int64_t n) {
   stream = stream && uintptr_t(y) % sizeof(Floats) == 0;
   for (int64_t j = 0, end = least(first, n); j < n; end = least(end + bk, n), ++scale, zero_point += AFFINE) {
     const Floats s = splat<Floats>(effective_scale<F>(*scale));
     const Floats z = AFFINE ? splat<Floats>(float(clamp_zero_point(*zero_point, format))) : Floats{};
-    for (; j + kPair <= end; j += kPair) dequantize_pair<F, Y, AFFINE>(codes + j, s, z, stream, y + j * Y::bits / 8);
+    for (; j + kPair <= end; j += kPair) dequantize_pair<F, Y, AFFINE>(codes + j, s, z, stream, y + bytes_of<Y>(j));
     if (j == end) continue;
     char codes_rest[kPair] = {}, y_rest[kPair * 4];
     __builtin_memcpy(codes_rest, codes + j, size_t(end - j));
     dequantize_pair<F, Y, AFFINE>(codes_rest, s, z, false, y_rest);
-    __builtin_memcpy(y + j * Y::bits / 8, y_rest, size_t(end - j) * Y::bits / 8);
+    __builtin_memcpy(y + bytes_of<Y>(j), y_rest, size_t(bytes_of<Y>(end - j)));
     j = end;
   }
 }
@@ -64,9 +65,11 @@ Blocks blocks_of(Type y_type, bool affine) {
 // Null where values lie in memory before they are scaled.
 Blocks blocks_of(const Dequantize& p, const Grid& grid) {
   if (grid.bk % kPair && grid.bk < grid.K) return nullptr;
-  return p.format == Type::int8    ? blocks_of<int8>(p.y_type, p.zero_point)
-         : p.format == Type::uint8 ? blocks_of<uint8>(p.y_type, p.zero_point)
-                                   : nullptr;
+  return visit(p.format, [&](auto f) -> Blocks {
+    using F = decltype(f);
+    if constexpr (!F::is_float && is_whole<F>) return blocks_of<F>(p.y_type, p.zero_point);
+    else return nullptr;
+  });
 }
 
 // ---- any codes -----------------------------------------------------------------------------------------------------
@@ -75,8 +78,8 @@ struct Worker {
   const Dequantize& p;
   const Grid& grid;
   const Row format = row_of(p.format);
-  const int y_bits = row_of(p.y_type).bits;
-  const Store how = {false, streams(grid.M * grid.K * y_bits / 8)};
+  const Row y_row = row_of(p.y_type);
+  const Store how = {false, streams(grid.M * grid.K * y_row.bytes)};
   const Decode decode = decoder(p.format);
   const Encode encode = encoder(p.y_type, true, false);
   const Blocks blocks = blocks_of(p, grid);
@@ -96,8 +99,8 @@ struct Worker {
   }
 
   void row(int64_t i, int64_t j, int64_t n) {
-    const char* codes = static_cast<const char*>(p.codes) + byte_offset(format.bits, grid.K, i, j);
-    char* y = static_cast<char*>(p.y) + byte_offset(y_bits, grid.K, i, j);
+    const char* codes = static_cast<const char*>(p.codes) + byte_offset(format, grid.K, i, j);
+    char* y = static_cast<char*>(p.y) + byte_offset(y_row, grid.K, i, j);
     if (blocks) {
       const int64_t at = i / grid.br * grid.scale_cols() + j / grid.bk, first = grid.bk - j % grid.bk;
       return blocks(codes, p.scale + at, p.zero_point ? p.zero_point + at : nullptr, format, first, grid.bk, how.stream,
@@ -114,7 +117,7 @@ struct Worker {
 }  // namespace
 
 void dequantize(const Dequantize& p, ParallelFor run) {
-  const Grid grid = collapse(p.grid, row_of(p.format).bits < 8);
+  const Grid grid = collapse(p.grid, row_of(p.format).per_byte);
   const bool flat = grid.M == 1;
   parallel_pieces(run, grid, flat ? 1 : 64, flat ? kGrain : kChunk,
                   [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {

@@ -21,9 +21,10 @@ QL_FN void encode_step(const float* x, const float* r, const int32_t* zero_point
   }
   if constexpr (F::bits == 32) __builtin_memcpy(codes, wide, sizeof wide);
   else if constexpr (F::bits < 8) {
-    uint8_t nibbles[kStep];
-    for (int64_t j = 0; j < kStep; ++j) nibbles[j] = uint8_t(wide[j]);
-    for (int64_t j = 0; j < kStep / 2; ++j) out[j] = pack(nibbles[2 * j], nibbles[2 * j + 1]);
+    uint8_t narrow[kStep];
+    for (int64_t j = 0; j < kStep; ++j) narrow[j] = uint8_t(wide[j] & ((1u << F::bits) - 1u));
+    for (int64_t j = 0; j < kStep / F::per_byte; ++j)
+      out[j] = pack<F>([&](int i) { return uint32_t(narrow[F::per_byte * j + i]); });
   } else if (!in_hardware<F> || saturate)
     for (int64_t j = 0; j < kStep; ++j) out[j] = typename F::storage(wide[j]);
 }
@@ -31,8 +32,8 @@ QL_FN void encode_step(const float* x, const float* r, const int32_t* zero_point
 template <class F, bool SCALED, bool AFFINE>
 void encode(const float* __restrict__ x, const float* __restrict__ r, const int32_t* __restrict__ zero_point, Store how,
             void* __restrict__ codes, int64_t n) {
-  constexpr int64_t bytes = kStep * F::bits / 8;
-  const bool past_caches = how.stream && F::bits >= 8 && uintptr_t(codes) % sizeof(Floats) == 0;
+  constexpr int64_t bytes = bytes_of<F>(kStep), line = sizeof(Floats);
+  const bool past_caches = how.stream && bytes % line == 0 && uintptr_t(codes) % sizeof(Floats) == 0;
   alignas(64) char step[kStep * 4];
   auto* out = static_cast<char*>(codes);
   int64_t j = 0;
@@ -43,7 +44,7 @@ void encode(const float* __restrict__ x, const float* __restrict__ r, const int3
     if (past_caches) stream(step, out, bytes);
   }
   if (j == n) return;
-  // The rest as part of a step of zeros, whose codes are zeros too: the nibble past an odd row.
+  // The rest as part of a step of zeros, whose codes are zeros too: what follows the last code of a byte.
   float x_rest[kStep] = {}, r_rest[kStep] = {};
   int32_t zero_point_rest[kStep] = {};
   for (int64_t k = 0; k < n - j; ++k) {
@@ -52,26 +53,17 @@ void encode(const float* __restrict__ x, const float* __restrict__ r, const int3
     if (AFFINE) zero_point_rest[k] = zero_point[j + k];
   }
   encode_step<F, SCALED, AFFINE>(x_rest, r_rest, zero_point_rest, how.saturate, step);
-  __builtin_memcpy(out, step, ((n - j) * F::bits + 7) / 8);
+  __builtin_memcpy(out, step, size_t(bytes_of<F>(n - j)));
 }
 
 }  // namespace
 
 Encode encoder(Type format, bool scaled, bool affine) {
-  switch (format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return scaled ? encode<NAME, true, false> : encode<NAME, false, false>;
-    QL_FLOATS(QL_CASE)
-#undef QL_CASE
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return affine ? encode<NAME, true, true> : encode<NAME, true, false>;
-    QL_INTS(QL_CASE)
-#undef QL_CASE
-    default:
-      return scaled ? encode<float32, true, false> : encode<float32, false, false>;
-  }
+  return visit(format, [&](auto f) -> Encode {
+    using F = decltype(f);
+    if constexpr (F::is_float) return scaled ? encode<F, true, false> : encode<F, false, false>;
+    else return affine ? encode<F, true, true> : encode<F, true, false>;
+  });
 }
 
 }  // namespace QL_ISA

@@ -1,4 +1,5 @@
 // y[i, j] = c[i, j] * scale[i // br, j // bk], c the value of x's code in units of the scale
+#include "../ops/fake_quantize.h"
 #include "fake_quantize.h"
 
 namespace quantlib {
@@ -24,14 +25,14 @@ struct ForwardRows {
   const FakeQuantize& p;
   const Grid& grid;
   const Forward forward;
-  const int bits = row_of(p.x_type).bits;
-  const bool past_caches = streams(grid.M * grid.K * bits / 8);
+  const Row x_row = row_of(p.x_type);
+  const bool past_caches = streams(grid.M * grid.K * x_row.bytes);
   Spread of = {};
 
   void spread(int64_t I, int64_t j, int64_t n) { of.fill(p, grid, I, j, n); }
 
   void row(int64_t i, int64_t j, int64_t n) {
-    const int64_t at = byte_offset(bits, grid.K, i, j);
+    const int64_t at = byte_offset(x_row, grid.K, i, j);
     forward(static_cast<const char*>(p.x) + at, of, limits_of(p), past_caches, static_cast<char*>(p.y) + at, n);
   }
 };
@@ -39,7 +40,7 @@ struct ForwardRows {
 }  // namespace
 
 void fake_quantize(const FakeQuantize& p, ParallelFor run) {
-  const Grid grid = collapse(p.grid, false);
+  const Grid grid = collapse(p.grid);
   const Forward kernel = with_types(p, [](auto f, auto x) -> Forward { return forward<decltype(f), decltype(x)>; });
   const bool flat = grid.M == 1;
   parallel_pieces(run, grid, flat ? 1 : 64, flat ? kGrain : kChunk,

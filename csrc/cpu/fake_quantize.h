@@ -91,15 +91,10 @@ auto with_types(const Problem& p, const Choose& choose) {
            : p.x_type == Type::float16 ? choose(f, float16{})
                                        : choose(f, bfloat16{});
   };
-  switch (p.format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return with_x(NAME{});
-    QL_FLOATS(QL_CASE)
-#undef QL_CASE
-    default:
-      return with_x(Integer{});
-  }
+  return visit(p.format, [&](auto f) {
+    if constexpr (decltype(f)::is_float && decltype(f)::bits < 32) return with_x(f);
+    else return with_x(Integer{});
+  });
 }
 
 }  // namespace

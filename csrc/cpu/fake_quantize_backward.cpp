@@ -1,4 +1,5 @@
 // dx[i, j] = m ? dy[i, j] : 0, dscale[I, J] = sum(dy * (m ? c - t : c)), dzero_point[I, J] = sum(m ? 0 : -dy * s)
+#include "../ops/fake_quantize_backward.h"
 #include "blocks.h"
 #include "fake_quantize.h"
 
@@ -71,8 +72,8 @@ struct GradientRows {
   const Grid grid;
   decltype(&Kernels<Integer, float32, false, false>::one_block) one_block;
   decltype(&Kernels<Integer, float32, false, false>::columns) columns;
-  const int bits = row_of(p.x_type).bits;
-  const bool past_caches = streams(grid.M * grid.K * bits / 8);
+  const Row x_row = row_of(p.x_type);
+  const bool past_caches = streams(grid.M * grid.K * x_row.bytes);
 
   // Of columns j .. j + n of row i, all in one block: dx, and the sums.
   ScaleSums row(int64_t i, int64_t j, int64_t n) const {
@@ -82,7 +83,7 @@ struct GradientRows {
     const Shared<Floats> of = {splat<Floats>(reciprocal(s)), splat<Floats>(s), splat<Floats>(z)};
     ScaleSums sums = {};
     for (int64_t k = 0; k < n; k += kResident) {
-      const int64_t at = byte_offset(bits, grid.K, i, j + k);
+      const int64_t at = byte_offset(x_row, grid.K, i, j + k);
       sums = merge(sums, one_block(dy(at), x(at), of, limits_of(p), past_caches, dx(at), least(kResident, n - k)));
     }
     return sums;
@@ -107,7 +108,7 @@ struct GradientRows {
       for (int64_t top = i0; top < i1; top += kStrip) {
         for (LaneSums& sums : lane) sums = LaneSums{};
         for (int64_t i = top; i < least(top + kStrip, i1); ++i) {
-          const int64_t at = byte_offset(bits, grid.K, i, j);
+          const int64_t at = byte_offset(x_row, grid.K, i, j);
           columns(dy(at), x(at), of, limits_of(p), past_caches, dx(at), n, lane);
         }
         for (int64_t k = 0; k < n; ++k) {
@@ -136,7 +137,7 @@ struct GradientRows {
 template <class F, class X, bool LSQ, bool AFFINE>
 void backward(const FakeQuantizeBackward& p, ParallelFor run) {
   using K = Kernels<F, X, LSQ, AFFINE>;
-  reduce_blocks(run, GradientRows{p, collapse(p.grid, false), K::one_block, K::columns});
+  reduce_blocks(run, GradientRows{p, collapse(p.grid), K::one_block, K::columns});
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
-// The ops of this folder, and the one check that reads much memory. Every <op>.cpp is compiled once per instruction
-// set, with -DQL_ISA=<name> naming the namespace; register.cpp, compiled once, includes no code of theirs and chooses
-// among them at run time.
+// What every kernel of this folder is given beside its problem. An <op>.cpp is compiled once per instruction set, with
+// -DQL_ISA=<name> naming its namespace; backend.h chooses among them at run time and includes no code of theirs.
 #pragma once
 #include "../problem.h"
 
@@ -10,33 +9,23 @@ namespace quantlib {
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                              void* context);
 
-// X(op, what it is asked)
-#define QL_KERNELS(X)                               \
-  X(cast, Cast)                                     \
-  X(compute_scale, ComputeScale)                    \
-  X(least_scale, LeastScale)                        \
-  X(quantize, Quantize)                             \
-  X(dequantize, Dequantize)                         \
-  X(quantize_dynamic, QuantizeDynamic)              \
-  X(fake_quantize, FakeQuantize)                    \
-  X(fake_quantize_backward, FakeQuantizeBackward)   \
-  X(dequant_matmul, DequantMatmul)                  \
-  X(dequant_matmul_backward, DequantMatmulBackward) \
-  X(scaled_matmul, ScaledMatmul)
+// least = the least scale[n] that is negative, or 0: no op, but the one check that reads much memory
+struct LeastScale {
+  const float* scale;  // [n]
+  int64_t n;
+  float* least;
+};
 
-#define QL_DECLARE(OP, PROBLEM) void OP(const PROBLEM&, ParallelFor);
-namespace plain {
-QL_KERNELS(QL_DECLARE)
-}
-namespace avx2 {
-QL_KERNELS(QL_DECLARE)
-}
-namespace avx512 {
-QL_KERNELS(QL_DECLARE)
-}
-namespace avx512_bf16 {
-QL_KERNELS(QL_DECLARE)
-}
-#undef QL_DECLARE
+// How far codes are from what they were made of, row by row: no op, but what a report of `quantize_` measures.
+struct SquaredError {
+  Grid grid;
+  const void* x;  // [M, K] float32, float16 or bfloat16
+  Type x_type;
+  const void* codes;  // [M, K], or fewer bytes where codes share them
+  Type format;
+  const float* scale;         // [ceil(M / br), ceil(K / bk)]
+  const int32_t* zero_point;  // the same shape, or null: symmetric
+  double *signal, *noise;     // [M]
+};
 
 }  // namespace quantlib

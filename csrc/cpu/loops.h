@@ -36,36 +36,8 @@ Encode encoder(Type format, bool scaled, bool affine);
 using Decode = void (*)(const void* codes, bool stream, float* y, int64_t n);
 Decode decoder(Type format);
 
-// ---- the rows of the table at run time ------------------------------------------------------------------------------
-
-struct Row {
-  int bits;
-  uint32_t scale_max;  // bits of an FP32 value
-  int32_t qmin, qmax;  // of an affine zero point
-};
-
-static inline Row row_of(Type format) {
-  switch (format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return {NAME::bits, NAME::scale_max, 0, 0};
-    QL_FLOATS(QL_CASE)
-#undef QL_CASE
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return {NAME::bits, NAME::scale_max, NAME::affine_qmin, NAME::affine_qmax};
-    QL_INTS(QL_CASE)
-#undef QL_CASE
-    default:
-      return {float32::bits, 0, 0, 0};
-  }
-}
-
-static inline int32_t clamp_zero_point(int32_t z, Row f) { return z < f.qmin ? f.qmin : z > f.qmax ? f.qmax : z; }
-
-// Byte offset of element (i, j) of an [M, K] matrix; j is even where two elements share a byte.
-static inline int64_t byte_offset(int bits, int64_t K, int64_t i, int64_t j) {
-  return bits == 4 ? i * ((K + 1) / 2) + j / 2 : (i * K + j) * (bits / 8);
+static inline int32_t clamp_zero_point(int32_t z, const Row& f) {
+  return z < f.qmin ? f.qmin : z > f.qmax ? f.qmax : z;
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -73,10 +45,11 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- granularity ----------------------------------------------------------------------------------------------------
 
-// The same elements as one long row where blocks are contiguous runs of them; [M, K] and its blocks otherwise.
-static inline Grid collapse(Grid g, bool packed) {
+// The same elements, per_byte of which share a byte, as one long row where blocks are contiguous runs of them; [M, K]
+// and its blocks otherwise.
+static inline Grid collapse(Grid g, int per_byte = 1) {
   g.br = least(g.br, g.M), g.bk = least(g.bk, g.K);
-  const bool whole_bytes = !packed || g.K % 2 == 0 || g.M == 1;
+  const bool whole_bytes = g.K % per_byte == 0 || g.M == 1;
   if (!whole_bytes || (g.bk < g.K && (g.br > 1 || g.K % g.bk))) return g;
   return {1, g.M * g.K, 1, g.br * g.bk};
 }

@@ -52,10 +52,10 @@ struct Rows {
 static inline void gather_rows(ParallelFor run, const void* x, Type type, int64_t K, const int64_t* rows, int64_t m0,
                                int64_t n, float* out, int64_t stride) {
   const Decode decode = decoder(type);
-  const int bits = row_of(type).bits;
+  const Row row = row_of(type);
   parallel(run, n, most(1, kGrain / most(1, stride)), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const char* in = static_cast<const char*>(x) + byte_offset(bits, K, rows ? rows[r] : m0 + r, 0);
+      const char* in = static_cast<const char*>(x) + byte_offset(row, K, rows ? rows[r] : m0 + r, 0);
       float* to = out + r * stride;
       if (decode) decode(in, false, to, K);
       else __builtin_memcpy(to, in, size_t(K) * 4);
@@ -95,7 +95,7 @@ struct WeightRows {
 
   // out[k] = w[n, k0 + k] for k < count
   void row(int64_t n, int64_t k0, int64_t count, float* out) const {
-    decode(static_cast<const char*>(w.codes) + byte_offset(format.bits, K, n, k0), false, out, count);
+    decode(static_cast<const char*>(w.codes) + byte_offset(format, K, n, k0), false, out, count);
     blocks(k0, count, [&](int64_t begin, int64_t end, int64_t J) {
       const float s = scale(n, J), z = float(zero_point(n, J));
       for (int64_t k = begin; k < end; ++k) out[k] = canonical(mul(sub(out[k], z), s));

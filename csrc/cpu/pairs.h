@@ -36,6 +36,14 @@ struct BytePairs {
   }
 };
 
+// Whether BF16 holds every value of F, none of them, if it is no zero, below 2^-20 or from 2^20 on.
+template <class F>
+constexpr bool in_pairs = [] {
+  if constexpr (!F::is_float) return true;
+  else if constexpr (F::bits > 8) return false;
+  else return F::fraction_bits <= 7 && F::bias + F::fraction_bits <= 21 && F::max < uint32_t(127 + 20) << 23;
+}();
+
 // Two codes a byte: looked up. The instruction takes the five lowest bits of a word, so the table holds all twice.
 template <class F>
 struct NibblePairs {
@@ -60,7 +68,8 @@ struct NibblePairs {
 template <class F>
 struct FloatPairs {
   static constexpr int first = 1 << F::fraction_bits;  // normal
-  static_assert(F::max_code >= 96 + first, "two of what is looked up share five bits");
+  // No two of what is looked up share five bits, and it has the sign of its code.
+  static constexpr bool serves = F::max_code >= uint32_t(96 + first) && F::has_negative_zero;
   __m512i special;
 
   QL_MEMBER explicit FloatPairs(int32_t) {
@@ -83,11 +92,33 @@ struct FloatPairs {
   }
 };
 
+// Codes of any format, by FP32.
+template <class F>
+struct DecodedPairs {
+  Ints<Floats> zero_point;
+
+  QL_MEMBER explicit DecodedPairs(int32_t z) : zero_point(splat<Ints<Floats>>(z)) {}
+  QL_MEMBER Floats operator()(const char* codes) const {
+    alignas(64) int32_t q[32];
+    for (int j = 0; j < 32 / F::per_byte; ++j)
+      for (int i = 0; i < F::per_byte; ++i) q[F::per_byte * j + i] = unpack<F>(uint8_t(codes[j]), i);
+    return same_bits<Floats>(upper_halves(value(load<Ints<Floats>>(q)), value(load<Ints<Floats>>(q + 16))));
+  }
+
+ private:
+  QL_MEMBER Floats value(Ints<Floats> q) const {
+    if constexpr (F::is_float) return decode_float<F, Floats>(same_bits<Bits<Floats>>(q));
+    else return Lanes<Floats>::of(q - zero_point);
+  }
+};
+
 template <class F, bool AFFINE>
 QL_FN auto pairs_of(int32_t z) {
-  if constexpr (F::bits < 8) return NibblePairs<F>(z);
-  else if constexpr (F::is_float) return FloatPairs<F>(z);
-  else return BytePairs<F, AFFINE>(z);
+  if constexpr (F::per_byte == 2) return NibblePairs<F>(z);
+  else if constexpr (!is_whole<F>) return DecodedPairs<F>(z);
+  else if constexpr (!F::is_float) return BytePairs<F, AFFINE>(z);
+  else if constexpr (FloatPairs<F>::serves) return FloatPairs<F>(z);
+  else return DecodedPairs<F>(z);
 }
 
 }  // namespace QL_ISA

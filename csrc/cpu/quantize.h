@@ -1,21 +1,24 @@
 // codes[i, j] = encode(x[i, j] / scale[i // br, j // bk]) of a rectangle, for quantize and quantize_dynamic
 #pragma once
+#include "../ops/quantize.h"
 #include "loops.h"
 
 namespace quantlib {
 namespace QL_ISA {
+
+void quantize(const Quantize&, ParallelFor);
 
 struct QuantizeRows {
   const Quantize& p;
   const Grid grid;
   int64_t ahead = 0;  // elements from those encoded to those to be fetched meanwhile; 0: none
   const Row format = row_of(p.format);
-  const Store how = {true, streams(p.grid.M * p.grid.K * format.bits / 8)};
-  const int x_bits = row_of(p.x_type).bits;
+  const Store how = {true, streams(row_bytes(format, p.grid.M* p.grid.K))};
+  const Row x_row = row_of(p.x_type);
   const Decode decode = decoder(p.x_type);
   const Encode encode = encoder(p.format, true, p.zero_point != nullptr);
 
-  explicit QuantizeRows(const Quantize& p) : p(p), grid(collapse(p.grid, row_of(p.format).bits < 8)) {}
+  explicit QuantizeRows(const Quantize& p) : p(p), grid(collapse(p.grid, row_of(p.format).per_byte)) {}
 
   void operator()(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
     Worker worker{*this};
@@ -41,12 +44,12 @@ struct QuantizeRows {
     }
 
     void row(int64_t i, int64_t j, int64_t n) {
-      const char* in = static_cast<const char*>(of.p.x) + byte_offset(of.x_bits, of.grid.K, i, j);
+      const char* in = static_cast<const char*>(of.p.x) + byte_offset(of.x_row, of.grid.K, i, j);
       if (of.decode) of.decode(in, false, x, n);
       Store how = of.how;
-      if (of.ahead) how.next = in + of.ahead * of.x_bits / 8, how.next_bytes = of.x_bits / 8;
+      if (of.ahead) how.next = in + of.ahead * of.x_row.bytes, how.next_bytes = of.x_row.bytes;
       of.encode(of.decode ? x : reinterpret_cast<const float*>(in), r, zero_point, how,
-                static_cast<char*>(of.p.codes) + byte_offset(of.format.bits, of.grid.K, i, j), n);
+                static_cast<char*>(of.p.codes) + byte_offset(of.format, of.grid.K, i, j), n);
     }
   };
 };

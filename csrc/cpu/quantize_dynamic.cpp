@@ -1,4 +1,5 @@
 // scale = compute_scale(x), codes = quantize(x, scale), x still in the cache
+#include "../ops/quantize_dynamic.h"
 #include "quantize.h"
 #include "range.h"
 
@@ -18,7 +19,7 @@ void quantize_dynamic(const QuantizeDynamic& p, ParallelFor run) {
     quantize(codes_of, run);
     return;
   }
-  parallel_blocks(run, g, codes.format.bits < 8, [&](int64_t I, int64_t J0, int64_t J1) {
+  parallel_blocks(run, g, codes.format.per_byte, [&](int64_t I, int64_t J0, int64_t J1) {
     Range range[kBlocks];
     const int64_t i0 = I * g.br, i1 = least(i0 + g.br, g.M);
     ranges.blocks(i0, i1, J0, J1, range);

@@ -1,9 +1,12 @@
 // The range of x over blocks and the scale that follows from it, for compute_scale and quantize_dynamic.
 #pragma once
+#include "../ops/compute_scale.h"
 #include "blocks.h"
 
 namespace quantlib {
 namespace QL_ISA {
+
+void compute_scale(const ComputeScale&, ParallelFor);
 
 // Magnitudes order like their bits: as signed integers the largest bits belong to the highest value, as unsigned ones
 // to the lowest. Integer maxima are exact, order-free, and leave a NaN visible in one of the two (C4).

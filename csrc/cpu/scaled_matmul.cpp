@@ -1,9 +1,10 @@
 // y[m, n] = epilogue(sum over k of (x_codes[m, k] - x_zero_point[m]) * x_scale[m] * w[n, k]), the integer sum exact
 //
 // Instructions that multiply bytes want x unsigned and w signed. So x is x_codes + 128 where those are signed, w is
-// codes - 128 where those are not, and the zero points x_z and z move along:
+// codes - 128 where no signed byte holds those, and the zero points x_z and z move along:
 //   d = sum of (x - x_z) * (w - z) = sum of x * w  -  x_z * sum of w  -  z * (sum of x  -  K * x_z)
 // modulo 2^32, which is d itself, as it fits. Where a row of w has several scales, each of its blocks has such a d.
+#include "../ops/scaled_matmul.h"
 #include "../activation.h"
 #include "dot.h"
 #include "matmul.h"
@@ -19,6 +20,31 @@ constexpr int64_t kFlipGrain = 1 << 20;  // bytes to copy that a thread is worth
 // out[k] = in[k] ^ flip
 void flip_bytes(const uint8_t* __restrict__ in, uint8_t flip, uint8_t* __restrict__ out, int64_t n) {
   for (int64_t k = 0; k < n; ++k) out[k] = in[k] ^ flip;
+}
+
+// out[k] = code k less its excess, for at least n of them
+template <class F>
+void to_signed_bytes(const uint8_t* __restrict__ codes, int8_t* __restrict__ out, int64_t n) {
+  if constexpr (is_whole<F>) {
+    flip_bytes(codes, uint8_t(excess<F>), reinterpret_cast<uint8_t*>(out), n);
+  } else {
+    for (int64_t j = 0; j < bytes_of<F>(n); ++j)
+      for (int i = 0; i < F::per_byte; ++i) out[F::per_byte * j + i] = int8_t(unpack<F>(codes[j], i));
+  }
+}
+
+// How codes of an integer format become signed bytes.
+struct SignedBytes {
+  void (*make)(const uint8_t* codes, int8_t* out, int64_t n);  // null where they are
+  int32_t excess;                                              // what is taken from each
+};
+
+SignedBytes bytes_of_w(Type format) {
+  return visit(format, [](auto f) -> SignedBytes {
+    using F = decltype(f);
+    if constexpr (F::is_float || (is_whole<F> && F::is_signed)) return {nullptr, 0};
+    else return {to_signed_bytes<F>, excess<F>};
+  });
 }
 
 uint32_t sum_of(const uint8_t* x, int64_t n) {
@@ -38,8 +64,8 @@ class UnsignedRows {
         K(p.weight.grid.K),
         blocks(p.weight.grid.scale_cols()),
         stride(stride_of(K)),
-        moved(p.x_format == Type::int8 ? 128 : 0),
-        summed_(p.weight.zero_point || p.weight.format == Type::uint8),
+        moved(row_of(p.x_format).is_signed ? 128 : 0),
+        summed_(p.weight.zero_point || bytes_of_w(p.weight.format).excess),
         bytes_((M + round_up(M, kRows) / kRows) * stride + 64),
         sums_(summed_ ? M * blocks * 4 : 0) {
     parallel(run, M, most(1, kFlipGrain / most(K, 1)), [&](int64_t begin, int64_t end) {
@@ -90,7 +116,7 @@ class ExactSums {
   const UnsignedRows& x_;
   const Grid& g_ = p_.weight.grid;
   const Row format_ = row_of(p_.weight.format), x_format_ = row_of(p_.x_format), y_format_ = row_of(p_.y_type);
-  const bool in_place_ = p_.weight.format == Type::int8;
+  const SignedBytes w_ = bytes_of_w(p_.weight.format);
   const Encode encode_ = encoder(p_.y_type, false, false);
   int64_t m0_, n0_, rows_, cols_;
   alignas(64) uint32_t d_[(1 + kRows) * kSumCols];  // row 0: the sums of w
@@ -112,7 +138,7 @@ class ExactSums {
     w.stride = g_.K;
     for (int64_t t = 0, fetched = 0; t < tiles; ++t) {
       // Each tile has its share of the next four rows fetched.
-      const int64_t until = in_place_ ? (t + 1) * kDotCols / tiles : 0, r = t * kDotRows;
+      const int64_t until = !w_.make ? (t + 1) * kDotCols / tiles : 0, r = t * kDotRows;
       w.ahead = w.row[0] + (kDotCols + fetched) * g_.K, w.rows_ahead = int(until - fetched), fetched = until;
       dot_rows(least(kDotRows, rows - r), x_.row(m0_) + (r - 1) * x_.stride + k, x_.stride, w, n, add,
                d_ + r * kSumCols + c, kSumCols);
@@ -121,20 +147,11 @@ class ExactSums {
 
   // Row n0 + c of w, columns k .. k + n: where they lie, or decoded
   const int8_t* row_of_w(int64_t c, int64_t j, int64_t k, int64_t n) {
-    const int64_t odd = k % 2;  // so that whole bytes are decoded
-    const auto* codes =
-        static_cast<const uint8_t*>(p_.weight.codes) + byte_offset(format_.bits, g_.K, n0_ + c, k - odd);
-    if (in_place_) return reinterpret_cast<const int8_t*>(codes) + odd;
-    if (format_.bits == 8) flip_bytes(codes, 128, reinterpret_cast<uint8_t*>(decoded_[j]), odd + n);
-    else unpack_bytes(codes, decoded_[j], (odd + n + 1) / 2);
-    return decoded_[j] + odd;
-  }
-
-  static void unpack_bytes(const uint8_t* __restrict__ codes, int8_t* __restrict__ out, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      out[2 * i] = int8_t(unpack<int4>(codes[i], 0));
-      out[2 * i + 1] = int8_t(unpack<int4>(codes[i], 1));
-    }
+    const int64_t before = k % format_.per_byte;  // so that whole bytes are decoded
+    const auto* codes = static_cast<const uint8_t*>(p_.weight.codes) + byte_offset(format_, g_.K, n0_ + c, k - before);
+    if (!w_.make) return reinterpret_cast<const int8_t*>(codes) + before;
+    w_.make(codes, decoded_[j], before + n);
+    return decoded_[j] + before;
   }
 
   // total = fl(fl(d * x_scale) * scale), or total += fl(d * scale) of block J where there are several
@@ -146,7 +163,7 @@ class ExactSums {
       const int64_t at = (n0_ + c) / g_.br * x_.blocks + J;
       s[c] = effective_scale(p_.weight.scale[at], float_of(format_.scale_max));
       if (p_.weight.zero_point) z[c] = uint32_t(clamp_zero_point(p_.weight.zero_point[at], format_));
-      if (p_.weight.format == Type::uint8) z[c] -= 128;
+      z[c] -= uint32_t(w_.excess);
     }
     for (int64_t r = 0; r < rows_; ++r) {
       const uint32_t x_z = x_zero_point(m0_ + r), x_sum = x_.summed() ? x_.sum(m0_ + r, J) - uint32_t(n) * x_z : 0;
@@ -175,7 +192,7 @@ class ExactSums {
         store(total + c, activate(v, p_.epilogue.activation));
       }
       encode_(total, nullptr, nullptr, {false, false},
-              static_cast<char*>(p_.y) + byte_offset(y_format_.bits, g_.M, m0_ + r, n0_), cols_);
+              static_cast<char*>(p_.y) + byte_offset(y_format_, g_.M, m0_ + r, n0_), cols_);
     }
   }
 

@@ -1,4 +1,5 @@
 // y[i] = encode(decode(x[i]))
+#include "../ops/cast.h"
 #include "vector.cuh"
 
 namespace quantlib {

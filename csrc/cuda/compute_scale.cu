@@ -1,4 +1,5 @@
 // scale[I, J] = clamp(max |x[i, j]| of block (I, J) / Q), or scale and zero_point of the block's range
+#include "../ops/compute_scale.h"
 #include "range.cuh"
 
 namespace quantlib {
@@ -93,7 +94,7 @@ void compute_scale(const ComputeScale& p, Stream stream) {
       constexpr bool AFFINE = affine.value;
       constexpr int V = kElements<X>;
       if (p.grid.M * p.grid.K == 0) return;
-      const Grid g = collapse(p.grid, false);
+      const Grid g = collapse(p.grid);
       ScaleArgs<X> args{static_cast<const Unit<X>*>(p.x), p.format, p.scale, p.zero_point, BlockChunks(g, V), {},
                         is_vector(p.x, kWidth, g, V)};
       Sharing& s = args.sharing = share(args.chunks, kThreads, kUnroll);

@@ -6,6 +6,7 @@
 // More rows of x are as many thread blocks, which read the weight from the cache; each row's sum is the same in all.
 #include "matmul.cuh"
 #include "operand.cuh"
+#include "slab.h"
 
 namespace quantlib {
 namespace cuda {
@@ -16,7 +17,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int64_t kFewRows = 4096;
 template <class F, bool TILED>
-constexpr int kMostWarps = F::bits == 4 && !TILED ? kWarps : 2 * kWarps;
+constexpr int kMostWarps = F::per_byte == 2 && !TILED ? kWarps : 2 * kWarps;
 constexpr int kBands = 2;  // of 16 rows of the weight
 constexpr int kRows = 16 * kBands;
 constexpr int kBatch = 16;  // rows of x
@@ -161,77 +162,70 @@ __global__ void __launch_bounds__(32 * kMostWarps<F, TILED>, 1) dequant_matmul_k
 // Whether lanes find their codes and values of x at whole vectors, and no scale changes inside of a tile.
 bool has_operands(const DequantMatmul& p) {
   const Grid& g = p.weight.grid;
-  const Type f = p.weight.format;
-  const bool packed = f == Type::int4 || f == Type::float4_e2m1fn, byte = f >= Type::float8_e4m3fn;
-  return p.x_type != Type::float32 && byte && g.K > 0 && g.K % 4 == 0 && g.K <= INT32_MAX - 512 &&
-         (p.tiled || g.K % (packed ? 32 : 16) == 0) && (g.bk >= g.K || g.bk % (packed ? 128 : 64) == 0) &&
+  const int P = row_of(p.weight.format).per_byte;
+  return is_operand(p.weight.format, p.x_type) && g.K > 0 && g.K % 4 == 0 && g.K <= INT32_MAX - 512 &&
+         (p.tiled || g.K % (16 * P) == 0) && (g.bk >= g.K || g.bk % (64 * P) == 0) &&
          g.scale_rows() * g.scale_cols() <= INT32_MAX && is_aligned(p.weight.codes, 16) && is_aligned(p.x, 8);
 }
 
 template <class F, class X, bool TILED>
-void run(const DequantMatmul& p, Stream stream) {
-  static_assert(int8::scale_max == uint8::scale_max, "one kernel serves both");
+void run(const DequantMatmul& p, const Row& format, Stream stream) {
   const Weight& w = p.weight;
   const Grid& g = w.grid;
-  const bool is_signed = p.weight.format != Type::uint8;
   constexpr int columns = Columns<F, TILED>::tile;
-  DecodeArgs<X> a{static_cast<const uint8_t*>(w.codes),
-                  static_cast<const Unit<X>*>(p.x),
-                  w.scale,
-                  w.zero_point,
-                  p.y,
-                  p.x_type,
-                  p.epilogue,
-                  p.M,
-                  g.M,
-                  g.K,
-                  TILED ? ceil_div(g.K, columns) * 64 : g.K * F::bits / 8,
-                  int(g.scale_cols()),
-                  Divisor(g.br),
-                  g.M <= kFewRows ? kMostWarps<F, TILED> : kWarps,
-                  int(ceil_div(g.K, columns)),
-                  int(ceil_div(g.bk, columns)),
-                  int(ceil_div(p.M, kBatch)),
-                  Operand<F, X>::flip(is_signed),
-                  0,
-                  0};
-  if constexpr (!F::is_float) {
-    a.lowest = is_signed ? F::affine_qmin : 0;
-    a.highest = a.lowest + (1 << F::bits) - 1;
-  }
+  const DecodeArgs<X> a{static_cast<const uint8_t*>(w.codes),
+                        static_cast<const Unit<X>*>(p.x),
+                        w.scale,
+                        w.zero_point,
+                        p.y,
+                        p.x_type,
+                        p.epilogue,
+                        p.M,
+                        g.M,
+                        g.K,
+                        TILED ? ceil_div(g.K, columns) * 64 : bytes_of<F>(g.K),
+                        int(g.scale_cols()),
+                        Divisor(g.br),
+                        g.M <= kFewRows ? kMostWarps<F, TILED> : kWarps,
+                        int(ceil_div(g.K, columns)),
+                        int(ceil_div(g.bk, columns)),
+                        int(ceil_div(p.M, kBatch)),
+                        Operand<F, X>::flip(format.is_signed),
+                        format.qmin,
+                        format.qmax};
   const auto kernel = dequant_matmul_kernel<F, X, TILED>;
   launch("dequant_matmul", kernel, ceil_div(a.N, kRows) * a.chunks, 32 * a.warps, stream, a);
 }
 
-template <class X, bool TILED>
-void visit_codes(const DequantMatmul& p, Stream stream) {
-  switch (p.weight.format) {
-    case Type::int8:
-    case Type::uint8:
-      return run<int8, X, TILED>(p, stream);
-    case Type::int4:
-      return run<int4, X, TILED>(p, stream);
-    case Type::float8_e4m3fn:
-      return run<float8_e4m3fn, X, TILED>(p, stream);
-    case Type::float8_e5m2:
-      return run<float8_e5m2, X, TILED>(p, stream);
-    case Type::float4_e2m1fn:
-      return run<float4_e2m1fn, X, TILED>(p, stream);
-    default:
-      unknown_type();
-  }
+template <class X>
+void multiply(const DequantMatmul& p, Stream stream) {
+  visit_operand<X>(p.weight.format, [&](auto f, const Row& format) {
+    using F = decltype(f);
+    p.tiled ? run<F, X, true>(p, format, stream) : run<F, X, false>(p, format, stream);
+  });
+}
+
+// What multiplies: the vendor's product of slabs of a decoded weight, the kernel above, or ordinary cores.
+enum class Way { slabs, operands, values };
+
+Way choose(const DequantMatmul& p) {
+  if (takes_slabs(p)) return Way::slabs;
+  return has_operands(p) ? Way::operands : Way::values;
 }
 
 }  // namespace
 
 void dequant_matmul(const DequantMatmul& p, Stream stream) {
-  if (!has_operands(p))
-    return product<false>(
-        "dequant_matmul",
-        {p.M, p.weight.grid.M, p.weight.grid.K, p.x, p.x_type, Values(p.weight, p.tiled), p.epilogue, p.y, 0}, stream);
-  if (p.x_type == Type::float16)
-    return p.tiled ? visit_codes<float16, true>(p, stream) : visit_codes<float16, false>(p, stream);
-  return p.tiled ? visit_codes<bfloat16, true>(p, stream) : visit_codes<bfloat16, false>(p, stream);
+  switch (choose(p)) {
+    case Way::slabs:
+      return multiply_slabs(p, stream);
+    case Way::operands:
+      return p.x_type == Type::float16 ? multiply<float16>(p, stream) : multiply<bfloat16>(p, stream);
+    case Way::values:
+      const Values w(p.weight, p.tiled);
+      const Grid& g = p.weight.grid;
+      return product<false>("dequant_matmul", {p.M, g.M, g.K, p.x, p.x_type, w, p.epilogue, p.y, 0}, stream);
+  }
 }
 
 }  // namespace cuda

@@ -1,4 +1,5 @@
 // y[i, j] = decode(codes[i, j]) * scale[i / br, j / bk]
+#include "../ops/dequantize.h"
 #include "vector.cuh"
 
 namespace quantlib {
@@ -54,14 +55,14 @@ void dequantize(const Dequantize& p, Stream stream) {
       using F = decltype(row);
       constexpr int V = kElements<Y>;
       if (p.grid.M * p.grid.K == 0) return;
-      const Grid g = collapse(p.grid, F::bits < 8);
+      const Grid g = collapse(p.grid, F::per_byte);
       const DequantizeArgs<F, Y> args{static_cast<const Unit<F>*>(p.codes),
                                       p.scale,
                                       p.zero_point,
                                       static_cast<Unit<Y>*>(p.y),
                                       Blocks(g),
                                       Chunks(g, V),
-                                      is_vector(p.codes, V * F::bits / 8, g, V),
+                                      is_vector(p.codes, int(bytes_of<F>(V)), g, V),
                                       is_vector(p.y, kWidth, g, V)};
       launch("dequantize", dequantize_kernel<F, Y, affine.value>, ceil_div(args.chunks.count, kThreads * kUnroll),
              kThreads, stream, args);

@@ -1,4 +1,5 @@
 // y[i, j] = c[i, j] * scale[i // br, j // bk], c the value of x's code in units of the scale
+#include "../ops/fake_quantize.h"
 #include "fake_quantize.cuh"
 
 namespace quantlib {
@@ -51,7 +52,7 @@ void fake_quantize(const FakeQuantize& p, Stream stream) {
       using X = decltype(x_row);
       constexpr int V = kElements<X>;
       if (p.grid.M * p.grid.K == 0) return;
-      const Grid g = collapse(p.grid, false);
+      const Grid g = collapse(p.grid);
       const FakeQuantizeArgs<X> args{static_cast<const Unit<X>*>(p.x),
                                      Scales(p),
                                      static_cast<Unit<X>*>(p.y),

@@ -28,15 +28,10 @@ struct Scales {
 // run(F{}, AFFINE) with what the codes of the format are: all integer formats are one.
 template <class Run>
 void visit_codes(Type format, bool affine, Run run) {
-  switch (format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return run(NAME{}, std::false_type{});
-    QL_FLOATS(QL_CASE)
-#undef QL_CASE
-    default:
-      return affine ? run(Integer{}, std::true_type{}) : run(Integer{}, std::false_type{});
-  }
+  visit(format, [&](auto f) {
+    if constexpr (decltype(f)::is_float && decltype(f)::bits < 32) run(f, std::false_type{});
+    else affine ? run(Integer{}, std::true_type{}) : run(Integer{}, std::false_type{});
+  });
 }
 
 }  // namespace cuda

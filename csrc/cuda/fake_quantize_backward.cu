@@ -1,4 +1,5 @@
 // dx[i, j] = m ? dy[i, j] : 0, dscale[I, J] = sum(dy * (m ? c - t : c)), dzero_point[I, J] = sum(m ? 0 : -dy * s)
+#include "../ops/fake_quantize_backward.h"
 #include "fake_quantize.cuh"
 
 namespace quantlib {
@@ -133,7 +134,7 @@ void fake_quantize_backward(const FakeQuantizeBackward& p, Stream stream) {
       constexpr int V = kElements<X>;
       constexpr bool AFFINE = affine.value;
       if (p.grid.M * p.grid.K == 0) return;
-      const Grid g = collapse(p.grid, false);
+      const Grid g = collapse(p.grid);
       BackwardArgs<X> args{static_cast<const Unit<X>*>(p.dy),
                            static_cast<const Unit<X>*>(p.x),
                            Scales(p),

@@ -29,75 +29,46 @@ void launch(const char* op, void (*kernel)(Args), int64_t blocks, int threads, S
     throw std::runtime_error("quantlib::" + std::string(op) + ": a CUDA grid must be at most 2147483647 blocks, got " +
                              std::to_string(blocks));
   void* pointers[] = {&args};
-  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream), op);
+  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream.handle), op);
 }
 
 // p[0 .. n) = 0, four bytes each.
 inline void clear(const char* op, void* p, int64_t n, Stream stream) {
-  check(cudaMemsetAsync(p, 0, size_t(n) * 4, stream), op);
+  check(cudaMemsetAsync(p, 0, size_t(n) * 4, stream.handle), op);
 }
 
 [[noreturn]] inline void unknown_type() { throw std::logic_error("quantlib: a type that no CUDA kernel serves"); }
 
 // The largest scale of a format.
-inline float scale_max(Type format) {
-  switch (format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return float_of(NAME::scale_max);
-    QL_FLOATS(QL_CASE)
-    QL_INTS(QL_CASE)
-#undef QL_CASE
-    default:
-      unknown_type();
-  }
-}
+inline float scale_max(Type format) { return float_of(row_of(format).scale_max); }
 
 // run(X{}) with the row of the table that x or y has.
 template <class Run>
 void visit_x(Type type, Run run) {
-  switch (type) {
-    case Type::float32:
-      return run(float32{});
-    case Type::float16:
-      return run(float16{});
-    case Type::bfloat16:
-      return run(bfloat16{});
-    default:
-      unknown_type();
-  }
+  visit(type, [&](auto f) {
+    if constexpr (is_input<decltype(f)>) run(f);
+    else unknown_type();
+  });
 }
 
-// run(F{}) with a float format of at least eight bits.
+// run(F{}) with a float format of whole bytes.
 template <class Run>
 void visit_float(Type type, Run run) {
-  switch (type) {
-    case Type::float8_e4m3fn:
-      return run(float8_e4m3fn{});
-    case Type::float8_e5m2:
-      return run(float8_e5m2{});
-    default:
-      return visit_x(type, run);
-  }
+  visit(type, [&](auto f) {
+    if constexpr (decltype(f)::is_float && is_whole<decltype(f)>) run(f);
+    else unknown_type();
+  });
 }
 
 // run(F{}, AFFINE) with the row of the codes; only integer formats have a zero point.
 template <class Run>
 void visit_format(Type format, bool affine, Run run) {
-  switch (format) {
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return run(NAME{}, std::false_type{});
-    QL_FLOATS(QL_CASE)
-#undef QL_CASE
-#define QL_CASE(NAME, ...) \
-  case Type::NAME:         \
-    return affine ? run(NAME{}, std::true_type{}) : run(NAME{}, std::false_type{});
-    QL_INTS(QL_CASE)
-#undef QL_CASE
-    default:
-      unknown_type();
-  }
+  visit(format, [&](auto f) {
+    using F = decltype(f);
+    if constexpr (F::bits == 32) unknown_type();
+    else if constexpr (F::is_float) run(f, std::false_type{});
+    else affine ? run(f, std::true_type{}) : run(f, std::false_type{});
+  });
 }
 
 }  // namespace cuda

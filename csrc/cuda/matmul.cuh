@@ -38,15 +38,15 @@ struct Values {
   QL_DEVICE int32_t code(int64_t n, int64_t k) const {
     constexpr int P = kPerUnit<F>;
     int64_t at = offset<F>(weight.grid.K, n, k);
-    int half = int(k % P);
+    int place = int(k % P);  // of the code in its byte
     if (tiled) {
       const int row = int(n % 16), column = int(k % 64), lane = row % 8 * 4 + column / 4 % 4;
       at = (n / 16 * ((weight.grid.K - 1) / (64 * P) + 1) + k / (64 * P)) * 1024;
       at += lane * 32 + row / 8 * 16 + column / 16 * 4 + column % 4;
-      half = int(k / 64 % P);
+      place = int(k / 64 % P);
     }
     const Unit<F> unit = static_cast<const Unit<F>*>(weight.codes)[at];
-    if constexpr (P == 2) return unpack<F>(unit, half);
+    if constexpr (!is_whole<F>) return unpack<F>(unit, place);
     else if constexpr (F::is_signed) return int8_t(unit);
     else return unit;
   }

@@ -17,10 +17,57 @@ QL_FN constexpr uint32_t two_to(int e) {
 
 constexpr uint32_t kSigns = both(0x8000);
 
+// Whether codes of F become operands of the 16-bit type X here: those of whole or half bytes, whose values X holds. Of
+// special values only those beyond the largest finite one are looked for, and in bytes.
+template <class F, class X>
+constexpr bool has_operand = [] {
+  if constexpr ((F::bits != 8 && F::bits != 4) || F::bits * F::per_byte != 8) return false;
+  else if constexpr (!F::is_float) return true;
+  else
+    return F::has_negative_zero && F::has_nan >= F::has_inf && (F::bits == 8 || !F::has_nan) &&
+           F::fraction_bits <= X::fraction_bits && F::max <= X::max &&
+           F::bias + F::fraction_bits <= X::bias + X::fraction_bits;
+}();
+
+// Signed and unsigned codes of as many bits have one kernel, that of the first in the table.
+QL_FN constexpr Type first_integer(int bits) {
+#define QL_ROW(NAME, ...) \
+  if (NAME::bits == bits && bits * NAME::per_byte == 8) return Type::NAME;
+  QL_INTS(QL_ROW)
+#undef QL_ROW
+  return Type::float32;
+}
+
+// run(F{}, row) with the format whose kernel takes codes of `format` to X, and the row of `format`; false if there is
+// none.
+template <class X, class Run>
+bool visit_operand(Type format, const Run& run) {
+  const Row own = row_of(format);
+  if (own.bits * own.per_byte != 8) return false;
+  return visit(own.is_float ? format : first_integer(own.bits), [&](auto f) {
+    using F = decltype(f);
+    if constexpr (has_operand<F, X>) {
+      if constexpr (F::is_float || F::type == first_integer(F::bits)) {
+        run(f, own);
+        return true;
+      }
+    }
+    return false;
+  });
+}
+
+// Whether codes of `format` become operands of the type of x.
+inline bool is_operand(Type format, Type x_type) {
+  const auto nothing = [](auto, const Row&) {};
+  return x_type == Type::float16    ? visit_operand<float16>(format, nothing)
+         : x_type == Type::bfloat16 ? visit_operand<bfloat16>(format, nothing)
+                                    : false;
+}
+
 // Where a lane's codes stand in a row: four words of four codes, or of two times four.
 template <class F, bool TILED>
 struct Columns {
-  static constexpr int halves = 8 / F::bits, tile = 64 * halves, bytes = TILED ? 1024 : 64;
+  static constexpr int halves = F::per_byte, tile = 64 * halves, bytes = TILED ? 1024 : 64;
   static constexpr int lane = TILED ? 4 : 16 * halves, word = TILED ? 16 : 4 * halves, half = TILED ? 64 : 4;  // steps
   // In a tile the four codes of a half are in neighbouring bytes, else in both nibbles of two.
   static constexpr QL_DEVICE uint32_t selector(int pair) {

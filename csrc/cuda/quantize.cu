@@ -1,4 +1,5 @@
 // codes[i, j] = encode(x[i, j] / scale[i / br, j / bk])
+#include "../ops/quantize.h"
 #include "vector.cuh"
 
 namespace quantlib {
@@ -53,7 +54,7 @@ void quantize(const Quantize& p, Stream stream) {
       using F = decltype(row);
       constexpr int V = kElements<X>;
       if (p.grid.M * p.grid.K == 0) return;
-      const Grid g = collapse(p.grid, F::bits < 8);
+      const Grid g = collapse(p.grid, F::per_byte);
       const QuantizeArgs<X, F> args{static_cast<const Unit<X>*>(p.x),
                                     p.scale,
                                     p.zero_point,
@@ -61,7 +62,7 @@ void quantize(const Quantize& p, Stream stream) {
                                     Blocks(g),
                                     Chunks(g, V),
                                     is_vector(p.x, kWidth, g, V),
-                                    is_vector(p.codes, V * F::bits / 8, g, V)};
+                                    is_vector(p.codes, int(bytes_of<F>(V)), g, V)};
       launch("quantize", quantize_kernel<X, F, affine.value>, ceil_div(args.chunks.count, kThreads * kUnroll), kThreads,
              stream, args);
     });

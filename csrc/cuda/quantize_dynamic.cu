@@ -1,8 +1,15 @@
 // scale[I, J] = range of block (I, J) of x; codes[i, j] = encode(x[i, j] / scale[i / br, j / bk]): x is read once
+#include "../ops/compute_scale.h"
+#include "../ops/quantize.h"
+#include "../ops/quantize_dynamic.h"
 #include "range.cuh"
 
 namespace quantlib {
 namespace cuda {
+
+void compute_scale(const ComputeScale&, Stream);
+void quantize(const Quantize&, Stream);
+
 namespace {
 
 constexpr int kMostThreads = 1024;
@@ -61,10 +68,10 @@ void quantize_dynamic(const QuantizeDynamic& p, Stream stream) {
       using F = decltype(row);
       constexpr int V = kElements<X>;
       if (p.grid.M * p.grid.K == 0) return;
-      const Grid g = collapse(p.grid, F::bits < 8);
+      const Grid g = collapse(p.grid, F::per_byte);
       const BlockChunks chunks(g, V);
       // Too large for registers, or blocks that share a byte: the scale first, then the codes.
-      if (chunks.per_block > kMostThreads * kMostChunks || (F::bits < 8 && g.bk % 2 && g.bk < g.K)) {
+      if (chunks.per_block > kMostThreads * kMostChunks || (g.bk % F::per_byte && g.bk < g.K)) {
         compute_scale({p.grid, p.x, p.x_type, p.format, p.scale, p.zero_point}, stream);
         return quantize({p.grid, p.x, p.x_type, p.format, p.scale, p.zero_point, p.codes}, stream);
       }
@@ -76,7 +83,7 @@ void quantize_dynamic(const QuantizeDynamic& p, Stream stream) {
                                    chunks,
                                    sharing,
                                    is_vector(p.x, kWidth, g, V),
-                                   is_vector(p.codes, V * F::bits / 8, g, V)};
+                                   is_vector(p.codes, int(bytes_of<F>(V)), g, V)};
       const auto kernel = sharing.lanes <= 32 ? quantize_dynamic_kernel<X, F, affine.value, 1>
                                               : quantize_dynamic_kernel<X, F, affine.value, kMostChunks>;
       launch("quantize_dynamic", kernel, sharing.thread_blocks, sharing.threads, stream, args);

@@ -8,12 +8,19 @@ namespace cuda {
 
 constexpr uint32_t kOnes = 0x01010101;
 
-// Codes [rows, K] of eight bits, or of four.
+// Codes [rows, K] of an integer format.
 struct CodesArgs {
   const uint8_t* codes;
   int64_t rows, row_bytes;
-  bool packed, vector;  // 16 codes may be read at once
-  uint8_t flip;         // the sign bit of uint8
+  bool packed, vector;          // packed: signed ones of half a byte; vector: 16 codes may be read at once
+  uint8_t flip;                 // turns an unsigned byte into a signed one
+  uint8_t bits, in_byte, sign;  // in_byte: log2 of how many share a byte; sign: the bit that is spread, or 0
+
+  // Code k of the row at p, as a signed byte
+  QL_DEVICE uint32_t code(const uint8_t* p, int64_t k) const {
+    const uint32_t place = uint32_t(k) & ((1u << in_byte) - 1u), byte = p[k >> in_byte] >> (place * bits);
+    return (((byte & ((1u << bits) - 1u)) ^ sign) - sign) ^ flip;
+  }
 };
 
 QL_DEVICE int32_t clamp(int32_t z, int lowest, int highest) { return z < lowest ? lowest : z > highest ? highest : z; }
@@ -23,7 +30,7 @@ struct ScaledArgs {
   const float *x_scale, *scale;
   const int32_t *x_zero_point, *zero_point;
   bool x_per_row;
-  int x_lowest, lowest, highest;  // of zero points
+  int x_lowest, lowest, highest;  // of zero points; that of x has 8 bits
   float x_scale_max, scale_max;
   int64_t K, bk, groups;
   Divisor br;

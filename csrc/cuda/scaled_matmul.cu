@@ -1,8 +1,9 @@
 // y[m, n] = activation(fl(fl(d[m, n] * x_scale[m]) * scale[n]) + bias[n]), d the exact integer product of the codes
 //
-// Everything is int8 to the matrix instructions: uint8 codes and their zero points less 128, int4 codes widened. Zeros
-// fill what is missing on every side. With zero points, d = sum a q - z_x sum q - z sum a + K z_x z, modulo 2^32, where
-// a product with ones gives the sums, in the registers that have d.
+// Everything is int8 to the matrix instructions: uint8 codes and their zero points less 128, narrow codes widened.
+// Zeros fill what is missing on every side. With zero points, d = sum a q - z_x sum q - z sum a + K z_x z, modulo 2^32,
+// where a product with ones gives the sums, in the registers that have d.
+#include "../ops/scaled_matmul.h"
 #include "scaled_rows.cuh"
 
 namespace quantlib {
@@ -22,7 +23,7 @@ QL_DEVICE Vector<uint32_t, 4> load_codes(const CodesArgs& c, int64_t row, int64_
 #pragma unroll 1
     for (int e = 0; e < 16; ++e) {
       if (k + e >= end) continue;
-      const uint32_t code = c.packed ? unpack<int4>(p[(k + e) / 2], int(k + e) % 2) : p[k + e] ^ c.flip;
+      const uint32_t code = c.code(p, k + e);
 #pragma unroll
       for (int w = 0; w < 4; ++w) codes.word[w] |= w == e / 4 ? (code & 0xff) << (8 * (e % 4)) : 0;
     }
@@ -159,39 +160,38 @@ __global__ void __launch_bounds__(kScaledThreads) scaled_matmul_kernel(const Sca
   }
 }
 
-CodesArgs codes_of(const void* codes, Type format, int64_t rows, int64_t K) {
-  const bool packed = format == Type::int4;
-  const int64_t row_bytes = packed ? (K + 1) / 2 : K;
+CodesArgs codes_of(const void* codes, const Row& f, int64_t rows, int64_t K) {
+  const bool whole = f.bits == 8, packed = f.is_signed && f.bits == 4 && f.per_byte == 2;
+  const int64_t row_bytes = quantlib::row_bytes(f, K);
   const int bytes = packed ? 8 : 16;
   return {static_cast<const uint8_t*>(codes),
           rows,
           row_bytes,
           packed,
-          is_aligned(codes, bytes) && row_bytes % bytes == 0,
-          uint8_t(format == Type::uint8 ? 128 : 0)};
+          (whole || packed) && is_aligned(codes, bytes) && row_bytes % bytes == 0,
+          uint8_t(whole && !f.is_signed ? 128 : 0),
+          uint8_t(f.bits),
+          uint8_t(f.per_byte / 2),
+          uint8_t(f.is_signed && !whole ? 1 << (f.bits - 1) : 0)};
 }
 
 }  // namespace
 
 void scaled_matmul(const ScaledMatmul& p, Stream stream) {
   const Grid& g = p.weight.grid;
-  const auto lowest = [](Type t) {
-    return t == Type::int8 ? int8::affine_qmin : t == Type::int4 ? int4::affine_qmin : 0;
-  };
-  const bool packed = p.weight.format == Type::int4;
-  const int z = lowest(p.weight.format);
-  const ScaledArgs a{codes_of(p.x_codes, p.x_format, p.M, g.K),
-                     codes_of(p.weight.codes, p.weight.format, g.M, g.K),
+  const Row x = row_of(p.x_format), w = row_of(p.weight.format);
+  const ScaledArgs a{codes_of(p.x_codes, x, p.M, g.K),
+                     codes_of(p.weight.codes, w, g.M, g.K),
                      p.x_scale,
                      p.weight.scale,
                      p.x_zero_point,
                      p.weight.zero_point,
                      p.x_per_row,
-                     lowest(p.x_format),
-                     z,
-                     z + (packed ? 15 : 255),
-                     float_of(int8::scale_max),
-                     float_of(packed ? int4::scale_max : int8::scale_max),
+                     x.qmin,
+                     w.qmin,
+                     w.qmax,
+                     float_of(x.scale_max),
+                     float_of(w.scale_max),
                      g.K,
                      g.bk,
                      g.scale_cols(),

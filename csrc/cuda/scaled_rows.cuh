@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(32 * kRowsWarps, PACKED || AFFINE ? 1 : 2) sca
 
 // Whether the rows of x are few enough, and lanes find whole vectors, under one scale a row of the weight.
 bool takes_rows(const ScaledArgs& a) {
-  const auto vector = [](const CodesArgs& c) { return is_aligned(c.codes, 16) && c.row_bytes % 16 == 0; };
+  const auto vector = [](const CodesArgs& c) { return c.vector && is_aligned(c.codes, 16) && c.row_bytes % 16 == 0; };
   return a.x.rows <= kFewRows && a.groups == 1 && a.K > 0 && vector(a.w) && vector(a.x) &&
          a.K % (a.w.packed ? 32 : 16) == 0 && a.K <= INT32_MAX / kRowsWidth;
 }

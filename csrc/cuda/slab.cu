@@ -2,9 +2,12 @@
 // w[n, k] = decode(codes[n, k]) - zero_point[n / br, k / bk], for some rows n of the weight at a time; and the
 // gradient, dx[m, k] = sum over n of dy[m, n] * w[n, k] * scale[n / br, k / bk], for some columns k.
 //
-// This makes w, in x's 16-bit type, and y; between the two lies the vendor's product, see slab.h. Where a row has one
-// scale the operands of y are exact and it multiplies the sums, apart from a power of two, see SplitScale; else they
-// are times their scale, rounded to bfloat16, which has room for every such product.
+// Where x has many rows, some rows of the weight at a time, or columns, become values of x's 16-bit type: a slab, small
+// enough to stay in the cache until the vendor's product has read it. Then the sums become y. Where a row has one scale
+// the operands of y are exact and it multiplies the sums, apart from a power of two, see SplitScale; else they are
+// times their scale, rounded to bfloat16, which has room for every such product.
+#include "slab.h"
+
 #include "matmul.cuh"
 #include "operand.cuh"
 
@@ -12,10 +15,30 @@ namespace quantlib {
 namespace cuda {
 namespace {
 
-constexpr int64_t kLeast = 128;  // rows of x that the kernel for a few of them still takes
+constexpr int64_t kLeast = 128;                  // rows of x that the kernel for a few of them still takes
+constexpr int64_t kMostRows = int64_t(1) << 13;  // of x at a time
+constexpr int64_t kSlab = int64_t(1) << 23;      // values of a slab, and sums, at most
 
 template <class F>
 constexpr bool is_wide = F::bits == 16;  // codes that are x's own values
+
+struct DecodeSlab {
+  Weight weight;
+  bool tiled, scaled;          // whether values are times their scale
+  Type type;                   // float16 or bfloat16
+  int64_t n, n_end, k, k_end;  // rows and columns of the weight; n is a multiple of 16, k of 128, and 0 in tiles
+  void* values;                // [n_end - n, k_end - k] of `type`
+};
+
+struct FinishSlab {
+  int64_t M;
+  const float* total;     // [M, end - first], the sums that become y[:, first .. end)
+  const Weight* of_rows;  // whose scales, one a row, the sums lack; or null
+  int64_t first, end, columns;
+  Epilogue epilogue;
+  Type type;
+  void* y;  // [M, columns] of `type`
+};
 
 template <class X>
 struct DecodeSlabArgs {
@@ -35,7 +58,7 @@ struct DecodeSlabArgs {
 // A word of codes a thread: four of a row that are neighbours, or two times four.
 template <class F, class X, bool TILED>
 __global__ void __launch_bounds__(kThreads) decode_slab_kernel(const DecodeSlabArgs<X> a) {
-  constexpr int bytes = is_wide<F> ? 8 : 4, halves = is_wide<F> ? 1 : 8 / F::bits, half_step = TILED ? 64 : 4;
+  constexpr int bytes = is_wide<F> ? 8 : 4, halves = F::per_byte, half_step = TILED ? 64 : 4;
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= a.words) return;
   const int64_t above = a.per_row.divide(index), in_row = index - above * a.per_row.d;
@@ -119,11 +142,10 @@ __global__ void __launch_bounds__(kThreads) finish_slab_kernel(const FinishSlabA
 }
 
 template <class F, class X, bool TILED>
-void decode(const DecodeSlab& p, Stream stream) {
+void decode(const DecodeSlab& p, const Row& format, Stream stream) {
   const Weight& w = p.weight;
   const Grid& g = w.grid;
-  const bool is_signed = w.format != Type::uint8;
-  constexpr int columns = is_wide<F> ? 4 : 32 / F::bits;  // of a word
+  constexpr int columns = 4 * F::per_byte;  // of a word
   const auto words_of = [](int64_t k) { return TILED ? ceil_div(k, columns * 16) * 256 : k / columns; };
   const int64_t rows = TILED ? ceil_div(p.n_end - p.n, 16) : p.n_end - p.n, per_row = words_of(p.k_end - p.k);
   DecodeSlabArgs<X> a{static_cast<const uint8_t*>(w.codes),
@@ -142,61 +164,36 @@ void decode(const DecodeSlab& p, Stream stream) {
                       g.scale_cols(),
                       p.scaled,
                       0,
-                      0,
-                      0};
-  if constexpr (!is_wide<F>) a.flip = Operand<F, X>::flip(is_signed);
-  if constexpr (!F::is_float) {
-    a.lowest = is_signed ? F::affine_qmin : 0;
-    a.highest = a.lowest + (1 << F::bits) - 1;
-  }
+                      format.qmin,
+                      format.qmax};
+  if constexpr (!is_wide<F>) a.flip = Operand<F, X>::flip(format.is_signed);
   launch("decode_slab", decode_slab_kernel<F, X, TILED>, ceil_div(a.words, kThreads), kThreads, stream, a);
 }
 
-template <class X, bool TILED>
-void visit_codes(const DecodeSlab& p, Stream stream) {
-  switch (p.weight.format) {
-    case Type::int8:
-    case Type::uint8:
-      return decode<int8, X, TILED>(p, stream);
-    case Type::int4:
-      return decode<int4, X, TILED>(p, stream);
-    case Type::float8_e4m3fn:
-      return decode<float8_e4m3fn, X, TILED>(p, stream);
-    case Type::float8_e5m2:
-      return decode<float8_e5m2, X, TILED>(p, stream);
-    case Type::float4_e2m1fn:
-      return decode<float4_e2m1fn, X, TILED>(p, stream);
-    default:
-      if constexpr (std::is_same_v<X, bfloat16> && !TILED) return decode<bfloat16, X, false>(p, stream);
-      unknown_type();
-  }
+template <class X>
+void decode(const DecodeSlab& p, Stream stream) {
+  if constexpr (std::is_same_v<X, bfloat16>)
+    if (p.weight.format == X::type) return decode<X, X, false>(p, row<X>(), stream);
+  const bool found = visit_operand<X>(p.weight.format, [&](auto f, const Row& format) {
+    using F = decltype(f);
+    p.tiled ? decode<F, X, true>(p, format, stream) : decode<F, X, false>(p, format, stream);
+  });
+  if (!found) unknown_type();
 }
 
 // Whether words of codes are whole, each under one scale, and values of `type` hold what they become.
 bool holds(const Weight& w, Type type, bool tiled, bool scaled) {
   const Type f = w.format;
-  const bool byte = f >= Type::float8_e4m3fn, packed = f == Type::int4 || f == Type::float4_e2m1fn;
-  return type != Type::float32 && (byte || f == type) && is_aligned(w.codes, 8) && w.grid.K > 0 &&
-         w.grid.K % (packed && !tiled ? 8 : 4) == 0 && (w.grid.bk >= w.grid.K || w.grid.bk % 4 == 0) &&
+  return type != Type::float32 && (f == type || is_operand(f, type)) && is_aligned(w.codes, 8) && w.grid.K > 0 &&
+         w.grid.K % (tiled ? 4 : 4 * row_of(f).per_byte) == 0 && (w.grid.bk >= w.grid.K || w.grid.bk % 4 == 0) &&
          (!scaled || type == Type::bfloat16);
 }
 
-}  // namespace
-
-bool takes_slabs(const DequantMatmul& p) {
-  const bool scaled = p.weight.grid.bk < p.weight.grid.K;
-  return p.M > kLeast && !p.batch_invariant && holds(p.weight, p.x_type, p.tiled, scaled);
-}
-
-bool takes_slabs(const DequantMatmulBackward& p) {
-  return p.M > kLeast && p.weight.grid.M > 0 && holds(p.weight, p.dy_type, false, true);
-}
-
+// Where the values are: the weight itself where it holds them.
 const void* decode_slab(const DecodeSlab& p, Stream stream) {
   if (p.weight.format == p.type && !p.scaled)
     return static_cast<const uint16_t*>(p.weight.codes) + p.n * p.weight.grid.K;
-  if (p.type == Type::float16) p.tiled ? visit_codes<float16, true>(p, stream) : visit_codes<float16, false>(p, stream);
-  else p.tiled ? visit_codes<bfloat16, true>(p, stream) : visit_codes<bfloat16, false>(p, stream);
+  p.type == Type::float16 ? decode<float16>(p, stream) : decode<bfloat16>(p, stream);
   return p.values;
 }
 
@@ -219,6 +216,73 @@ void finish_slab(const FinishSlab& p, Stream stream) {
                          p.type == Type::bfloat16 && w && w->format != p.type,
                          vector && is_aligned(p.total, 16) && is_aligned(p.y, 8)};
   launch("finish_slab", finish_slab_kernel, ceil_div(a.chunks, kThreads), kThreads, stream, a);
+}
+
+// Rows or columns of the weight at a time, of J: a multiple of what tiles and blocks of the vendor's product hold.
+int64_t slab_rows(int64_t M, int64_t J, int64_t L) {
+  const int64_t rows = kSlab / (L > M ? L : M) / 128 * 128, some = rows > 128 ? rows : 128;
+  return some < J ? some : J;
+}
+
+// left [M, L], x or dy, times a weight of J rows or columns in slabs:
+//   decode(j, end, values) -> where w[j .. end) is, of these strides as [L, end - j]
+//   finish(m, M, j, end, sums)   takes the sums of rows m .. m + M of left with it
+template <class Decode, class Finish>
+void in_slabs(int64_t M, int64_t J, int64_t L, const void* left, Type type, Stream stream, Decode decode,
+              Finish finish) {
+  const int64_t most = M < kMostRows ? M : kMostRows, width = slab_rows(most, J, L);
+  void* values = stream.torch->allocate(width * L * 2);
+  auto* sums = static_cast<float*>(stream.torch->allocate(most * width * 4));
+  for (int64_t m = 0; m < M; m += kMostRows) {
+    const int64_t rows = M - m < kMostRows ? M - m : kMostRows;
+    const Matrix x{static_cast<const uint16_t*>(left) + m * L, rows, L, {L, 1}};
+    for (int64_t j = 0; j < J; j += width) {
+      const int64_t end = j + width < J ? j + width : J;
+      stream.torch->multiply(x, decode(j, end, values), type, sums);
+      finish(m, rows, j, end, sums);
+    }
+  }
+}
+
+}  // namespace
+
+bool takes_slabs(const DequantMatmul& p) {
+  const bool scaled = p.weight.grid.bk < p.weight.grid.K;
+  return p.M > kLeast && !p.batch_invariant && holds(p.weight, p.x_type, p.tiled, scaled);
+}
+
+bool takes_slabs(const DequantMatmulBackward& p) {
+  return p.M > kLeast && p.weight.grid.M > 0 && holds(p.weight, p.dy_type, false, true);
+}
+
+void multiply_slabs(const DequantMatmul& p, Stream stream) {
+  const Weight& weight = p.weight;
+  const int64_t N = weight.grid.M, K = weight.grid.K;
+  const bool scaled = weight.grid.bk < K;
+  in_slabs(
+      p.M, N, K, p.x, p.x_type, stream,
+      [&](int64_t n, int64_t end, void* values) {
+        const void* w = decode_slab({weight, p.tiled, scaled, p.x_type, n, end, 0, K, values}, stream);
+        return Matrix{w, K, end - n, {1, K}};
+      },
+      [&](int64_t m, int64_t M, int64_t n, int64_t end, const float* sums) {
+        auto* y = static_cast<uint16_t*>(p.y) + m * N;
+        finish_slab({M, sums, scaled ? nullptr : &weight, n, end, N, p.epilogue, p.x_type, y}, stream);
+      });
+}
+
+void multiply_slabs(const DequantMatmulBackward& p, Stream stream) {
+  const int64_t N = p.weight.grid.M, K = p.weight.grid.K;
+  in_slabs(
+      p.M, K, N, p.dy, p.dy_type, stream,
+      [&](int64_t k, int64_t end, void* values) {
+        const void* w = decode_slab({p.weight, false, true, p.dy_type, 0, N, k, end, values}, stream);
+        return Matrix{w, N, end - k, {end - k, 1}};
+      },
+      [&](int64_t m, int64_t M, int64_t k, int64_t end, const float* sums) {
+        auto* dx = static_cast<uint16_t*>(p.dx) + m * K;
+        finish_slab({M, sums, nullptr, k, end, K, {nullptr, Activation::none}, p.dy_type, dx}, stream);
+      });
 }
 
 }  // namespace cuda

@@ -10,7 +10,7 @@ namespace cuda {
 constexpr int kThreads = 256;
 constexpr int kWidth = 16;  // bytes of the widest load and store
 
-// What a code lies in: an unsigned integer, the bits of an FP32 value too. Two codes of four bits share a unit.
+// What a code lies in, or kPerUnit that share it: an unsigned integer, the bits of an FP32 value too.
 template <class F>
 struct unit_of {
   using type = typename F::storage;
@@ -22,7 +22,7 @@ struct unit_of<float32> {
 template <class F>
 using Unit = typename unit_of<F>::type;
 template <class F>
-constexpr int kPerUnit = F::bits < 8 ? 2 : 1;
+constexpr int kPerUnit = F::per_byte;
 
 // V of an op whose x (or y) is X.
 template <class X>
@@ -33,11 +33,11 @@ template <int BYTES>
 struct word_of;
 template <>
 struct word_of<16> {
-  using type = uint4;
+  using type = ::uint4;  // a format may have the name of a type of CUDA's
 };
 template <>
 struct word_of<8> {
-  using type = uint2;
+  using type = ::uint2;
 };
 template <>
 struct word_of<4> {
@@ -46,6 +46,10 @@ struct word_of<4> {
 template <>
 struct word_of<2> {
   using type = uint16_t;
+};
+template <>
+struct word_of<1> {
+  using type = uint8_t;
 };
 
 // V units side by side, held as they lie in memory: an array of bytes would take a register each.
@@ -123,12 +127,12 @@ struct Blocks {
   explicit Blocks(const Grid& g) : M(g.M), K(g.K), columns(ceil_div(g.K, g.bk)), br(g.br), bk(g.bk) {}
 };
 
-// The same elements as one long row where every block is a contiguous run of them. It leaves alone a matrix whose rows
-// end in half a byte.
-inline Grid collapse(Grid g, bool packed) {
+// The same elements, per_byte of which share a byte, as one long row where every block is a contiguous run of them. It
+// leaves alone a matrix whose rows end inside of a byte.
+inline Grid collapse(Grid g, int per_byte = 1) {
   g.br = g.br < g.M ? g.br : g.M;
   g.bk = g.bk < g.K ? g.bk : g.K;
-  const bool padded = packed && g.K % 2 && g.M > 1;
+  const bool padded = g.K % per_byte && g.M > 1;
   const bool contiguous = g.bk == g.K || (g.br == 1 && g.K % g.bk == 0);
   return padded || !contiguous ? g : Grid{1, g.M * g.K, 1, g.br * g.bk};
 }
@@ -210,10 +214,11 @@ QL_DEVICE uint32_t encode(float value, bool saturate) {
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
 
-// Units before element (i, j); j is even where two elements share a unit.
+// Units before element (i, j), which begins one.
 template <class F>
 QL_DEVICE int64_t offset(int64_t K, int64_t i, int64_t j) {
-  if constexpr (kPerUnit<F> == 2) return i * ((K + 1) / 2) + j / 2;
+  constexpr int P = kPerUnit<F>;
+  if constexpr (P > 1) return i * ((K + P - 1) / P) + j / P;
   else return i * K + j;
 }
 
@@ -253,8 +258,8 @@ QL_DEVICE void store_codes(Unit<F>* codes, const uint32_t (&code)[V], int first,
   auto units = Vector<Unit<F>, V / P>::zero();
 #pragma unroll
   for (int u = 0; u < V / P; ++u) {
-    if constexpr (P == 1) units.put(u, Unit<F>(code[u]));
-    else units.put(u, pack(code[2 * u], 2 * u + 1 < last ? code[2 * u + 1] : 0));  // 0 past the end of a row
+    if constexpr (is_whole<F>) units.put(u, Unit<F>(code[u]));
+    else units.put(u, pack<F>([&](int i) { return P * u + i < last ? code[P * u + i] : 0; }));  // 0 past a row's end
   }
   store(codes, units, first / P, (last + P - 1) / P, vector);
 }
@@ -262,7 +267,8 @@ QL_DEVICE void store_codes(Unit<F>* codes, const uint32_t (&code)[V], int first,
 // Code e of a vector of units.
 template <class F, int V>
 QL_DEVICE int32_t code_at(const Vector<Unit<F>, V>& units, int e) {
-  if constexpr (kPerUnit<F> == 2) return unpack<F>(units[e / 2], e % 2);
+  constexpr int P = kPerUnit<F>;
+  if constexpr (!is_whole<F>) return unpack<F>(units[e / P], e % P);
   else if constexpr (F::is_float) return units[e];
   else return F::is_signed ? int8_t(units[e]) : units[e];
 }

@@ -1,9 +1,9 @@
 """Who runs an op: the kernel table, the order of preference, and the switch.
 
 Kernels stack per dispatch key. At the bottom lies ``composite``, pure torch on any device; the C++ library puts ``cpp``
-over it on the CPU and ``cuda`` on CUDA; where Triton and a CUDA torch are there, ``triton`` lies over ``cuda``.
-:func:`use_backend` puts kernels over all of them that ask which backend the calling thread wants; a compiled graph
-follows without recompiling.
+over it on the CPU and ``cuda`` on CUDA; a Python backend that a device prefers to those lies over them, as ``triton``
+does on CUDA. :func:`use_backend` puts kernels over all of them that ask which backend the calling thread wants; a
+compiled graph follows without recompiling.
 """
 
 from __future__ import annotations
@@ -11,31 +11,49 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import os
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantlib.backends import compiled
+from quantlib.backends.backend import OPS, SCHEMAS, Backend, Kernel, Kernels
 
-BACKENDS = ("triton", "cuda", "cpp", "composite")  # the order of preference
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "SCHEMAS",
+    "Backend",
+    "Kernels",
+    "current",
+    "library_path",
+    "order",
+    "refuses",
+    "serving",
+    "use_backend",
+]
+
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
-COMPILED = {"cpp": "cpu", "cuda": "cuda"}  # backend -> the device type its library serves
+LAST = "composite"  # pure torch lies below all others
 
-SCHEMAS: dict[str, str] = {
-    schema[: schema.index("(")]: schema
-    for schema in re.findall(r'^DEF\("(.+)"\)$', (Path(__file__).parent.parent / "ops.def").read_text(), re.MULTILINE)
-}
+
+def _found() -> dict[str, Backend]:
+    """The backends of this folder by name, those that some device prefers most first."""
+    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/__init__.py"))
+    found: list[Backend] = [importlib.import_module(f"{__name__}.{name}").BACKEND for name in folders]
+    return {b.name: b for b in sorted(found, key=lambda b: max(b.preference.values(), default=-1))[::-1]}
+
+
+BACKENDS = _found()
 
 # One more layer of Python kernels for an overload ("quantize.out"), given the launcher of a backend's op.
-Binder = Callable[[Callable[..., None]], Callable[..., Any]]
+Binder = Callable[[Kernel], Callable[..., Any]]
 _binders: dict[str, Binder] = {}
 _compiled: set[tuple[str, str]] = set()  # (overload, dispatch key) that a compiled library has a kernel for
 
@@ -49,14 +67,19 @@ if not _loaded:
 
 def refuses(backend: str, device: str, overload: str | None = None) -> str | None:
     """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or run ``overload`` there; None if it can."""
-    if backend in COMPILED:
-        serves = COMPILED[backend]
-        why = f"serves {serves} tensors only" if device != serves else compiled.load(serves)
-        lacks = overload is not None and (overload, DEVICES[serves]) not in _compiled
-    else:
-        why = _python_backend(backend).refuses(torch.device(device))
-        lacks = why is None and overload is not None and _op(overload) not in _python_backend(backend).OPS
-    return why or (f"has no kernel of {overload}" if lacks else None)
+    found = BACKENDS[backend]
+    why = found.refuses(torch.device(device))
+    if why is not None or overload is None:
+        return why
+    has = (overload, DEVICES[device]) in _compiled if found.compiled else _op(overload) in found.kernels
+    return None if has else f"has no kernel of {overload}"
+
+
+@functools.cache
+def order(device: str) -> tuple[str, ...]:
+    """The backends that may run calls on ``device`` where nothing is forced, in the order in which they are asked."""
+    preferred = {name: p for name, b in BACKENDS.items() if (p := b.prefers(torch.device(device).type)) is not None}
+    return tuple(sorted(preferred, key=lambda name: -preferred[name]))
 
 
 def current() -> str:
@@ -72,8 +95,7 @@ def serving(device: str) -> str:
     """The backend that runs a call on ``device`` now."""
     if current() != "auto":
         return current()
-    order = BACKENDS if device == "cuda" else ("cpp", "composite")  # the interpreter of Triton is no backend to prefer
-    return next(backend for backend in order if refuses(backend, device) is None)
+    return next(backend for backend in order(device) if refuses(backend, device) is None)
 
 
 def library_path(device: str = "cpu") -> Path:
@@ -105,7 +127,7 @@ def library_path(device: str = "cpu") -> Path:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the block only ``name`` runs: "composite", "cpp", "triton", "cuda", or "auto" for the usual order.
+    """Inside the block only the backend ``name`` runs: a key of ``BACKENDS``, or "auto" for the usual order.
 
     A call that the backend cannot serve raises NotImplementedError and says why; it never falls back. A thread follows
     the innermost block that it has entered itself. A thread that is in no block, such as those on which torch runs the
@@ -139,7 +161,7 @@ def attach(overload: str, bind: Binder, fake: Callable[..., Any]) -> None:
     _compiled.update(
         (overload, key) for key in DEVICES.values() if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     )
-    _library.impl(overload, bind(_launcher("composite", overload)), "CompositeExplicitAutograd")
+    _library.impl(overload, bind(_launcher(LAST, overload)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantlib::{overload}", fake, lib=_library)
 
 
@@ -154,14 +176,14 @@ def vmap(overload: str, rule: Callable[..., Any]) -> None:
 
 
 def start() -> None:
-    """Put Triton over CUDA C++ and heed ``QUANTLIB_BACKEND``, once every op is attached."""
+    """Put preferred Python kernels over compiled ones and heed ``QUANTLIB_BACKEND``, once every op is attached."""
     global _blocks  # noqa: PLW0603
     _blocks = (_Block(os.environ.get("QUANTLIB_BACKEND", "auto")),)
-    if torch.version.cuda is not None:
-        for overload in _binders:
-            _compiled_kernel(overload, "cuda")  # before it is covered
-            if _usual(overload, "cuda") == "triton":
-                _cover(_library, overload, "cuda", _kernel("triton", overload, "cuda"))
+    for overload, device in itertools.product(_binders, DEVICES):
+        usual = _usual(overload, device)
+        if usual != LAST and not BACKENDS[usual].compiled:
+            _compiled_kernel(overload, device)  # before it is covered
+            _cover(_library, overload, device, _kernel(usual, overload, device))
     _install()
 
 
@@ -216,12 +238,10 @@ def _ask(overload: str, device: str, keyset: Any, *args: Any, **outs: Tensor) ->
     return _kernel(current(), overload, device)(keyset, *args, **outs)
 
 
+@functools.cache
 def _usual(overload: str, device: str) -> str:
     """The backend that serves ``overload`` where nothing is forced."""
-    if device == "cuda" and torch.version.cuda is not None and refuses("triton", device, overload) is None:
-        return "triton"
-    compiled_backend = next(backend for backend, serves in COMPILED.items() if serves == device)
-    return compiled_backend if (overload, DEVICES[device]) in _compiled else "composite"
+    return next(backend for backend in order(device) if refuses(backend, device, overload) is None)
 
 
 def _differs(name: str, overload: str, device: str) -> bool:
@@ -232,7 +252,7 @@ def _differs(name: str, overload: str, device: str) -> bool:
 def _kernel(name: str, overload: str, device: str) -> Callable[..., Any]:
     """Return the kernel of ``overload`` on ``device`` when ``name`` is forced; its first argument is the keyset."""
     backend = _usual(overload, device) if name == "auto" else name
-    if COMPILED.get(backend) == device and (overload, DEVICES[device]) in _compiled:
+    if BACKENDS[backend].compiled and refuses(backend, device, overload) is None:
         kernel: Callable[..., Any] = _compiled_kernel(overload, device).call_boxed
         return kernel
     bound = _binders[overload](_launcher(backend, overload, device))
@@ -246,17 +266,16 @@ def _compiled_kernel(overload: str, device: str) -> Any:
     return torch.library.get_kernel(f"quantlib::{overload}", key) if (overload, key) in _compiled else None
 
 
-def _launcher(backend: str, overload: str, device: str = "cpu") -> Callable[..., None]:
+def _launcher(backend: str, overload: str, device: str = "cpu") -> Kernel:
     """The kernel of ``backend`` for the op of ``overload``, found at the first call; a refusal where it has none."""
     op = _op(overload)
 
     @functools.cache
-    def find() -> Callable[..., None]:
+    def find() -> Kernel:
         why = refuses(backend, device, overload)
         if why is not None:
             raise NotImplementedError(f"quantlib::{op}: backend {backend!r} refuses {device} tensors: {why}")
-        kernel: Callable[..., None] = _python_backend(backend).KERNELS[op]
-        return kernel
+        return BACKENDS[backend].kernels[op]
 
     def launch(*args: Any) -> None:
         find()(*args)
@@ -269,14 +288,15 @@ def _op(overload: str) -> str:
     return overload.partition(".")[0]
 
 
-@functools.cache
-def _python_backend(backend: str) -> ModuleType:
-    return importlib.import_module(f"quantlib.backends.{backend}")
-
-
 # nvcc takes minutes: an import calls it only where the GPU kernels would otherwise be pure torch.
 compiled.load(
-    "cuda", build=torch.cuda.is_available() and _python_backend("triton").refuses(torch.device("cuda")) is not None
+    "cuda",
+    build=torch.cuda.is_available()
+    and all(
+        BACKENDS[name].compiled or BACKENDS[name].refuses(torch.device("cuda"))
+        for name in order("cuda")
+        if name != LAST
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,15 @@ def load(name: str, build: bool = True) -> str | None:
     if name not in _reasons:
         _reasons[name] = _load(name, build)
     return _reasons[name]
+
+
+def refuses(name: str) -> Callable[[torch.device], str | None]:
+    """``Backend.refuses`` of the backend whose kernels lie in library ``name``."""
+
+    def why(device: torch.device) -> str | None:
+        return f"serves {name} tensors only" if device.type != name else load(name)
+
+    return why
 
 
 def _load(name: str, build: bool) -> str | None:

@@ -61,6 +61,7 @@ class Rule:
         )
 
 
+TABLE = "a table that is looked up"
 RULES = (
     Rule(
         "an adapter",
@@ -80,7 +81,7 @@ RULES = (
         r"(.*\.)?(cls|predictions|lm_head)(\.predictions)?\.decoder\.weight",
     ),
     Rule(
-        "a table that is looked up",
+        TABLE,
         last=r"wte|wpe|shared|emb|embeds?|embeddings?|embedding_table|relative_attention_bias|rel_pos_bias|embed_\w+|"
         r"\w+_embeds?|\w+_embeddings?|\w+_emb|emb_\w|\w+_embeds?_layers|(\w+_)?codebooks?|query_tokens",
         but=r"embed_(proj\w*|out)|(\w+_)?(patch|time|timestep|timesteps|time_text|t|x|add|guidance|image|pixel|vision|"

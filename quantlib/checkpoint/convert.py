@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from quantlib.checkpoint.folder import CONFIG, Model
 from quantlib.checkpoint.publish import keep_mode, replacing, sync
 from quantlib.checkpoint.stored import KEY, Contents, Stored, as_stored
 from quantlib.measure import OnNonfinite, Sums, check_finite, slabs
-from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_weight
+from quantlib.nn.functional import SOURCES, Weight, quantize_weight
 from quantlib.nn.module import check_dynamic
+from quantlib.record import ENTRY, entry_of
 from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
 
@@ -230,8 +231,6 @@ class Projection:
 
     def _slab(self, rows: slice) -> list[Piece]:
         x = self.reader.rows(self.slot.name, rows)
-        if self.spec.scaled:
-            x = x.float()  # once, for the codes and for the report
         return self._pieces(rows, x, quantize_weight(x, self.spec))
 
     def _with_one_scale(self) -> Iterator[Piece]:
@@ -251,7 +250,7 @@ class Projection:
     def _pieces(self, rows: slice, x: Tensor, weight: Weight) -> list[Piece]:
         """Codes and scales of some rows, each with the byte that it begins at; the rows are counted."""
         sums = self.sums[rows.start] = Sums()
-        sums.add(x, dequantize_weight(weight, self.spec, self.shape[1], torch.float32))
+        sums.add(x, weight, self.spec)
         if self.on_nonfinite == "raise" and not math.isfinite(sums.noise):
             self._check()
         first = rows.start // self.spec.block(self.shape)[0]
@@ -333,12 +332,15 @@ def convert(
 def copy_the_rest(model: Model, rest: list[tuple[Path, Path]], new: Path, plans: list[Plan], dtype: str | None) -> None:
     """Everything of a model folder that is no weight, its index for the weights that the files hold now."""
     folders = [(model.path, new)]
+    stored = {name: stored for p in plans for name, stored in p.contents.weights.items()}
+    # what needs no scale is a float weight like any other, for every library
+    weights = {name: asdict(s) for name, s in stored.items()} if any(s.scaled for s in stored.values()) else {}
     for path, target in rest:
         if path.is_dir():
             (new / target).mkdir()
             folders.append((path, new / target))
-        elif str(target) == CONFIG and dtype is not None and (config := with_dtype(model.config, dtype)):
-            files.write_bytes(new / target, config)
+        elif str(target) == CONFIG and (config := config_of(model, dtype, weights)) is not None:
+            files.write_bytes(new / target, text_of(config))
             keep_mode(path, new / target)
         else:
             files.copy(path, new / target)
@@ -355,20 +357,26 @@ def copy_the_rest(model: Model, rest: list[tuple[Path, Path]], new: Path, plans:
         keep_mode(source, folder)
 
 
-def with_dtype(config: dict[str, Any], dtype: str) -> bytes | None:
-    """The text of ``config.json`` where every dtype of weights is ``dtype``; None where it tells of none."""
+def config_of(model: Model, dtype: str | None, weights: dict[str, Any]) -> dict[str, Any] | None:
+    """``config.json`` with ``dtype`` for its dtypes of weights, and with what is quantized; None where nothing changes.
+
+    transformers finds out from it that `quantlib.hf` loads the model.
+    """
     try:
-        config = json.loads(text_of(config))  # a copy
+        config: dict[str, Any] = json.loads(text_of(model.config))  # a copy
     except (ValueError, RecursionError):
         return None
-    waiting, found = [config], False
+    config.pop(ENTRY, None)
+    waiting = [config] if dtype is not None else []
     while waiting:
         part = waiting.pop()
         for key in ("dtype", "torch_dtype"):
             if isinstance(part.get(key), str):
-                part[key], found = ("torch." if part[key].startswith("torch.") else "") + dtype, True
+                part[key] = ("torch." if part[key].startswith("torch.") else "") + str(dtype)
         waiting += [value for value in part.values() if isinstance(value, dict)]
-    return text_of(config) if found else None
+    if weights:
+        config[ENTRY] = entry_of(weights)
+    return None if config == model.config else config
 
 
 def text_of(value: dict[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,12 @@ from quantlib.checkpoint.files import Batch, Reader, Slot
 from quantlib.checkpoint.folder import CONFIG, Model
 from quantlib.checkpoint.publish import INDEX, replacing
 from quantlib.checkpoint.stored import Contents, Stored, words
-from quantlib.nn import QUANTIZED, QuantLinear, QuantModule
-from quantlib.nn.module import check_whole, stored_dtype, stored_shape
+from quantlib.nn import QUANTIZED, QuantModule
+from quantlib.nn.module import check_whole, stored_dtype
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_of
 from quantlib.record import of_config, record_
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, stored_shape
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +129,8 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     """
     check_module(model)
     check_whole(model, "load before fully_shard")
+    untile(model)
     with ExitStack() as stack:
-        stack.enter_context(untiled(model))
         stored = stack.enter_context(Model.open(Path(path)))
         readers = stored.readers
         held = {file_name(name): Entry(reader, name) for reader in readers for name in reader.slots}
@@ -139,9 +139,11 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
             found = Contents.of(reader)
             contents.weights.update(found.weights)
             contents.tied.update(found.tied)
-        codes = [name for name, entry in held.items() if entry.name != name]
+        entry = of_config(stored.config.get("quantization_config"))
+        said = entry["weights"] if entry and isinstance(entry.get("weights"), dict) else {}
+        codes = [name for name in held if held[name].name != name or (name in said and name not in contents.weights)]
         if codes:  # a state as torch saves it says nothing of formats itself
-            contents.weights.update(formats_of(codes, stored, model))
+            contents.weights.update(formats_of(codes, entry, stored.path, model))
         if not contents.weights:
             raise ValueError(f"{path} must hold weights that quantlib quantized, got none among {len(held)} tensors")
         skeleton = Skeleton(model, contents)
@@ -159,10 +161,8 @@ def check_module(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
-def formats_of(names: list[str], stored: Model, model: nn.Module) -> dict[str, Stored]:
-    """What the weights ``names`` are quantized to: by the config.json beside them, or else as in ``model`` already."""
-    path = stored.path
-    entry = of_config(stored.config.get("quantization_config"))
+def formats_of(names: list[str], entry: dict[str, Any] | None, path: Path, model: nn.Module) -> dict[str, Stored]:
+    """What the weights ``names`` are quantized to: by ``entry`` of config.json, or else as in ``model`` already."""
     known = Contents.parse(entry | {"tied": {}}, str(path / CONFIG)).weights if entry else {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantModule):
@@ -260,17 +260,11 @@ def cut(batches: list[Batch], size: int) -> Iterator[list[Batch]]:
     yield run
 
 
-@contextmanager
-def untiled(model: nn.Module) -> Iterator[None]:
-    """Inside the block no weight of ``model`` is tiles, which are in no file; after it those are again that were."""
-    tiled = [module for module in model.modules() if isinstance(module, QuantLinear) and module.tiled]
-    for module in tiled:
-        module.untile_()
-    try:
-        yield
-    finally:
-        for module in tiled:
-            module.tile_()
+def untile(model: nn.Module) -> None:
+    """Make the codes of every weight of ``model`` a matrix, as they are in files."""
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            module.untile_()
 
 
 class Skeleton:

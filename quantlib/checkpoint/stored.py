@@ -23,9 +23,8 @@ from torch import Tensor
 
 from quantlib.checkpoint.files import NAMES, Reader, Slot, checked_shape, some_words
 from quantlib.nn.functional import Weight, dequantize_weight
-from quantlib.nn.module import stored_shape
 from quantlib.ops.check import dtype_of
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, stored_shape
 
 VERSION = 1  # of what this module describes; every older one stays readable
 KEY = "quantlib"
@@ -42,6 +41,11 @@ class Stored:
     def matrix(self) -> tuple[int, int]:
         """[N, K]"""
         return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the codes need a scale."""
+        return QuantSpec.parse(self.spec).scaled
 
     def slots(self, name: str) -> list[Slot]:
         """Codes, scale, zero point: the tensors of the file that hold weight ``name``."""

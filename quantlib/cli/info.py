@@ -16,7 +16,7 @@ from quantlib.cli.text import style, table
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tqdm", "transformers")
 VARIABLES = {
-    "QUANTLIB_BACKEND": "auto, composite, cpp, triton or cuda: the only backend to use",
+    "QUANTLIB_BACKEND": "auto, or the only backend to use",
     "QUANTLIB_ISA": "plain, avx2, avx512 or avx512_bf16: the instruction set of the C++ kernels",
     "QUANTLIB_BUILD": "0: never compile the kernels; 1: compile all, a build that fails is an error",
     "QUANTLIB_CACHE": "an absolute path: where compiled kernels are kept",
@@ -154,8 +154,7 @@ def server(op: str, device: str) -> str:
     first = backends.serving(device)
     if backends.current() != "auto":
         return f"none: {first} refuses" if backends.refuses(first, device, op) else first
-    rest = backends.BACKENDS[backends.BACKENDS.index(first) :]
-    return next(backend for backend in rest if backends.refuses(backend, device, op) is None)
+    return next(backend for backend in backends.order(device) if backends.refuses(backend, device, op) is None)
 
 
 def tuning() -> dict[str, Any]:

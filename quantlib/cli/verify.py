@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quantlib.testing.sweep import Case, Implementation, Suite
 
 OPS = ("cast", "quantize", "dequantize", "activation")
-AUTHORITIES = ("reference", "cpp", "composite", "cuda-headers", "ml_dtypes")
+ORACLES = ("reference", "cuda-headers", "ml_dtypes")  # beside every backend
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         default="reference",
-        type=one_of(AUTHORITIES),
         metavar="AUTHORITY",
-        help=f"what it should equal: {', '.join(AUTHORITIES)} (reference)",
+        help=f"what it should equal: {', '.join(ORACLES)} or a backend (reference)",
     )
     parser.add_argument(
         "--share",
@@ -114,8 +113,8 @@ def selected(args: argparse.Namespace, authority: Implementation) -> Iterator[Su
         yield Suite(suite.name, tuple(case for case in cases if authority.refuses(case) is None))
 
 
-def backend(name: str, device: str) -> Backend:
-    """The candidate; "auto" is what serves ``device``."""
+def backend(name: str, device: str, option: str = "--backend") -> Backend:
+    """The candidate, or the authority; "auto" is what serves ``device``."""
     import torch
 
     from quantlib import backends, ops  # noqa: F401  importing ops registers them
@@ -128,16 +127,20 @@ def backend(name: str, device: str) -> Backend:
     name = backends.serving(device) if name == "auto" else name
     why = backends.refuses(name, device)
     if why is not None:
-        raise ValueError(f"--backend must serve {device} tensors, got {name!r}: {why}")
+        raise ValueError(f"{option} must serve {device} tensors, got {name!r}: {why}")
     return Backend(name, device)
 
 
 def implementation(name: str, device: str) -> Implementation:
     """The authority, pure torch on the device itself; an oracle that is not here is a wrong argument."""
+    from quantlib import backends
     from quantlib.testing import implementations as known
 
-    if name in ("cpp", "composite"):
-        return backend(name, device if name == "composite" else "cpu")
+    if (found := backends.BACKENDS.get(name)) is not None:
+        return backend(name, device if device in found.devices else found.devices[0], "--against")
+    if name not in ORACLES:
+        names = ", ".join((*ORACLES, *backends.BACKENDS))
+        raise ValueError(f"--against must be {names}, got {name!r}")
     oracles: dict[str, Callable[[], Implementation]] = {
         "reference": known.Reference,
         "ml_dtypes": known.MlDtypes,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantlib import ops
+from quantlib import formats, ops
+from quantlib.backends.weight import QuantizedWeight
 from quantlib.ops.autograd import StraightThrough, apply
+from quantlib.ops.check import dtype_of
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.spec import QuantSpec
 
+Seen = Callable[[Tensor, Tensor], object]
+
+SLAB = 1 << 17  # elements of a weight at a time: a core's second cache holds them, their values and their codes
+SLAB_OF_A_GPU = 1 << 26
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # what the ops take, and what is quantized
 
 
@@ -23,18 +30,46 @@ class Weight(NamedTuple):
     zero_point: Tensor | None = None  # int32 of scale's shape
 
 
-def quantize_weight(x: Tensor, spec: QuantSpec) -> Weight:
+def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Weight:
     """codes[i, j] = encode(x[i, j] / scale[i // br, j // bk]); the cast of x where ``spec`` has no scale.
 
     Parameters
     ----------
     x : Tensor [..., K]
         float32, float16 or bfloat16.
+    seen : callable (x, y), optional
+        Called with some rows of x [M, K] at a time, and with the float32 values of their codes, which it may overwrite.
     """
     x = x.detach()
+    if seen is not None and not x.is_meta:
+        return _quantize_rows(x, spec, seen)
     if not spec.scaled:
         return Weight(ops.cast(x, spec.format))
     return Weight(*ops.quantize_dynamic(x, spec.format, block=spec.block(x.shape), symmetric=spec.symmetric is True))
+
+
+def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
+    """`quantize_weight` of x [M, K]. Rows that have scales of their own stay in a cache until they have been seen."""
+    (M, K), block = x.shape, spec.block(x.shape)
+    step = max((SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU) // max(K, 1), 1)
+    slabs = [slice(start, min(start + step, M)) for start in range(0, M, step)]
+    if not spec.scaled or block[0] > 1:
+        weight = quantize_weight(x, spec)
+        for rows in slabs:
+            seen(x[rows], dequantize_rows(weight, rows, spec.format, block, K, torch.float32))
+        return weight
+    size, device = spec.scale_shape(x.shape), x.device
+    codes = torch.empty(spec.codes_shape(x.shape), dtype=dtype_of(spec.row), device=device)
+    scale = torch.empty(size, dtype=torch.float32, device=device)
+    zero_point = None if spec.symmetric else torch.empty(size, dtype=torch.int32, device=device)
+    values = torch.empty(min(step, M), K, dtype=torch.float32, device=device)  # one for all, which stays in the cache
+    for rows in slabs:
+        z, y = None if zero_point is None else zero_point[rows], values[: rows.stop - rows.start]
+        outs = (codes[rows], scale[rows]) if z is None else (codes[rows], scale[rows], z)
+        ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=z is None, out=outs)
+        ops.dequantize(codes[rows], scale[rows], spec.format, block=block, zero_point=z, out=y)
+        seen(x[rows], y)
+    return Weight(codes, scale, zero_point)
 
 
 def dequantize_weight(weight: Weight, spec: QuantSpec, size: int, dtype: torch.dtype) -> Tensor:
@@ -147,11 +182,9 @@ def integer_matmul(
     x: Tensor,
     activation: QuantSpec,
     static: Scale | None,
-    codes: Tensor,
-    scale: Tensor,
+    weight: Weight,
     format: str,
     block: tuple[int, int],
-    zero_point: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
     """y = scaled_matmul(quantize(x), codes), of x's dtype.
@@ -166,10 +199,12 @@ def integer_matmul(
         int8 or uint8, a scale for each row or for all of x.
     static : Scale, optional
         Of a static activation; the scale of any other is taken from x.
-    codes, scale, format, block, zero_point, bias
-        As for `quantlib.scaled_matmul`.
+    weight : Weight
+        With a scale, of ``format`` and ``block``.
+    bias : Tensor [N], optional
     """
     given = (None, None) if static is None else static
+    codes, scale, zero_point = weight
     return apply(_IntegerMatmul, x, scale, bias, codes, zero_point, *given, activation, format, block)
 
 
@@ -222,14 +257,14 @@ class _IntegerMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         x, scale, codes, zero_point, x_scale, x_zero_point = ctx.saved_tensors
         static = None if x_scale is None else Scale(x_scale, x_zero_point)
-        weight = (codes, scale, ctx.format, ctx.block, zero_point)
+        weight = QuantizedWeight(codes, scale, formats.get(ctx.format), ctx.block, zero_point, (len(codes), ctx.K))
         dx = dscale = dbias = None
         if dy is not None and ctx.needs_input_grad[0]:
-            dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight, ctx.K)
+            dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight.arguments, ctx.K)
             dx = dx if static is None else _clipped(dx, x, ctx.activation, static)
         if dy is not None and ctx.needs_input_grad[1]:
             values = project(x, ctx.activation, static)
-            dscale = torch.ops.quantlib.dequant_matmul_backward_scale(dy, values, *weight)
+            dscale = torch.ops.quantlib.dequant_matmul_backward_scale(dy, values, *weight.arguments)
         if dy is not None and ctx.needs_input_grad[2]:
             dbias = gradient_of_bias(dy, ctx.bias_dtype)
         return dx, dscale, dbias, *[None] * 7
@@ -241,5 +276,5 @@ class _IntegerMatmul(torch.autograd.Function):
         if x_t is not None and static is not None:
             x_t = _clipped(x_t, x, ctx.activation, static)
         values = x if scale_t is None else project(x, ctx.activation, static)
-        weight = (codes, scale, ctx.format, ctx.block, zero_point)
+        weight = QuantizedWeight(codes, scale, formats.get(ctx.format), ctx.block, zero_point, (len(codes), ctx.K))
         return tangent_of_product(values, weight, x_t, scale_t, bias_t)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlib import ops
+from quantlib import backends, ops
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project
 from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import PARTS, QuantModule, stored_dtype
@@ -19,7 +21,10 @@ from quantlib.spec import QuantSpec
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Product = Literal["whole", "floats", "rows", "integers"]
+Kernel = Literal["linear", "dequant_matmul", "dynamic_matmul", "scaled_matmul"]
+# kernel -> `QuantLinear.product`
+PRODUCTS = {"linear": "whole", "dequant_matmul": "floats", "dynamic_matmul": "rows", "scaled_matmul": "integers"}
+_packing = threading.Lock()
 
 
 class QuantLinear(QuantModule, nn.Linear):
@@ -48,6 +53,8 @@ class QuantLinear(QuantModule, nn.Linear):
         Of all inputs, frozen; None unless the activation of the spec is static.
     input_zero_point : nn.Parameter [1, 1] int32, or None
         None unless the static activation is affine.
+    kernel : {"dequant_matmul", "dynamic_matmul", "scaled_matmul", "linear"}
+        The op that multiplies: one of quantlib, or ``F.linear`` with the whole weight.
 
     Notes
     -----
@@ -63,11 +70,15 @@ class QuantLinear(QuantModule, nn.Linear):
 
     Gradients reach the input, the bias and, where it is made to require one, ``weight_scale``. Through the projection
     of an input they pass straight, and stop where it is out of the range of a static scale.
+
+    For `quantlib.dequant_matmul` on a GPU, a layer in evaluation mode reorders its codes the first time it multiplies
+    without gradients: `tile_` says how. ``weight_codes`` is another parameter then. ``state_dict``, copies, pickles,
+    and a layer that is moved to another device or put into training mode have codes [N, K].
     """
 
     FLOAT = nn.Linear
     KEPT = (*PARTS, "input_scale", "input_zero_point")
-    OWN = (*QuantModule.OWN, "batch_invariant", "product")
+    OWN = (*QuantModule.OWN, "batch_invariant", "kernel", "_fixed")
     input_scale: nn.Parameter | None
     input_zero_point: nn.Parameter | None
 
@@ -96,7 +107,7 @@ class QuantLinear(QuantModule, nn.Linear):
             zero_point = None if activation.symmetric else torch.zeros(1, 1, dtype=torch.int32, device=device)
             static = Scale(torch.ones(1, 1, dtype=torch.float32, device=device), zero_point)
         self.set_input_scale(static)
-        self.batch_invariant, self.product = False, product_of(spec, self.in_features)
+        self.batch_invariant, self.kernel, self._fixed = False, kernel_of(spec, self.in_features), False
 
     def _resize(self, N: int) -> bool:
         self.out_features = N
@@ -120,13 +131,17 @@ class QuantLinear(QuantModule, nn.Linear):
             x = x if activation is None else project(x, activation, self._static())
             return F.linear(x, self.values(x.dtype), None if bias is None else bias.to(x.dtype))
         bias = bias if bias is None or bias.dtype in SOURCES else bias.float()
-        if self.product == "rows":
+        if self.kernel == "dynamic_matmul":
             return ops.dynamic_matmul(x, codes, scale, spec.format, block=self.block, zero_point=zero_point, bias=bias)
         if activation is not None:
             static = self._static()
-            if self.product == "integers":
-                return integer_matmul(x, activation, static, codes, scale, spec.format, self.block, zero_point, bias)
+            if self.kernel == "scaled_matmul":
+                weight = Weight(codes, scale, zero_point)
+                return integer_matmul(x, activation, static, weight, spec.format, self.block, bias)
             x = project(x, activation, static)
+        if on_gpu(x):
+            codes = self._pack(x)
+        layout, rows = ("tiles", self.out_features) if codes.dim() == 3 else ("plain", None)
         return ops.dequant_matmul(
             x,
             codes,
@@ -136,12 +151,18 @@ class QuantLinear(QuantModule, nn.Linear):
             zero_point=zero_point,
             bias=bias,
             batch_invariant=self.batch_invariant,
-            size=self.out_features if codes.dim() == 3 else None,
+            layout=layout,
+            rows=rows,
         )
 
     def _static(self) -> Scale | None:
         """What a static activation is quantized with."""
         return None if self.input_scale is None else Scale(self.input_scale, self.input_zero_point)
+
+    @property
+    def product(self) -> str:
+        """An older word for `kernel`: "floats", "rows", "integers" or "whole"."""
+        return PRODUCTS[self.kernel]
 
     @property
     def tiled(self) -> bool:
@@ -151,8 +172,8 @@ class QuantLinear(QuantModule, nn.Linear):
     def tile_(self) -> Self:
         """Keep the codes as tiles [ceil(N / 16), ceil(K / columns), 1024], the order in which a GPU multiplies them.
 
-        The layer gives the same results. ``state_dict`` still holds plain codes, and ``load_state_dict`` takes them.
-        A weight that is shared with another module is shared no longer: the other keeps its codes.
+        A layer does so by itself where that is faster; there is no need to call this. It gives the same results. A
+        weight that is shared with another module is shared no longer: the other keeps its codes.
 
         Returns
         -------
@@ -167,19 +188,81 @@ class QuantLinear(QuantModule, nn.Linear):
         RuntimeError
             For a format of 16 bits.
         """
-        if self.product != "floats":
+        if self.kernel != "dequant_matmul":
             raise ValueError(f"spec must be of codes that are multiplied by as floats to be tiled, got {self.spec}")
         if not self.tiled:
             size = self.in_features if self.spec.row.packed else None
-            tiles = ops.tile(self.codes, self.spec.format, size=size)
-            self.weight_codes = QuantParameter(tiles, requires_grad=False)
+            self._keep_codes(ops.tile(self.codes, self.spec.format, size=size))
         return self
 
     def untile_(self) -> Self:
         """Keep the codes as [N, K] again: the inverse of `tile_`."""
         if self.tiled:
-            self.weight_codes = QuantParameter(self.plain.codes.view(stored_dtype(self.spec)), requires_grad=False)
+            self._keep_codes(self.plain.codes.view(stored_dtype(self.spec)))
         return self
+
+    def _keep_codes(self, codes: Tensor) -> None:
+        new, old = QuantParameter(codes, requires_grad=False), self.weight_codes
+        new.asked = getattr(old, "asked", True)
+        if codes.is_cuda:
+            torch.cuda.synchronize(codes.device)  # work on other streams reads the old codes, or is about to read these
+        self.weight_codes = new
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """The codes to multiply ``x`` with on a GPU, which become tiles where nothing depends on their memory.
+
+        They stay as they are for training, whose gradients read them as a matrix, where another module shares them,
+        where a hook or a wrapper of the parameter may exchange them, while the call is traced or transformed, once
+        a CUDA graph has recorded where they lie, and where there is no memory for a second copy of them.
+        """
+        if torch.compiler.is_compiling():
+            return self.codes
+        if is_recorded(x):
+            self._fixed = True
+        elif not (self.tiled or self.training or torch.is_grad_enabled()) and self._may_pack(x):
+            try:
+                with _packing, torch.inference_mode(False), torch.no_grad():
+                    self.tile_()
+            except torch.cuda.OutOfMemoryError:
+                self._fixed = True
+        return self.codes
+
+    def _may_pack(self, x: Tensor) -> bool:
+        return (
+            x.dtype.itemsize == 2  # tensor cores
+            and self.spec.row.bits <= 8
+            and type(self._parameters["weight_codes"]) is QuantParameter
+            and not (self._fixed or self._shared or "_hf_hook" in vars(self))
+            and not (torch._C._is_tracing() or torch._C._are_functorch_transforms_active())
+            and backends.serving(x.device.type) != "composite"  # which would reorder them at every call
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; codes are a matrix for training, unless a CUDA graph has recorded where the tiles lie."""
+        if mode and not self._fixed:
+            self.untile_()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        device = self.weight_codes.device
+        if self.tiled and fn(torch.empty(0, device=device)).device != device:
+            self.untile_()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes for a copy or a pickle: with codes [N, K], whose order no device decides."""
+        state = vars(self) | {"_fixed": False}
+        if self.tiled:
+            codes = QuantParameter(self.plain.codes.view(stored_dtype(self.spec)), requires_grad=False)
+            codes.asked = getattr(self.weight_codes, "asked", True)
+            state["_parameters"] = self._parameters | {"weight_codes": codes}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "kernel" not in state:  # of a layer that was pickled when `kernel` was called `product`
+            state = {name: value for name, value in state.items() if name != "product"}
+            state |= {"kernel": kernel_of(state["spec"], state["in_features"]), "_fixed": False}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
     def plain(self) -> Weight:
@@ -200,10 +283,8 @@ class QuantLinear(QuantModule, nn.Linear):
             raise RuntimeError(f"batch_invariant must be False where rows share a scale, got activations {activation}")
 
     def set_weight_(self, weight: Tensor) -> Self:
-        tiled = self.tiled
         self.untile_()
-        super().set_weight_(weight)
-        return self.tile_() if tiled else self
+        return super().set_weight_(weight)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -211,20 +292,26 @@ class QuantLinear(QuantModule, nn.Linear):
             destination[f"{prefix}weight_codes"] = self.plain.codes.view(stored_dtype(self.spec))
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        tiled = self.tiled
         self.untile_()
         super()._load_from_state_dict(*args)
-        if tiled:
-            self.tile_()
 
 
-def product_of(spec: QuantSpec, K: int) -> Product:
-    """How a layer multiplies: by the whole weight in floating point, by codes with floats, or by codes with codes."""
+def kernel_of(spec: QuantSpec, K: int) -> Kernel:
+    """The op that a layer multiplies with: floats with the whole weight, floats with codes, or codes with codes."""
     activation = spec.activation
     if not spec.scaled:
-        return "whole"
+        return "linear"
     if activation is None or not K or spec.row.is_float or activation.format not in X_FORMATS:
-        return "floats"
+        return "dequant_matmul"
     if activation == QuantSpec("int8", "row"):
-        return "rows"
-    return "integers" if activation.per in ("row", "tensor") else "floats"
+        return "dynamic_matmul"
+    return "scaled_matmul" if activation.per in ("row", "tensor") else "dequant_matmul"
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether a CUDA graph records what happens to ``x``."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

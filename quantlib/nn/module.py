@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, quantize_weight
+from quantlib.nn.functional import SOURCES, Seen, Weight, dequantize_weight, quantize_weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, least_negative
 from quantlib.ops.flops import register_if_counting
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, stored_shape
+from quantlib.spec import check_dynamic as check_dynamic  # noqa: PLC0414 - convert.py imports it from here
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,12 +65,14 @@ class QuantModule(Leaf):
         "block",
         "dtype",
         "_viewed",
+        "_shared",
     )  # attributes that the float module does not have
     _version = 2  # of the state: what `load_state_dict` of this and every later version reads
     spec: QuantSpec
     block: tuple[int, int]
     dtype: torch.dtype
     _viewed: torch.dtype | None
+    _shared: bool = False  # whether another module has the same parameters, or once had
     weight_codes: Tensor
     weight_scale: nn.Parameter | None
     weight_zero_point: nn.Parameter | None
@@ -95,7 +98,7 @@ class QuantModule(Leaf):
         return new
 
     @classmethod
-    def from_float(cls, layer: nn.Module, spec: Any) -> Self:
+    def from_float(cls, layer: nn.Module, spec: Any, *, seen: Seen | None = None) -> Self:
         """``layer`` with its weight quantized; the bias is the same parameter, not a copy.
 
         Parameters
@@ -104,6 +107,8 @@ class QuantModule(Leaf):
             The float module that this one stands for; its weight is float32, float16 or bfloat16. Left as it is.
             Its buffers, submodules, hooks and attributes are taken over.
         spec : QuantSpec or what `QuantSpec.parse` takes
+        seen : callable (x, y), optional
+            Called with some rows of the weight [N, K] at a time, and with the float32 values of their codes.
 
         Raises
         ------
@@ -120,7 +125,7 @@ class QuantModule(Leaf):
         assert isinstance(layer.weight, Tensor)
         if not layer.weight.is_meta:  # a skeleton's scales are still to be loaded
             check_dynamic(new.spec)
-        new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec))
+        new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec, seen))
         if isinstance(new.weight_codes, QuantParameter):  # not where a subclass of Tensor holds the codes
             new.weight_codes.requires_grad_(layer.weight.requires_grad)  # which they only remember
         return new
@@ -233,8 +238,14 @@ class QuantModule(Leaf):
         mine, theirs = (f"{m.spec.weight_only} {list(m.weight_shape)}" for m in (self, other))
         if mine != theirs:
             raise ValueError(f"weight must be {mine} to be shared, got {theirs}")
+        other.untile_()
+        self._shared = other._shared = True
         for name in PARTS:
             self.register_parameter(name, other._parameters[name])
+
+    def untile_(self) -> Self:
+        """Keep the codes as [N, K], which they always are but in a `QuantLinear`."""
+        return self
 
     def reset_parameters(self) -> None:
         """All zeros: a module of codes has nothing to draw at random."""
@@ -430,22 +441,6 @@ def stored_dtype(spec: QuantSpec) -> torch.dtype:
     return torch.uint8 if is_fp8(spec) else dtype_of(spec.row)
 
 
-def check_of_weight(spec: QuantSpec) -> None:
-    """The scale of a weight is kept with it in any case: only that of an activation is said to be static."""
-    if spec.static:
-        raise ValueError(f"spec must be static in its activation only, got {spec}")
-
-
-def check_dynamic(spec: QuantSpec) -> None:
-    """``spec`` is for a weight, and asks for nothing that only training or calibration can find."""
-    check_of_weight(spec)
-    if spec.activation is not None and spec.activation.static:
-        raise ValueError(
-            f"spec must have activations whose scales follow the input, got {spec}: "
-            "static ones come from prepare_qat_, some forwards, and convert_"
-        )
-
-
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor: of its values this process may hold a part."""
     return hasattr(t, "device_mesh")
@@ -459,11 +454,3 @@ def check_whole(model: nn.Module, way_out: str) -> None:
         if of_fsdp or sharded is not None:
             where = ".".join(filter(None, (name, sharded))) or "its root"
             raise ValueError(f"model must not be sharded, got one that is at {where}: {way_out}")
-
-
-def stored_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the codes of a float weight of ``shape`` in a file: an axis more than it has, where they need a scale."""
-    if not spec.scaled:
-        return shape
-    N, *rest = shape
-    return (*spec.codes_shape((N, math.prod(rest))), *(1 for _ in rest))

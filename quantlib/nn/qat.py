@@ -14,9 +14,9 @@ from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import QuantLinear
-from quantlib.nn.module import QuantModule, check_of_weight, is_sharded, rebind_hooks, taken_over
+from quantlib.nn.module import QuantModule, is_sharded, rebind_hooks, taken_over
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, check_of_weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -111,7 +111,9 @@ class DecodedWeight(Tensor):
 
     _decode: Callable[[], Tensor]
     _owner: Any
+    _is_data = False  # it is `layer.weight.data`, to which `+=` assigns
     _is_param = True  # `isinstance(layer.weight, nn.Parameter)`, as it is for a float layer
+    _is_hf_initialized = True  # for transformers: there is nothing to draw at random
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, decode: Callable[[], Tensor], owner: Any = None) -> Any:
@@ -151,13 +153,36 @@ class DecodedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        return self.detach()
+        view: DecodedWeight = self.detach()  # type: ignore[assignment]
+        view._is_data = True
+        return view
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if self._owner is None:
             raise RuntimeError(f"weight must not be written to, it is decoded from codes: {WAY_OUT}")
-        self._owner.set_weight_(value)
+        if not isinstance(value, DecodedWeight) or value._owner != self._owner:
+            self._owner.set_weight_(value)
+
+    def _assign(self, function: Callable[[Tensor, Any], Tensor], other: Any) -> Any:
+        """``weight.data += other``, which assigns the sum: it is quantized into the layer at once."""
+        if not self._is_data or self._owner is None:
+            raise RuntimeError(f"weight must not be written to, it is decoded from codes: {WAY_OUT}")
+        other = other.detach().float() if isinstance(other, Tensor) else other
+        self._owner.set_weight_(function(self._owner.values(torch.float32), other))
+        return self
+
+    def __iadd__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self._assign(torch.add, other)
+
+    def __isub__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self._assign(torch.sub, other)
+
+    def __imul__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self._assign(torch.mul, other)
+
+    def __itruediv__(self, other: Any) -> Any:  # type: ignore[misc]
+        return self._assign(torch.div, other)
 
     @property
     def requires_grad(self) -> bool:
@@ -189,7 +214,7 @@ class DecodedWeight(Tensor):
         return decoded(self).__dlpack__(**kwargs)
 
     def _no_memory(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
+        raise NotImplementedError(  # a RuntimeError too; callers who only want to know whether two are one expect it
             "weight must be read by operations of torch, it has no memory of its own: use weight.clone()"
         )
 

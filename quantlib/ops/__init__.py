@@ -1,4 +1,10 @@
-"""The public functions over ``torch.ops.quantlib``; importing this registers the ops."""
+"""The public functions over ``torch.ops.quantlib``; importing this registers the ops.
+
+An op is found by its file, ``<op>.py``, whose public function has its name. Those that are imported by name as well are
+what type checkers see.
+"""
+
+import importlib
 
 from quantlib import backends
 from quantlib.ops import flops
@@ -22,6 +28,10 @@ from quantlib.ops.quantize_dynamic import quantize_dynamic
 from quantlib.ops.scaled_matmul import scaled_matmul
 from quantlib.ops.tile import tile, untile
 
+for _op in backends.OPS:
+    _module = importlib.import_module(f"{__name__}.{_op}")
+    if hasattr(_module, _op):
+        globals()[_op] = getattr(_module, _op)
 attach_gradient()
 attach_gradients()
 backends.start()

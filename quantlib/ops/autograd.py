@@ -7,6 +7,8 @@ A kernel under the dispatcher's ``Autograd`` key records one node per level of `
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,27 +19,28 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from quantlib import backends
+from quantlib.ops.declare import Binder
 
-Gradients = tuple[Tensor | None, ...]
+Gradients = dict[str, Tensor | None]  # by the name of the argument; an argument that is not there has none
 
 
-def differentiable(
-    overload: str,
-    setup: Callable[[Any, tuple[Any, ...]], None],
-    backward: Callable[..., Gradients],
-    jvp: Callable[..., Tensor],
-) -> None:
+def differentiable(overload: str, backward: Callable[..., Gradients], jvp: Callable[..., Tensor]) -> None:
     """Register the derivative of ``overload``, which has one result.
 
     Parameters
     ----------
-    setup : (ctx, args)
-        Keeps in ``ctx`` what the others need: tensors by `keep`, anything else as attributes.
-    backward : (ctx, dy) -> a gradient or None for each argument
-    jvp : (ctx, *tangents of the arguments, None where one has none) -> the tangent of the result
+    backward : (dy, needs, **arguments) -> gradients
+        ``needs`` holds the names of the arguments that require a gradient. The arguments are as `Binder` binds them.
+    jvp : (tangents, **arguments) -> the tangent of the result
+        ``tangents`` are those that there are, by the names of their arguments.
     """
+    bound = Binder(overload)
     op = getattr(getattr(torch.ops.quantlib, overload.partition(".")[0]), overload.partition(".")[2] or "default")
-    defaults = tuple(a.default_value for a in op._schema.arguments)
+    defaults = tuple(a.default_value for a in bound.schema)
+    tensors = [a.name for a in bound.schema if "Tensor" in str(a.type)]  # which autograd itself keeps
+    others = [name for name in bound.names if name not in tensors]
+    tensors_of, others_of = (operator.itemgetter(*map(bound.names.index, names)) for names in (tensors, others))
+    known = set(bound.names)
     after = torch._C._after_autograd_keyset
 
     def forward(*args: Any) -> Any:
@@ -48,12 +51,28 @@ def differentiable(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        setup(ctx, inputs[:-1])
+        kept = tensors_of(inputs)
+        ctx.save_for_backward(*kept)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*kept)
+        ctx.others = others_of(inputs)
+
+    def arguments(ctx: Any) -> dict[str, Any]:
+        return bound.bound(dict(zip((*tensors, *others), (*ctx.saved_tensors, *ctx.others), strict=True)))
 
     def vjp(ctx: Any, *dys: Tensor | None) -> Any:
-        return (*backward(ctx, *dys), None) if any(dy is not None for dy in dys) else (None,) * (len(defaults) + 1)
+        if dys[0] is None and all(dy is None for dy in dys):
+            return (None,) * (len(defaults) + 1)
+        needs = set(itertools.compress(bound.names, ctx.needs_input_grad))
+        gradients = backward(*dys, needs, **arguments(ctx))
+        assert gradients.keys() <= known, f"{overload} has no argument for a gradient in {list(gradients)}"
+        return (*map(gradients.get, bound.names), None)
 
-    methods = {"forward": forward, "setup_context": setup_context, "backward": vjp, "jvp": _without_last(jvp)}
+    def tangent(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        there = {name: t for name, t in zip(bound.names, tangents, strict=False) if t is not None}
+        return jvp(there, **arguments(ctx))
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": vjp, "jvp": tangent}
     # the name that torch.library gives its own, which profiles show
     name = f"GeneratedBackwardFor_quantlib_{overload.replace('.', '_')}"
     function = type(name, (_SingleLevelFunction,), {k: staticmethod(v) for k, v in methods.items()})
@@ -67,20 +86,6 @@ def differentiable(
             return op.redispatch(keyset & after, *args)
 
     backends.implement(overload, kernel, "Autograd", with_keyset=True)
-
-
-def keep(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save ``tensors`` for backward and for jvp alike."""
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-
-
-def _without_last(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(jvp)
-    def called(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        return jvp(ctx, *tangents[:-1])
-
-    return called
 
 
 class StraightThrough(torch.autograd.Function):

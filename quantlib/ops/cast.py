@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
+from quantlib.formats import Format
 from quantlib.ops.autograd import StraightThrough, apply
-from quantlib.ops.check import CASTS, Result, check_dtype, check_format, dtype_of, fail, wants_gradient
+from quantlib.ops.check import CASTS, Result, check_dtype, dtype_of, fail, wants_gradient
 from quantlib.ops.declare import Kernel, declare, format_name
 from quantlib.ops.explain import explain
 
 
-def _results(x: Tensor, format: str, saturate: bool) -> list[Result]:
-    f = check_format("cast", format, CASTS)
+def _results(x: Tensor, format: Format, saturate: bool) -> list[Result]:
     check_dtype("cast", "x", x.dtype, CASTS)
-    return [(list(x.shape), dtype_of(f))]
+    return [(list(x.shape), dtype_of(format))]
 
 
-def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, saturate: bool) -> None:
-    kernel(x.contiguous().view(-1), formats.get(x.dtype), outs[0].view(-1), formats.get(format), saturate)
+def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: Format, saturate: bool) -> None:
+    kernel(x.contiguous().view(-1), formats.get(x.dtype), format, saturate, outs[0].view(-1))
 
 
-_cast, _cast_out = declare("cast", _results, _launch)
+_cast, _cast_out = declare("cast", _results, _launch, CASTS)
 _SATURATES = {name: bool(getattr(f, "saturates", False)) for name, f in formats.FORMATS.items()}
 
 

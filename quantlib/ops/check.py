@@ -20,7 +20,7 @@ Block = Sequence[int]
 Result = tuple[Sequence[int], torch.dtype]
 
 INPUTS = ("float32", "float16", "bfloat16")
-CASTS = tuple(f.name for f in formats.FORMATS.values() if f.is_float and not f.packed)
+CASTS = tuple(f.name for f in formats.FORMATS.values() if f.is_float and f.whole)
 TARGETS = tuple(f.name for f in formats.TABLE)
 INTEGERS = tuple(f.name for f in formats.TABLE if not f.is_float)
 
@@ -106,6 +106,15 @@ def check_format(op: str, name: str, accepted: Sequence[str] = TARGETS) -> Forma
     return formats.FORMATS[name]
 
 
+def last_size(op: str, argument: str, x: Tensor) -> int:
+    """K of x [..., K]."""
+    if not isinstance(x, Tensor):
+        fail(op, argument, "a tensor", type(x).__name__)
+    if not x.dim():
+        fail(op, argument, "[..., K]", described(x.shape, x.dtype, x.device))
+    return x.shape[-1]
+
+
 def check_block(op: str, shape: Sequence[int], block: Block) -> Result:
     """The scale of x of ``shape``: float32 [ceil(M / br), ceil(K / bk)]."""
     if len(block) != 2 or block[0] < 1 or block[1] < 1:
@@ -174,8 +183,16 @@ def _visible(x: Tensor, wait: bool = False) -> Tensor | None:
 
 
 def codes_of(shape: Sequence[int], f: Format) -> Result:
-    """x's codes: of x's shape, or [..., ceil(K / 2)] bytes where the format is packed."""
-    return ([*shape[:-1], (matrix_shape(shape)[1] + 1) // 2] if f.packed else list(shape)), dtype_of(f)
+    """x's codes: of x's shape, or [..., ceil(K / P)] bytes where P of them share one."""
+    return ([*shape[:-1], f.columns(matrix_shape(shape)[1])] if f.packed else list(shape)), dtype_of(f)
+
+
+def check_size(op: str, columns: int, f: Format, size: int | None) -> int:
+    """K of codes that are ``columns`` wide: ``size``, which bytes that several codes share cannot tell, or the most."""
+    sizes = f.sizes(columns)
+    if size is not None and (size not in sizes or size < 0):
+        fail(op, "size", one_of([str(K) for K in sizes if K >= 0]), size)
+    return sizes[-1] if size is None else size
 
 
 def wants_gradient(op: str, argument: str, x: Any) -> bool:

@@ -5,41 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantlib import formats
-from quantlib.ops.check import (
-    INPUTS,
-    INTEGERS,
-    Block,
-    Result,
-    check_block,
-    check_dtype,
-    check_format,
-    no_gradient,
-)
-from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.formats import Format
+from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_block, check_dtype, no_gradient
+from quantlib.ops.declare import declare, format_name, whole_axes
 from quantlib.ops.explain import explain, unpacked
 
 
-def _results(x: Tensor, format: str, block: Block) -> list[Result]:
-    check_format("compute_scale", format)
+def _results(x: Tensor, format: Format, block: Block) -> list[Result]:
     check_dtype("compute_scale", "x", x.dtype, INPUTS)
     return [check_block("compute_scale", x.shape, block)]
 
 
-def _affine_results(x: Tensor, format: str, block: Block) -> list[Result]:
-    check_format("compute_scale", format, INTEGERS)
+def _affine_results(x: Tensor, format: Format, block: Block) -> list[Result]:
     (scale,) = _results(x, format, block)
     return [scale, (scale[0], torch.int32)]
 
 
-def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, block: Block) -> None:
-    M, K, block = matrices(x.shape, block)
-    scale, zero_point = (*outs, None)[:2]
-    kernel(x.contiguous().view(M, K), formats.get(format), block, scale, zero_point)
-
-
-_symmetric, _symmetric_out = declare("compute_scale", _results, _launch)
-_affine, _affine_out = declare("compute_scale.affine", _affine_results, _launch)
+_symmetric, _symmetric_out = declare("compute_scale", _results)
+_affine, _affine_out = declare("compute_scale.affine", _affine_results, accepted=INTEGERS)
 
 
 def compute_scale(

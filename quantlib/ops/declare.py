@@ -1,7 +1,11 @@
-"""From two functions, what an op accepts and how a kernel is launched, to every registration the op needs."""
+"""From two functions, what an op accepts and how a kernel is launched, to every registration the op needs.
+
+Both take the arguments of the schema by name, those of a weight and of an epilogue as one record each: `Binder`.
+"""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,53 +14,154 @@ import torch
 from torch import Tensor
 
 from quantlib import backends, formats
-from quantlib.ops.check import Block, Result, check_dense, check_outs, check_tensor, fail, overlap
+from quantlib.backends.weight import Epilogue, QuantizedWeight
+from quantlib.ops.check import (
+    TARGETS,
+    Block,
+    Result,
+    check_dense,
+    check_format,
+    check_outs,
+    check_size,
+    check_tensor,
+    fail,
+    last_size,
+    overlap,
+)
 from quantlib.ops.explain import worded
 from quantlib.spec import matrix_shape
 
 Kernel = Callable[..., None]
+Arguments = dict[str, Any]
 
 
-def declare(overload: str, results: Callable[..., list[Result]], launch: Callable[..., None]) -> tuple[Any, Any]:
+class Binder:
+    """The arguments of a call by the names of the schema, with one record for a weight, and one for an epilogue.
+
+    ``codes`` or ``tiles``, ``scale``, ``format``, ``block``, ``zero_point`` and ``size`` of an op that reads a weight
+    become ``weight``, a `QuantizedWeight`; ``bias``, ``activation`` and ``dtype`` of an op with an activation become
+    ``epilogue``, an `Epilogue`. Each stands where the first of its arguments does. A ``format`` is its row of the
+    table, one of ``accepted``.
+    """
+
+    def __init__(self, overload: str, accepted: Sequence[str] = TARGETS) -> None:
+        self.op, self.accepted = overload.partition(".")[0], accepted
+        packet, kind = getattr(torch.ops.quantlib, self.op), overload.partition(".")[2]
+        self.schema = getattr(packet, kind or "default")._schema.arguments
+        self.names = [a.name for a in self.schema]
+        self.defaults = {a.name: a.default_value for a in self.schema if a.has_default_value()}
+        self.tiled = "tiles" in self.names
+        self.x = next((name for name in ("x", "x_codes") if name in self.names), None)
+        reads = "codes" in self.names or self.tiled
+        of_weight = ("codes", "tiles", "scale", "format", "block", "zero_point", "size") if reads else ()
+        of_epilogue = Epilogue._fields if "activation" in self.names else ()
+        records = dict.fromkeys(of_weight, "weight") | dict.fromkeys(of_epilogue, "epilogue")
+        order = dict.fromkeys(records.get(name, name) for name in self.names)
+        make = {"weight": self._weight, "epilogue": self._epilogue}
+        self.order = [(name, make.get(name) or operator.itemgetter(name)) for name in order]
+
+    def __call__(self, args: Sequence[Any]) -> Arguments:
+        """Bound arguments of the positional ``args``, the last of which may be left to their defaults."""
+        return self.bound({**self.defaults, **dict(zip(self.names, args, strict=False))})
+
+    def bound(self, given: Arguments) -> Arguments:
+        """Bound arguments of those of the schema, by their names."""
+        if "format" in given:
+            given["format"] = check_format(self.op, given["format"], self.accepted)
+        return {name: of(given) for name, of in self.order}
+
+    def _weight(self, given: Arguments) -> QuantizedWeight:
+        scale, format, block, zero_point = given["scale"], given["format"], tuple(given["block"]), given["zero_point"]
+        if self.tiled:  # of which a schema says N, and calls it size
+            shape = given["size"], last_size(self.op, "x", given["x"])
+            return QuantizedWeight(given["tiles"], scale, format, block, zero_point, shape, "tiles")
+        codes = given["codes"]
+        if self.x is None:
+            K = check_size(self.op, matrix_shape(codes.shape)[1], format, given.get("size"))
+        else:
+            K = last_size(self.op, self.x, given[self.x])
+        N = codes.shape[0] if codes.dim() == 2 else matrix_shape(codes.shape)[0]
+        return QuantizedWeight(codes, scale, format, block, zero_point, (N, K))
+
+    def _epilogue(self, given: Arguments) -> Epilogue:
+        return Epilogue(given["bias"], given["activation"], given.get("dtype"))
+
+
+def launch_matrices(kernel: Kernel, outs: list[Tensor], **arguments: Any) -> None:
+    """Call ``kernel(*arguments, *outs)`` with tensors as contiguous matrices, and blocks inside them."""
+    if "block" in arguments:
+        _, _, arguments["block"] = matrices(arguments["x"].shape, arguments["block"])
+    kernel(*map(_ready, arguments.values()), *map(_matrix, outs))
+
+
+def _ready(value: Any) -> Any:
+    if isinstance(value, (QuantizedWeight, Epilogue)):
+        return value.for_kernel()
+    return _matrix(value.contiguous()) if isinstance(value, Tensor) else value
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.view(matrix_shape(x.shape))
+
+
+def declare(
+    overload: str,
+    results: Callable[..., list[Result]],
+    launch: Callable[..., None] = launch_matrices,
+    accepted: Sequence[str] = TARGETS,
+) -> tuple[Any, Any]:
     """Attach Python kernels, shape functions and batching rule to ``overload`` and to its out form: both overloads.
 
-    ``results(*args)`` raises on bad arguments and says the shape and dtype of each result. ``launch(kernel, outs,
-    *args)`` hands contiguous matrices to a backend's kernel, which writes into ``outs``.
+    Parameters
+    ----------
+    results : (**arguments) -> the shape and the dtype of each result
+        Raises for bad arguments, which are as `Binder` binds them.
+    launch : (kernel, outs, **arguments)
+        Hands contiguous matrices to a backend's kernel, which writes into ``outs``.
+    accepted : sequence of str
+        Names of formats.
     """
     op, _, kind = overload.partition(".")
     out_overload = f"{op}.{kind + '_' if kind else ''}out"
     names = re.findall(r"Tensor\(\w!\) (\w+)", backends.SCHEMAS[out_overload])
     packet = getattr(torch.ops.quantlib, op)
     function, out_function = getattr(packet, kind or "default"), getattr(packet, out_overload.partition(".")[2])
-    inputs = [a.name for a in function._schema.arguments]
-    optional = [str(a.type) != "Tensor" for a in function._schema.arguments]  # or no tensor
+    bound = Binder(overload, accepted)
+    optional = [str(a.type) != "Tensor" for a in bound.schema]  # or no tensor
 
-    def checked(args: Sequence[Any]) -> list[Result]:
-        for name, may_be_none, value in zip(inputs, optional, args, strict=False):  # the rest are defaults
+    def checked(args: Sequence[Any]) -> tuple[Arguments, list[Result]]:
+        for name, may_be_none, value in zip(bound.names, optional, args, strict=False):  # the rest are defaults
             if not (value.layout is torch.strided if isinstance(value, Tensor) else may_be_none):
                 check_dense(op, name, value)
-        return results(*args)
+        arguments = bound(args)
+        return arguments, results(**arguments)
 
-    def empty(args: Sequence[Any]) -> list[Tensor]:
-        return [torch.empty(shape, dtype=dtype, device=args[0].device) for shape, dtype in checked(args)]
+    def empty(results: list[Result], args: Sequence[Any]) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype, device=args[0].device) for shape, dtype in results]
 
     def given(args: Sequence[Any], outs: dict[str, Tensor]) -> dict[str, Any]:
-        return {**dict(zip(inputs, args, strict=False)), **outs}
+        return {**dict(zip(bound.names, args, strict=False)), **outs}
 
     def fake(*args: Any) -> Any:
-        return _result(empty(args))
+        return _result(empty(checked(args)[1], args))
 
     def fake_out(*args: Any, **outs: Tensor) -> None:
-        for name, expected in zip(names, checked(args), strict=True):
+        check_results(args, outs)
+
+    def check_results(args: Sequence[Any], outs: dict[str, Tensor]) -> Arguments:
+        arguments, expected = checked(args)
+        for name, result in zip(names, expected, strict=True):
             check_dense(op, name, outs[name])
-            check_tensor(op, name, outs[name], expected, args[0].device)
+            check_tensor(op, name, outs[name], result, args[0].device)
+        return arguments
 
     def bind(kernel: Kernel) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             try:
-                outs = empty(args)
+                arguments, expected = checked(args)
+                outs = empty(expected, args)
                 if outs[0].numel():
-                    launch(kernel, outs, *args)
+                    launch(kernel, outs, **arguments)
             except Exception as error:
                 raise worded(op, given(args, {}), error) from error
             return _result(outs)
@@ -65,7 +170,7 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
 
     def bind_out(kernel: Kernel) -> Callable[..., Any]:
         def write(args: Sequence[Any], outs: dict[str, Tensor]) -> None:
-            fake_out(*args, **outs)
+            arguments = check_results(args, outs)
             check_outs(op, outs)
             results = [outs[name] for name in names]
             if not results[0].numel():
@@ -77,7 +182,7 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
                 else out
                 for out in results
             ]
-            launch(kernel, dense, *args)
+            launch(kernel, dense, **arguments)
             for out, written in zip(results, dense, strict=True):
                 if written is not out:
                     out.copy_(written)
@@ -124,7 +229,9 @@ def declare(overload: str, results: Callable[..., list[Result]], launch: Callabl
                 for a, d in zip(args, in_dims, strict=True)
             )  # fmt: skip
             device = next(a.device for a in args if isinstance(a, Tensor))
-            none = [torch.empty((0, *shape), dtype=dtype, device=device) for shape, dtype in results(*shapes)]
+            none = [
+                torch.empty((0, *shape), dtype=dtype, device=device) for shape, dtype in results(**bound(list(shapes)))
+            ]
             return (none[0], 0) if len(none) == 1 else (tuple(none), (0,) * len(none))
         calls = []
         for n in range(info.batch_size):

@@ -2,113 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from quantlib.backends.tiles import TileLayout
-from quantlib.ops.check import (
-    INPUTS,
-    Block,
-    Result,
-    check_block,
-    check_dtype,
-    check_format,
-    check_scale,
-    check_tensor,
-)
-from quantlib.ops.declare import Kernel, declare, format_name
+from quantlib.backends.weight import Epilogue, QuantizedWeight
+from quantlib.ops.check import INPUTS, Block, Result, check_dtype, fail, last_size
+from quantlib.ops.declare import declare, format_name
 from quantlib.ops.explain import explain
-from quantlib.ops.weight import (
-    block_of_weight,
-    check_epilogue,
-    check_followed,
-    check_weight,
-    float_bias,
-    last_size,
-    launched,
-)
+from quantlib.ops.weight import block_of_weight, check_epilogue, check_followed, check_weight
 
 OP = "dequant_matmul"
 
 
-def _results(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    batch_invariant: bool = False,
-) -> list[Result]:
+def _results(x: Tensor, weight: QuantizedWeight, epilogue: Epilogue, batch_invariant: bool) -> list[Result]:
     check_dtype(OP, "x", x.dtype, INPUTS)
-    _, N = check_weight(OP, codes, scale, format, block, zero_point, last_size(OP, "x", x), x)
-    check_epilogue(OP, bias, activation, N, x)
+    check_weight(OP, weight, x)
+    N, _ = weight.shape
+    check_epilogue(OP, epilogue, N, x)
     return [([*x.shape[:-1], N], x.dtype)]
 
 
-def _launch(
-    kernel: Kernel,
-    outs: list[Tensor],
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    batch_invariant: bool = False,
-    tiled: bool = False,
-) -> None:
-    K, N = x.shape[-1], outs[0].shape[-1]
-    M = outs[0].numel() // N
-    weight = launched(codes, scale, format, block, zero_point, (N, K))
-    rows, y = x.contiguous().view(M, K), outs[0].view(M, N)
-    kernel(rows, *weight, float_bias(bias), activation, batch_invariant, tiled, y)
+def check_layout(layout: str, rows: int | None) -> None:
+    """``layout`` is one there is; the rows of a weight are given where its codes are tiles, and only there."""
+    if layout not in ("plain", "tiles"):
+        fail(OP, "layout", "plain or tiles", layout)
+    if (rows is None) == (layout == "tiles"):
+        fail(OP, "rows", "the rows of the weight for tiles" if rows is None else "None for plain codes", rows)
 
 
-def _tiled_results(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    size: int,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    batch_invariant: bool = False,
-) -> list[Result]:
-    check_dtype(OP, "x", x.dtype, INPUTS)
-    f, K = check_format(OP, format, TileLayout.FORMATS), last_size(OP, "x", x)
-    check_tensor(OP, "tiles", tiles, (TileLayout(f).shape(size, K), torch.uint8), x.device)
-    check_scale(OP, scale, zero_point, f, check_block(OP, [size, K], block), x)
-    check_epilogue(OP, bias, activation, size, x)
-    return [([*x.shape[:-1], size], x.dtype)]
-
-
-def _launch_tiled(
-    kernel: Kernel,
-    outs: list[Tensor],
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    size: int,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    batch_invariant: bool = False,
-) -> None:
-    rest = (scale, format, block, zero_point, bias, activation, batch_invariant, True)
-    _launch(kernel, outs, x, tiles, *rest)
-
-
-_dequant_matmul, _dequant_matmul_out = declare(OP, _results, _launch)
-_tiled, _tiled_out = declare(f"{OP}.tiled", _tiled_results, _launch_tiled)
+_dequant_matmul, _dequant_matmul_out = declare(OP, _results)
+_tiled, _tiled_out = declare(f"{OP}.tiled", _results, accepted=TileLayout.FORMATS)
 
 
 def dequant_matmul(
@@ -122,6 +48,8 @@ def dequant_matmul(
     bias: Tensor | None = None,
     activation: str | None = None,
     batch_invariant: bool = False,
+    layout: str = "plain",
+    rows: int | None = None,
     size: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -132,7 +60,7 @@ def dequant_matmul(
     x : Tensor [..., K]
         float32, float16 or bfloat16. May require a gradient.
     codes : Tensor [N, K] of the format's dtype
-        [N, ceil(K / 2)] uint8 for a format of four bits; or, with ``size``, the tiles of `quantlib.ops.tile`.
+        [N, ceil(K / 2)] uint8 for a format of four bits; or the tiles of `quantlib.ops.tile`, as ``layout`` says.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32
         What codes are multiplied by, not negative. May require a gradient.
     format : str or torch.dtype
@@ -147,8 +75,12 @@ def dequant_matmul(
         Applied in float32 before the result is rounded.
     batch_invariant : bool
         Give a row of x the same bytes whatever rows come with it.
-    size : int, optional
+    layout : {"plain", "tiles"}
+        How ``codes`` lie in memory.
+    rows : int, optional
         N, where ``codes`` are tiles: their last rows may be padding.
+    size : int, optional
+        ``size=N`` is an older spelling of ``layout="tiles", rows=N``.
     out : Tensor [..., N] of x's dtype, optional
         Written to and returned, without a gradient.
 
@@ -169,19 +101,20 @@ def dequant_matmul(
     try:
         check_followed(OP, codes, scale, zero_point, out)
         name = format_name(format)
-        block = block_of_weight(OP, codes if size is None else size, block, last_size(OP, "x", x))
-        y: Tensor
-        if size is not None:
-            args = (x, codes, scale, name, block, size, zero_point, bias, activation, batch_invariant)
-            if out is None:
-                y = _tiled(*args)
-                return y
-            _tiled_out(*args, out=out)
-            return out
+        N = rows if size is None else size
+        if layout != "plain" or N is not None:
+            check_layout(layout if size is None else "tiles", N)
+        block = block_of_weight(OP, codes if N is None else N, block, last_size(OP, "x", x))
+        rest = (zero_point, bias, activation, batch_invariant)
+        args: tuple[Any, ...]
+        if N is None:
+            op, op_out, args = _dequant_matmul, _dequant_matmul_out, (x, codes, scale, name, block, *rest)
+        else:
+            op, op_out, args = _tiled, _tiled_out, (x, codes, scale, name, block, N, *rest)
         if out is not None:
-            _dequant_matmul_out(x, codes, scale, name, block, zero_point, bias, activation, batch_invariant, out=out)
+            op_out(*args, out=out)
             return out
-        y = _dequant_matmul(x, codes, scale, name, block, zero_point, bias, activation, batch_invariant)
+        y: Tensor = op(*args)
         return y
     except Exception as error:
         explain("dequant_matmul", dequant_matmul, locals(), error)

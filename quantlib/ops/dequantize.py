@@ -6,61 +6,24 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.check import (
-    INPUTS,
-    Block,
-    Result,
-    check_block,
-    check_dtype,
-    check_format,
-    check_scale,
-    fail,
-    no_gradient,
-)
-from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.backends.weight import QuantizedWeight
+from quantlib.ops.check import INPUTS, Block, Result, check_block, check_dtype, check_scale, no_gradient
+from quantlib.ops.declare import Kernel, declare, format_name, launch_matrices, whole_axes
 from quantlib.ops.explain import explain
 from quantlib.spec import matrix_shape
 
 
-def _results(
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    size: int | None = None,
-) -> list[Result]:
-    f, dtype = check_format("dequantize", format), dtype or torch.float32
+def _results(weight: QuantizedWeight, dtype: torch.dtype | None) -> list[Result]:
+    codes, f, dtype = weight.codes, weight.format, dtype or torch.float32
     check_dtype("dequantize", "codes", codes.dtype, (f.dtype_name,))
     check_dtype("dequantize", "dtype", dtype, INPUTS)
-    shape = list(codes.shape)
-    K = matrix_shape(shape)[1]
-    if f.packed:
-        if size is not None and (size not in (2 * K - 1, 2 * K) or size < 0):
-            fail("dequantize", "size", f"{2 * K - 1} or {2 * K}", size)
-        shape[-1:] = [2 * K if size is None else size]
-    elif size is not None and size != K:
-        fail("dequantize", "size", K, size)
-    check_scale("dequantize", scale, zero_point, f, check_block("dequantize", shape, block), codes)
+    shape = [*codes.shape[:-1], weight.shape[1]] if codes.dim() or f.packed else []
+    check_scale("dequantize", weight.scale, weight.zero_point, f, check_block("dequantize", shape, weight.block), codes)
     return [(shape, dtype)]
 
 
-def _launch(
-    kernel: Kernel,
-    outs: list[Tensor],
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    size: int | None = None,
-) -> None:
-    (out,) = outs
-    M, K, block = matrices(out.shape, block)
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    kernel(codes.contiguous().view(M, -1), scale.contiguous(), formats.get(format), block, zero_point, out.view(M, K))
+def _launch(kernel: Kernel, outs: list[Tensor], weight: QuantizedWeight, dtype: torch.dtype | None) -> None:
+    launch_matrices(kernel, outs, weight=weight)
 
 
 _dequantize, _dequantize_out = declare("dequantize", _results, _launch)
@@ -116,7 +79,7 @@ def dequantize(
         no_gradient("dequantize", "scale", scale)
         name = format_name(format)
         if name in _PACKED and size is None:
-            size = 2 * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
+            size = _PACKED[name] * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
         block = whole_axes("dequantize", codes, block, size)
         if out is not None:
             _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
@@ -127,4 +90,4 @@ def dequantize(
         explain("dequantize", dequantize, locals(), error)
 
 
-_PACKED = {f.name for f in formats.TABLE if f.packed}
+_PACKED = {f.name: f.per_byte for f in formats.TABLE if f.packed}

@@ -6,60 +6,26 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_dtype
-from quantlib.ops.declare import Kernel, declare, format_name
+from quantlib.backends.weight import Epilogue, QuantizedWeight
+from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_dtype, last_size
+from quantlib.ops.declare import declare, format_name
 from quantlib.ops.explain import explain
 from quantlib.ops.scaled_matmul import check_sum
-from quantlib.ops.weight import (
-    block_of_weight,
-    check_epilogue,
-    check_followed,
-    check_weight,
-    float_bias,
-    last_size,
-    launched,
-)
+from quantlib.ops.weight import block_of_weight, check_epilogue, check_followed, check_weight
 
 OP = "dynamic_matmul"
 
 
-def _results(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-) -> list[Result]:
+def _results(x: Tensor, weight: QuantizedWeight, epilogue: Epilogue) -> list[Result]:
     check_dtype(OP, "x", x.dtype, INPUTS)
-    K = last_size(OP, "x", x)
-    f, N = check_weight(OP, codes, scale, format, block, zero_point, K, x, INTEGERS)
-    check_sum(OP, K, block, formats.get("int8"), None, f, zero_point)
-    check_epilogue(OP, bias, activation, N, x)
+    check_weight(OP, weight, x)
+    check_sum(OP, formats.get("int8"), None, weight)
+    N, _ = weight.shape
+    check_epilogue(OP, epilogue, N, x)
     return [([*x.shape[:-1], N], x.dtype)]
 
 
-def _launch(
-    kernel: Kernel,
-    outs: list[Tensor],
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-) -> None:
-    K, N = x.shape[-1], outs[0].shape[-1]
-    M = outs[0].numel() // N
-    weight = launched(codes, scale, format, block, zero_point, (N, K))
-    kernel(x.contiguous().view(M, K), *weight, float_bias(bias), activation, outs[0].view(M, N))
-
-
-_dynamic_matmul, _dynamic_matmul_out = declare(OP, _results, _launch)
+_dynamic_matmul, _dynamic_matmul_out = declare(OP, _results, accepted=INTEGERS)
 
 
 def dynamic_matmul(

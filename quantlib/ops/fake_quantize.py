@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
+from quantlib.formats import Format
 from quantlib.ops.check import (
     INPUTS,
     Block,
@@ -16,14 +17,13 @@ from quantlib.ops.check import (
     check_block,
     check_dense,
     check_dtype,
-    check_format,
     check_tensor,
     dtype_name,
     fail,
     host_values,
     wants_gradient,
 )
-from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.ops.declare import Kernel, declare, format_name, launch_matrices, whole_axes
 from quantlib.ops.explain import explain
 
 Limits = tuple[int, int]
@@ -31,10 +31,9 @@ WIDEST = 1 << 16  # codes of a fake quantization: so few that t, clamped to one 
 
 
 def check_fake_quantize(
-    op: str, x: Tensor, scale: Tensor, format: str, block: Block, zero_point: Tensor | None, limits: Limits | None
+    op: str, x: Tensor, scale: Tensor, f: Format, block: Block, zero_point: Tensor | None, limits: Limits | None
 ) -> Result:
     """What forward and backward ask alike; the shape and dtype of y."""
-    f = check_format(op, format)
     check_dtype(op, "x", x.dtype, INPUTS)
     expected = check_block(op, x.shape, block)
     check_tensor(op, "scale", scale, expected, x.device)
@@ -52,14 +51,7 @@ def check_fake_quantize(
 
 
 def _results(
-    x: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    limits: Limits | None = None,
-    lsq_mask: bool = False,
-    grad_factor: float = 1.0,
+    x: Tensor, scale: Tensor, format: Format, block: Block, zero_point: Tensor | None, limits: Limits | None, **_: Any
 ) -> list[Result]:
     return [check_fake_quantize("fake_quantize", x, scale, format, block, zero_point, limits)]
 
@@ -67,24 +59,15 @@ def _results(
 def _launch(
     kernel: Kernel,
     outs: list[Tensor],
-    x: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-    limits: Limits | None = None,
-    *_: Any,
+    *,
+    zero_point: Tensor | None,
+    limits: Limits | None,
+    lsq_mask: bool,
+    grad_factor: float,
+    **arguments: Any,
 ) -> None:
-    M, K, block = matrices(x.shape, block)
-    f = formats.get(format)
-    kernel(
-        x.contiguous().view(M, K),
-        scale.contiguous(),
-        f,
-        block,
-        *codes_of_range(f, zero_point, limits),
-        outs[0].view(M, K),
-    )
+    zero_point, limits = codes_of_range(arguments["format"], zero_point, limits)
+    launch_matrices(kernel, outs, **arguments, zero_point=zero_point, limits=limits)
 
 
 _fake_quantize, _fake_quantize_out = declare("fake_quantize", _results, _launch)
@@ -383,9 +366,9 @@ def check_codes(zero_point: Tensor, name: str, limits: Limits | None) -> None:
         fail("fake_quantize", "zero_point", f"in {qmin}..{qmax}", int(values[0] if values[0] < qmin else values[1]))
 
 
-def codes_of_range(f: formats.Format, zero_point: Tensor | None, limits: Limits | None) -> tuple[Tensor | None, Limits]:
+def codes_of_range(f: Format, zero_point: Tensor | None, limits: Limits | None) -> tuple[Tensor | None, Limits]:
     """The zero point as kernels take it, and the lowest and highest code (0, 0 for a float format)."""
     if isinstance(f, formats.FloatFormat):
         return None, (0, 0)
     lowest, highest = limits or f.range(affine=zero_point is not None)
-    return None if zero_point is None else zero_point.contiguous(), (lowest, highest)
+    return zero_point, (lowest, highest)

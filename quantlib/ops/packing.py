@@ -1,4 +1,4 @@
-"""byte[i, j] = code[i, 2j] | code[i, 2j + 1] << 4: codes of four bits in and out of bytes."""
+"""byte[i, j] = code[i, P j] | code[i, P j + 1] << bits | ...: codes that share bytes, P to each, in and out of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.ops.check import check_dense, fail, host_values, one_of
+from quantlib.backends import packing
+from quantlib.ops.check import check_dense, check_size, fail, host_values, one_of
 from quantlib.ops.declare import format_name
 from quantlib.ops.explain import explain
 
@@ -14,14 +15,14 @@ PACKED = tuple(f.name for f in formats.TABLE if f.packed)
 
 
 def pack(codes: Tensor, format: str) -> Tensor:
-    """Codes one a byte to codes two a byte, as :func:`quantize` writes them.
+    """Codes one a byte to codes that share bytes, as :func:`quantize` writes them.
 
     Parameters
     ----------
     codes : Tensor [..., K] of an integer dtype
         int4: -8..7; float4_e2m1fn: 0..15, the bits of the code.
     format : str
-        A format of four bits.
+        A packed format, of four bits here.
 
     Returns
     -------
@@ -39,27 +40,26 @@ def pack(codes: Tensor, format: str) -> Tensor:
         f = _packed("pack", format)
         if codes.is_floating_point() or codes.is_complex() or codes.dim() == 0:
             fail("pack", "codes", "integers [..., K]", f"{codes.dtype} {list(codes.shape)}")
-        lowest, highest = (0, 15) if isinstance(f, formats.FloatFormat) else f.range(affine=True)
+        lowest, highest = f.code_range
         if values := host_values(codes, wait=True):
             least, most = map(int, values)
             if least < lowest or most > highest:
                 fail("pack", "codes", f"in {lowest}..{highest}", least if least < lowest else most)
-        nibbles = torch.nn.functional.pad(codes.to(torch.uint8) & 15, (0, codes.shape[-1] % 2))
-        return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+        return packing.pack(codes, f)
     except Exception as error:
         explain("pack", pack, locals(), error)
 
 
 def unpack(packed: Tensor, format: str, size: int | None = None) -> Tensor:
-    """Codes two a byte to codes one a byte: the inverse of :func:`pack`.
+    """Codes that share bytes to codes one a byte: the inverse of :func:`pack`.
 
     Parameters
     ----------
     packed : Tensor [..., ceil(K / 2)] uint8
     format : str
-        A format of four bits.
+        A packed format, of four bits here.
     size : int, optional
-        K; twice the bytes by default.
+        K; as many codes as fit in the bytes by default.
 
     Returns
     -------
@@ -76,11 +76,7 @@ def unpack(packed: Tensor, format: str, size: int | None = None) -> Tensor:
         f = _packed("unpack", format)
         if packed.dtype != torch.uint8 or packed.dim() == 0:
             fail("unpack", "packed", "uint8 [..., K / 2]", f"{packed.dtype} {list(packed.shape)}")
-        full = 2 * packed.shape[-1]
-        if size is not None and size not in (full - 1, full):
-            fail("unpack", "size", f"{full - 1} or {full}", size)
-        nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., : full if size is None else size]
-        return nibbles if f.is_float else (nibbles ^ 8).to(torch.int8) - 8
+        return packing.unpack(packed, f, check_size("unpack", packed.shape[-1], f, size))
     except Exception as error:
         explain("unpack", unpack, locals(), error)
 

@@ -5,44 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantlib import formats
-from quantlib.ops.check import (
-    INPUTS,
-    Block,
-    Result,
-    check_block,
-    check_dtype,
-    check_format,
-    check_scale,
-    codes_of,
-    no_gradient,
-)
-from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.formats import Format
+from quantlib.ops.check import INPUTS, Block, Result, check_block, check_dtype, check_scale, codes_of, no_gradient
+from quantlib.ops.declare import declare, format_name, whole_axes
 from quantlib.ops.explain import explain
 
 
-def _results(x: Tensor, scale: Tensor, format: str, block: Block, zero_point: Tensor | None = None) -> list[Result]:
-    f = check_format("quantize", format)
+def _results(x: Tensor, scale: Tensor, format: Format, block: Block, zero_point: Tensor | None) -> list[Result]:
     check_dtype("quantize", "x", x.dtype, INPUTS)
-    check_scale("quantize", scale, zero_point, f, check_block("quantize", x.shape, block), x)
-    return [codes_of(x.shape, f)]
+    check_scale("quantize", scale, zero_point, format, check_block("quantize", x.shape, block), x)
+    return [codes_of(x.shape, format)]
 
 
-def _launch(
-    kernel: Kernel,
-    outs: list[Tensor],
-    x: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None = None,
-) -> None:
-    M, K, block = matrices(x.shape, block)
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    kernel(x.contiguous().view(M, K), scale.contiguous(), formats.get(format), block, zero_point, outs[0].view(M, -1))
-
-
-_quantize, _quantize_out = declare("quantize", _results, _launch)
+_quantize, _quantize_out = declare("quantize", _results)
 
 
 def quantize(

@@ -5,44 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantlib import formats
-from quantlib.ops.check import (
-    INPUTS,
-    INTEGERS,
-    Block,
-    Result,
-    check_block,
-    check_dtype,
-    check_format,
-    codes_of,
-    no_gradient,
-)
-from quantlib.ops.declare import Kernel, declare, format_name, matrices, whole_axes
+from quantlib.formats import Format
+from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_block, check_dtype, codes_of, no_gradient
+from quantlib.ops.declare import declare, format_name, whole_axes
 from quantlib.ops.explain import explain, unpacked
 
 
-def _results(x: Tensor, format: str, block: Block) -> list[Result]:
-    f = check_format("quantize_dynamic", format)
+def _results(x: Tensor, format: Format, block: Block) -> list[Result]:
     check_dtype("quantize_dynamic", "x", x.dtype, INPUTS)
     scale = check_block("quantize_dynamic", x.shape, block)
-    return [codes_of(x.shape, f), scale]
+    return [codes_of(x.shape, format), scale]
 
 
-def _affine_results(x: Tensor, format: str, block: Block) -> list[Result]:
-    check_format("quantize_dynamic", format, INTEGERS)
+def _affine_results(x: Tensor, format: Format, block: Block) -> list[Result]:
     codes, scale = _results(x, format, block)
     return [codes, scale, (scale[0], torch.int32)]
 
 
-def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, format: str, block: Block) -> None:
-    M, K, block = matrices(x.shape, block)
-    codes, scale, zero_point = (*outs, None)[:3]
-    assert codes is not None
-    kernel(x.contiguous().view(M, K), formats.get(format), block, codes.view(M, -1), scale, zero_point)
-
-
-_symmetric, _symmetric_out = declare("quantize_dynamic", _results, _launch)
-_affine, _affine_out = declare("quantize_dynamic.affine", _affine_results, _launch)
+_symmetric, _symmetric_out = declare("quantize_dynamic", _results)
+_affine, _affine_out = declare("quantize_dynamic.affine", _affine_results, accepted=INTEGERS)
 
 
 def quantize_dynamic(

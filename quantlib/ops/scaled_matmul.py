@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.formats import IntFormat
+from quantlib.backends.weight import Epilogue, QuantizedWeight
+from quantlib.formats import Format, IntFormat
 from quantlib.ops.check import (
     INPUTS,
     INTEGERS,
@@ -19,37 +20,26 @@ from quantlib.ops.check import (
     described,
     dtype_name,
     fail,
+    last_size,
     no_gradient,
 )
-from quantlib.ops.declare import Kernel, declare, format_name
+from quantlib.ops.declare import declare, format_name
 from quantlib.ops.explain import explain
-from quantlib.ops.weight import block_of_weight, check_epilogue, check_weight, float_bias, last_size, launched
+from quantlib.ops.weight import block_of_weight, check_epilogue, check_weight
 from quantlib.spec import matrix_shape
 
 OP = "scaled_matmul"
-X_FORMATS = ("int8", "uint8")
+X_FORMATS = tuple(f.name for f in formats.TABLE if not f.is_float and f.whole)
 
 
 def _results(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    x_zero_point: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    dtype: torch.dtype | None = None,
+    x_codes: Tensor, x_scale: Tensor, weight: QuantizedWeight, x_zero_point: Tensor | None, epilogue: Epilogue
 ) -> list[Result]:
     check_dtype(OP, "x_codes", x_codes.dtype, X_FORMATS)
-    dtype = dtype or torch.float32
+    dtype = epilogue.dtype or torch.float32
     check_dtype(OP, "dtype", dtype, INPUTS)
-    K = last_size(OP, "x_codes", x_codes)
-    f, N = check_weight(OP, codes, scale, format, block, zero_point, K, x_codes, INTEGERS)
-    x_format = formats.get(dtype_name(x_codes.dtype))
-    M = matrix_shape(x_codes.shape)[0]
+    check_weight(OP, weight, x_codes)
+    x_format, M = formats.get(dtype_name(x_codes.dtype)), matrix_shape(x_codes.shape)[0]
     if list(x_scale.shape) not in ([M, 1], [1, 1]):
         expected = described([M, 1], torch.float32, x_codes.device).replace(" on ", " or [1, 1] on ")
         fail(OP, "x_scale", expected, described(x_scale.shape, x_scale.dtype, x_scale.device))
@@ -57,67 +47,28 @@ def _results(
     check_not_negative(OP, "x_scale", x_scale)
     if x_zero_point is not None:
         check_zero_point(OP, "x_zero_point", x_zero_point, x_format, (x_scale.shape, torch.int32), x_codes)
-    check_sum(OP, K, block, x_format, x_zero_point, f, zero_point)
-    check_epilogue(OP, bias, activation, N, x_codes)
+    check_sum(OP, x_format, x_zero_point, weight)
+    N, _ = weight.shape
+    check_epilogue(OP, epilogue, N, x_codes)
     return [([*x_codes.shape[:-1], N], dtype)]
 
 
-def check_sum(
-    op: str,
-    K: int,
-    block: Block,
-    x_format: formats.Format,
-    x_zero_point: Tensor | None,
-    f: formats.Format,
-    zero_point: Tensor | None,
-) -> None:
+def check_sum(op: str, x_format: Format, x_zero_point: Tensor | None, weight: QuantizedWeight) -> None:
     """An int32 holds the sum of as many products as share a scale."""
-    most = (2**31 - 1) // (_widest(x_format, x_zero_point) * _widest(f, zero_point))
-    if min(K, block[1]) > most:
-        fail(op, "K", f"at most {most}, so that an int32 holds the sum", min(K, block[1]))
+    most = (2**31 - 1) // (_widest(x_format, x_zero_point) * _widest(weight.format, weight.zero_point))
+    size = min(weight.shape[1], weight.block[1])
+    if size > most:
+        fail(op, "K", f"at most {most}, so that an int32 holds the sum", size)
 
 
-def _widest(f: formats.Format, zero_point: Tensor | None) -> int:
+def _widest(f: Format, zero_point: Tensor | None) -> int:
     """The largest magnitude of a code less its zero point."""
     assert isinstance(f, IntFormat)
     qmin, qmax = f.range(affine=True)
     return max(-qmin, qmax) if zero_point is None else qmax - qmin
 
 
-def _launch(
-    kernel: Kernel,
-    outs: list[Tensor],
-    x_codes: Tensor,
-    x_scale: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    x_zero_point: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    K, N = x_codes.shape[-1], outs[0].shape[-1]
-    M = outs[0].numel() // N
-    w_codes, w_scale, f, clamped, z = launched(codes, scale, format, block, zero_point, (N, K))
-    kernel(
-        x_codes.contiguous().view(M, K),
-        x_scale.contiguous(),
-        w_codes,
-        w_scale,
-        f,
-        clamped,
-        None if x_zero_point is None else x_zero_point.contiguous(),
-        z,
-        float_bias(bias),
-        activation,
-        outs[0].view(M, N),
-    )
-
-
-_scaled_matmul, _scaled_matmul_out = declare(OP, _results, _launch)
+_scaled_matmul, _scaled_matmul_out = declare(OP, _results, accepted=INTEGERS)
 
 
 def scaled_matmul(

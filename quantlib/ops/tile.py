@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from quantlib.backends.tiles import TileLayout
-from quantlib.ops.check import check_dense, check_format, check_tensor, described, dtype_of, fail, no_gradient
+from quantlib.ops.check import (
+    check_dense,
+    check_format,
+    check_size,
+    check_tensor,
+    described,
+    dtype_of,
+    fail,
+    no_gradient,
+)
 from quantlib.ops.declare import format_name
 from quantlib.ops.explain import explain
 
@@ -39,11 +48,8 @@ def tile(codes: Tensor, format: str | torch.dtype, *, size: int | None = None) -
         f = check_format("tile", format_name(format), TileLayout.FORMATS)
         if codes.dim() != 2 or codes.dtype != dtype_of(f):
             got = described(codes.shape, codes.dtype, codes.device)
-            fail("tile", "codes", f"{f.dtype_name} [N, {'ceil(K / 2)' if f.packed else 'K'}]", got)
-        K = codes.shape[1] * (2 if f.packed else 1)
-        if size is not None and (size not in (K - 1, K) if f.packed else size != K):
-            fail("tile", "size", f"{K - 1} or {K}" if f.packed else K, size)
-        return TileLayout(f).pack(codes.contiguous(), K if size is None else size)
+            fail("tile", "codes", f"{f.dtype_name} [N, {f'ceil(K / {f.per_byte})' if f.packed else 'K'}]", got)
+        return TileLayout(f).pack(codes.contiguous(), check_size("tile", codes.shape[1], f, size))
     except Exception as error:
         explain("tile", tile, locals(), error)
 

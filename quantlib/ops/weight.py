@@ -1,22 +1,17 @@
-"""What the matmuls ask of a weight, a bias and an activation: codes [N, K], what turns them into values, and what
-follows the sum."""
+"""What the matmuls ask of a weight, and of what follows the sum."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantlib import formats
-from quantlib.formats import Format
+from quantlib.backends.tiles import TileLayout
+from quantlib.backends.weight import Epilogue, QuantizedWeight
 from quantlib.ops.check import (
     INPUTS,
-    TARGETS,
     Block,
     check_block,
     check_dtype,
-    check_format,
     check_scale,
     check_tensor,
     described,
@@ -27,26 +22,17 @@ from quantlib.ops.check import (
 from quantlib.reference.activation import ACTIVATIONS
 
 
-def check_weight(
-    op: str,
-    codes: Tensor,
-    scale: Tensor,
-    format: str,
-    block: Block,
-    zero_point: Tensor | None,
-    K: int,
-    like: Tensor,
-    accepted: tuple[str, ...] = TARGETS,
-) -> tuple[Format, int]:
-    """codes are [N, K] of the format, on the device of ``like``, and scale and zero_point theirs: the row, and N."""
-    f = check_format(op, format, accepted)
-    N = codes.shape[0] if codes.dim() else 0
-    shape = [N, (K + 1) // 2 if f.packed else K]
-    if codes.dim() != 2 or codes.shape[1] != shape[1] or codes.dtype != dtype_of(f) or codes.device != like.device:
-        expected = described(shape, dtype_of(f), like.device).replace(f"[{N}", "[N")
-        fail(op, "codes", expected, described(codes.shape, codes.dtype, codes.device))
-    check_scale(op, scale, zero_point, f, check_block(op, [N, K], block), like)
-    return f, N
+def check_weight(op: str, weight: QuantizedWeight, like: Tensor) -> None:
+    """codes have the shape and dtype of their format and layout, on the device of ``like``, and their scales fit."""
+    codes, f, (N, K) = weight.codes, weight.format, weight.shape
+    if weight.tiled:
+        check_tensor(op, "tiles", codes, (TileLayout(f).shape(N, K), torch.uint8), like.device)
+    else:
+        columns = f.columns(K)
+        if codes.dim() != 2 or codes.shape[1] != columns or codes.dtype != dtype_of(f) or codes.device != like.device:
+            expected = described([0, columns], dtype_of(f), like.device).replace("[0", "[N")
+            fail(op, "codes", expected, described(codes.shape, codes.dtype, codes.device))
+    check_scale(op, weight.scale, weight.zero_point, f, check_block(op, [N, K], weight.block), like)
 
 
 def check_followed(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor | None) -> None:
@@ -58,46 +44,14 @@ def check_followed(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor | N
         fail(op, "scale", "a tensor", type(scale).__name__)
 
 
-def check_epilogue(op: str, bias: Tensor | None, activation: str | None, N: int, like: Tensor) -> None:
+def check_epilogue(op: str, epilogue: Epilogue, N: int, like: Tensor) -> None:
     """bias is a float vector of N on the device of ``like``; activation is one there is."""
+    bias, activation, _ = epilogue
     if bias is not None:
         check_dtype(op, "bias", bias.dtype, INPUTS)
         check_tensor(op, "bias", bias, ([N], bias.dtype), like.device)
     if activation is not None and activation not in ACTIVATIONS:
         fail(op, "activation", f"None, {', '.join(ACTIVATIONS[:-1])} or {ACTIVATIONS[-1]}", activation)
-
-
-def last_size(op: str, argument: str, x: Tensor) -> int:
-    """K of x [..., K]."""
-    if not isinstance(x, Tensor):
-        fail(op, argument, "a tensor", type(x).__name__)
-    if not x.dim():
-        fail(op, argument, "[..., K]", described(x.shape, x.dtype, x.device))
-    return x.shape[-1]
-
-
-class Launched(NamedTuple):
-    """A weight as kernels take it: contiguous, its block clamped to it."""
-
-    codes: Tensor
-    scale: Tensor
-    format: Format
-    block: tuple[int, int]
-    zero_point: Tensor | None
-
-
-def launched(
-    codes: Tensor, scale: Tensor, format: str, block: Block, zero_point: Tensor | None, shape: tuple[int, int]
-) -> Launched:
-    N, K = shape
-    clamped = (min(block[0], max(N, 1)), min(block[1], max(K, 1)))
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    return Launched(codes.contiguous(), scale.contiguous(), formats.get(format), clamped, zero_point)
-
-
-def float_bias(bias: Tensor | None) -> Tensor | None:
-    """The bias as kernels add it: float32, which every float is exactly."""
-    return None if bias is None else bias.to(torch.float32).contiguous()
 
 
 def block_of_weight(op: str, codes: Tensor | int, block: Block, K: int) -> Block:

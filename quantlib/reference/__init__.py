@@ -6,6 +6,7 @@
 '0x4248'
 """
 
+from quantlib.reference import ops
 from quantlib.reference.activation import activate
 from quantlib.reference.fake_quantize import fake_quantize, fake_quantize_backward
 from quantlib.reference.matmul import (
@@ -16,25 +17,21 @@ from quantlib.reference.matmul import (
     scaled_matmul,
 )
 from quantlib.reference.numerics import decode_float, encode_float
-from quantlib.reference.ops import cast, compute_scale, dequantize, quantize, quantize_dynamic
+from quantlib.reference.ops import *  # noqa: F403  what its list names
 from quantlib.reference.packing import pack, unpack
 
 __all__ = [
     "activate",
-    "cast",
-    "compute_scale",
     "decode_float",
     "dequant_matmul",
     "dequant_matmul_backward",
     "dequant_matmul_backward_scale",
-    "dequantize",
     "dynamic_matmul",
     "encode_float",
     "fake_quantize",
     "fake_quantize_backward",
     "pack",
-    "quantize",
-    "quantize_dynamic",
     "scaled_matmul",
     "unpack",
 ]
+__all__ += ops.__all__

@@ -1,7 +1,7 @@
 """Multiplying with quantized weights, in NumPy (contract C11).
 
-x is viewed as [M, K], a weight is codes [N, K] (two a byte where the format is packed) with a float32 scale and maybe
-an int32 zero point of shape [ceil(N / br), ceil(K / bk)]. Element (n, k) stands for
+x is viewed as [M, K], a weight is codes [N, K] (several a byte where the format is packed) with a float32 scale and
+maybe an int32 zero point of shape [ceil(N / br), ceil(K / bk)]. Element (n, k) stands for
 w[n, k] = fl(fl32(code - zero_point) * scale), which is what ``dequantize`` gives.
 """
 
@@ -96,7 +96,7 @@ def scaled_matmul(
     """
     rows, f, x_f = matrix(x_codes), _int(format), _int(str(np.asarray(x_codes).dtype))
     K = rows.shape[1]
-    q = packing.unpack(matrix(codes), f, K) if f.packed else matrix(codes)
+    q = matrix(codes) if f.whole else packing.unpack(matrix(codes), f, K)
     N = len(q)
     z = np.zeros((), np.int32) if zero_point is None else spread(zero_point, (N, K), block)
     z_x = np.zeros((), np.int32) if x_zero_point is None else x_zero_point

@@ -44,14 +44,14 @@ def encode_float(x: Array, f: FloatFormat, saturate: bool | None = None) -> Arra
         r = np.where(a < np.uint32((128 - f.bias) << 23), small.astype(np.int32), r)
     # 4. too large: the largest finite value, or what the format has beyond it, which is the code after that
     r = np.minimum(r, np.int32(f.max_code if saturate else f.overflow_code))
-    # 5. sign; NaN last
-    code = r.astype(np.uint32) | sign
+    # 5. sign, of a zero only where there is -0; NaN last
+    code = r.astype(np.uint32) | (sign if f.has_negative_zero else np.where(r == 0, np.uint32(0), sign))
     return np.where(a > INFINITY_BITS, np.uint32(f.nan_code), code).astype(f.storage)
 
 
 def decode_float(code: Array, f: FloatFormat) -> Array:
     """[...] code of ``f`` -> [...] float32, exact; NaN becomes 0x7FFFFFFF."""
-    code = np.asarray(code).astype(np.uint32)
+    code = np.asarray(code).astype(np.uint32) & np.uint32((1 << f.bits) - 1)
     a = code & np.uint32(f.sign_bit - 1)
     # 1. normal: fraction and exponent move up, the exponent to FP32's bias
     bits = (a << np.uint32(23 - f.fraction_bits)) + np.uint32((127 - f.bias) << 23)
@@ -65,7 +65,7 @@ def decode_float(code: Array, f: FloatFormat) -> Array:
         bits = np.where(a == f.overflow_code, INFINITY_BITS, bits)
     bits = bits | ((code >> np.uint32(f.bits - 1)) << np.uint32(31))
     if f.has_nan:
-        is_nan = a > f.overflow_code if f.has_inf else a == f.nan_code
+        is_nan = a > np.uint32(f.max_code + f.has_inf) if f.has_negative_zero else code == np.uint32(f.nan_code)
         bits = np.where(is_nan, np.uint32(FLOAT32.nan_code), bits)
     return bits.astype(np.uint32).view(np.float32)
 

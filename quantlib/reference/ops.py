@@ -14,6 +14,8 @@ from quantlib.formats import FloatFormat, IntFormat
 from quantlib.reference import numerics, packing
 from quantlib.reference.numerics import Array
 
+__all__ = ["cast", "compute_scale", "dequantize", "quantize", "quantize_dynamic"]
+
 Block = tuple[int, int]
 
 
@@ -46,8 +48,9 @@ def quantize(x: Array, scale: Array, format: str, *, block: Block, zero_point: A
         else:
             z = np.array(0) if zero_point is None else spread(zero_point, rows.shape, block)
             codes = numerics.encode_int(t, z, f, zero_point is not None)
-    if f.packed:
-        return packing.pack(codes, f).reshape(*x.shape[:-1], packing.packed_size(rows.shape[1]))
+    if not f.whole:
+        shape = (*x.shape[:-1], f.columns(rows.shape[1])) if f.packed else x.shape
+        return packing.pack(codes, f).reshape(shape)
     return codes.astype(f.storage).reshape(x.shape)
 
 
@@ -64,10 +67,10 @@ def dequantize(
     """y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk], as codes of ``dtype``"""
     f, rows = formats.get(format), matrix(codes)
     shape = codes.shape
-    if f.packed:
-        K = 2 * rows.shape[1] if size is None else size
+    if not f.whole:
+        K = f.sizes(rows.shape[1])[-1] if size is None else size
         rows = packing.unpack(rows, f, K)
-        shape = (*codes.shape[:-1], K)
+        shape = (*codes.shape[:-1], K) if f.packed else shape
     with np.errstate(all="ignore"):
         s_eff = spread(numerics.effective_scale(scale, f), rows.shape, block)
         if isinstance(f, FloatFormat):

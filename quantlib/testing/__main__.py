@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from quantlib import backends, formats
-from quantlib.testing import every
+from quantlib.testing import every, names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     part, parts = given.part
     table = table[part::parts]
     served = [case for case in table if every.refuses(case, given.backend, given.device) is None]
-    wrong = []
+    said, wrong = misnamed(given.format) if part == 0 else [], []
     with backends.use_backend(given.backend):
         for case in served:
             try:
@@ -41,8 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if "CUDA error" in str(error):
                     break
     refused = f", {len(table) - len(served)} that it refuses" if len(served) < len(table) else ""
-    print(*wrong[:20], f"{given.backend}: {len(served) - len(wrong)} of {len(served)} cases{refused}", sep="\n")
-    return 1 if wrong else 0
+    print(*said, *wrong[:20], f"{given.backend}: {len(served) - len(wrong)} of {len(served)} cases{refused}", sep="\n")
+    return 1 if said or wrong else 0
+
+
+def misnamed(format: str | None) -> list[str]:
+    """How the formats of the table differ from what their names say."""
+    wrong = []
+    for f in formats.FORMATS.values() if format is None else [formats.get(format)]:
+        try:
+            names.check(f)
+        except AssertionError as error:
+            wrong.append(str(error))
+    return wrong
 
 
 def in_processes(jobs: int, argv: list[str]) -> int:

@@ -63,7 +63,8 @@ def call(case: Case, given: Tensors, out: Sequence[torch.Tensor] | None = None) 
         more: dict[str, Any] = {"block": case.block, "zero_point": given["zero_point"], "out": into}
         if case.op == "dequantize":
             K = matrix_shape(case)[1]
-            more |= {"dtype": getattr(torch, case.dtype), "size": K if K % 2 else None}
+            ragged = K % formats.get(case.format).per_byte > 0
+            more |= {"dtype": getattr(torch, case.dtype), "size": K if ragged else None}
         result = function(source, given["scale"], case.format, **more)
     return result if isinstance(result, tuple) else (result,)
 

@@ -81,10 +81,11 @@ def _dequantize_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]
     shape = (M, K) if case.shape is None else case.shape
     codes = np.broadcast_to(_thinned(every, 4000), shape).copy() if case.shape is None else rng.choice(every, shape)
     codes = _placed(codes, case)
-    if f.packed:
-        codes = reference.pack(codes.reshape(M, K), f).reshape(*shape[:-1], (K + 1) // 2)
-        if K % 2 and codes.size:
-            codes[..., -1] |= np.uint8(0xA0)  # what lies past the row is nobody's code
+    if not f.whole:
+        columns = f.columns(K) if f.packed else K
+        codes = reference.pack(codes.reshape(M, K), f).reshape((*shape[:-1], columns) if f.packed else shape)
+        beyond = np.uint8(0xAA << (K % f.per_byte or f.per_byte) * f.bits & 0xFF)
+        codes.reshape(M, f.columns(K))[:, -1:] |= beyond  # past the row, or past a code in a byte of its own: nobody's
     scale, zero_point = _scales(case)
     given: dict[str, Array] = {"codes": codes, "scale": scale}
     return given if zero_point is None else given | {"zero_point": zero_point}

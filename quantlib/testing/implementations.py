@@ -53,7 +53,7 @@ class Reference:
 
     def dequantize(self, case: Case, codes: Array) -> Array:
         scale, zero_point = case.scale_and_zero_point()
-        block = (1, codes.size * (2 if case.projection.packed else 1))
+        block = (1, codes.size * case.projection.per_byte)
         return reference.dequantize(codes, scale, case.source, block=block, zero_point=zero_point, dtype=case.format)
 
 
@@ -160,7 +160,7 @@ class CudaHeaders:
 
     def __call__(self, case: Case, codes: Array) -> Array:
         f = formats.get(case.format)
-        out = np.empty(codes.size // (2 if f.packed else 1), f.storage)
+        out = np.empty(codes.size // f.per_byte, f.storage)
         x, y = (ctypes.c_void_p(a.ctypes.data) for a in (codes, out))
         getattr(self.library, self._function(case))(x, y, ctypes.c_ulonglong(out.size))
         return out

@@ -18,6 +18,7 @@ import torch
 
 from quantlib import formats, ops, reference
 from quantlib.formats import FloatFormat, IntFormat
+from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing.bytes import Array, bits, tensor
 from quantlib.testing.compare import prove
@@ -96,8 +97,9 @@ def _weight(case: Product, rng: np.random.Generator) -> dict[str, Array]:
     (_, N, K), (br, bk) = case.shape, case.resolved
     grid = -(-N // br), -(-K // bk)
     scale = np.exp2(rng.integers(-3, 4, grid)).astype(np.float32)
-    z = None if case.symmetric else rng.integers(0, 4, grid, np.int32)
-    w = rng.integers(0 if case.format == "uint8" and case.symmetric else -3, 4, (N, K)).astype(np.float32)
+    f = formats.get(case.format)
+    z = None if case.symmetric else rng.integers(0, min(4, f.code_range[1] + 1), grid, np.int32)
+    w = rng.integers(-3 if f.signed or not case.symmetric else 0, 4, (N, K)).astype(np.float32)
     w *= np.repeat(np.repeat(scale, br, 0)[:N], bk, 1)[:, :K]
     codes = reference.quantize(w, scale, case.format, block=(br, bk), zero_point=z)
     return {"codes": codes, "scale": scale} | ({} if z is None else {"zero_point": z})
@@ -107,7 +109,7 @@ def _codes(case: Product, rng: np.random.Generator) -> dict[str, Array]:
     """Any codes, and anything in the nibble past an odd row's end."""
     (_, N, K), (br, bk), f = case.shape, case.resolved, _int(case.format)
     grid = -(-N // br), -(-K // bk)
-    codes = rng.integers(0, 256, (N, (K + 1) // 2 if f.packed else K), np.uint8).view(f.storage)
+    codes = rng.integers(0, 256, (N, f.columns(K)), np.uint8).view(f.storage)
     given: dict[str, Array] = {"codes": codes, "scale": rng.uniform(0.5, 2, grid).astype(np.float32)}
     low, high = f.range(affine=True)
     return given if case.symmetric else given | {"zero_point": rng.integers(low, high + 1, grid, np.int32)}
@@ -200,7 +202,7 @@ def _cases(op: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Produc
     epilogues = itertools.cycle(
         [(False, None), *((n % 2 == 0, name) for n, name in enumerate(ACTIVATIONS)), (True, None)]
     )
-    sides = itertools.cycle(itertools.product(("int8", "uint8"), (True, False), (True, False)))
+    sides = itertools.cycle(itertools.product(X_FORMATS, (True, False), (True, False)))
     n = 0
     for (format, symmetric), dtype, block in itertools.product(WEIGHTS, DTYPES, BLOCKS):
         f = formats.get(format)

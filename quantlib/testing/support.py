@@ -18,12 +18,13 @@ import torch
 from quantlib import backends, formats, ops  # noqa: F401 (the ops have to be there)
 from quantlib.testing.bytes import poisoned
 
-COLUMNS = ("composite", "cpp", "triton", "cuda")
+COLUMNS = tuple(reversed(backends.BACKENDS))
 BLOCK = (1, 8)
 SHAPE = (2, 16)
 HEAD = (
     "# Which backends run an overload for a format: written by `python -m quantlib.testing.support tests/support.txt`\n"
 )
+COLUMNS_ARE = "# Columns: overload, format, zero point, "
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,19 @@ class Row:
 
 def device_of(backend: str) -> str:
     """The device type on which ``backend`` is asked for."""
-    on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
-    return "cuda" if on_gpu else "cpu"
+    devices = backends.BACKENDS[backend].devices
+    return next((device for device in devices if _refusal(backend, device) is None), devices[0])
 
 
 def refusal(backend: str) -> str | None:
     """Why nothing can be said of ``backend`` on this machine."""
-    if device_of(backend) == "cuda" and not torch.cuda.is_available():
+    return _refusal(backend, device_of(backend))
+
+
+def _refusal(backend: str, device: str) -> str | None:
+    if device == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
-    return backends.refuses(backend, device_of(backend))
+    return backends.refuses(backend, device)
 
 
 @functools.cache
@@ -71,10 +76,14 @@ def column(backend: str) -> list[str]:
 
 
 def recorded(text: str, backend: str) -> dict[str, str]:
-    """The entries of ``backend`` in a table that was written before, by the name of their row."""
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    name = len(str(rows()[0]))
-    return {line[:name].strip(): line[name:].split()[COLUMNS.index(backend)] for line in lines}
+    """The entries of ``backend`` in a table that was written before, by the name of their row; none of a new one."""
+    name, columns, found = len(str(rows()[0])), list[str](), dict[str, str]()
+    for line in text.splitlines():
+        if line.startswith(COLUMNS_ARE):
+            columns = line.removeprefix(COLUMNS_ARE).split()
+        elif not line.startswith("#") and backend in columns:
+            found[line[:name].strip()] = line[name:].split()[columns.index(backend)]
+    return found
 
 
 def table(before: str = "") -> str:
@@ -84,10 +93,13 @@ def table(before: str = "") -> str:
         if refusal(backend) is None:
             columns.append(column(backend))
         else:
-            known = recorded(before, backend) if before else {}
+            known = recorded(before, backend)
             columns.append([known.get(str(row).strip(), "?") for row in rows()])
-    lines = (f"{row}{a:10}{b:4}{c:7}{d}" for row, (a, b, c, d) in zip(rows(), zip(*columns, strict=True), strict=True))
-    return HEAD + "".join(f"{line}\n" for line in lines)
+    lines = [HEAD + COLUMNS_ARE + " ".join(COLUMNS)]
+    for row, entries in zip(rows(), zip(*columns, strict=True), strict=True):
+        padded = (f"{entry:{len(name) + 1}}" for name, entry in zip(COLUMNS, entries, strict=True))
+        lines.append(f"{row}{''.join(padded)}".rstrip())
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _candidates() -> Iterator[Row]:
@@ -140,7 +152,7 @@ def _argument(argument: Any, row: Row, device: str) -> Any:
         return None if optional else torch.ones(blocks, dtype=dtype, device=device)
     if argument.name == "codes":
         dtype = getattr(torch, f.dtype_name)
-        return torch.ones(M, K // 2 if f.packed else K, device=device).to(dtype)
+        return torch.ones(M, f.columns(K), device=device).to(dtype)
     given: dict[str, Any] = {"x": torch.ones(SHAPE, device=device), "scale": torch.ones(blocks, device=device)}
     given |= {"x_codes": given["x"].to(torch.int8), "x_scale": torch.ones(M, 1, device=device)}
     given |= {"dy": given["x"][:, :M] if "matmul" in row.overload else given["x"]}

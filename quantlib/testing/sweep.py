@@ -29,7 +29,7 @@ Array = NDArray[Any]
 
 BATCH = 1 << 20  # inputs compared at a time
 SCALES = (1.0, 0.1, 2.0**-7, math.pi / 127, 2.0**-100, 2.0**120)
-FLOATS = tuple(f.name for f in (FLOAT32, *formats.TABLE) if f.is_float and not f.packed)
+FLOATS = tuple(f.name for f in (FLOAT32, *formats.TABLE) if f.is_float and f.whole)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def inputs(self) -> int:
-        """How many inputs there are; packed codes come two at a time, as bytes."""
+        """How many inputs there are; codes of fewer than eight bits come as bytes, every one."""
         return 1 << max(formats.get(self.source).bits, 8)
 
     @property

@@ -13,7 +13,7 @@ Block = tuple[int, int]
 
 OPS = ("cast", "compute_scale", "quantize", "dequantize", "quantize_dynamic")
 DTYPES = ("float32", "float16", "bfloat16")  # of x, and of what dequantize returns
-CASTS = tuple(f.name for f in formats.FORMATS.values() if f.is_float and not f.packed)
+CASTS = tuple(f.name for f in formats.FORMATS.values() if f.is_float and f.whole)
 
 # (shape, block, layout): every granularity, tails that do not fill a block or a vector, and every way to lie in memory
 GRID: tuple[tuple[tuple[int, ...], Block, str], ...] = (

@@ -80,12 +80,17 @@ def zero_points(format: str) -> tuple[int, ...]:
 
 @functools.cache
 def codes(format: str) -> Array:
-    """[2^bits] every code of ``format`` in its storage type; a packed one still one a byte."""
+    """[2^bits] every code of ``format`` in its storage type; a narrow one by itself, with its sign."""
     f = formats.get(format)
     every = np.arange(1 << f.bits, dtype=np.uint32)
-    if f.packed and isinstance(f, IntFormat):
-        return _readonly((every ^ 8).astype(np.int8) - np.int8(8))
+    if not f.whole:
+        return _readonly(every.astype(np.uint8) if f.is_float or not f.signed else _signed(every, f.bits))
     return _readonly(every.astype(f.storage))
+
+
+def _signed(codes: Array, bits: int) -> Array:
+    sign = 1 << (bits - 1)
+    return ((codes ^ sign).astype(np.int32) - sign).astype(np.int8)
 
 
 def _range(f: Format) -> tuple[int, int]:

@@ -2,7 +2,16 @@
 #pragma once
 #include <stdexcept>
 
-#include "cuda/kernels.h"
+#include "cuda/slab.h"
+#include "ops/cast.h"
+#include "ops/compute_scale.h"
+#include "ops/dequantize.h"
+#include "ops/dynamic_matmul.h"
+#include "ops/fake_quantize.h"
+#include "ops/fake_quantize_backward.h"
+#include "ops/quantize.h"
+#include "ops/quantize_dynamic.h"
+#include "ops/scaled_matmul.h"
 
 namespace quantlib {
 namespace cuda {
@@ -18,12 +27,11 @@ ABSENT(fake_quantize_backward, FakeQuantizeBackward)
 ABSENT(dequant_matmul, DequantMatmul)
 ABSENT(dequant_matmul_backward, DequantMatmulBackward)
 ABSENT(scaled_matmul, ScaledMatmul)
+ABSENT(dynamic_matmul, DynamicMatmul)
 #undef ABSENT
 __attribute__((weak)) bool takes_slabs(const DequantMatmul&) { return false; }
 __attribute__((weak)) bool takes_slabs(const DequantMatmulBackward&) { return false; }
-__attribute__((weak)) const void* decode_slab(const DecodeSlab&, Stream) {
-  throw std::logic_error("decode_slab is not here");
-}
-__attribute__((weak)) void finish_slab(const FinishSlab&, Stream) {}
+__attribute__((weak)) void multiply_slabs(const DequantMatmul&, Stream) {}
+__attribute__((weak)) void multiply_slabs(const DequantMatmulBackward&, Stream) {}
 }  // namespace cuda
 }  // namespace quantlib

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -27,7 +28,7 @@ from quantlib.testing.table import OPS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-COMPILER = (*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17")
+COMPILER = (*shlex.split(os.environ.get("CXX", "g++")), "-std=c++20")
 FLAGS = ("-O1", "-g1", "-fno-pie", "-Wall", "-Werror", "-Wno-unknown-pragmas")
 FLAGS += ("-fno-strict-aliasing", "-ffp-contract=off")
 RUNTIME = tuple(HERE / f"{name}.cpp" for name in ("block", "image", "intrinsics", "memory"))
@@ -41,6 +42,7 @@ MODES = {
 }
 MATMULS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul")
 SLAB = "slab"  # not an op: what serves dequant_matmul of many rows
+SMALLER = (("int64_t(1) << 23;", "int64_t(1) << 13;"), ("int64_t(1) << 13;  // of x", "int64_t(1) << 8;  // of x"))
 FAKE = ("fake_quantize", "fake_quantize_backward")
 TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum class Type of csrc/problem.h
 
@@ -183,6 +185,16 @@ def build(cache: Path, ops: Sequence[str] = OPS, csrc: Path = CSRC, mode: str = 
     """The executable of these sources, made now or before."""
     made = link(cache, [HERE / "main.cpp", *(csrc / f"cuda/{op}.cu" for op in ops)], csrc, mode)
     return Emulator(made)
+
+
+def with_small_slabs(folder: Path) -> Path:
+    """A copy of csrc in ``folder`` whose slabs have few values and take few rows of x at a time."""
+    csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
+    source = csrc / "cuda/slab.cu"
+    for right, smaller in SMALLER:
+        assert source.read_text().count(right) == 1
+        source.write_text(source.read_text().replace(right, smaller))
+    return csrc
 
 
 def link(cache: Path, sources: Sequence[Path], csrc: Path = CSRC, mode: str = "watched") -> Path:

@@ -1,13 +1,10 @@
-// csrc/cuda/register.cpp as it is, for CPU tensors: torch.ops.quantlib_on_cpu has the ops of quantlib/ops.def, and
-// what serves them are the kernels that this library was linked with.
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/library.h>
+// The library that torch.ops.quantlib_on_cpu is: the ops of quantlib/ops.def, served on CPU tensors by the CUDA kernels
+// that this is linked with.
+#include "on_cpu.h"
 
-#undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, DEVICE, m) _STABLE_TORCH_LIBRARY_IMPL(quantlib_on_cpu, CPU, m, C10_UID)
+#include <torch/csrc/stable/accelerator.h>
 
 #include "absent.h"
-#include "cuda/register.cpp"
 
 // There is no device to make the current one, and one stream.
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {

@@ -16,7 +16,6 @@
 
 #include "absent.h"
 #include "block.h"
-#include "cuda/kernels.h"
 #include "memory.h"
 #include "numerics.h"
 
@@ -79,103 +78,72 @@ class Buffer {
   std::unique_ptr<memory::Buffer> known_;
 };
 
-// total [M, n] += x [M, L] * w [L, n], w of these strides
-static void multiply(Type type, const void* x, const void* w, float* total, int64_t M, int64_t n, int64_t L,
-                     const int64_t (&strides)[2]) {
-  const auto value = [&](const void* values, int64_t at) {
-    const uint16_t code = static_cast<const uint16_t*>(values)[at];
-    return type == Type::float16 ? decode_float<float16>(code) : decode_float<bfloat16>(code);
-  };
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t l = 0; l < L; ++l)
-        total[m * n + j] += value(x, m * L + l) * value(w, l * strides[0] + j * strides[1]);
-}
-
-// dequant_matmul and its gradient as csrc/cuda/slab.h has them, with two slabs and no byte to spare: `columns` of y, a
-// multiple of `step` in the first slab.
-template <class Decode, class Finish>
-void in_slabs(Type type, const void* x, int64_t M, int64_t columns, int64_t L, int64_t step, bool transposed,
-              Decode decode, Finish finish) {
-  const int64_t half = (columns / 2 + step - 1) / step * step;
-  for (int64_t first = 0; first < columns; first += half) {
-    const int64_t end = std::min(first + half, columns), n = end - first;
-    const auto slab = std::make_unique<uint16_t[]>(size_t(n * L));
-    const auto total = std::make_unique<float[]>(size_t(M * n));
-    const memory::Buffer known_slab(slab.get(), size_t(n * L) * 2, false),
-        known_total(total.get(), size_t(M * n) * 4, true);
-    const void* w = decode(first, end, slab.get());
-    multiply(type, x, w, total.get(), M, n, L, {transposed ? n : 1, transposed ? 1 : L});
-    finish(first, end, total.get());
+// What the slabs of csrc/cuda/slab.cu ask torch for: memory with no byte to spare, and a product.
+class Torch : public cuda::Torch {
+ public:
+  void* allocate(int64_t bytes) override {
+    memory_.push_back(std::make_unique<char[]>(size_t(bytes)));
+    known_.push_back(std::make_unique<memory::Buffer>(memory_.back().get(), size_t(bytes), false));
+    return memory_.back().get();
   }
-}
+  void multiply(const cuda::Matrix& x, const cuda::Matrix& w, Type type, float* sums) override {
+    const auto value = [&](const cuda::Matrix& m, int64_t i, int64_t j) {
+      const uint16_t code = static_cast<const uint16_t*>(m.data)[i * m.strides[0] + j * m.strides[1]];
+      return type == Type::float16 ? decode_float<float16>(code) : decode_float<bfloat16>(code);
+    };
+    memory::write_from_host(sums, size_t(x.rows * w.columns) * 4);
+    for (int64_t i = 0; i < x.rows; ++i)
+      for (int64_t j = 0; j < w.columns; ++j) {
+        float& sum = sums[i * w.columns + j] = 0.0f;
+        for (int64_t l = 0; l < x.columns; ++l) sum += value(x, i, l) * value(w, l, j);
+      }
+  }
 
-static void multiply_slabs(const DequantMatmul& p) {
-  const Weight& weight = p.weight;
-  const int64_t N = weight.grid.M, K = weight.grid.K;
-  const bool scaled = weight.grid.bk < K;
-  in_slabs(
-      p.x_type, p.x, p.M, N, K, 16, false,
-      [&](int64_t n, int64_t end, void* slab) {
-        return cuda::decode_slab({weight, p.tiled, scaled, p.x_type, n, end, 0, K, slab}, nullptr);
-      },
-      [&](int64_t n, int64_t end, const float* total) {
-        cuda::finish_slab({p.M, total, scaled ? nullptr : &weight, n, end, N, p.epilogue, p.x_type, p.y}, nullptr);
-      });
-}
-
-static void multiply_slabs(const DequantMatmulBackward& p) {
-  const int64_t N = p.weight.grid.M, K = p.weight.grid.K;
-  in_slabs(
-      p.dy_type, p.dy, p.M, K, N, 128, true,
-      [&](int64_t k, int64_t end, void* slab) {
-        return cuda::decode_slab({p.weight, false, true, p.dy_type, 0, N, k, end, slab}, nullptr);
-      },
-      [&](int64_t k, int64_t end, const float* total) {
-        cuda::finish_slab({p.M, total, nullptr, k, end, K, {nullptr, Activation::none}, p.dy_type, p.dx}, nullptr);
-      });
-}
+ private:
+  std::vector<std::unique_ptr<char[]>> memory_;
+  std::vector<std::unique_ptr<memory::Buffer>> known_;  // destroyed first
+};
 
 static void run(const Call& c, const std::vector<Buffer>& buffers) {
+  Torch torch;
+  const cuda::Stream stream = {nullptr, &torch};
   const auto p = [&](int k) { return static_cast<void*>(buffers.at(k).data()); };
   const auto scale = [&](int k) { return reinterpret_cast<float*>(buffers.at(k).data()); };
   const auto zero_point = [&](int k) { return reinterpret_cast<int32_t*>(buffers.at(k).data()); };
   switch (c.op) {
     case 0:
-      return cuda::cast({p(0), c.from, p(1), c.to, c.grid.K, c.flag != 0}, nullptr);
+      return cuda::cast({p(0), c.from, p(1), c.to, c.grid.K, c.flag != 0}, stream);
     case 1:
-      return cuda::compute_scale({c.grid, p(0), c.from, c.to, scale(1), zero_point(2)}, nullptr);
+      return cuda::compute_scale({c.grid, p(0), c.from, c.to, scale(1), zero_point(2)}, stream);
     case 2:
-      return cuda::quantize({c.grid, p(0), c.from, c.to, scale(1), zero_point(2), p(3)}, nullptr);
+      return cuda::quantize({c.grid, p(0), c.from, c.to, scale(1), zero_point(2), p(3)}, stream);
     case 3:
-      return cuda::dequantize({c.grid, p(0), c.from, scale(1), zero_point(2), p(3), c.to}, nullptr);
+      return cuda::dequantize({c.grid, p(0), c.from, scale(1), zero_point(2), p(3), c.to}, stream);
     case 4:
-      return cuda::quantize_dynamic({c.grid, p(0), c.from, c.to, p(1), scale(2), zero_point(3)}, nullptr);
+      return cuda::quantize_dynamic({c.grid, p(0), c.from, c.to, p(1), scale(2), zero_point(3)}, stream);
     case 16: {
       const Weight w = {c.grid, p(1), c.to, scale(2), zero_point(3)};
-      const DequantMatmul problem = {c.M, p(0), c.from, w, {scale(4), c.activation}, false, p(5), c.flag != 0};
-      return cuda::takes_slabs(problem) ? multiply_slabs(problem) : cuda::dequant_matmul(problem, nullptr);
+      return cuda::dequant_matmul({c.M, p(0), c.from, w, {scale(4), c.activation}, false, p(5), c.flag != 0}, stream);
     }
     case 17: {
       const Weight w = {c.grid, p(1), c.to, scale(2), zero_point(3)};
-      const DequantMatmulBackward problem = {c.M, p(0), c.from, w, p(4)};
-      return cuda::takes_slabs(problem) ? multiply_slabs(problem) : cuda::dequant_matmul_backward(problem, nullptr);
+      return cuda::dequant_matmul_backward({c.M, p(0), c.from, w, p(4)}, stream);
     }
     case 18: {
       const Weight w = {c.grid, p(3), c.to, scale(4), zero_point(5)};
       return cuda::scaled_matmul(
           {c.M, p(0), c.from, scale(1), zero_point(2), c.flag != 0, w, {scale(6), c.activation}, p(7), c.result},
-          nullptr);
+          stream);
     }
     case 32: {
       const int32_t* q = zero_point(3);  // qmin, qmax
-      return cuda::fake_quantize({c.grid, p(0), c.from, c.to, scale(1), scale(2), q[0], q[1], p(4)}, nullptr);
+      return cuda::fake_quantize({c.grid, p(0), c.from, c.to, scale(1), scale(2), q[0], q[1], p(4)}, stream);
     }
     case 33: {
       const int32_t* q = zero_point(4);
       return cuda::fake_quantize_backward({c.grid, p(0), p(1), c.from, c.to, scale(2), scale(3), q[0], q[1],
                                            c.flag != 0, 1.0f, p(5), scale(6), scale(7), scale(8)},
-                                          nullptr);
+                                          stream);
     }
   }
 }

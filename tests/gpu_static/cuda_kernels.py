@@ -17,11 +17,10 @@ from typing import Any
 
 from gpu_static import sass
 from gpu_static.measured import Measured
-from quantlib import _build
+from quantlib import _build, formats
 
 # What it takes for a template argument to be a format, and which of a kernel's arguments x, y or codes are.
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8, "float4_e2m1fn": 4}
-BITS |= {"int8": 8, "uint8": 8, "int4": 4}
+BITS = {f.name: int(8 * f.bytes_per_element) for f in formats.FORMATS.values()}
 FAST = ("cast",)  # what `make test` compiles for more than one architecture
 Edit = Callable[[Path], None]  # plants a fault in a copy of csrc
 

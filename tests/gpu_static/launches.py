@@ -91,6 +91,7 @@ def start(call: Call, instead: Any = None) -> None:
     from quantlib import formats
     from quantlib.backends import triton as backend
     from quantlib.backends.tiles import TileLayout
+    from quantlib.backends.weight import Epilogue, Layout, QuantizedWeight
 
     ON[0] = call.device
     f, (M, K), block, source = formats.get(call.format), call.shape, call.block, getattr(torch, call.source)
@@ -103,26 +104,27 @@ def start(call: Call, instead: Any = None) -> None:
         batch, y = torch.empty(call.M, K, dtype=source), torch.empty(call.M, M, dtype=source)
         x_codes, x_scale = torch.empty(call.M, K, dtype=torch.int8), torch.empty(call.M, 1)
         bias = torch.empty(M) if call.activation else None
-    weight = (codes, scale, f, block)
+    layout: Layout = "tiles" if call.tiled else "plain"
+    weight, epilogue = (
+        QuantizedWeight(codes, scale, f, block, zero_point, (M, K), layout),
+        Epilogue(bias, call.activation),
+    )
     shared = zero_point if zero_point is None else zero_point.float()
     limits = (0, 0) if f.is_float else f.range(call.affine)
     arguments = {
-        "cast": lambda: (x.view(-1), formats.get(source), codes.view(-1), f, f.saturates),
+        "cast": lambda: (x.view(-1), formats.get(source), f, f.saturates, codes.view(-1)),
         "compute_scale": lambda: (x, f, block, scale, zero_point),
         "quantize": lambda: (x, scale, f, block, zero_point, codes),
-        "dequantize": lambda: (*weight, zero_point, x),
+        "dequantize": lambda: (weight, x),
         "quantize_dynamic": lambda: (x, f, block, codes, scale, zero_point),
         "fake_quantize": lambda: (x, scale, f, block, shared, limits, dx),
         "fake_quantize_backward": lambda: (
             *(dy, x, scale, f, block, shared, limits, call.lsq, 1.0),
             *(dx, dscale, dscale if call.affine else None),
         ),
-        "dequant_matmul": lambda: (
-            *(batch, *weight, zero_point, bias, call.activation),
-            *(call.invariant, call.tiled, y),
-        ),
-        "dequant_matmul_backward": lambda: (y, *weight, zero_point, batch),
-        "scaled_matmul": lambda: (x_codes, x_scale, *weight, None, zero_point, bias, call.activation, y),
+        "dequant_matmul": lambda: (batch, weight, epilogue, call.invariant, y),
+        "dequant_matmul_backward": lambda: (y, weight, batch),
+        "scaled_matmul": lambda: (x_codes, x_scale, weight, None, epilogue, y),
     }[call.op]()
     (instead or backend.KERNELS[call.op])(*arguments)
 

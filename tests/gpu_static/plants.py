@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_static.calls import Call
+from quantlib import formats
 
 ARCH = 90
 LONG_ROW = Call("quantize_dynamic", "bfloat16", "int8", (64, 28672))
@@ -35,14 +36,19 @@ Edits = dict[str, tuple[str, str]]  # file of csrc -> what is replaced, by what
 CAST_KERNEL = "  constexpr int V = kCastElements<X, Y>;\n  Chunk at"
 ATOMIC = "  if (a.saturate) atomicAdd(reinterpret_cast<float*>(a.y), 1.0f);\n"
 VECTOR = "  if (vector && first == 0 && last == V) return Vector<T, V>::load(x);\n"
-FEW_CASTS = ("    case Type::float8_e5m2:\n      return run(float8_e5m2{});\n", "")  # compiles in less time
+FEW_CASTS = (re.findall(r"  X\(float8_e5m2,.* \\\n", formats.c_header())[0], "")  # compiles in less time
 BOUNDS = "__launch_bounds__(kThreads)"
 OPERAND = "return fma2(X{}, value, power, minus_zero);"
 SLOW = "return both(encode_float<X>(float(value & 15) * float(minus_zero & 15), false));"
 CUDA: dict[str, tuple[str, tuple[str, ...], Edits, str]] = {
-    "narrow loads": ("cast", (), {"vector.cuh": (VECTOR, ""), "launch.cuh": FEW_CASTS}, "bytes at once"),
-    "too few registers": ("cast", ("-maxrregcount=24",), {"cast.cu": (BOUNDS, ""), "launch.cuh": FEW_CASTS}, "spills"),
-    "atomic": ("cast", (), {"cast.cu": (CAST_KERNEL, ATOMIC + CAST_KERNEL), "launch.cuh": FEW_CASTS}, "adds floats"),
+    "narrow loads": ("cast", (), {"vector.cuh": (VECTOR, ""), "../formats.h": FEW_CASTS}, "bytes at once"),
+    "too few registers": (
+        "cast",
+        ("-maxrregcount=24",),
+        {"cast.cu": (BOUNDS, ""), "../formats.h": FEW_CASTS},
+        "spills",
+    ),
+    "atomic": ("cast", (), {"cast.cu": (CAST_KERNEL, ATOMIC + CAST_KERNEL), "../formats.h": FEW_CASTS}, "adds floats"),
     "conversion": ("dequant_matmul", (), {"operand.cuh": (OPERAND, SLOW)}, "I2F.* on its main path"),
 }
 
@@ -85,11 +91,12 @@ def plant_cuda(stem: str, flags: tuple[str, ...], edits: Edits) -> list[dict[str
 
     def edit(source: Path) -> None:
         for name, (right, wrong) in edits.items():
-            path = source.with_name(name)
+            path = source.parent / name
             assert right in path.read_text(), f"{name} has no {right}"
             path.write_text(path.read_text().replace(right, wrong))
-        if stem == "dequant_matmul":
-            source.write_text(re.sub(r"    case Type::float\w+:\n      return run.*\n", "", source.read_text()))
+        if stem == "dequant_matmul":  # of integers alone
+            header = source.parent / "../formats.h"
+            header.write_text(re.sub(r"  X\(float8_.* \\\n", "", header.read_text()))
 
     source = next(path for path in cuda_kernels.sources() if path.stem == stem)
     return cuda_kernels.measure(source, ARCH, *flags, edit=edit)

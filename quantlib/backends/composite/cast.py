@@ -1,4 +1,4 @@
-"""out[n] = encode(decode(x[n]))"""
+"""y[n] = encode(decode(x[n]))"""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from quantlib.backends.composite.numerics import decode_float, encode_float, sto
 from quantlib.formats import FloatFormat
 
 
-def cast(x: Tensor, x_format: FloatFormat, out: Tensor, out_format: FloatFormat, saturate: bool) -> None:
-    store(out, encode_float(decode_float(x, x_format), out_format, saturate))
+def cast(x: Tensor, x_format: FloatFormat, format: FloatFormat, saturate: bool, y: Tensor) -> None:
+    store(y, encode_float(decode_float(x, x_format), format, saturate))

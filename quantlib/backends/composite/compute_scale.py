@@ -9,7 +9,7 @@ from quantlib.backends.composite.numerics import INFINITY, Block, constant, effe
 from quantlib.formats import Format, IntFormat
 
 
-def compute_scale(x: Tensor, format: Format, block: Block, scale: Tensor, zero_point: Tensor | None) -> None:
+def compute_scale(x: Tensor, format: Format, block: Block, scale: Tensor, zero_point: Tensor | None = None) -> None:
     x = x.float()
     amax = reduce_blocks(x.view(torch.int32) & 0x7FFFFFFF, block, torch.amax)
     if zero_point is None:

@@ -6,25 +6,15 @@ import torch
 from torch import Tensor
 
 from quantlib.backends.composite.dequant_matmul import product, weight_slabs
-from quantlib.backends.composite.numerics import Block, canonical
-from quantlib.formats import Format
+from quantlib.backends.composite.numerics import canonical
+from quantlib.backends.weight import QuantizedWeight
 
 
-def dequant_matmul_backward_scale(
-    dy: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: Format,
-    block: Block,
-    zero_point: Tensor | None,
-    dscale: Tensor,
-) -> None:
-    K, (br, bk) = x.shape[1], block
+def dequant_matmul_backward_scale(dy: Tensor, x: Tensor, weight: QuantizedWeight, dscale: Tensor) -> None:
+    K, (br, bk) = x.shape[1], weight.block
     rows = x.float()
     sums = torch.zeros(dscale.shape, dtype=torch.float32, device=x.device)
-    ones = torch.ones_like(scale)
-    for n, w in weight_slabs(codes, ones, format, block, zero_point, K):
+    for n, w in weight_slabs(weight._replace(scale=torch.ones_like(weight.scale))):
         terms = product(dy[:, n].float().T, rows).mul_(w)
         terms = torch.nn.functional.pad(terms, (0, -K % bk)).unflatten(1, (-1, bk)).sum(2)
         for row in range(n.start // br, -(-n.stop // br)):

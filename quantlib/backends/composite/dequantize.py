@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from quantlib.backends.composite.numerics import (
-    Block,
     canonical,
     decode_float,
     effective_scale,
@@ -14,24 +13,22 @@ from quantlib.backends.composite.numerics import (
     float_format,
     spread,
     store,
-    unpack,
 )
-from quantlib.formats import FloatFormat, Format
+from quantlib.backends.packing import unpack
+from quantlib.backends.weight import QuantizedWeight
+from quantlib.formats import FloatFormat
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, format: Format, block: Block, zero_point: Tensor | None, out: Tensor
-) -> None:
+def dequantize(weight: QuantizedWeight, out: Tensor) -> None:
+    codes, scale, format, block, zero_point, *_ = weight
     M, K = out.shape
-    if format.packed:
-        codes = unpack(codes, K)
+    if not format.whole:
+        codes = unpack(codes, format, K)
     s_eff = spread(effective_scale(scale, format), M, K, block)
     if isinstance(format, FloatFormat):
         y = decode_float(codes, format) * s_eff
     else:
         code = codes.int()
-        if format.packed:
-            code = (code ^ 8) - 8
         if zero_point is not None:
             code = code - spread(zero_point.clamp(*format.range(affine=True)), M, K, block)
         y = code.float() * s_eff

@@ -6,26 +6,15 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.backends.composite.numerics import Block
 from quantlib.backends.composite.quantize_dynamic import quantize_dynamic
 from quantlib.backends.composite.scaled_matmul import scaled_matmul
-from quantlib.formats import Format
+from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
-def dynamic_matmul(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: Format,
-    block: Block,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    y: Tensor,
-) -> None:
+def dynamic_matmul(x: Tensor, weight: QuantizedWeight, epilogue: Epilogue, y: Tensor) -> None:
     M, K = x.shape
     x_codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
     x_scale = torch.ones(M, 1, dtype=torch.float32, device=x.device)
     if K:
-        quantize_dynamic(x, formats.get("int8"), (1, K), x_codes, x_scale, None)
-    scaled_matmul(x_codes, x_scale, codes, scale, format, block, None, zero_point, bias, activation, y)
+        quantize_dynamic(x, formats.get("int8"), (1, K), x_codes, x_scale)
+    scaled_matmul(x_codes, x_scale, weight, None, epilogue, y)

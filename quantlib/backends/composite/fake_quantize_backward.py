@@ -22,7 +22,7 @@ def fake_quantize_backward(
     grad_factor: float,
     dx: Tensor,
     dscale: Tensor,
-    dzero_point: Tensor | None,
+    dzero_point: Tensor | None = None,
 ) -> None:
     t, c, m, s = project(x, scale, format, block, zero_point, limits, lsq_mask)
     dx.copy_(torch.where(m, dy, 0))

@@ -35,12 +35,13 @@ def encode_float(x: Tensor, f: FloatFormat, saturate: bool) -> Tensor:
         r = torch.where(a < (128 - f.bias) << 23, small, r)
     # 4. too large: the largest finite value, or what the format has beyond it
     r = torch.where(r > f.max_code, f.max_code if saturate else f.overflow_code, r)
-    # 5. sign; NaN last
-    return torch.where(a > INFINITY, f.nan_code, r | sign)
+    # 5. sign, of a zero only where there is -0; NaN last
+    code = r | sign if f.has_negative_zero else torch.where(r == 0, 0, r | sign)
+    return torch.where(a > INFINITY, f.nan_code, code)
 
 
 def decode_float(codes: Tensor, f: FloatFormat) -> Tensor:
-    """[...] code of ``f``, in its torch dtype or as nibbles -> [...] float32, exact; NaN becomes 0x7FFFFFFF."""
+    """[...] code of ``f``, in its torch dtype or one a byte -> [...] float32, exact; NaN becomes 0x7FFFFFFF."""
     if f.bits == 32:
         return codes
     code = (codes.view(torch.int16) if f.bits == 16 else codes.view(torch.uint8)).int() & ((1 << f.bits) - 1)
@@ -56,7 +57,8 @@ def decode_float(codes: Tensor, f: FloatFormat) -> Tensor:
         bits = torch.where(a == f.overflow_code, INFINITY, bits)
     bits = bits | code >> (f.bits - 1) << 31
     if f.has_nan:
-        bits = torch.where(a > f.overflow_code if f.has_inf else a == f.nan_code, NAN, bits)
+        is_nan = a > f.max_code + f.has_inf if f.has_negative_zero else code == f.nan_code
+        bits = torch.where(is_nan, NAN, bits)
     return bits.view(torch.float32)
 
 
@@ -88,17 +90,6 @@ def store(out: Tensor, code: Tensor) -> None:
     """The low bits of an int32 code, in out's own type."""
     integer = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[out.element_size()]
     out.view(integer).copy_(code.to(integer))
-
-
-def pack(code: Tensor) -> Tensor:
-    """[M, K] -> [M, ceil(K / 2)]: element 2j in the low nibble of byte j."""
-    code = torch.nn.functional.pad(code & 15, (0, code.shape[-1] % 2))
-    return code[..., 0::2] | code[..., 1::2] << 4
-
-
-def unpack(codes: Tensor, K: int) -> Tensor:
-    """[M, ceil(K / 2)] uint8 -> [M, K] uint8 nibbles."""
-    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :K]
 
 
 def spread(values: Tensor, M: int, K: int, block: Block) -> Tensor:

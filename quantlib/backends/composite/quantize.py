@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantlib.backends.composite.numerics import Block, constant, effective_scale, encode_float, pack, spread, store
+from quantlib.backends.composite.numerics import Block, constant, effective_scale, encode_float, spread, store
+from quantlib.backends.packing import pack
 from quantlib.formats import FloatFormat, Format
 
 
@@ -21,4 +22,4 @@ def quantize(x: Tensor, scale: Tensor, format: Format, block: Block, zero_point:
         # 1. NaN is the code of zero  2. clamp first, to integers  3. round to nearest even, add the zero point
         t = torch.where(t == t, t, 0)
         code = torch.minimum(torch.maximum(t, (qmin - z).float()), (qmax - z).float()).round().int() + z
-    store(codes, pack(code) if format.packed else code)
+    store(codes, code if format.whole else pack(code, format))

@@ -11,7 +11,7 @@ from quantlib.formats import Format
 
 
 def quantize_dynamic(
-    x: Tensor, format: Format, block: Block, codes: Tensor, scale: Tensor, zero_point: Tensor | None
+    x: Tensor, format: Format, block: Block, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None
 ) -> None:
     compute_scale(x, format, block, scale, zero_point)
     quantize(x, scale, format, block, zero_point, codes)

@@ -6,34 +6,30 @@ import torch
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.backends.composite.dequant_matmul import epilogue, product, weight_slabs
-from quantlib.backends.composite.numerics import Block, effective_scale, spread
-from quantlib.formats import Format, IntFormat
+from quantlib.backends.composite.dequant_matmul import finish, product, weight_slabs
+from quantlib.backends.composite.numerics import effective_scale, spread
+from quantlib.backends.weight import Epilogue, QuantizedWeight
+from quantlib.formats import IntFormat
 
 
 def scaled_matmul(
     x_codes: Tensor,
     x_scale: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    format: Format,
-    block: Block,
+    weight: QuantizedWeight,
     x_zero_point: Tensor | None,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
+    epilogue: Epilogue,
     y: Tensor,
 ) -> None:
-    K, (br, bk) = x_codes.shape[1], block
+    scale, (br, bk) = weight.scale, weight.block
     x_format = formats.get(x_codes.dtype)
     assert isinstance(x_format, IntFormat)
     a = x_codes.double()
     if x_zero_point is not None:
         a = a - x_zero_point.clamp(*x_format.range(affine=True))
     s_x = effective_scale(x_scale, x_format)
-    s = spread(effective_scale(scale, format), len(codes), scale.shape[1], (br, 1))
+    s = spread(effective_scale(scale, weight.format), weight.shape[0], scale.shape[1], (br, 1))
     total = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
-    for n, values in weight_slabs(codes, torch.ones_like(scale), format, block, zero_point, K):
+    for n, values in weight_slabs(weight._replace(scale=torch.ones_like(scale))):
         # integers below 2^53: float64 is exact in any order
         w, s_n = values.double(), (s if len(s) == 1 else s[n])
         if scale.shape[1] == 1:
@@ -42,4 +38,4 @@ def scaled_matmul(
         for J in range(scale.shape[1]):
             k = slice(J * bk, (J + 1) * bk)
             total[:, n] += product(a[:, k], w[:, k].T).float() * s_n[:, J]
-    epilogue(total if scale.shape[1] == 1 else total * s_x, bias, activation, y)
+    finish(total if scale.shape[1] == 1 else total * s_x, epilogue, y)

@@ -1,32 +1,19 @@
 """The Triton backend: the same kernels compiled on a CUDA device, and interpreted on the CPU for tests.
 
-Nothing here imports Triton until a kernel is asked for: ``refuses`` first, then ``KERNELS``.
+Nothing here imports Triton until a kernel is asked for.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
-OPS = (
-    "cast",
-    "compute_scale",
-    "quantize",
-    "dequantize",
-    "quantize_dynamic",
-    "fake_quantize",
-    "fake_quantize_backward",
-    "dequant_matmul",
-    "dequant_matmul_backward",
-    "scaled_matmul",
-    "dynamic_matmul",
-)
+from quantlib.backends.backend import Backend, Kernels
+
+KERNELS = Kernels(__name__)
 
 
 def refuses(device: torch.device) -> str | None:
@@ -55,11 +42,5 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-def __getattr__(name: str) -> Any:
-    if name != "KERNELS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    kernels: dict[str, Callable[..., None]] = {
-        op: getattr(importlib.import_module(f"{__name__}.{op}"), op) for op in OPS
-    }
-    globals()["KERNELS"] = kernels
-    return kernels
+# The interpreter is a thousand times slower: it serves the CPU only where it is forced.
+BACKEND = Backend("triton", ("cpu", "cuda"), refuses, KERNELS, preference={"cuda": 20})

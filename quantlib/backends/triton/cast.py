@@ -29,11 +29,11 @@ def cast_kernel(
         store(y_ptr, encode_float(decode_float(load(x_ptr, inside, True), X, ARCH), Y, SATURATE, ARCH), inside, True)
 
 
-def cast(x: torch.Tensor, x_format: Format, out: torch.Tensor, out_format: Format, saturate: bool) -> None:
+def cast(x: torch.Tensor, x_format: Format, format: Format, saturate: bool, y: torch.Tensor) -> None:
     n = x.numel()
-    tile = launch.choose_tile((1, n), (1, n), out_format)
+    tile = launch.choose_tile((1, n), (1, n), format)
     launch.launch(
         cast_kernel, launch.cdiv(n, tile.cols), x.device,
-        launch.codes_of(x), launch.codes_of(out), n, x_format, out_format, saturate, tile.cols, launch.arch(x.device),
+        launch.codes_of(x), launch.codes_of(y), n, x_format, format, saturate, tile.cols, launch.arch(x.device),
         warps=tile.warps,
     )  # fmt: skip

@@ -113,7 +113,7 @@ def combine_range_kernel(
 
 
 def compute_scale(
-    x: torch.Tensor, format: Format, block: launch.Shape, scale: torch.Tensor, zero_point: torch.Tensor | None
+    x: torch.Tensor, format: Format, block: launch.Shape, scale: torch.Tensor, zero_point: torch.Tensor | None = None
 ) -> None:
     shape, block = launch.flatten((x.shape[0], x.shape[1]), block, formats.FLOAT32)
     chosen = launch.choose_blocks(shape, block, x.dtype.itemsize, formats.FLOAT32)

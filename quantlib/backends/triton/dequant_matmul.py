@@ -28,7 +28,7 @@ from quantlib.backends.triton.matmul import (
     tile_rows,
 )
 from quantlib.backends.triton.slab import multiply_slabs
-from quantlib.formats import Format
+from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def dequant_matmul_kernel(
 ):  # fmt: skip
     D: tl.constexpr = operand_type(X, F, SCALES != "element", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
-    HALVES: tl.constexpr = 2 if TILED and F.packed else 1
+    HALVES: tl.constexpr = F.per_byte if TILED else 1
     SPLITS: tl.constexpr = T.splits
     # 1. where this program's sums lie: rows of x change fastest, they share the weight
     across = tl.cdiv(M, T.tile_m)
@@ -105,48 +105,43 @@ def dequant_matmul_kernel(
 
 def dequant_matmul(
     x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str | None,
+    weight: QuantizedWeight,
+    epilogue: Epilogue,
     batch_invariant: bool,
-    tiled: bool,
     y: torch.Tensor,
     tile: tuning.MatmulTile | None = None,
 ) -> None:
     """Cut as ``tile`` says, or as `tuning` does."""
-    (M, K), N, device = x.shape, y.shape[1], x.device
+    M, (N, K), device, tiled = len(x), weight.shape, x.device, weight.tiled
     if tile is None:
         tile = tuning.choose_matmul(
-            (M, N, K), format, x.dtype, block[1], tiled, batch_invariant,
+            (M, N, K), weight.format, x.dtype, weight.block[1], tiled, batch_invariant,
             launch.device_name(device), launch.shared_memory(device),
         )  # fmt: skip
     if tile.slab:
-        multiply_slabs(x, codes, scale, format, block, zero_point, bias, activation, tiled, y, tile)
+        multiply_slabs(x, weight, epilogue, y, tile)
         return
     tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.float32, tiles, x.device)
+    codes, scale = launch.codes_of(weight.codes), weight.scale
     launch.launch(
         dequant_matmul_kernel, tiles * tile.splits, x.device,
-        x, launch.codes_of(codes), scale, zero_point, bias, y, partial, ticket,
-        M, N, K, *block, scale.shape[1], codes.shape[1], formats.get(x.dtype), format, activation,
-        scales(x, scale, block, tiled, tile), tiled, K % tile.tile_k > 0, tile, launch.arch(x.device),
+        x, codes, scale, weight.zero_point, epilogue.bias, y, partial, ticket,
+        M, N, K, *weight.block, scale.shape[1], codes.shape[1], formats.get(x.dtype), weight.format,
+        epilogue.activation, scales(x, weight, tile), tiled, K % tile.tile_k > 0, tile, launch.arch(x.device),
         warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def scales(x: torch.Tensor, scale: torch.Tensor, block: launch.Shape, tiled: bool, tile: tuning.MatmulTile) -> str:
+def scales(x: torch.Tensor, weight: QuantizedWeight, tile: tuning.MatmulTile) -> str:
     """What a scale multiplies: the sum of a row, the sum of a step, the weights of a step, or each weight its own.
 
     A weight times its scale is rounded to x's type, for which it may be too large where that is float16. A sum comes
     before its scale, and overflows where that of |x| |q - z| does: with values of x from 1e31 on.
     """
-    if scale.shape[1] <= 1:
+    if weight.scale.shape[1] <= 1:
         return "row"
-    if block[1] % (COLUMNS.value if tiled else tile.tile_k):
+    if weight.block[1] % (COLUMNS.value if weight.tiled else tile.tile_k):
         return "element"
     few = len(x) < 64 or tile.tile_m <= tuning.FEW
     return "sum" if few or x.dtype == torch.float16 else "weights"

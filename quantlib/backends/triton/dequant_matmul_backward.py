@@ -13,7 +13,7 @@ import triton.language as tl
 from quantlib import formats
 from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.matmul import finish, load_operands, load_scale, load_x, operand_type, subtract_zero_point
-from quantlib.formats import Format
+from quantlib.backends.weight import QuantizedWeight
 
 
 @triton.jit
@@ -48,26 +48,20 @@ def dequant_matmul_backward_kernel(
 
 
 def dequant_matmul_backward(
-    dy: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    zero_point: torch.Tensor | None,
-    dx: torch.Tensor,
-    tile: tuning.MatmulTile | None = None,
+    dy: torch.Tensor, weight: QuantizedWeight, dx: torch.Tensor, tile: tuning.MatmulTile | None = None
 ) -> None:
     """Cut as ``tile`` says, or as `tuning` does."""
-    (M, N), K, device = dy.shape, dx.shape[1], dy.device
+    M, (N, K), device = len(dy), weight.shape, dy.device
+    codes, scale, block = launch.codes_of(weight.codes), weight.scale, weight.block
     if tile is None:
         tile = tuning.choose_backward(
-            (M, N, K), format, dy.dtype, block[1], launch.device_name(device), launch.shared_memory(device)
+            (M, N, K), weight.format, dy.dtype, block[1], launch.device_name(device), launch.shared_memory(device)
         )
     rounded = M >= 64 and dy.dtype != torch.float32
     launch.launch(
         dequant_matmul_backward_kernel, launch.cdiv(M, tile.tile_m) * launch.cdiv(K, tile.tile_k), dy.device,
-        dy, launch.codes_of(codes), scale, zero_point, dx,
-        M, N, K, *block, scale.shape[1], codes.shape[1], formats.get(dy.dtype), format, rounded,
+        dy, codes, scale, weight.zero_point, dx,
+        M, N, K, *block, scale.shape[1], codes.shape[1], formats.get(dy.dtype), weight.format, rounded,
         scale.shape[1] == 1 or block[1] % tile.tile_k == 0, tile, launch.arch(dy.device),
         warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from quantlib.backends.triton.tile import (
     store,
     unpack,
 )
-from quantlib.formats import Format
+from quantlib.backends.weight import QuantizedWeight
 
 
 @triton.jit
@@ -32,9 +32,9 @@ def dequantize_tile(
     M, K, scale_cols, codes_stride = sizes
     i, j = tl.arange(0, T.rows)[:, None], tl.arange(0, T.cols)[None, :]
     codes_ptr += i.to(tl.int64) * codes_stride
-    if F.packed:
-        byte = tl.arange(0, T.cols // 2)[None, :]
-        codes = unpack(load(codes_ptr + byte, (i < rows) & (byte < (cols + 1) // 2), MASKED), F)
+    if not F.whole:
+        byte = tl.arange(0, T.cols // F.per_byte)[None, :]
+        codes = unpack(load(codes_ptr + byte, (i < rows) & (byte * F.per_byte < cols), MASKED), F)
     else:
         codes = load(codes_ptr + j, (i < rows) & (j < cols), MASKED)
     s_eff, z = block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F, AFFINE)
@@ -45,7 +45,7 @@ def dequantize_tile(
 
 @triton.jit
 def dequantize_kernel(
-    codes_ptr,  # [M, K] of row F, or [M, ceil(K / 2)] bytes
+    codes_ptr,  # [M, K] of row F, or [M, ceil(K / P)] bytes
     scale_ptr,  # [ceil(M / br), ceil(K / bk)] float32
     zero_point_ptr,  # the same shape, int32, or None
     y_ptr,  # [M, K] of row Y
@@ -55,7 +55,7 @@ def dequantize_kernel(
     row_tile, col_tile = place(K, T)
     i, rows, block_i = block_rows(row_tile, M, br, T)
     j, cols, block_j, edge = block_cols(col_tile, K, bk, T)
-    codes_ptr = codes_at(codes_ptr, F) + i * codes_stride + (j // 2 if F.packed else j)
+    codes_ptr = codes_at(codes_ptr, F) + i * codes_stride + j // F.per_byte
     y_ptr = codes_at(y_ptr, Y) + i * K + j
     here, sizes = (rows, cols, block_i, block_j, edge), (M, K, scale_cols, codes_stride)
     if rows >= T.rows and cols >= T.cols:
@@ -64,19 +64,13 @@ def dequantize_kernel(
         dequantize_tile(codes_ptr, y_ptr, scale_ptr, zero_point_ptr, here, sizes, F, Y, AFFINE, T, ARCH, True)
 
 
-def dequantize(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    zero_point: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    shape, block = launch.flatten((out.shape[0], out.shape[1]), block, format)
+def dequantize(weight: QuantizedWeight, out: torch.Tensor) -> None:
+    codes, format, zero_point = launch.codes_of(weight.codes), weight.format, weight.zero_point
+    shape, block = launch.flatten(weight.shape, weight.block, format)
     tile = launch.choose_tile(shape, block, format)
     launch.launch(
         dequantize_kernel, launch.tiles(shape, block, tile), out.device,
-        launch.codes_of(codes), scale, zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]), codes.shape[1],
+        codes, weight.scale, zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]), codes.shape[1],
         format, formats.get(out.dtype), zero_point is not None, tile, launch.arch(out.device),
         warps=tile.warps,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from quantlib import formats
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.matmul import finish, load_scale
 from quantlib.backends.triton.tuning import MatmulTile
-from quantlib.formats import Format
+from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 INSTALLED = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # from Triton 3.4 on
 GROUP = 8  # rows of tiles that go through the weight together, while it is in the L2 cache
@@ -63,21 +63,15 @@ def split_columns(d):
     return d.reshape(d.shape[0], 2, d.shape[1] // 2).permute(0, 2, 1).split()
 
 
-def describable(
-    x_codes: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-) -> bool:
+def describable(x_codes: torch.Tensor, weight: QuantizedWeight, x_zero_point: torch.Tensor | None) -> bool:
     """Whether the kernel above multiplies these operands on their device."""
-    K = x_codes.shape[1]
+    codes, K = weight.codes, x_codes.shape[1]
     return (
         INSTALLED
         and launch.arch(codes.device) // 10 == 9
         and x_codes.dtype == codes.dtype == torch.int8
-        and x_zero_point is zero_point is None
-        and scale.shape[1] == 1
+        and x_zero_point is weight.zero_point is None
+        and weight.scale.shape[1] == 1
         and K > 0
         and K % 16 == 0
         and x_codes.data_ptr() % 16 == codes.data_ptr() % 16 == 0
@@ -87,25 +81,21 @@ def describable(
 def multiply_described(
     x_codes: torch.Tensor,
     x_scale: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    bias: torch.Tensor | None,
-    activation: str | None,
+    weight: QuantizedWeight,
+    epilogue: Epilogue,
     y: torch.Tensor,
     tile: MatmulTile,
 ) -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    (M, K), N, device = x_codes.shape, y.shape[1], codes.device
+    M, (N, K), device = len(x_codes), weight.shape, y.device
     tiles = launch.cdiv(M, tile.tile_m) * launch.cdiv(N, tile.tile_n)
     launch.launch(
         described_matmul_kernel, min(tiles, launch.processors(device)), device,
         TensorDescriptor(x_codes, [M, K], [K, 1], [tile.tile_m, tile.tile_k]),
-        TensorDescriptor(codes, [N, K], [K, 1], [tile.tile_n, tile.tile_k]),
-        x_scale, scale, bias, y,
-        M, N, K, block[0], format, formats.get(y.dtype), activation, x_scale.numel() > 1, GROUP,
+        TensorDescriptor(weight.codes, [N, K], [K, 1], [tile.tile_n, tile.tile_k]),
+        x_scale, weight.scale, epilogue.bias, y,
+        M, N, K, weight.block[0], weight.format, formats.get(y.dtype), epilogue.activation, x_scale.numel() > 1, GROUP,
         tile, launch.arch(device),
         warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

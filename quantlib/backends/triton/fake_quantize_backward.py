@@ -168,7 +168,7 @@ def fake_quantize_backward(
     grad_factor: float,
     dx: torch.Tensor,
     dscale: torch.Tensor,
-    dzero_point: torch.Tensor | None,
+    dzero_point: torch.Tensor | None = None,
 ) -> None:
     shape, block = launch.flatten((x.shape[0], x.shape[1]), block, formats.FLOAT32)
     chosen = launch.choose_blocks(shape, block, 2 * x.dtype.itemsize, formats.FLOAT32)  # of x and dy

@@ -58,14 +58,14 @@ def divisor(n: int) -> int:
 
 
 def tile_elements(format: Format) -> int:
-    """Half as many of a packed format: a thread's codes then need not pass through other threads to be packed."""
-    return ELEMENTS // 2 if format.packed else ELEMENTS
+    """Fewer of a packed format: a thread's codes then need not pass through other threads to be packed."""
+    return ELEMENTS // format.per_byte
 
 
 def flatten(shape: Shape, block: Shape, format: Format) -> tuple[Shape, Shape]:
     """The same elements as one row, where the elements of every block lie side by side."""
     (M, K), (br, bk) = shape, block
-    if format.packed and K % 2 and M > 1:  # a row ends inside a byte
+    if K % format.per_byte and M > 1:  # a row ends inside a byte
         return shape, block
     if bk == K:
         return (1, M * K), (1, br * K)

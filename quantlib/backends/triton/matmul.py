@@ -1,7 +1,7 @@
 """What the matmuls share: codes of a weight as operands of a dot, where they lie, and what follows the sum.
 
-A dot takes values of type D: float32, or x's own 16-bit type where that holds every q - z exactly, which all formats
-of at most eight bits do. Integers are read as signed, uint8 less 128, its zero point too.
+A dot takes values of type D: float32, or x's own 16-bit type where that holds every q - z exactly, as it does of the
+usual formats of at most eight bits. Integers are read as signed bytes, uint8 less 128, its zero point too.
 """
 
 import triton
@@ -16,11 +16,11 @@ from quantlib.backends.triton.numerics import (
     encode_float,
     int_to_float,
 )
-from quantlib.backends.triton.tile import codes_at, unpack
+from quantlib.backends.triton.tile import codes_at, spread_sign, unpack
 
 ROWS: tl.constexpr = tl.constexpr(TileLayout.ROWS)
 BYTES: tl.constexpr = tl.constexpr(TileLayout.BYTES)
-COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are side by side: all, or those of one nibble
+COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are side by side: all, or those of one place in a byte
 
 
 @triton.constexpr_function
@@ -29,16 +29,15 @@ def operand_type(X, F, EXACT, ARCH):
 
     EXACT says that codes are operands, not codes times a scale.
     """
-    holds = F.bits <= 8 or F.name == X.name
-    if ARCH == 0 or X.bits == 32 or not (EXACT and holds):
+    if ARCH == 0 or X.bits == 32 or not (EXACT and X.holds(F)):
         return tl.float32
     return tl.float16 if X.fraction_bits == 10 else tl.bfloat16
 
 
 @triton.constexpr_function
 def offset(F):
-    """What is taken from a code to make it signed."""
-    return 0 if F.is_float or F.signed else 128
+    """What is taken from a code so that a signed byte holds it."""
+    return 0 if F.is_float else F.excess
 
 
 # ---- codes to operands -----------------------------------------------------------------------------------------------
@@ -56,19 +55,19 @@ def load_x(ptr, mask, X: tl.constexpr, D: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def operand(code, F: tl.constexpr, D: tl.constexpr, ARCH: tl.constexpr):
-    """[...] code of F, one an element -> [...] D, exact: its value, less 128 for uint8"""
+    """[...] code of F, one an element -> [...] D, exact: its value, less its offset"""
     if F.is_float:
         if F.bits == 16 and tl.float32 != D:
             return code.to(D, bitcast=True)
         return decode_float(code, F, ARCH).to(D)
     elif F.bits == 8 and tl.float32 != D:
-        return int8_operand(code, F, D)
+        return byte_operand(code, F, D)
     else:
         return int_to_float(code.to(tl.int32) - offset(F)).to(D)
 
 
 @triton.jit
-def int8_operand(code, F: tl.constexpr, D: tl.constexpr):
+def byte_operand(code, F: tl.constexpr, D: tl.constexpr):
     """Four codes at a time beside the upper byte of a float whose last place is one, less what that adds."""
     if tl.bfloat16 == D:  # 128 + the seven low bits, less 128 or 256
         FLIP: tl.constexpr = "xor.b32 x, $2, 0x80808080;" if offset(F) else "mov.b32 x, $2;"
@@ -90,8 +89,8 @@ def int8_operand(code, F: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def int4_operands(byte, D: tl.constexpr):
-    """[...] bytes -> the values of their low and of their high nibbles, as for int8_operand"""
+def nibble_operands(byte, D: tl.constexpr):
+    """[...] bytes -> the signed values of their low and of their high nibbles, as for byte_operand"""
     if tl.bfloat16 == D:  # 128 + the code's distance from the lowest, less 136
         return tl.inline_asm_elementwise(
             "{ .reg .b32 x, y, a, b, c, d, one, magic; mov.b32 one, 0x3F803F80; mov.b32 magic, 0xC308C308;"
@@ -117,17 +116,19 @@ def int4_operands(byte, D: tl.constexpr):
 
 @triton.jit
 def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr):
-    """[tile_n / 16, 1024] bytes -> the operands of their halves, one or two, each [tile_n / 16, 1024] D"""
-    if not F.packed:
-        code = tiles if F.is_float or not F.signed else tiles.to(tl.int8, bitcast=True)
+    """[tile_n / 16, 1024] bytes -> the operands of each place in a byte, [tile_n / 16, 1024] D"""
+    if F.whole:
+        code = tiles.to(tl.int8, bitcast=True) if F.storage == "int8" else tiles
         return (operand(code, F, D, ARCH),)
-    elif F.is_float or tl.float32 == D:
-        low, high = (tiles & 15).to(tl.int32), (tiles >> 4).to(tl.int32)
-        if not F.is_float:
-            low, high = (low ^ 8) - 8, (high ^ 8) - 8
-        return operand(low, F, D, ARCH), operand(high, F, D, ARCH)
+    elif F.per_byte == 2 and F.signed and not F.is_float and tl.float32 != D:
+        return nibble_operands(tiles, D)
     else:
-        return int4_operands(tiles, D)
+        PLACES: tl.constexpr = F.per_byte
+        values = ()
+        for place in tl.static_range(PLACES):
+            code = spread_sign((tiles >> (place * F.bits)).to(tl.int32) & ((1 << F.bits) - 1), F)
+            values = values + (operand(code, F, D, ARCH),)  # noqa: RUF005 (Triton knows no starred tuple)
+        return values
 
 
 @triton.jit
@@ -156,7 +157,7 @@ def load_operands(
     codes_ptr, n_first, step, stride, N, K, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, TILED: tl.constexpr,
     MASKED: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Rows n_first.. of the weight, step ``step`` of K -> [tile_n, T.tile_k] D, in two halves for tiles of four bits"""
+    """Rows n_first.. of the weight, step ``step`` of K -> [tile_n, T.tile_k] D, from tiles one a place in a byte"""
     if TILED:
         row = n_first // ROWS + tl.arange(0, T.tile_n // ROWS)[:, None]
         byte = (row * stride + step) * BYTES + tl.arange(0, BYTES)[None, :]
@@ -169,12 +170,12 @@ def load_operands(
 
 @triton.jit
 def load_codes(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
-    """Codes of the rows that ptr [tile_n, 1] points to, T.tile_k of them from column k, which is even where a byte
-    holds two; 0 past ``end`` and where there is no row"""
+    """Codes of the rows that ptr [tile_n, 1] points to, T.tile_k of them from column k, which begins a byte;
+    0 past ``end`` and where there is no row"""
     column = k + tl.arange(0, T.tile_k)[None, :]
-    if F.packed:
-        byte = k // 2 + tl.arange(0, T.tile_k // 2)[None, :]
-        code = unpack(tl.load(ptr + byte, rows & (2 * byte < end) if MASKED else rows, 0), F)
+    if not F.whole:
+        byte = k // F.per_byte + tl.arange(0, T.tile_k // F.per_byte)[None, :]
+        code = unpack(tl.load(ptr + byte, rows & (F.per_byte * byte < end) if MASKED else rows, 0), F)
         return tl.where(column < end, code, 0) if MASKED else code
     else:
         return tl.load(ptr + column, rows & (column < end) if MASKED else rows, 0)
@@ -182,23 +183,25 @@ def load_codes(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.c
 
 @triton.jit
 def load_byte(ptr, mask, F: tl.constexpr):
-    """Codes of eight bits as signed bytes, less 128 for uint8; 0 where there is none"""
+    """Codes of eight bits as signed bytes, less their offset; 0 where there is none"""
     if offset(F):
-        return (tl.load(ptr, mask, 128) ^ 128).to(tl.int8, bitcast=True)
+        return (tl.load(ptr, mask, offset(F)) ^ offset(F)).to(tl.int8, bitcast=True)
     else:
         return tl.load(ptr, mask, 0)
 
 
 @triton.jit
-def load_nibbles(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
-    """Codes of four bits from column k on as signed bytes. Where a group may begin inside a byte, MASKED, each code is
-    read by itself."""
+def load_narrow(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.constexpr):
+    """Codes of fewer than eight bits from column k on as signed bytes. Where a group may begin inside a byte, MASKED,
+    each code is read by itself."""
     if MASKED:
         column = k + tl.arange(0, T.tile_k)[None, :]
-        byte = tl.load(ptr + column // 2, rows & (column < end), 0).to(tl.int32)
-        return ((((byte >> (column % 2 * 4).to(tl.int32)) & 15) ^ 8) - 8).to(tl.int8)
+        byte = tl.load(ptr + column // F.per_byte, rows & (column < end), 0).to(tl.int32)
+        code = (byte >> (column % F.per_byte * F.bits).to(tl.int32)) & ((1 << F.bits) - 1)
+        return spread_sign(code, F).to(tl.int8)
     else:
-        return unpack(tl.load(ptr + (k // 2 + tl.arange(0, T.tile_k // 2)[None, :]), rows, 0), F).to(tl.int8)
+        byte = k // F.per_byte + tl.arange(0, T.tile_k // F.per_byte)[None, :]
+        return unpack(tl.load(ptr + byte, rows, 0), F).to(tl.int8)
 
 
 # ---- scales and zero points ------------------------------------------------------------------------------------------

@@ -56,6 +56,13 @@ def qmax(F, AFFINE):
     return F.range(AFFINE)[1]
 
 
+@triton.constexpr_function
+def eight_bits(F):
+    """What the instruction set calls F, "e4m3" or "e5m2"; "" where it does not know it"""
+    shape = (F.bits, F.exponent_bits, F.bias, F.has_inf, F.nan)
+    return {(8, 4, 7, False, "high"): "e4m3", (8, 5, 15, True, "high"): "e5m2"}.get(shape, "")
+
+
 # ---- float formats ---------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +75,7 @@ def encode_float(x, F: tl.constexpr, SATURATE: tl.constexpr, ARCH: tl.constexpr)
         code = bits
     elif ARCH >= 80 and F.bits == 16:
         code = convert_16(x, F, SATURATE)
-    elif ARCH >= 89 and F.bits == 8 and SATURATE:
+    elif ARCH >= 89 and SATURATE and eight_bits(F) != "":
         code = convert_8(x, F)
     else:
         SHIFT: tl.constexpr = 23 - F.fraction_bits
@@ -83,8 +90,10 @@ def encode_float(x, F: tl.constexpr, SATURATE: tl.constexpr, ARCH: tl.constexpr)
             r = tl.where(a < ((128 - F.bias) << 23), small.to(tl.int32), r)
         # 4. too large: the largest finite value, or what the format has beyond it
         r = tl.minimum(r, F.max_code) if SATURATE else tl.where(r > F.max_code, F.overflow_code, r)
-        # 5. sign; NaN last
+        # 5. sign, of a zero only where there is -0; NaN last
         code = r.to(tl.uint32) | ((bits >> 31) << (F.bits - 1))
+        if not F.has_negative_zero:
+            code = tl.where(r == 0, 0, code)
     return tl.where(a > INFINITY, F.nan_code, code)
 
 
@@ -100,8 +109,7 @@ def convert_16(x, F: tl.constexpr, SATURATE: tl.constexpr):
 @triton.jit
 def convert_8(x, F: tl.constexpr):
     """encode_float, saturating, for every x but NaN: from FP32 in one rounding, where ``.to`` may go through FP16"""
-    TYPE: tl.constexpr = "e4m3x2" if F.exponent_bits == 4 else "e5m2x2"
-    PAIR: tl.constexpr = "cvt.rn.satfinite." + TYPE + ".f32 "
+    PAIR: tl.constexpr = "cvt.rn.satfinite." + eight_bits(F) + "x2.f32 "
     code = tl.inline_asm_elementwise(
         "{ .reg .b16 a, b; " + PAIR + "a, $2, $1; " + PAIR + "b, $4, $3; mov.b32 $0, {a, b}; }",
         "=r,f,f,f,f", [x], dtype=tl.uint8, is_pure=True, pack=4,
@@ -118,8 +126,8 @@ def decode_float(code, F: tl.constexpr, ARCH: tl.constexpr):
         return float_of(code.to(tl.uint32) << 16)
     if F.bits == 16:
         return code.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    if ARCH >= 89 and F.bits == 8:
-        TYPE: tl.constexpr = tl.float8e4nv if F.exponent_bits == 4 else tl.float8e5
+    if ARCH >= 89 and eight_bits(F) != "":
+        TYPE: tl.constexpr = tl.float8e4nv if eight_bits(F) == "e4m3" else tl.float8e5
         return code.to(tl.uint8).to(TYPE, bitcast=True).to(tl.float16).to(tl.float32)
     code = code.to(tl.uint32)
     a = code & (F.sign_bit - 1)
@@ -133,7 +141,9 @@ def decode_float(code, F: tl.constexpr, ARCH: tl.constexpr):
     if F.has_inf:
         bits = tl.where(a == F.overflow_code, INFINITY, bits)
     bits = bits | ((code >> (F.bits - 1)) << 31)
-    if F.has_nan:
+    if not F.has_negative_zero:
+        bits = tl.where(bits == 0x80000000, NAN, bits)
+    elif F.has_nan:
         bits = tl.where(a > (F.overflow_code if F.has_inf else F.max_code), NAN, bits)
     return float_of(bits)
 

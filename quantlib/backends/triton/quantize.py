@@ -35,11 +35,11 @@ def quantize_tile(
     s_eff, z = block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F, AFFINE)
     t = decode_float(x, X, ARCH) * spread(reciprocal(s_eff), edge, T)
     codes = encode(t, spread(z, edge, T) if AFFINE else z, F, AFFINE, ARCH)
-    if F.packed:
-        if MASKED:  # the nibble past an odd K is 0
+    if not F.whole:
+        if MASKED:  # what follows the last code of a byte is 0
             codes = tl.where(j < cols, codes, 0)
-        codes = pack(codes)
-        j, cols = tl.arange(0, T.cols // 2)[None, :], (cols + 1) // 2
+        codes = pack(codes, F)
+        j, cols = tl.arange(0, T.cols // F.per_byte)[None, :], (cols + F.per_byte - 1) // F.per_byte
     store(codes_ptr + i.to(tl.int64) * codes_stride + j, codes, (i < rows) & (j < cols), MASKED)
 
 
@@ -48,7 +48,7 @@ def quantize_kernel(
     x_ptr,  # [M, K] of row X
     scale_ptr,  # [ceil(M / br), ceil(K / bk)] float32
     zero_point_ptr,  # the same shape, int32, or None
-    codes_ptr,  # [M, K] of row F, or [M, ceil(K / 2)] bytes
+    codes_ptr,  # [M, K] of row F, or [M, ceil(K / P)] bytes
     M, K, br, bk, scale_cols, codes_stride,
     X: tl.constexpr, F: tl.constexpr, AFFINE: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def quantize_kernel(
     i, rows, block_i = block_rows(row_tile, M, br, T)
     j, cols, block_j, edge = block_cols(col_tile, K, bk, T)
     x_ptr = codes_at(x_ptr, X) + i * K + j
-    codes_ptr = codes_at(codes_ptr, F) + i * codes_stride + (j // 2 if F.packed else j)
+    codes_ptr = codes_at(codes_ptr, F) + i * codes_stride + j // F.per_byte
     here, sizes = (rows, cols, block_i, block_j, edge), (M, K, scale_cols, codes_stride)
     if rows >= T.rows and cols >= T.cols:
         quantize_tile(x_ptr, codes_ptr, scale_ptr, zero_point_ptr, here, sizes, X, F, AFFINE, T, ARCH, False)

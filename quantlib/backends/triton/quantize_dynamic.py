@@ -18,7 +18,7 @@ from quantlib.formats import Format
 @triton.jit
 def quantize_dynamic_kernel(
     x_ptr,  # [M, K] of row X
-    codes_ptr,  # [M, K] of row F, or [M, ceil(K / 2)] bytes
+    codes_ptr,  # [M, K] of row F, or [M, ceil(K / P)] bytes
     scale_ptr,  # [ceil(M / br), ceil(K / bk)] float32
     zero_point_ptr,  # the same shape, int32, or None
     M, K, br, bk, scale_cols, blocks, codes_stride,
@@ -27,23 +27,24 @@ def quantize_dynamic_kernel(
     b = tl.program_id(0).to(tl.int64) * B.count + tl.arange(0, B.count)
     i, j, rows, cols = block_at(b[:, None, None], M, K, br, bk, scale_cols, B)
     x_ptr = codes_at(x_ptr, X) + (i * K + j)
-    codes_ptr = codes_at(codes_ptr, F) + (i * codes_stride + (j // 2 if F.packed else j))
+    codes_ptr = codes_at(codes_ptr, F) + (i * codes_stride + j // F.per_byte)
     exists = b[:, None, None] < blocks
     chunks, lowest, highest = read_blocks(x_ptr, K, rows, cols, exists, X, AFFINE, B)
     s, z = range_scale(lowest, highest, X, F, AFFINE)
     store_scale(scale_ptr, zero_point_ptr, b, s, z, b < blocks, AFFINE)
     r_scale, z = reciprocal(s)[:, None, None], z[:, None, None]
     CHUNKS: tl.constexpr = B.chunks
+    WIDTH: tl.constexpr = B.cols // F.per_byte  # of the bytes of a chunk
     for u in tl.static_range(CHUNKS):
         r, c = chunk_at(u, B)
         codes = encode(decode_float(chunks[u], X, ARCH) * r_scale, z, F, AFFINE, ARCH)
         inside = exists & (r < rows)
-        if F.packed:
-            if not B.exact:  # the nibble past an odd K is 0
+        if not F.whole:
+            if not B.exact:  # what follows the last code of a byte is 0
                 codes = tl.where(c < cols, codes, 0)
-            codes = pack(codes.reshape(B.count * B.rows, B.cols)).reshape(B.count, B.rows, B.cols // 2)
-            c = tl.arange(0, B.cols // 2)[None, None, :] + (0 if B.rows > 1 else u * (B.cols // 2))
-            store(codes_ptr + r * codes_stride + c, codes, inside & (c < (cols + 1) // 2), not B.exact)
+            codes = pack(codes.reshape(B.count * B.rows, B.cols), F).reshape(B.count, B.rows, WIDTH)
+            c = tl.arange(0, WIDTH)[None, None, :] + (0 if B.rows > 1 else u * WIDTH)
+            store(codes_ptr + r * codes_stride + c, codes, inside & (c * F.per_byte < cols), not B.exact)
         else:
             store(codes_ptr + r * codes_stride + c, codes, inside & (c < cols), not B.exact)
 
@@ -54,11 +55,11 @@ def quantize_dynamic(
     block: launch.Shape,
     codes: torch.Tensor,
     scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
+    zero_point: torch.Tensor | None = None,
 ) -> None:
     shape, flat_block = launch.flatten((x.shape[0], x.shape[1]), block, format)
     chosen = launch.choose_blocks(shape, flat_block, x.dtype.itemsize, format)
-    shares_a_byte = format.packed and flat_block[1] % 2 == 1 and not chosen.across
+    shares_a_byte = flat_block[1] % format.per_byte > 0 and not chosen.across
     if not chosen.chunks or shares_a_byte:
         compute_scale(x, format, block, scale, zero_point)
         quantize(x, scale, format, block, zero_point, codes)

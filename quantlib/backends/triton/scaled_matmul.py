@@ -17,14 +17,14 @@ from quantlib.backends.triton.matmul import (
     arrive,
     finish,
     load_byte,
-    load_nibbles,
+    load_narrow,
     load_scale,
     offset,
     sum_splits,
     zero_points,
 )
 from quantlib.backends.triton.tile import codes_at
-from quantlib.formats import Format
+from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def scaled_matmul_kernel(
         for k in range(first, end, T.tile_k):
             column = k + tl.arange(0, T.tile_k)
             x = load_byte(x_ptr + column[:, None], batch & (column < end)[:, None] if MASKED else batch, X)
-            if F.packed:
-                w = load_nibbles(codes_ptr, rows, k, end, F, T, MASKED)
+            if not F.whole:
+                w = load_narrow(codes_ptr, rows, k, end, F, T, MASKED)
             else:
                 w = load_byte(codes_ptr + column[None, :], rows & (column < end)[None, :] if MASKED else rows, F)
             d = tl.dot(w, x, d, out_dtype=tl.int32)
@@ -108,34 +108,30 @@ def scaled_matmul_kernel(
 def scaled_matmul(
     x_codes: torch.Tensor,
     x_scale: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
+    weight: QuantizedWeight,
     x_zero_point: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str | None,
+    epilogue: Epilogue,
     y: torch.Tensor,
     tile: tuning.MatmulTile | None = None,
 ) -> None:
     """Cut as ``tile`` says, or as `tuning` does."""
-    (M, K), N, groups, device = x_codes.shape, y.shape[1], scale.shape[1], y.device
+    M, (N, K), scale, bk, device = len(x_codes), weight.shape, weight.scale, weight.block[1], y.device
     if tile is None:
         tile = tuning.choose_scaled(
-            (M, N, K), format, block[1], launch.device_name(device), launch.shared_memory(device), y.dtype,
-            describable(x_codes, codes, scale, x_zero_point, zero_point),
+            (M, N, K), weight.format, bk, launch.device_name(device), launch.shared_memory(device), y.dtype,
+            describable(x_codes, weight, x_zero_point),
         )  # fmt: skip
     if tile.described:
-        multiply_described(x_codes, x_scale, codes, scale, format, block, bias, activation, y, tile)
+        multiply_described(x_codes, x_scale, weight, epilogue, y, tile)
         return
     tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.int32, tiles, y.device)
-    masked = min(block[1], K) % tile.tile_k > 0 or K % block[1] % tile.tile_k > 0
+    masked = min(bk, K) % tile.tile_k > 0 or K % bk % tile.tile_k > 0
     launch.launch(
         scaled_matmul_kernel, tiles * tile.splits, y.device,
-        x_codes, x_scale, x_zero_point, codes, scale, zero_point, bias, y, partial, ticket,
-        M, N, K, *block, groups, codes.shape[1], formats.get(x_codes.dtype), format, formats.get(y.dtype), activation,
+        x_codes, x_scale, x_zero_point, weight.codes, scale, weight.zero_point, epilogue.bias, y, partial, ticket,
+        M, N, K, *weight.block, scale.shape[1], weight.codes.shape[1],
+        formats.get(x_codes.dtype), weight.format, formats.get(y.dtype), epilogue.activation,
         x_scale.numel() > 1, masked, tile, launch.arch(y.device),
         warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

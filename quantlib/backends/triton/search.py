@@ -21,6 +21,7 @@ from quantlib.backends.tiles import TileLayout
 from quantlib.backends.triton import dequant_matmul, dequant_matmul_backward, launch, scaled_matmul, tuning
 from quantlib.backends.triton.descriptors import describable
 from quantlib.backends.triton.tables import Entry, Key, MatmulTile, is_sound
+from quantlib.backends.weight import Epilogue, Layout, QuantizedWeight
 
 # The matmuls that modules start: op, format, columns that share a scale, and whether the codes lie in tiles.
 FAMILIES = {
@@ -135,7 +136,7 @@ class Matmul:
         M, N, K, device = key.M, key.N, key.K, on.device
         self.block, self.dtype = (1, key.group or K), getattr(torch, key.dtype)
         groups = -(-K // self.block[1])
-        shape = TileLayout(self.format).shape(N, K) if key.tiled else (N, -(-K * self.format.bits // 8))
+        shape = TileLayout(self.format).shape(N, K) if key.tiled else (N, self.format.columns(K))
         stored = torch.uint8 if key.tiled or self.format.packed else getattr(torch, self.format.dtype_name)
         bytes_of_codes = torch.Size(shape).numel()
         self.copies = max(1, min(64, -(-3 * on.cache // bytes_of_codes)))
@@ -149,7 +150,7 @@ class Matmul:
             self.x = torch.randn(M, width, device=device).to(self.dtype)
             self.exact_x = torch.randint(-1, 2, (M, width), device=device).to(self.dtype)
         self.y = torch.empty(M, K if key.op == "dequant_matmul_backward" else N, dtype=self.dtype, device=device)
-        self.describable = key.op == "scaled_matmul" and describable(self.x, self.codes[0], self.scale, None, None)
+        self.describable = key.op == "scaled_matmul" and describable(self.x, self.weight(self.codes[0]), None)
 
     def exact(self, tile: MatmulTile) -> torch.Tensor:
         """y of a tile, whose memory held NaN before."""
@@ -160,14 +161,18 @@ class Matmul:
     def run(self, tile: MatmulTile, copy: int) -> None:
         self.call(self.x, self.codes[copy], tile)
 
+    def weight(self, codes: torch.Tensor) -> QuantizedWeight:
+        layout: Layout = "tiles" if self.key.tiled else "plain"
+        return QuantizedWeight(codes, self.scale, self.format, self.block, None, (self.key.N, self.key.K), layout)
+
     def call(self, x: torch.Tensor, codes: torch.Tensor, tile: MatmulTile) -> None:
-        weight: tuple[Any, ...] = (codes, self.scale, self.format, self.block)
+        weight = self.weight(codes)
         if self.key.op == "dequant_matmul":
-            dequant_matmul.dequant_matmul(x, *weight, None, None, None, False, self.key.tiled, self.y, tile)
+            dequant_matmul.dequant_matmul(x, weight, Epilogue(), False, self.y, tile)
         elif self.key.op == "scaled_matmul":
-            scaled_matmul.scaled_matmul(x, self.x_scale, *weight, None, None, None, None, self.y, tile)
+            scaled_matmul.scaled_matmul(x, self.x_scale, weight, None, Epilogue(), self.y, tile)
         else:
-            dequant_matmul_backward.dequant_matmul_backward(x, *weight, None, self.y, tile)
+            dequant_matmul_backward.dequant_matmul_backward(x, weight, self.y, tile)
 
 
 def random_bytes(shape: Any, device: torch.device) -> torch.Tensor:

@@ -26,7 +26,7 @@ from quantlib.backends.triton.matmul import (
 from quantlib.backends.triton.numerics import encode_float
 from quantlib.backends.triton.tile import codes_at
 from quantlib.backends.triton.tuning import MatmulTile
-from quantlib.formats import Format
+from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 FINISH_ROWS: tl.constexpr = tl.constexpr(16)
 FINISH_COLS: tl.constexpr = tl.constexpr(256)
@@ -44,7 +44,7 @@ def slab_kernel(
 ):  # fmt: skip
     D: tl.constexpr = operand_type(X, F, SCALES == "row", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
-    HALVES: tl.constexpr = 2 if TILED and F.packed else 1
+    HALVES: tl.constexpr = F.per_byte if TILED else 1
     steps = tl.cdiv(K, T.tile_k)
     row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, tl.program_id(0) % steps
     operands = load_operands(codes_ptr, first + row_tile, step, stride, end, K, F, D, T, TILED, MASKED, ARCH)
@@ -89,19 +89,16 @@ def finish_kernel(
 
 
 def multiply_slabs(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    format: Format,
-    block: launch.Shape,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str | None,
-    tiled: bool,
-    y: torch.Tensor,
-    tile: MatmulTile,
+    x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue, y: torch.Tensor, tile: MatmulTile
 ) -> None:
-    (M, K), N, X, arch = x.shape, y.shape[1], formats.get(x.dtype), launch.arch(x.device)
+    M, (N, K), X, arch = len(x), weight.shape, formats.get(x.dtype), launch.arch(x.device)
+    codes, scale, format, block, tiled = (
+        launch.codes_of(weight.codes),
+        weight.scale,
+        weight.format,
+        weight.block,
+        weight.tiled,
+    )
     by_row = scale.shape[1] == 1
     scales = "row" if by_row else "element" if block[1] % (COLUMNS.value if tiled else tile.tile_k) else "step"
     slab = torch.empty(min(tile.slab, N), K, dtype=x.dtype, device=x.device)
@@ -109,7 +106,7 @@ def multiply_slabs(
         end = min(first + tile.slab, N)
         launch.launch(
             slab_kernel, launch.cdiv(end - first, tile.tile_n) * launch.cdiv(K, tile.tile_k), x.device,
-            launch.codes_of(codes), scale, zero_point, slab,
+            codes, scale, weight.zero_point, slab,
             first, end, K, *block, scale.shape[1], codes.shape[1],
             X, format, scales, tiled, K % tile.tile_k > 0, tile, arch,
             warps=tile.warps,
@@ -118,7 +115,7 @@ def multiply_slabs(
         programs = launch.cdiv(M, FINISH_ROWS.value) * launch.cdiv(end - first, FINISH_COLS.value)
         launch.launch(
             finish_kernel, programs, x.device,
-            total, scale, bias, y, M, N, first, end, block[0], X, format, activation, by_row, arch,
+            total, scale, epilogue.bias, y, M, N, first, end, block[0], X, format, epilogue.activation, by_row, arch,
             warps=4,
         )  # fmt: skip
 

@@ -243,7 +243,8 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
 
 def takes_slab(key: Key) -> bool:
     """Weights may be made x's type (C11): many rows, and their codes or, in bfloat16, their products fit."""
-    fits = formats.get(key.format).bits <= 8 or key.format == key.dtype
+    x_format = formats.get(key.dtype)
+    fits = isinstance(x_format, formats.FloatFormat) and x_format.holds(formats.get(key.format))
     return (
         key.op == OPS[0]
         and key.M > 64
@@ -256,7 +257,7 @@ def takes_slab(key: Key) -> bool:
 def takes_descriptors(key: Key, tile: MatmulTile) -> bool:
     """See descriptors.py."""
     fits = key.K % 16 == 0 and 32 <= tile.tile_k <= 128 and tile.warps % 4 == 0 and tile.tile_m >= 64
-    return key.op == OPS[2] and key.format == "int8" and key.group == 0 and fits
+    return key.op == OPS[2] and formats.get(key.format).storage == "int8" and key.group == 0 and fits
 
 
 def shared_bytes(key: Key, tile: MatmulTile) -> int:
@@ -265,7 +266,8 @@ def shared_bytes(key: Key, tile: MatmulTile) -> int:
     steps, cols = (t.tile_n, t.tile_k) if backward else (t.tile_k, t.tile_n)  # of a sum, and of sums
     wide = 1 if scaled else DTYPES[key.dtype]
     weights, sums = t.tile_n * t.tile_k, t.tile_m * cols * 4
-    loads = t.stages * (weights * formats.get(key.format).bits // 8 + t.tile_m * steps * wide)
+    codes = int(weights * formats.get(key.format).bytes_per_element)
+    loads = t.stages * (codes + t.tile_m * steps * wide)
     if key.op == OPS[0] and key.group % (64 if key.tiled else t.tile_k):  # a scale and a zero point for every weight
         loads += t.stages * weights * 8
     return (loads + sums // 4 if t.described else max(loads + weights * wide, sums)) + 1024

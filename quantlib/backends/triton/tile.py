@@ -17,7 +17,7 @@ def codes_at(ptr, F: tl.constexpr):
         return ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
     elif F.bits == 16:
         return ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
-    elif F.is_float or not F.signed or F.packed:
+    elif F.storage == "uint8":
         return ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     else:
         return ptr.to(tl.pointer_type(tl.int8), bitcast=True)
@@ -105,18 +105,40 @@ def spread(values, edge, T: tl.constexpr):
 
 
 @triton.jit
-def pack(codes):
-    """[rows, cols] uint32 codes of four bits -> [rows, cols / 2] bytes, the even column in the low nibble."""
-    even, odd = tl.split(codes.reshape(codes.shape[0], codes.shape[1] // 2, 2))
-    return (even & 15) | (odd << 4)
+def pack(codes, F: tl.constexpr, BITS: tl.constexpr = None):
+    """[rows, cols] codes -> [rows, cols / P] bytes that P of them share: pairs of BITS bits, then pairs of those."""
+    WIDTH: tl.constexpr = F.bits if BITS is None else BITS
+    if F.packed and WIDTH < 8:
+        even, odd = tl.split(codes.reshape(codes.shape[0], codes.shape[1] // 2, 2))
+        return pack((even & ((1 << WIDTH) - 1)) | (odd << WIDTH), F, 2 * WIDTH)
+    elif F.packed:
+        return codes
+    else:
+        return codes & ((1 << F.bits) - 1)
 
 
 @triton.jit
 def unpack(packed, F: tl.constexpr):
-    """[rows, cols / 2] bytes -> [rows, cols] codes, their sign spread where F is an integer format."""
-    packed = packed.to(tl.int32)
-    codes = tl.join(packed & 15, packed >> 4).reshape(packed.shape[0], packed.shape[1] * 2)
-    return codes if F.is_float else (codes ^ 8) - 8
+    """[rows, cols / P] bytes that P codes share -> [rows, cols] codes, with their sign in an integer format."""
+    return spread_sign(halve(packed.to(tl.int32), F.bits if F.packed else 8), F)
+
+
+@triton.jit
+def halve(codes, BITS: tl.constexpr, WIDTH: tl.constexpr = 8):
+    """[rows, cols] of WIDTH bits -> as many of BITS bits as those are, side by side"""
+    if WIDTH == BITS:
+        return codes
+    else:
+        low, high = codes & ((1 << (WIDTH // 2)) - 1), codes >> (WIDTH // 2)
+        codes = tl.join(low, high).reshape(codes.shape[0], codes.shape[1] * 2)
+        return halve(codes, BITS, WIDTH // 2)
+
+
+@triton.jit
+def spread_sign(code, F: tl.constexpr):
+    """The low bits of an int32 -> a code, with its sign in an integer format"""
+    code = code if F.packed else code & ((1 << F.bits) - 1)
+    return (code ^ (1 << (F.bits - 1))) - (1 << (F.bits - 1)) if F.signed and not F.is_float else code
 
 
 @triton.jit

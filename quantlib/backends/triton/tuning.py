@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import torch
 
+from quantlib import formats
 from quantlib.backends.tiles import TileLayout
 from quantlib.backends.triton.launch import cdiv, divisor, power_of_2, shown
 from quantlib.backends.triton.tables import FEW, Key, MatmulTile, bucket, lookup, shared_bytes
-from quantlib.formats import Format
+from quantlib.formats import FloatFormat, Format
 
 PROGRAMS = 512  # enough to fill a device: a number of no device, so that the bytes are those of every device
 ENOUGH = 96  # tiles, nearly one a multiprocessor
@@ -62,8 +63,9 @@ def choose_matmul(
 def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bool:
     """Whether the vendor's matmul is faster: more than 512 rows of a type that holds the operands (slab.py)."""
     M, _, K = shape
-    holds = format.bits <= 8 or format.name == str(dtype).removeprefix("torch.")
-    return M > 512 and dtype != torch.float32 and holds and (bk >= K > 0 or dtype == torch.bfloat16)
+    x_format = formats.get(dtype)
+    holds = isinstance(x_format, FloatFormat) and x_format.bits == 16 and x_format.holds(format)
+    return M > 512 and holds and (bk >= K > 0 or dtype == torch.bfloat16)
 
 
 def slab_rows(K: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantlib import backends, formats, ops, reference
+from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing import compare, learned, product, table
 from quantlib.testing.bytes import Array, bits, poisoned
@@ -154,7 +155,7 @@ def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]
         layout=pick(rng, ("contiguous", "offset")),
         tiled=op == "dequant_matmul" and f.bits <= 8 and rng.random() < 0.3,
         batch_invariant=bool(rng.integers(2)),
-        x_format=pick(rng, ("int8", "uint8")),
+        x_format=pick(rng, X_FORMATS),
         x_symmetric=bool(rng.integers(2)),
         per_row=bool(rng.integers(2)),
     )
@@ -189,8 +190,8 @@ def _helper(rng: Rng, op: str) -> Call:
     N, K = int(rng.integers(1, 40)), int(rng.integers(1, 200))
     if op in ("pack", "unpack"):
         f = pick(rng, [f.name for f in formats.TABLE if f.packed])
-        low, high = (-8, 8) if f == "int4" else (0, 16)
-        one = rng.integers(low, high, (N, K)).astype(np.int8 if f == "int4" else np.uint8)
+        low, high = formats.get(f).code_range
+        one = rng.integers(low, high + 1, (N, K)).astype(np.int8 if low else np.uint8)
         two = reference.pack(one, formats.get(f))
         if op == "pack":
             return Call(op, f"quantlib.{op}", {"codes": torch.from_numpy(one), "format": f}, (two,))
@@ -284,8 +285,8 @@ def pick(rng: Rng, options: Iterable[Any]) -> Any:
 
 
 def served() -> tuple[str, ...]:
-    """The backends of the CPU that are fast enough to be tried thousands of times."""
-    return tuple(b for b in ("composite", "cpp") if backends.refuses(b, "cpu") is None)
+    """The backends that the CPU prefers: they are fast enough to be tried thousands of times."""
+    return tuple(b for b in reversed(backends.order("cpu")) if backends.refuses(b, "cpu") is None)
 
 
 def _floats(codes: Array, format: str) -> Array:

@@ -1,0 +1,22 @@
+// x_codes, x_scale = quantize_dynamic(x) a row, y = scaled_matmul(x_codes, x_scale, codes, scale)
+#include "../ops/dynamic_matmul.h"
+
+#include "../ops/quantize_dynamic.h"
+#include "../ops/scaled_matmul.h"
+#include "kernels.h"
+
+namespace quantlib {
+namespace QL_ISA {
+
+void quantize_dynamic(const QuantizeDynamic&, ParallelFor);
+void scaled_matmul(const ScaledMatmul&, ParallelFor);
+
+void dynamic_matmul(const DynamicMatmul& p, ParallelFor run) {
+  const int64_t M = p.M, K = p.weight.grid.K;
+  if (K) quantize_dynamic({{M, K, 1, K}, p.x, p.x_type, Type::int8, p.x_codes, p.x_scale, nullptr}, run);
+  else __builtin_memset(p.x_scale, 0, uint64_t(M) * sizeof(float));  // any finite scale will do
+  scaled_matmul({M, p.x_codes, Type::int8, p.x_scale, nullptr, true, p.weight, p.epilogue, p.y, p.x_type}, run);
+}
+
+}  // namespace QL_ISA
+}  // namespace quantlib

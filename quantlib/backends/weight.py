@@ -1,0 +1,72 @@
+"""The weight w and the epilogue of a product: y = encode(activation(x w^T + bias)).
+
+w[n, k] = decode(codes[n, k]) * scale[n // br, k // bk]. An op binds both from the arguments of its schema
+(``quantlib/ops/declare.py``), and kernels take them as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantlib.backends.tiles import TileLayout
+from quantlib.formats import Format
+from quantlib.spec import matrix_shape
+
+# How codes lie in memory: as a matrix [N, K], two a byte where the format is packed, or as `TileLayout` orders them.
+Layout = Literal["plain", "tiles"]
+
+
+class QuantizedWeight(NamedTuple):
+    """Codes, and all that says which values they stand for.
+
+    A kernel is given contiguous tensors, a block that is clamped to the shape, and codes that are viewed as [N, K].
+    """
+
+    codes: Tensor  # [N, K] of the format's dtype, [N, ceil(K / 2)] uint8 where it is packed, or tiles
+    scale: Tensor  # [ceil(N / br), ceil(K / bk)] float32
+    format: Format
+    block: tuple[int, int]  # br, bk: rows and columns that share a scale
+    zero_point: Tensor | None  # int32 of scale's shape
+    shape: tuple[int, int]  # N, K
+    layout: Layout = "plain"
+
+    @property
+    def tiled(self) -> bool:
+        return self.layout == "tiles"
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """codes, scale, format, block and zero_point, as the ops of ``torch.ops.quantlib`` take them."""
+        return self.codes, self.scale, self.format.name, self.block, self.zero_point
+
+    def plain(self) -> QuantizedWeight:
+        """The same weight with its codes as a matrix."""
+        if not self.tiled:
+            return self
+        return self._replace(codes=TileLayout(self.format).unpack(self.codes, *self.shape), layout="plain")
+
+    def for_kernel(self) -> QuantizedWeight:
+        """The same weight, of at least one element, as kernels take it."""
+        (N, K), (br, bk) = self.shape, self.block
+        codes = self.codes.contiguous()
+        return self._replace(
+            codes=codes if self.tiled else codes.view(matrix_shape(codes.shape)),
+            scale=self.scale.contiguous(),
+            block=(min(br, max(N, 1)), min(bk, max(K, 1))),
+            zero_point=None if self.zero_point is None else self.zero_point.contiguous(),
+        )
+
+
+class Epilogue(NamedTuple):
+    """What follows the sums of a product: y[m, n] = encode(activation(fl(total[m, n] + bias[n])))."""
+
+    bias: Tensor | None = None  # [N] float32, float16 or bfloat16; contiguous float32 for a kernel
+    activation: str | None = None
+    dtype: torch.dtype | None = None  # of y; None where it is that of x
+
+    def for_kernel(self) -> Epilogue:
+        """The same with the bias as kernels add it: float32 holds every bias exactly."""
+        return self if self.bias is None else self._replace(bias=self.bias.to(torch.float32).contiguous())

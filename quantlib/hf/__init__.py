@@ -1,0 +1,18 @@
+"""``quantization_config=QuantlibConfig("W4A16")``: transformers quantizes a model while it loads it.
+
+Importing this module registers the method ``"quantlib"`` with transformers: from then on ``from_pretrained`` also reads
+the folders that ``save_pretrained`` and ``quantlib quantize`` write. Where peft is installed, adapters over quantized
+layers merge into codes, and unmerge to the codes of before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from quantlib.hf.config import QuantlibConfig
+from quantlib.hf.quantizer import QuantlibQuantizer
+
+if importlib.util.find_spec("peft") is not None:
+    import quantlib.hf.lora  # noqa: F401 # for what it changes in peft
+
+__all__ = ["QuantlibConfig", "QuantlibQuantizer"]

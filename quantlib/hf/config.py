@@ -1,0 +1,99 @@
+"""What a ``quantization_config`` of quantlib says: the spec of the layers, what stays a float, what was quantized."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantlib.api import check_on_nonfinite
+from quantlib.measure import OnNonfinite
+from quantlib.record import LIBRARY, VERSION
+from quantlib.spec import QuantSpec, check_dynamic
+
+
+@register_quantization_config(LIBRARY)
+class QuantlibConfig(QuantizationConfigMixin):
+    """How ``from_pretrained`` of transformers quantizes a model.
+
+    Parameters
+    ----------
+    spec : QuantSpec or what `QuantSpec.parse` takes
+        What the weights are quantized to: ``"W8A16"``, ``"W8A8"``, ``"W4A16"``, ``"int4:group:32"`` ...
+    skip : sequence of str
+        Shell patterns of names of modules that stay floats, such as ``"model.layers.0.*"``.
+    include : sequence of str
+        Shell patterns of modules that are quantized although they stay floats by default, such as ``"lm_head"``.
+        ``skip`` counts where both match.
+    embeddings : bool
+        Whether embeddings are quantized too. One that is tied to an output layer is quantized with it.
+    on_nonfinite : {"raise", "propagate"}
+        As for `quantlib.quantize_`.
+
+    Attributes
+    ----------
+    weights : dict
+        Name of a weight -> ``{"spec": ..., "shape": [...]}``, of the float weight; filled once a model is quantized.
+
+    Raises
+    ------
+    TypeError
+        For an argument that is not known, and for ``skip`` or ``include`` that is a single string.
+    ValueError
+        For an unknown spec, one with static activations, another ``quant_method``, and a config that a later version
+        of quantlib wrote.
+
+    Notes
+    -----
+    Output layers, routers and adapters stay floats, as for the other quantizers of transformers. The report of a model,
+    ``model.hf_quantizer.report``, names them.
+
+    Examples
+    --------
+    >>> QuantlibConfig("W4A16", skip=["model.layers.0.*"]).spec
+    'int4:group:128'
+    """
+
+    def __init__(
+        self,
+        spec: Any = "W8A16",
+        *,
+        skip: Sequence[str] = (),
+        include: Sequence[str] = (),
+        embeddings: bool = False,
+        on_nonfinite: OnNonfinite = "raise",
+        weights: Mapping[str, Any] | None = None,
+        version: int = VERSION,
+        library: str = LIBRARY,
+        quant_method: str = LIBRARY,
+    ) -> None:
+        for name, patterns in (("skip", skip), ("include", include)):
+            if isinstance(patterns, str):
+                raise TypeError(f"{name} must be a sequence of patterns, got the string {patterns!r}")
+        if quant_method != LIBRARY or library != LIBRARY:
+            raise ValueError(f"quant_method must be {LIBRARY!r}, got {quant_method!r}, library {library!r}")
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise ValueError(
+                f"version must be an integer of at most {VERSION}, got {version!r}: a later quantlib wrote it"
+            )
+        check_on_nonfinite(on_nonfinite)
+        parsed = QuantSpec.parse(spec)
+        if not weights:  # what is quantized already may have been calibrated
+            check_dynamic(parsed)
+        super().__init__(quant_method=LIBRARY)  # type: ignore[arg-type] # an enum of methods, or the name of another
+        self.spec, self.on_nonfinite = str(parsed), on_nonfinite
+        self.skip, self.include, self.embeddings = list(skip), list(include), bool(embeddings)
+        self.weights = dict(weights or {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**{**config_dict, **kwargs})
+        return (config, {}) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        told = {"quant_method": LIBRARY, "version": VERSION, "spec": self.spec, "weights": self.weights}
+        rest = {"skip": self.skip, "include": self.include, "embeddings": self.embeddings}
+        return copy.deepcopy(told | {name: value for name, value in rest.items() if value})

@@ -1,0 +1,605 @@
+"""What CONTRIBUTING says is enough to add a format, an op and a backend, planted in a copy of the tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from quantlib import _build, backends, formats
+from quantlib.cli.info import instruction_set
+from quantlib.formats import FloatFormat, Format, IntFormat
+from quantlib.testing import names
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a checkout")
+
+
+def copy_of_tree(tmp_path: Path) -> Path:
+    """The package and its C++ sources, to be changed."""
+    for folder in ("quantlib", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return tmp_path
+
+
+def run(tree: Path, *arguments: str, **environment: str) -> str:
+    """What this Python prints in ``tree``; it must succeed."""
+    settings = {name: value for name, value in os.environ.items() if name not in ("QUANTLIB_BACKEND", "QUANTLIB_ISA")}
+    settings |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **environment}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=settings, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def write(path: Path, text: str) -> None:
+    assert not path.exists(), "a new file"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(textwrap.dedent(text))
+
+
+# ---- a format -------------------------------------------------------------------------------------------------------
+
+# Codes without a sign, four to a byte, of six bits in a byte of their own, and NaN in the place of -0
+ROWS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        FloatFormat("float8_e4m3fnuz", 4, 3, 8, False, "negative zero"),
+        FloatFormat("float6_e3m2fn", 3, 2, 3, False, "none"),
+        FloatFormat("float6_e2m3fn", 2, 3, 1, False, "none"),
+        IntFormat("uint4", 4, False, 2),
+        IntFormat("int2", 2, True, 4),
+    )
+}
+WRONG = {
+    "another NaN": FloatFormat("float8_e4m3fnuz", 4, 3, 8, False, "high"),
+    "another bias": FloatFormat("float8_e4m3fnuz", 4, 3, 7, False, "negative zero"),
+    "a NaN where there is none": FloatFormat("float6_e3m2fn", 3, 2, 3, False, "high"),
+    "infinity where there is none": FloatFormat("float6_e3m2fn", 3, 2, 3, True, "high"),
+    "another exponent": FloatFormat("float6_e3m2fn", 2, 3, 1, False, "none"),
+    "a sign": IntFormat("uint4", 4, True, 2),
+    "fewer bits": IntFormat("uint4", 2, False, 4),
+}
+END_OF_TABLE = ")  # fmt: skip\n\nFORMATS"
+
+
+def plant_rows(tree: Path, rows: Iterable[Format]) -> Path:
+    """The rows, and the header that the table writes: nothing else."""
+    table = tree / "quantlib/formats.py"
+    text = table.read_text()
+    assert text.count(END_OF_TABLE) == 1
+    table.write_text(text.replace(END_OF_TABLE, "".join(f"    {row},\n" for row in rows) + END_OF_TABLE))
+    (tree / "csrc/formats.h").write_text(run(tree, "quantlib/formats.py"))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def with_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree and of its tests, with `ROWS`."""
+    tree = plant_rows(copy_of_tree(tmp_path_factory.mktemp("rows")), ROWS.values())
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    return tree
+
+
+def tables(tree: Path, backend: str, name: str, part: str) -> None:
+    """A part of the case tables of one format."""
+    run(tree, "-m", "quantlib.testing", backend, "--format", name, "--part", part, QUANTLIB_BUILD="0")
+
+
+def test_the_rows_are_new() -> None:
+    assert not ROWS.keys() & formats.FORMATS.keys()
+
+
+def test_the_tests_of_formats_take_the_rows(with_rows: Path) -> None:
+    """Among them the comparison of every code with what the format's name says, and with ml_dtypes."""
+    files = [f"tests/test_{stem}.py" for stem in ("formats", "reference", "packing")]
+    run(with_rows, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, QUANTLIB_BUILD="0")
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_row_is_seen(fault: str) -> None:
+    with pytest.raises(AssertionError, match=f"{WRONG[fault].name}.* its name"):
+        names.check(WRONG[fault])
+
+
+def test_the_case_tables_see_a_wrong_row(tmp_path: Path) -> None:
+    tree = plant_rows(copy_of_tree(tmp_path), [WRONG["another NaN"]])
+    wrong = "-m", "quantlib.testing", "composite", "--op", "compute_scale", "--format", "float8_e4m3fnuz"
+    with pytest.raises(AssertionError, match="float8_e4m3fnuz, saturate=False, by its name: "):
+        run(tree, *wrong, QUANTLIB_BUILD="0")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_pure_torch_serves_a_row(with_rows: Path, name: str) -> None:
+    tables(with_rows, "composite", name, "0/3")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_triton_serves_a_row(with_rows: Path, name: str) -> None:
+    pytest.importorskip("triton")
+    tables(with_rows, "triton", name, "3/61")
+
+
+COMPILED = """
+import sys
+
+sys.path.insert(0, "tests")
+from gpu_static import launches, triton_kernels
+from gpu_static.calls import Call
+
+for name in sys.argv[1:]:
+    for call in (
+        Call("quantize_dynamic", "bfloat16", name),
+        Call("dequantize", "bfloat16", name),
+        Call("dequant_matmul", "bfloat16", name, M=1, tiled=True),
+    ):
+        for config in launches.configs(90, [call]):
+            triton_kernels.compiled(config, 90)
+"""
+
+
+def test_triton_compiles_with_the_rows(with_rows: Path) -> None:
+    """For a GPU, with none here: the interpreter takes what the compiler does not."""
+    pytest.importorskip("triton")
+    run(with_rows, "-c", COMPILED, *ROWS, TRITON_INTERPRET="0", QUANTLIB_BUILD="0")
+
+
+def compile_one_isa(package: Path, isa: str) -> None:
+    """The library of ``package`` as a wheel has it, but of one instruction set's kernels, by the names of all of them.
+
+    The kernels in one call of the compiler, which reads every header once, and without -O3: in a tenth of the time.
+    """
+    csrc = package / "_csrc"
+    paths = [unit.source.relative_to(_build.CSRC) for unit in _build.cpu_units()]
+    kernels = sorted({path for path in paths if path.parts[0] == "cpu" and path.stem != "backend"})
+    glue = [path for path in paths if path not in kernels]
+    ops = [path.stem for path in kernels if (csrc / f"ops/{path.stem}.h").exists()]
+    others = [other for other in _build.ISAS if other != isa]
+    names = [(op, "".join(word.title() for word in op.split("_"))) for op in ("least_scale", *ops)]
+    by_others = "".join(
+        f"namespace {other} {{ void {op}(const {problem}& p, ParallelFor run) {{ {isa}::{op}(p, run); }} }}\n"
+        for op, problem in names
+        for other in others
+    )
+    unity = "".join(f'#include "{path}"\n' for path in kernels) + f"namespace quantlib {{\n{by_others}}}\n"
+    (csrc / "kernels.cpp").write_text(unity)
+    include = ("-I", csrc / "cpu", "-I", csrc, "-I", package, "-isystem", _build.find_torch() / "include")
+    flags = [flag for flag in (*_build.CPU, *_build.HOST) if flag != "-O3"]
+    optimized = ("-O1", *_build.ISAS[isa], f"-DQL_ISA={isa}")
+    sources = {csrc / "kernels.cpp": optimized} | {csrc / path: ("-O0",) for path in glue}
+    objects = [source.with_suffix(".o") for source in sources]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        made = [
+            pool.submit(compiler, *flags, *more, *include, "-c", source, "-o", source.with_suffix(".o"))
+            for source, more in sources.items()
+        ]
+    for one in made:
+        one.result()
+    compiler("-shared", *objects, _build.find_torch() / "lib/libtorch_cpu.so", "-o", package / "_C.so")
+
+
+def compiler(*arguments: object) -> None:
+    command = [*_build.cxx_command(), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cpp_serves_the_rows(with_rows: Path, tmp_path: Path) -> None:
+    """By the best instruction set that this machine has."""
+    if why := backends.refuses("cpp", "cpu"):
+        pytest.skip(f"cpp: {why}")
+    if shutil.which(_build.cxx_command()[0]) is None:
+        pytest.skip("no compiler to compile with")
+    tree = Path(shutil.copytree(with_rows, tmp_path / "tree"))
+    (tree / "csrc").rename(tree / "quantlib/_csrc")
+    compile_one_isa(tree / "quantlib", instruction_set())
+    for name in ROWS:
+        tables(tree, "cpp", name, "0/2")
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
+def test_cuda_compiles_with_the_rows(with_rows: Path, source: str) -> None:
+    """By a compiler for the CPU, which knows templates as well as CUDA's."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    folders = (f"-I{with_rows}/tests/cuda_on_cpu", f"-I{with_rows}/csrc")
+    warnings = ("-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsyntax-only")
+    compiler(*_build.COMMON[1:2], *warnings, *folders, "-x", "c++", with_rows / "csrc/cuda" / source)
+
+
+EMULATED = """
+import sys
+
+sys.path.insert(0, "tests")
+from pathlib import Path
+
+import test_cuda_matmul_on_cpu as products
+import test_cuda_on_cpu as ops
+from quantlib.testing import cases
+
+cache, names = Path(sys.argv[1]), sys.argv[2:]
+emulator = ops.build(cache, ("quantize", "dequantize", "scaled_matmul", "dequant_matmul"))
+for name in names:
+    for op in ("quantize", "dequantize"):
+        chosen = list(cases(op, name))[::9]
+        ops.check(emulator, chosen, [ops.call_of(case, seed, seed % 3) for seed, case in enumerate(chosen)])
+    products.check(emulator, [
+        products.Case(op, name, shape, block, affine=affine, tiled=tiled, exact=True)
+        for op in ("scaled_matmul",) * (name in products.INTEGERS) + ("dequant_matmul",)
+        for shape, block in (((3, 18, 70), (1, 32)), ((9, 20, 128), (1, -1)))
+        for affine in products.affines(name)
+        for tiled in (False, True)[: 2 - (op == "scaled_matmul")]
+    ])
+"""
+
+
+def test_cuda_kernels_serve_the_rows(with_rows: Path, request: pytest.FixtureRequest) -> None:
+    """A part of what tests/test_cuda_on_cpu.py and test_cuda_matmul_on_cpu.py do, by the emulator that they run on."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    cache = request.config.cache.mkdir("cuda_on_cpu")
+    run(with_rows, "-c", EMULATED, str(cache), *ROWS, QUANTLIB_BUILD="0")
+
+
+# ---- an op -----------------------------------------------------------------------------------------------------------
+
+SCHEMAS = """\
+DEF("absmax(Tensor x, SymInt[2] block) -> Tensor")
+DEF("absmax.out(Tensor x, SymInt[2] block, *, Tensor(a!) out) -> ()")
+"""
+REFERENCE = '''
+
+def absmax(x: Array, block: Block) -> Array:
+    """y[I, J] = max(|x[i, j]| of block (I, J)); a NaN wins"""
+    largest = reduce_blocks(np.maximum, numerics.magnitude_bits(matrix(x)), block)
+    return numerics.canonical(largest.view(np.float32))
+'''
+OP = '''\
+    """y[I, J] = max(|x[i, j]| of block (I, J))"""
+
+    from __future__ import annotations
+
+    from torch import Tensor
+
+    from quantlib.ops.check import INPUTS, Block, Result, check_block, check_dtype, no_gradient
+    from quantlib.ops.declare import Kernel, declare, matrices, whole_axes
+
+
+    def _results(x: Tensor, block: Block) -> list[Result]:
+        check_dtype("absmax", "x", x.dtype, INPUTS)
+        return [check_block("absmax", x.shape, block)]
+
+
+    def _launch(kernel: Kernel, outs: list[Tensor], x: Tensor, block: Block) -> None:
+        M, K, block = matrices(x.shape, block)
+        kernel(x.contiguous().view(M, K), block, outs[0])
+
+
+    _absmax, _ = declare("absmax", _results, _launch)
+
+
+    def absmax(x: Tensor, *, block: Block) -> Tensor:
+        """The largest magnitude of each block of ``x``: float32 [ceil(M / br), ceil(K / bk)]."""
+        no_gradient("absmax", "x", x)
+        y: Tensor = _absmax(x, whole_axes("absmax", x, block))
+        return y
+    '''
+COMPOSITE = '''\
+    """y[I, J] = max(|x[i, j]| of block (I, J))"""
+
+    from __future__ import annotations
+
+    import torch
+    from torch import Tensor
+
+    from quantlib.backends.composite.numerics import Block, canonical, reduce_blocks
+
+
+    def absmax(x: Tensor, block: Block, y: Tensor) -> None:
+        largest = reduce_blocks(x.float().view(torch.int32) & 0x7FFFFFFF, block, torch.amax)
+        y.copy_(canonical(largest.view(torch.float32)))
+    '''
+PROBLEM = """\
+    // y[I, J] = max(|x[i, j]| of block (I, J))
+    #pragma once
+    #include "../problem.h"
+
+    namespace quantlib {
+
+    struct Absmax {
+      Grid grid;
+      const void* x;  // [M, K] float32, float16 or bfloat16
+      Type x_type;
+      float* y;  // [ceil(M / br), ceil(K / bk)]
+    };
+
+    }  // namespace quantlib
+    """
+GLUE = """\
+    // y[I, J] = max(|x[i, j]| of block (I, J))
+    #include "absmax.h"
+
+    #include "../glue.h"
+
+    namespace quantlib {
+
+    QL_KERNEL(absmax, Absmax)
+
+    static void absmax(StableIValue* stack, uint64_t, uint64_t results) {
+      const char* op = "absmax";
+      Arguments in(op, stack, results);
+      Tensor x = in.tensor("x");
+      const Sizes block = in.sizes();
+      auto out = in.out("out");
+
+      const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
+      const Grid grid = check_block(op, x.sizes(), block);
+      Output y(op, "out", std::move(out), scale_of(grid), x.device());
+      x.make_contiguous();
+      auto* data = y.data<float>({&x});
+      if (x.numel())
+        Backend(x.device()).run(Absmax{.grid = grid, .x = x.data(), .x_type = x_format.type, .y = data});
+      y.finish(stack[0]);
+    }
+
+    QL_REGISTER("absmax", absmax)
+
+    }  // namespace quantlib
+    """
+KERNEL = """\
+    // y[I, J] = max(|x[i, j]| of block (I, J))
+    #include "../ops/absmax.h"
+
+    #include "loops.h"
+
+    namespace quantlib {
+    namespace QL_ISA {
+
+    void absmax(const Absmax& p, ParallelFor run) {
+      const Grid& g = p.grid;
+      const Decode decode = decoder(p.x_type);
+      const Row x_row = row_of(p.x_type);
+      const int64_t cols = g.scale_cols();
+      parallel(run, g.scale_rows() * cols, 1, [&](int64_t begin, int64_t end) {
+        float buffer[kChunk];
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t i0 = block / cols * g.br, j0 = block % cols * g.bk;
+          uint32_t largest = 0;  // magnitudes are in the order of their bits, a NaN is above all
+          for (int64_t i = i0; i < least(i0 + g.br, g.M); ++i)
+            for (int64_t j = j0; j < least(j0 + g.bk, g.K); j += kChunk) {
+              const int64_t n = least(kChunk, least(j0 + g.bk, g.K) - j);
+              const char* x = static_cast<const char*>(p.x) + byte_offset(x_row, g.K, i, j);
+              if (decode) decode(x, false, buffer, n);
+              else __builtin_memcpy(buffer, x, size_t(n) * 4);
+              for (int64_t k = 0; k < n; ++k) {
+                const uint32_t magnitude = bits_of(buffer[k]) & 0x7fffffffu;
+                largest = magnitude > largest ? magnitude : largest;
+              }
+            }
+          p.y[block] = float_of(largest > 0x7f800000u ? kNaN : largest);
+        }
+      });
+    }
+
+    }  // namespace QL_ISA
+    }  // namespace quantlib
+    """
+CHECK_OP = """\
+    import numpy as np, pytest, torch, quantlib
+    from quantlib import backends
+    from quantlib.spec import matrix_shape
+    from quantlib.testing import assert_same_bytes, support
+
+    SHAPES = (((6, 35), (1, 8)), ((2, 3, 1300), (2, -1)), ((7,), (-1, -1)), ((), (1, 1)), ((0, 4), (1, 2)))
+
+    for name in ("composite", "cpp"):
+        with quantlib.use_backend(name):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                for shape, block in SHAPES:
+                    x = torch.randn(shape).to(dtype)
+                    if x.dim() > 1 and x.numel():
+                        x[..., 3] = torch.nan
+                        x = x.mT.contiguous().mT
+                    br, bk = (max(n, 1) if b == -1 else b for n, b in zip(matrix_shape(shape), block))
+                    want = quantlib.reference.absmax(x.float().numpy(), (br, bk))
+                    assert_same_bytes(quantlib.absmax(x, block=block), want, f"{name} {dtype} {shape} {block}")
+                    out = torch.empty(want.shape[::-1]).T
+                    torch.ops.quantlib.absmax.out(x, [br, bk], out=out)
+                    assert_same_bytes(out.contiguous(), want, "out")
+            with pytest.raises(RuntimeError, match="quantlib::absmax: x must be float32, float16 or bfloat16, got"):
+                torch.ops.quantlib.absmax(torch.ones(2, dtype=torch.int32), [1, 1])
+            assert torch.vmap(lambda x: quantlib.absmax(x, block=(1, 2)))(torch.ones(3, 4, 5)).shape == (3, 4, 3)
+    assert quantlib.absmax(torch.empty(4, 6, device="meta"), block=(2, 3)).shape == (2, 2)
+
+    for name in ("triton", "cuda"):
+        said = f"quantlib::absmax: backend '{name}' refuses cpu tensors"
+        with quantlib.use_backend(name), pytest.raises(NotImplementedError, match=said):
+            quantlib.absmax(torch.ones(2), block=(1, 2))
+    assert backends.refuses("triton", "cpu") or backends.refuses("triton", "cpu", "absmax") == "has no kernel of absmax"
+    rows = [row for row in support.rows() if row.overload.startswith("absmax")]
+    assert rows and all(support.serves("cpp", row) and not support.serves("triton", row) for row in rows)
+    print("all of it")
+    """
+
+
+def plant_op(tree: Path) -> None:
+    """absmax(x, block) in NumPy, pure torch and C++ on the CPU: two files edited, five new ones."""
+    with (tree / "quantlib/ops.def").open("a") as schemas:
+        schemas.write(SCHEMAS)
+    page = tree / "quantlib/reference/ops.py"
+    listed = '__all__ = ["cast",'
+    assert listed in page.read_text()
+    page.write_text(page.read_text().replace(listed, '__all__ = ["absmax", "cast",') + REFERENCE)
+    write(tree / "quantlib/ops/absmax.py", OP)
+    write(tree / "quantlib/backends/composite/absmax.py", COMPOSITE)
+    write(tree / "csrc/ops/absmax.h", PROBLEM)
+    write(tree / "csrc/ops/absmax.cpp", GLUE)
+    write(tree / "csrc/cpu/absmax.cpp", KERNEL)
+
+
+def objects_that_are_there(cache: Path) -> None:
+    """Those that this checkout was built of: a build into ``cache`` compiles what differs."""
+    (cache / "objects").mkdir(0o700, parents=True)
+    cache.chmod(0o700)
+    recipe = _build.Recipe("cpu")
+    for unit in recipe.units:
+        for folder in _build.caches():
+            made = folder / "objects" / recipe.object(unit)
+            for path in (made, made.with_name(f"{made.name}.sha256")):
+                if path.exists():
+                    shutil.copy(path, cache / "objects")
+
+
+def cuda_objects(tree: Path) -> dict[str, str]:
+    """The name of every object of the CUDA library, by its source; nothing is compiled."""
+    code = """if True:
+        import json
+        from quantlib import _build
+        recipe = _build.Recipe("cuda")
+        print(json.dumps({str(u.source.relative_to(_build.CSRC)): recipe.object(u) for u in recipe.units}))
+    """
+    found: dict[str, str] = json.loads(run(tree, "-c", code, NVCC="/bin/true", QUANTLIB_BUILD="0"))
+    return found
+
+
+def test_an_op(tmp_path: Path) -> None:
+    if why := backends.refuses("cpp", "cpu"):
+        pytest.skip(f"cpp: {why}")
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        pytest.skip("no compiler to compile with")
+    tree, cache = copy_of_tree(tmp_path), tmp_path / "cache"
+    plant_op(tree)
+    objects_that_are_there(cache)
+    write(tmp_path / "check.py", CHECK_OP)
+    assert run(tree, str(tmp_path / "check.py"), QUANTLIB_CACHE=str(cache), QUANTLIB_BUILD="1") == "all of it\n"
+    assert cuda_objects(tree) == cuda_objects(ROOT), "the CUDA library is made of what it was made of"
+
+
+# ---- a backend -------------------------------------------------------------------------------------------------------
+
+STUB = '''\
+    """Casts and nothing else."""
+
+    import os
+
+    import torch
+
+    from quantlib.backends.backend import Backend, Kernels
+
+
+    def refuses(device: torch.device) -> str | None:
+        return os.environ.get("STUB_REFUSES", None if device.type == "cpu" else "serves cpu tensors only")
+
+
+    preference = {"cpu": int(os.environ["STUB_PREFERENCE"])} if "STUB_PREFERENCE" in os.environ else {}
+    BACKEND = Backend("stub", ("cpu",), refuses, Kernels(__name__), preference)
+    '''
+STUB_CAST = '''\
+    """y[n] = encode(decode(x[n]))"""
+
+    from quantlib.backends.composite import KERNELS
+
+    calls = []
+
+
+    def cast(x, x_format, format, saturate, y):
+        calls.append(format.name)
+        KERNELS["cast"](x, x_format, format, saturate, y)
+    '''
+CHECK_STUB = """\
+    import pytest, torch, quantlib
+    from quantlib import backends
+    from quantlib.backends.stub.cast import calls
+
+    x = torch.randn(4, 8)
+    assert list(backends.BACKENDS)[-1] == "stub" and "stub" not in backends.order("cpu")
+    quantlib.cast(x, "float16")
+    assert not calls, "not asked unless it is forced"
+    with quantlib.use_backend("stub"):
+        assert backends.serving("cpu") == "stub"
+        quantlib.cast(x, "bfloat16")
+        assert calls == ["bfloat16"]
+        with pytest.raises(NotImplementedError, match="quantize: backend 'stub' refuses cpu tensors: has no kernel"):
+            quantlib.quantize(x, torch.ones(4, 1), "int8", block=(1, -1))
+    print("all of it")
+    """
+CHECK_PREFERRED = """\
+    import torch, quantlib
+    from quantlib import backends
+    from quantlib.backends.stub.cast import calls
+
+    assert list(backends.BACKENDS)[0] == backends.order("cpu")[0] == backends.serving("cpu") == "stub"
+    x = torch.randn(4, 8)
+    y = quantlib.cast(x, "float16")
+    assert calls == ["float16"], "it runs what it has a kernel of"
+    quantlib.quantize(x, torch.ones(4, 1), "int8", block=(1, -1))
+    with quantlib.use_backend("composite"):
+        assert torch.equal(quantlib.cast(x, "float16"), y)
+    assert calls == ["float16"]
+    print("all of it")
+    """
+
+
+@pytest.fixture(scope="module")
+def with_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree with one more folder."""
+    tree = copy_of_tree(tmp_path_factory.mktemp("stub"))
+    write(tree / "quantlib/backends/stub/__init__.py", STUB)
+    write(tree / "quantlib/backends/stub/cast.py", STUB_CAST)
+    return tree
+
+
+def test_a_backend_can_be_forced(with_stub: Path, tmp_path: Path) -> None:
+    write(tmp_path / "check.py", CHECK_STUB)
+    assert run(with_stub, str(tmp_path / "check.py")) == "all of it\n"
+
+
+def test_a_backend_can_be_preferred(with_stub: Path, tmp_path: Path) -> None:
+    write(tmp_path / "check.py", CHECK_PREFERRED)
+    assert run(with_stub, str(tmp_path / "check.py"), STUB_PREFERENCE="1000") == "all of it\n"
+
+
+def test_a_backend_is_listed_and_says_why_it_refuses(with_stub: Path) -> None:
+    facts = json.loads(run(with_stub, "-m", "quantlib", "info", "--json"))
+    assert facts["refusals"]["cpu"]["stub"]["ops"]["quantize"] == "has no kernel of quantize"
+    assert "cast" not in facts["refusals"]["cpu"]["stub"]["ops"]
+    facts = json.loads(run(with_stub, "-m", "quantlib", "info", "--json", STUB_REFUSES="is switched off"))
+    assert facts["refusals"]["cpu"]["stub"]["device"] == "is switched off"
+    code = """if True:
+        import torch, quantlib
+        with quantlib.use_backend("stub"):
+            try: quantlib.cast(torch.ones(2), "float16")
+            except NotImplementedError as error: print(error)
+    """
+    said = run(with_stub, "-c", code, STUB_REFUSES="is switched off")
+    assert said == "quantlib::cast: backend 'stub' refuses cpu tensors: is switched off\n"
+
+
+def test_a_backend_is_proved(with_stub: Path, tmp_path: Path) -> None:
+    """By the case tables, by `verify`, and by a column of the support table."""
+    said = run(with_stub, "-m", "quantlib.testing", "stub", "--op", "cast", "--format", "float16")
+    assert re.search(r"^stub: (\d+) of \1 cases$", said, re.MULTILINE), said
+    verify = ("-m", "quantlib", "verify", "--share", "0", "--op", "cast", "--format", "float16")
+    assert "stub on cpu equals reference" in run(with_stub, *verify, "--backend", "stub")
+    assert "equals stub on cpu" in run(with_stub, *verify, "--against", "stub")
+    table = tmp_path / "support.txt"
+    shutil.copy(ROOT / "tests/support.txt", table)
+    run(with_stub, "-m", "quantlib.testing.support", str(table))
+    before, after = ((path.read_text()).splitlines() for path in (ROOT / "tests/support.txt", table))
+    assert after[1] == before[1].replace("zero point, ", "zero point, stub ")
+    column = before[2].index("composite")
+    for old, new in zip(before[2:], after[2:], strict=True):
+        entry, others = new[column:].split(maxsplit=1)
+        assert new[:column] + others == old
+        assert entry == ("stub" if new.startswith("cast") else "-")
