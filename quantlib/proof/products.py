@@ -37,27 +37,32 @@ WIDTH = 64
 
 @functools.cache
 def accepted(x: str, w: str, x_zero: bool, w_zero: bool) -> int:
-    """The largest K that scaled_matmul does not refuse, asked of its own check."""
+    """The largest K that scaled_matmul does not refuse, asked of the op with tensors that have no memory."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from quantlib.ops.scaled_matmul import check_sum
-
-    one = torch.zeros(1, 1, dtype=torch.int32)
+    from quantlib import ops
 
     def accepts(K: int) -> bool:
+        one, zero = torch.empty(1, 1), torch.empty(1, 1, dtype=torch.int32)
+        dtype = getattr(torch, int_row(w).dtype_name)
+        codes = torch.empty(1, K // 2 if int_row(w).packed else K, dtype=dtype)
+        zeros = {"x_zero_point": zero if x_zero else None, "zero_point": zero if w_zero else None}
         try:
-            check_sum(
-                "scaled_matmul", K, (1, K), int_row(x), one if x_zero else None, int_row(w), one if w_zero else None
-            )
-        except RuntimeError:
+            ops.scaled_matmul(torch.empty(1, K, dtype=getattr(torch, x)), one, codes, one, w, block=(1, K), **zeros)
+        except RuntimeError as error:
+            if "so that an int32 holds the sum" not in str(error):
+                raise
             return False
         return True
 
+    step = 2 if int_row(w).packed else 1  # K is even, so that every byte is full
     low, high = 1, 1 << 40
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if accepts(middle) else (low, middle)
-    return low
+    with FakeTensorMode():
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if accepts(step * middle) else (low, middle)
+    return step * low
 
 
 def extent(name: str, zero: bool) -> tuple[int, int]:
@@ -401,7 +406,8 @@ def theorems() -> Iterator[Theorem]:
     yield Theorem(
         "two parts of bfloat16 keep 17 bits, three all",
         "C11",
-        "x - b1 is at most 2^-8 |x|, x - b1 - b2 at most 2^-17 |x|, and x = b1 + b2 + b3, each part the bfloat16 of what is left.",
+        "x - b1 is at most 2^-8 |x|, x - b1 - b2 at most 2^-17 |x|, and x = b1 + b2 + b3, each part the bfloat16 of "
+        "what is left.",
         "all float32 from 2^-110 to bfloat16's overflow",
         (split(1), split(2), split(3)),
         (
