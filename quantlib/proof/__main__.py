@@ -32,6 +32,7 @@ def main() -> int:
         metavar="FOLDER",
         help="prove nothing, write every question as SMT-LIB into this folder (build/proof)",
     )
+    parser.add_argument("--table", type=Path, metavar="PAGE", help="write the results into this page's table")
     args = parser.parse_args()
     if args.write is not None:
         asked = prove.questions(args.format, args.all, args.theorem, not args.no_faults)
@@ -49,6 +50,7 @@ def main() -> int:
             limit=args.limit,
             verbose=args.verbose,
             out=args.json,
+            table=args.table,
         )
     except (ImportError, ValueError) as error:
         print(f"quantlib.proof: {error}", file=sys.stderr)

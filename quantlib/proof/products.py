@@ -47,9 +47,9 @@ def accepted(x: str, w: str, x_zero: bool, w_zero: bool) -> int:
         one, zero = torch.empty(1, 1), torch.empty(1, 1, dtype=torch.int32)
         dtype = getattr(torch, int_row(w).dtype_name)
         codes = torch.empty(1, K // 2 if int_row(w).packed else K, dtype=dtype)
-        zeros = {"x_zero_point": zero if x_zero else None, "zero_point": zero if w_zero else None}
+        x_codes, x_z, z = torch.empty(1, K, dtype=getattr(torch, x)), zero if x_zero else None, zero if w_zero else None
         try:
-            ops.scaled_matmul(torch.empty(1, K, dtype=getattr(torch, x)), one, codes, one, w, block=(1, K), **zeros)
+            ops.scaled_matmul(x_codes, one, codes, one, w, block=(1, K), x_zero_point=x_z, zero_point=z)
         except RuntimeError as error:
             if "so that an int32 holds the sum" not in str(error):
                 raise
@@ -167,7 +167,7 @@ def exact_sums(limit: int = 1 << 24, whole: bool = True) -> Case:
 F16, SIGNIFICANT = float_sort(5, 10), 11
 
 
-def one_rounding(op: str, factor: float = 1.0) -> Case:
+def one_rounding(op: str, factor: float = 1.0, long: bool = False) -> Case:
     """fl(a op b) = (a op b)(1 + d) with |d| <= 2^-p where the result is normal: the step that the bound is made of."""
 
     def build(run: Run) -> Claim:
@@ -181,7 +181,7 @@ def one_rounding(op: str, factor: float = 1.0) -> Case:
         normal = or_(fp("leq", float_const(2.0**-14, F64), fp("abs", exact)), fp("isZero", exact))
         return Claim(and_(*finite, terms.TRUE if op == "add" else normal), fp("leq", error, bound))
 
-    return Case("a sum" if op == "add" else "a product", build)
+    return Case("a sum" if op == "add" else "a product", build, long=long)
 
 
 # The solver searches integers up to 2^6 for products, with operations that err by at most 2^-4 of their results.
@@ -189,7 +189,9 @@ PRODUCT_BITS, PLACES = 6, 4
 SUM_WIDTH = PRODUCT_BITS + PLACES + 10
 
 
-def sum_bound(K: int, ascending: bool = True, sixteenths: int = 16, underflow: bool = False) -> Case:
+def sum_bound(
+    K: int, ascending: bool = True, sixteenths: int = 16, underflow: bool = False, long: bool = False
+) -> Case:
     """In integers of a small unit: any rounding of a result v is within u |v| of it, and nothing else is used.
 
     |sum - exact| <= 2 K 2 u sum |x||w|, or so many sixteenths of that.
@@ -227,7 +229,7 @@ def sum_bound(K: int, ascending: bool = True, sixteenths: int = 16, underflow: b
         bound = terms.mul(magnitudes, bits(K * sixteenths, SUM_WIDTH))
         return Claim(and_(*inside), terms.sle(terms.shl(difference, PLACES + 2), bound))
 
-    return Case(f"K = {K}, {'ascending' if ascending else 'in pairs'}", build)
+    return Case(f"K = {K}, {'ascending' if ascending else 'in pairs'}", build, long=long)
 
 
 def size(value: Term) -> Term:
@@ -357,7 +359,7 @@ def theorems() -> Iterator[Theorem]:
         "fl(a + b) = (a + b)(1 + d) and, where the product is normal, fl(a b) = a b (1 + d), |d| <= 2^-p with p "
         "significant bits.",
         "all pairs of float16, p = 11",
-        (one_rounding("add"), one_rounding("mul")),
+        (one_rounding("add", long=True), one_rounding("mul")),
         (
             Fault("half of that", one_rounding("add", factor=0.5)),
             Fault("half of that", one_rounding("mul", factor=0.5)),
@@ -370,7 +372,7 @@ def theorems() -> Iterator[Theorem]:
         "order; 2 K 2^-23 = 4 K u for float32's u = 2^-24. By hand for every K: the K roundings on the way of a term "
         "give (1 + u)^K - 1 <= 2 K u for K u <= 1/2, which is half of the bound.",
         "u = 2^-4, products up to 2^6 units, any roundings within u, K = 2 to 4; not where a product underflows",
-        (sum_bound(2), sum_bound(3), sum_bound(4, ascending=False)),
+        (sum_bound(2), sum_bound(3), sum_bound(4, ascending=False, long=True)),
         (
             Fault("with products that underflow", sum_bound(2, underflow=True), confirm=on_the_op),
             Fault("a sixteenth of the bound", sum_bound(2, sixteenths=1), confirm=tight),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantlib.proof import catalogue, replay, solver, terms
-from quantlib.proof.sources import Sources
+from quantlib.proof.sources import Sources, unedited
 from quantlib.proof.theorem import Case, Claim, Run
 
 
@@ -68,7 +68,7 @@ def questions(
 def claimed(question: Question, root: Path | None = None) -> tuple[Run, Claim]:
     """The claim of a question, of the files under ``root``."""
     edits = catalogue.theorem(question.theorem).faults[question.index].edits if question.fault else ()
-    run = Run(Sources(edits, root))
+    run = Run(Sources(edits, root) if edits else unedited(root))
     return run, question.case.build(run)
 
 

@@ -30,6 +30,7 @@ def report(
     root: Path | None = None,
     verbose: bool = False,
     out: str | None = None,
+    table: Path | None = None,
 ) -> int:
     """Prove the chosen theorems and say so.
 
@@ -58,7 +59,10 @@ def report(
             own = [r for r in results if r.question.theorem == result.question.theorem]
             say.theorem(catalogue.theorem(result.question.theorem), own, verbose)
     seconds = time.perf_counter() - started
-    return say.end(results, seconds, solver.version(solved_by), long)
+    status = say.end(results, seconds, solver.version(solved_by), long)
+    if table is not None:
+        write_table(table, say.lines, solver.version(solved_by))
+    return status
 
 
 class Printer:
@@ -123,7 +127,38 @@ def _case(result: Result) -> dict[str, Any]:
     found = {"found": result.found} if result.found else {}
     wrong = {"wrong": result.wrong} if result.wrong else {}
     label = result.question.case.label
-    return {"case": label, "verdict": result.verdict, "seconds": round(result.seconds, 2), **found, **wrong}
+    long = result.question.case.long
+    seconds = round(result.seconds, 2)
+    return {"case": label, "verdict": result.verdict, "seconds": seconds, "long": long, **found, **wrong}
+
+
+BEGIN, END = "<!-- table: make prove ARGS='--table docs/proof.md' -->", "<!-- end of table -->"
+
+
+def write_table(page: Path, lines: list[dict[str, Any]], version: str) -> None:
+    """The results as a table, between two marks of a page of Markdown."""
+    rows = [
+        f"Answered by {version}, seconds of one core.",
+        "",
+        "| theorem | clause | domain | cases | seconds | planted faults |",
+        "|---|---|---|--:|--:|---|",
+    ]
+    for line in lines:
+        cases, faults = line["cases"], line["faults"]
+        proven = sum(case["verdict"] == solver.PROVEN for case in cases)
+        left = sum(case.long for case in catalogue.theorem(line["theorem"]).cases) - sum(case["long"] for case in cases)
+        count = str(proven) if proven == len(cases) else f"{proven} of {len(cases)}"
+        count += f", {left} long" if left else ""
+        found = ", ".join(dict.fromkeys(fault["fault"] for fault in faults if "wrong" not in fault))
+        seconds = sum(case["seconds"] for case in cases)
+        text = f"**{line['theorem']}** {line['says']}"
+        cells = (text, line["clause"], line["domain"], count, f"{seconds:.1f}", found)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"--table must name a page with the marks of a table, got {page}")
+    page.write_text("\n".join([before + BEGIN, "", *rows, "", END]) + after)
 
 
 def write(folder: Path, asked: list[Question]) -> None:

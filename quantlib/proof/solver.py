@@ -63,7 +63,8 @@ def _bitwuzla(script: str, limit: float) -> tuple[str, dict[str, int]]:
     result = str(instance.check_sat())
     if result != "sat":
         return result, {}
-    values = {f.symbol().strip("|"): instance.get_value(f).value(2) for f in parser.get_declared_funs()}
+    constants = [f for f in parser.get_declared_funs() if not f.sort().is_fun()]
+    values = {f.symbol().strip("|"): instance.get_value(f).value(2) for f in constants}
     return result, {name: int(v, 2) if isinstance(v, str) else int(v) for name, v in values.items()}
 
 
