@@ -1,4 +1,4 @@
-"""Compare every input of every op with the reference, byte for byte, and say what was proved."""
+"""Compare every input of every op with the reference, byte for byte; or prove the contract's theorems."""
 
 from __future__ import annotations
 
@@ -51,6 +51,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", default=os.cpu_count() or 1, type=checked("a number >= 1", count), help="threads (one a core)"
     )
+    parser.add_argument(
+        "--prove",
+        action="store_true",
+        help="no sweep: the contract's theorems, proven by an SMT solver for every input, scale and zero point",
+    )
+    parser.add_argument("--all", action="store_true", help="with --prove, the theorems that take minutes too")
     parser.add_argument("--json", metavar="OUT", help="write the results to this file as JSON; - is stdout")
 
 
@@ -67,6 +73,10 @@ def share(text: str) -> Fraction:
 def run(args: argparse.Namespace) -> int:
     if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json must be a file in a folder that exists, got {args.json!r}")
+    if args.prove:
+        return theorems(args)
+    if args.all:
+        raise ValueError("--all must come with --prove")
     candidate, authority = backend(args.backend, args.device), implementation(args.against, args.device)
     chosen = [suite for suite in selected(args, authority) if suite.cases]
     if not chosen:
@@ -79,6 +89,18 @@ def run(args: argparse.Namespace) -> int:
         for suite in chosen:
             report.add(prove(suite, candidate, authority, args.share, jobs))
     return report.status
+
+
+def theorems(args: argparse.Namespace) -> int:
+    """Prove what `quantlib.proof` has; the files it reads are the same for every backend."""
+    from quantlib.proof.report import report
+
+    others = {"--op": args.op, "--backend": args.backend != "auto", "--device": args.device != "cpu"}
+    others |= {"--against": args.against != "reference", "--share": args.share != 1}
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise ValueError(f"--prove must come without options of a sweep, got {', '.join(given)}")
+    return report(formats=args.format or (), long=args.all, jobs=args.jobs, out=args.json)
 
 
 def selected(args: argparse.Namespace, authority: Implementation) -> Iterator[Suite]:

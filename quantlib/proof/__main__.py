@@ -16,7 +16,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="quantlib.proof", description=__doc__)
     parser.add_argument("--all", action="store_true", help="the long theorems too")
     parser.add_argument("--theorem", metavar="WORDS", help="only theorems whose name has these words")
-    parser.add_argument("--format", choices=sorted(formats.FORMATS), help="only cases of this format")
+    parser.add_argument(
+        "--format", action="append", default=[], choices=sorted(formats.FORMATS), help="only cases of this format"
+    )
     parser.add_argument("--no-faults", action="store_true", help="leave the planted faults out")
     parser.add_argument("--solver", choices=sorted(solver.ASK), default="bitwuzla", help="who is asked (bitwuzla)")
     parser.add_argument("--jobs", type=int, metavar="N", help="cases at a time (one a core)")
@@ -30,6 +32,7 @@ def main() -> int:
         metavar="FOLDER",
         help="prove nothing, write every question as SMT-LIB into this folder (build/proof)",
     )
+    parser.add_argument("--table", type=Path, metavar="PAGE", help="write the results into this page's table")
     args = parser.parse_args()
     if args.write is not None:
         asked = prove.questions(args.format, args.all, args.theorem, not args.no_faults)
@@ -38,7 +41,7 @@ def main() -> int:
         return 0
     try:
         return report(
-            format=args.format,
+            formats=args.format,
             theorem=args.theorem,
             long=args.all,
             faults=not args.no_faults,
@@ -47,6 +50,7 @@ def main() -> int:
             limit=args.limit,
             verbose=args.verbose,
             out=args.json,
+            table=args.table,
         )
     except (ImportError, ValueError) as error:
         print(f"quantlib.proof: {error}", file=sys.stderr)

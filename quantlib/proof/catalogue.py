@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from quantlib.proof import casts, projections, scales, training
+from quantlib.proof import casts, instructions, products, projections, scales, training
 from quantlib.proof.theorem import Theorem
 
-SUBJECTS = (casts, scales, projections, training)
+SUBJECTS = (casts, scales, projections, training, products, instructions)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,7 +129,7 @@ class Program:
         self.macros: dict[str, tuple[list[str] | None, list[str]]] = {}
         for name, scalar in SCALARS.items():
             self.scope.names[name] = TYPES[scalar]
-        self._text, self._included = text, set[str]()
+        self.text, self._included = text, set[str]()
         for file in files:
             self._include(file)
         self.scope.names["same_bits"] = self._same_bits
@@ -138,7 +139,7 @@ class Program:
     def _include(self, file: str) -> None:
         if file not in self._included:
             self._included.add(file)
-            text = self._text(file)
+            text = self.text(file)
             for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE):
                 self._include(f"{file.rpartition('/')[0]}/{name}")
             Reader(self, list(self._preprocessed(text))).declarations(self.scope)
@@ -164,14 +165,14 @@ class Program:
             elif directive.startswith("#"):
                 raise SyntaxError(f"{line.strip()} is no directive that is read")
             else:
-                yield from self._expanded(_tokens(line))
+                yield from self._expanded(tokenized(line))
 
     def _define(self, text: str) -> None:
         found = re.match(r"(\w+)(\(([^)]*)\))?(.*)", text, re.DOTALL)
         assert found is not None
         name, has_parameters, parameters, body = found.groups()
         listed = [p.strip() for p in parameters.split(",")] if has_parameters else None
-        self.macros[name] = (listed, _tokens(body))
+        self.macros[name] = (listed, tokenized(body))
 
     def _expanded(self, tokens: list[str]) -> list[str]:
         out: list[str] = []
@@ -319,7 +320,7 @@ class Template:
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def _tokens(text: str) -> list[str]:
+def tokenized(text: str) -> list[str]:
     out: list[str] = []
     at = 0
     while True:
@@ -877,4 +878,5 @@ def _number(token: str) -> Value:
         return Value(type, words.literal(number, type))
     if not token.endswith("f"):
         raise SyntaxError(f"{token} is a double")
-    return Value(TYPES["float32"], words.literal(float(token[:-1]), TYPES["float32"]))
+    (number32,) = struct.unpack("<f", struct.pack("<f", float(token[:-1])))
+    return Value(TYPES["float32"], words.literal(number32, TYPES["float32"]))

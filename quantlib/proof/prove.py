@@ -5,12 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantlib.proof import catalogue, replay, solver, terms
-from quantlib.proof.sources import Sources
+from quantlib.proof.sources import Sources, unedited
 from quantlib.proof.theorem import Case, Claim, Run
 
 
@@ -47,9 +47,9 @@ class Result:
 
 
 def questions(
-    format: str | None = None, long: bool = False, theorem: str | None = None, faults: bool = True
+    formats: Collection[str] = (), long: bool = False, theorem: str | None = None, faults: bool = True
 ) -> list[Question]:
-    """The cases, in the order of the catalogue, and the faults of each theorem after them."""
+    """The cases of ``formats``, or all, in the order of the catalogue, and the faults of each theorem after them."""
     asked = []
     for t in catalogue.theorems():
         if theorem is not None and theorem not in t.name:
@@ -57,7 +57,7 @@ def questions(
         cases = [
             Question(t.name, i, fault=False)
             for i, case in enumerate(t.cases)
-            if (long or not case.long) and format in (None, case.format)
+            if (long or not case.long) and (not formats or case.format in formats)
         ]
         asked += cases
         if faults and cases:
@@ -68,7 +68,7 @@ def questions(
 def claimed(question: Question, root: Path | None = None) -> tuple[Run, Claim]:
     """The claim of a question, of the files under ``root``."""
     edits = catalogue.theorem(question.theorem).faults[question.index].edits if question.fault else ()
-    run = Run(Sources(edits, root))
+    run = Run(Sources(edits, root) if edits else unedited(root))
     return run, question.case.build(run)
 
 
@@ -119,7 +119,6 @@ def answers(
     jobs: int,
     solved_by: str = "bitwuzla",
     root: Path | None = None,
-    started: Callable[[], None] | None = None,
 ) -> Iterator[Result]:
     """The results in the order of the questions, ``jobs`` of them at work at a time."""
     if jobs == 1:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from quantlib.proof import terms
-from quantlib.proof.sources import Sources
+from quantlib.proof.sources import Sources, unedited
 from quantlib.proof.terms import Array, Term
 from quantlib.proof.theorem import REFERENCE, Call, Fault, Function, Run
 
@@ -35,7 +35,7 @@ def replay(fault: Fault, model: Mapping[str, int], run: Run, claim: Any) -> str:
     expect(not terms.evaluate(claim.goal, model), "the counter-example does not refute the claim")
     said = [f"{name} = {text}" for name, text in sorted(shown(run, model).items())]
     if fault.edits:
-        right = Run(Sources())
+        right = Run(unedited())
         restored = fault.case.build(right)
         expect(bool(terms.evaluate(restored.goal, model)), "the claim is false without the fault too")
     else:
@@ -57,6 +57,11 @@ def replay(fault: Fault, model: Mapping[str, int], run: Run, claim: Any) -> str:
             if wrong_call.language == REFERENCE:
                 confirm_on_numpy(wrong_call, run.sources, wrong, model)
     expect(changed, "the fault changes nothing")
+    if fault.confirm is not None:
+        try:
+            fault.confirm(model)
+        except AssertionError as error:
+            raise UnfaithfulError(str(error)) from None
     return ", ".join(said)
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ LIMIT, LONG_LIMIT = 60.0, 1800.0  # seconds for one case
 
 def report(
     *,
-    format: str | None = None,
+    formats: Collection[str] = (),
     theorem: str | None = None,
     long: bool = False,
     faults: bool = True,
@@ -29,6 +30,7 @@ def report(
     root: Path | None = None,
     verbose: bool = False,
     out: str | None = None,
+    table: Path | None = None,
 ) -> int:
     """Prove the chosen theorems and say so.
 
@@ -41,9 +43,9 @@ def report(
     why = solver.missing(solved_by)
     if why is not None:
         raise ImportError(f"a proof needs an SMT solver: {why}")
-    asked = prove.questions(format, long, theorem, faults)
+    asked = prove.questions(formats, long, theorem, faults)
     if not asked:
-        raise ValueError(f"there must be a theorem to prove, got none for {theorem or format}")
+        raise ValueError(f"there must be a theorem to prove, got none for {theorem or ', '.join(formats)}")
     say = Printer(out)
     say(f"{solver.version(solved_by)}; {len(asked)} questions, {len({q.theorem for q in asked})} theorems")
     started = time.perf_counter()
@@ -57,7 +59,10 @@ def report(
             own = [r for r in results if r.question.theorem == result.question.theorem]
             say.theorem(catalogue.theorem(result.question.theorem), own, verbose)
     seconds = time.perf_counter() - started
-    return say.end(results, seconds, solver.version(solved_by), long)
+    status = say.end(results, seconds, solver.version(solved_by), long)
+    if table is not None:
+        write_table(table, say.lines, solver.version(solved_by))
+    return status
 
 
 class Printer:
@@ -122,7 +127,38 @@ def _case(result: Result) -> dict[str, Any]:
     found = {"found": result.found} if result.found else {}
     wrong = {"wrong": result.wrong} if result.wrong else {}
     label = result.question.case.label
-    return {"case": label, "verdict": result.verdict, "seconds": round(result.seconds, 2), **found, **wrong}
+    long = result.question.case.long
+    seconds = round(result.seconds, 2)
+    return {"case": label, "verdict": result.verdict, "seconds": seconds, "long": long, **found, **wrong}
+
+
+BEGIN, END = "<!-- table: make prove ARGS='--table docs/proof.md' -->", "<!-- end of table -->"
+
+
+def write_table(page: Path, lines: list[dict[str, Any]], version: str) -> None:
+    """The results as a table, between two marks of a page of Markdown."""
+    rows = [
+        f"Answered by {version}, seconds of one core.",
+        "",
+        "| theorem | clause | domain | cases | seconds | planted faults |",
+        "|---|---|---|--:|--:|---|",
+    ]
+    for line in lines:
+        cases, faults = line["cases"], line["faults"]
+        proven = sum(case["verdict"] == solver.PROVEN for case in cases)
+        left = sum(case.long for case in catalogue.theorem(line["theorem"]).cases) - sum(case["long"] for case in cases)
+        count = str(proven) if proven == len(cases) else f"{proven} of {len(cases)}"
+        count += f", {left} long" if left else ""
+        found = ", ".join(dict.fromkeys(fault["fault"] for fault in faults if "wrong" not in fault))
+        seconds = sum(case["seconds"] for case in cases)
+        text = f"**{line['theorem']}** {line['says']}"
+        cells = (text, line["clause"], line["domain"], count, f"{seconds:.1f}", found)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"--table must name a page with the marks of a table, got {page}")
+    page.write_text("\n".join([before + BEGIN, "", *rows, "", END]) + after)
 
 
 def write(folder: Path, asked: list[Question]) -> None:

@@ -94,3 +94,9 @@ class Sources:
     def header(self) -> cxx.Program:
         """csrc/numerics.h and csrc/fake_quantize.h, with what they include."""
         return cxx.Program(self.text, ("csrc/numerics.h", "csrc/fake_quantize.h"))
+
+
+@functools.cache
+def unedited(root: Path | None = None) -> Sources:
+    """The files as they are, read once."""
+    return Sources((), root)

@@ -320,9 +320,52 @@ def _signed(a: Array, width: int) -> Array:
 
 
 def _type(sort: Sort) -> Any:
-    if sort not in FLOAT_TYPES:
-        raise NotImplementedError(f"NumPy has no {sort.smt}")
-    return FLOAT_TYPES[sort]
+    """The type that holds the values of a sort: a float that NumPy has not is a float64, rounded by `_rounded`."""
+    return FLOAT_TYPES.get(sort, np.float64)
+
+
+def _rounded(value: Array, sort: Sort) -> Array:
+    """To nearest, ties to even, where NumPy has no such float. A float64 holds sums and products of its values."""
+    if sort in FLOAT_TYPES:
+        return np.asarray(value).astype(FLOAT_TYPES[sort])
+    fraction_bits, bias = sort.bits - 1 - sort.exponent, (1 << (sort.exponent - 1)) - 1
+    value = np.asarray(value, np.float64)
+    exponent = np.maximum(np.frexp(value)[1] - 1, 1 - bias)
+    place = np.ldexp(1.0, exponent - fraction_bits)
+    rounded = np.where(np.isfinite(value), np.rint(value / place) * place, value)
+    return np.asarray(np.where(np.abs(rounded) >= 2.0 ** (bias + 1), np.copysign(np.inf, rounded), rounded))
+
+
+def _float_of(t: Term, a: Array) -> Array:
+    if t.sort in FLOAT_TYPES:
+        return np.asarray(a.astype(WORDS[t.sort.bits]).view(_type(t.sort)))
+    fraction_bits, bias = t.sort.bits - 1 - t.sort.exponent, (1 << (t.sort.exponent - 1)) - 1
+    magnitude = a & np.uint64((1 << (t.sort.bits - 1)) - 1)
+    exponent, fraction = (
+        (magnitude >> np.uint64(fraction_bits)).astype(int),
+        magnitude & np.uint64((1 << fraction_bits) - 1),
+    )
+    significand = np.where(exponent > 0, 1.0, 0.0) + fraction / 2.0**fraction_bits
+    value = np.ldexp(significand, np.maximum(exponent, 1) - bias)
+    value = np.where(exponent == 2 * bias + 1, np.where(fraction == 0, np.inf, np.nan), value)
+    return np.asarray(np.where(a >> np.uint64(t.sort.bits - 1) == 1, -value, value))
+
+
+def _bits_of(t: Term, a: Array) -> Array:
+    sort = t.args[0].sort
+    if sort in FLOAT_TYPES:
+        return np.asarray(np.asarray(a, _type(sort)).view(WORDS[sort.bits]).astype(np.uint64))
+    fraction_bits, bias = sort.bits - 1 - sort.exponent, (1 << (sort.exponent - 1)) - 1
+    a = np.asarray(a, np.float64)
+    finite = np.where(np.isfinite(a), np.abs(a), 0.0)
+    exponent = np.maximum(np.frexp(finite)[1] - 1, 1 - bias)
+    count = np.ldexp(finite, fraction_bits - exponent).astype(
+        np.uint64
+    )  # of last places; subnormal below 2^fraction_bits
+    magnitude = count + ((exponent + bias - 1).astype(np.uint64) << np.uint64(fraction_bits))
+    special = np.uint64((2 * bias + 1) << fraction_bits) + np.isnan(a).astype(np.uint64)
+    magnitude = np.where(np.isfinite(a), magnitude, special)
+    return np.asarray(magnitude | (np.signbit(a).astype(np.uint64) << np.uint64(sort.bits - 1)))
 
 
 def _same(t: Term, a: Array, b: Array) -> Array:
@@ -386,12 +429,12 @@ EVALUATE: dict[str, Callable[..., Array]] = {
     "extract": lambda t, a: _mask(a >> np.uint64(t.parameters[1]), t.sort.bits),
     "zero_extend": lambda t, a: a,
     "sign_extend": lambda t, a: _mask(_signed(a, t.args[0].sort.bits).view(np.uint64), t.sort.bits),
-    "float_of": lambda t, a: a.astype(WORDS[t.sort.bits]).view(_type(t.sort)),
-    "bits_of": lambda t, a: np.asarray(a, _type(t.args[0].sort)).view(WORDS[t.sort.bits]).astype(np.uint64),
-    "fp.add": lambda t, a, b: a + b,
-    "fp.sub": lambda t, a, b: a - b,
-    "fp.mul": lambda t, a, b: a * b,
-    "fp.div": lambda t, a, b: a / b,
+    "float_of": _float_of,
+    "bits_of": _bits_of,
+    "fp.add": lambda t, a, b: _rounded(a + b, t.sort),
+    "fp.sub": lambda t, a, b: _rounded(a - b, t.sort),
+    "fp.mul": lambda t, a, b: _rounded(a * b, t.sort),
+    "fp.div": lambda t, a, b: _rounded(a / b, t.sort),
     "fp.roundToIntegral": lambda t, a: np.rint(a),
     "fp.neg": lambda t, a: -a,
     "fp.abs": lambda t, a: np.abs(a),
@@ -403,7 +446,7 @@ EVALUATE: dict[str, Callable[..., Array]] = {
     "fp.isZero": lambda t, a: a == 0,
     "fp.isNormal": lambda t, a: np.isfinite(a) & (np.abs(a) >= TINY[_type(t.args[0].sort)]),
     "fp.isSubnormal": lambda t, a: (a != 0) & (np.abs(a) < TINY[_type(t.args[0].sort)]),
-    "to_fp": lambda t, a: a.astype(_type(t.sort)),
+    "to_fp": lambda t, a: _rounded(a, t.sort),
     "to_fp_signed": lambda t, a: _signed(a, t.args[0].sort.bits).astype(_type(t.sort)),
     "to_fp_unsigned": lambda t, a: a.astype(_type(t.sort)),
     "to_sbv": _to_sbv,

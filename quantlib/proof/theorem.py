@@ -109,6 +109,7 @@ class Fault:
     name: str
     case: Case
     edits: tuple[Edit, ...] = ()
+    confirm: Callable[[Mapping[str, int]], None] | None = None  # a further check of the ops, which raises
 
 
 @dataclass(frozen=True)
