@@ -22,13 +22,23 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from quantlib.api import account, dequantize_, experts_of, places_of, put, quantized_type, reasons_to_skip, share_weight
+from quantlib.api import (
+    account,
+    checked_types,
+    dequantize_,
+    experts_of,
+    places_of,
+    put,
+    quantized_type,
+    reasons_to_skip,
+    share_weight,
+)
 from quantlib.checkpoint.choose import RULES, TABLE
 from quantlib.checkpoint.files import some
 from quantlib.checkpoint.model import join
 from quantlib.checkpoint.stored import Contents, Stored
 from quantlib.hf.config import QuantlibConfig
-from quantlib.measure import check_weight, describe, describe_experts
+from quantlib.measure import Sums, check_weight, describe_experts
 from quantlib.nn import QuantModule
 from quantlib.nn.experts import QuantExperts, ways_of
 from quantlib.nn.functional import quantize_weight
@@ -36,8 +46,8 @@ from quantlib.nn.module import PARTS, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_of
 from quantlib.record import LIBRARY, record_, weights_of
-from quantlib.report import Report
-from quantlib.spec import QuantSpec, stored_shape
+from quantlib.report import LayerReport, Report
+from quantlib.spec import QuantSpec
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +83,7 @@ class QuantlibQuantizer(HfQuantizer):
 
     def _choose(self, model: Any) -> None:
         """Decide which layers become codes when their weights arrive."""
-        types = (nn.Linear, nn.Embedding) if self.quantization_config.embeddings else (nn.Linear,)
+        types = checked_types((nn.Linear, nn.Embedding) if self.quantization_config.embeddings else (nn.Linear,))
         skipped = reasons_to_skip(model, types=types)
         experts = experts_of(model, lambda module, name: True, skipped)
         layers = {name: m for name, m in model.named_modules() if isinstance(m, types) and name not in skipped}
@@ -188,8 +198,9 @@ class QuantlibQuantizer(HfQuantizer):
             new.quantize(key, x)
             self.report.layers.append(describe_experts(prefix, key, x, new))
         else:
-            new._freeze(quantize_weight(x.detach().flatten(1), new.spec))
-            self.report.layers.append(describe(prefix, x, new.plain, new.spec))
+            sums = Sums()
+            new._freeze(quantize_weight(new.as_matrix(x.detach()), new.spec, sums.add))
+            self.report.layers.append(LayerReport.of(prefix, x, str(new.spec), new.plain, sums.snr_db))
             for other in self.tied.get(name, ()):
                 self._share(model, f"{other}.weight", name, spec)
         parts = ((f"{key}_{part}", new._parameters.get(f"{key}_{part}")) for part in ("codes", "scale", "zero_point"))
@@ -220,7 +231,7 @@ class QuantlibQuantizer(HfQuantizer):
         for prefix, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, QuantModule) and (name := join(prefix, "weight_codes")) in state:
                 codes = state[name].view(dtype_of(module.spec.row))
-                state[name] = codes.view(stored_shape(module.spec, module.weight_shape))
+                state[name] = codes.view(module.stored_shape)
             elif isinstance(module, QuantExperts) and module.spec.scaled:
                 for name in (join(prefix, f"{key}_codes") for key in module.stacks):
                     state[name] = state[name].view(dtype_of(module.spec.row)).unsqueeze(-1)
