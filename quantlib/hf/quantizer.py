@@ -212,7 +212,7 @@ class QuantlibQuantizer(HfQuantizer):
         self.places.clear()
         if self.pre_quantized:
             check_loaded(model)
-        adopt_codes(model)
+        adopt_codes(model, self.pre_quantized)
         if self.report is not None:
             account(model, self.report)
         self.quantization_config.weights = weights_of(model)
@@ -263,29 +263,44 @@ def check_loaded(model: nn.Module) -> None:
         f"{prefix}.{key}"
         for prefix, module in model.named_modules()
         for key in kept_by(module)
-        if (p := module._parameters[key]) is not None and not getattr(p, "_is_hf_initialized", False)
+        if (p := module._parameters[key]) is not None
+        and not getattr(p, "_is_hf_initialized", False)
+        and not (p.is_meta and "_hf_hook" in vars(module))  # accelerate reads it from disk for each call
     ]
     if missing:
         raise ValueError(f"model must find all of its codes and scales in its files, got no {some(missing)}")
 
 
-def adopt_codes(model: nn.Module) -> None:
-    """Tensors that a loader has put in place of codes, scales and zero points are `QuantParameter`, codes [N, K]."""
+def adopt_codes(model: nn.Module, stored: bool) -> None:
+    """Tensors that a loader has put in place of codes, scales and zero points are `QuantParameter`, codes [N, K].
+
+    Of codes that accelerate reads from disk for each call, a parameter on meta says what it finds there: codes as they
+    are ``stored`` in the files of a quantized model, or as they were made.
+    """
     made: dict[int, QuantParameter] = {}
     for module in model.modules():
         for key in kept_by(module):
             p = module._parameters[key]
-            if p is None or type(p) is QuantParameter:
+            if p is None or (type(p) is QuantParameter and not (p.is_meta and stored)):
                 continue
             if id(p) not in made:
-                data = p.data
-                if isinstance(module, QuantExperts) and key.endswith("_codes"):
-                    E, N, K, _ = module.stacks[key.removesuffix("_codes")]
-                    data = data.view(stored_dtype(module.spec)).view(E, *module.spec.codes_shape((N, K)))
-                elif isinstance(module, QuantModule) and key == "weight_codes":
-                    data = data.view(stored_dtype(module.spec)).view(module.spec.codes_shape(module._matrix))
-                made[id(p)] = QuantParameter(data, requires_grad=False)
+                made[id(p)] = QuantParameter(adopted(module, key, p.data), requires_grad=False)
             module._parameters[key] = made[id(p)]
+
+
+def adopted(module: nn.Module, key: str, data: Tensor) -> Tensor:
+    """``data``, as files have it, as ``module`` keeps its parameter ``key``."""
+    if isinstance(module, QuantExperts) and key.endswith("_codes"):
+        E, N, K, _ = module.stacks[key.removesuffix("_codes")]
+        kept = E, *module.spec.codes_shape((N, K))
+        stored = (*kept, 1) if module.spec.scaled else kept
+    elif isinstance(module, QuantModule) and key == "weight_codes":
+        kept, stored = module.spec.codes_shape(module._matrix), module.stored_shape
+    else:
+        return data
+    if data.is_meta:
+        return torch.empty(stored, dtype=dtype_of(module.spec.row), device="meta")
+    return data.view(stored_dtype(module.spec)).view(kept)
 
 
 class Quantize(ConversionOps):

@@ -190,7 +190,7 @@ class QuantModule(Leaf):
     @property
     def codes(self) -> Tensor:
         """``weight_codes`` in the dtype of the format, as the ops take them: only FP8 differs."""
-        codes = self._parameters["weight_codes"]
+        codes: Tensor | None = self._parameters["weight_codes"]
         assert codes is not None
         if codes.dim() > 2 and codes.shape[-1] == 1:  # as a file has them, from which accelerate takes them for a call
             codes = codes.view(stored_dtype(self.spec)).view(codes.shape[:2])
