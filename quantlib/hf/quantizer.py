@@ -140,7 +140,7 @@ class QuantlibQuantizer(HfQuantizer):
         sources = {target: source for target, source in model.all_tied_weights_keys.items() if source in stored}
         for name, weight in stored.items():
             if name not in sources:
-                self._replace(model, name, weight.spec)
+                codes_as_stored(self._replace(model, name, weight.spec))
         for name, source in sources.items():  # an embedding's spec tells nothing of activations, that of its head does
             self._share(model, name, source, stored.get(name, stored[source]).spec)
         self.codes = frozenset(stored)
@@ -166,8 +166,6 @@ class QuantlibQuantizer(HfQuantizer):
     # ---- while they are read ----------------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        if self.pre_quantized:  # asked of a tensor whose shape is not the parameter's
-            return param_name.endswith("_codes")
         return param_name in self.waiting
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -212,7 +210,7 @@ class QuantlibQuantizer(HfQuantizer):
         self.places.clear()
         if self.pre_quantized:
             check_loaded(model)
-        adopt_codes(model, self.pre_quantized)
+        adopt_codes(model)
         if self.report is not None:
             account(model, self.report)
         self.quantization_config.weights = weights_of(model)
@@ -271,36 +269,41 @@ def check_loaded(model: nn.Module) -> None:
         raise ValueError(f"model must find all of its codes and scales in its files, got no {some(missing)}")
 
 
-def adopt_codes(model: nn.Module, stored: bool) -> None:
+def codes_as_stored(module: QuantModule | QuantExperts) -> None:
+    """Have codes on meta in the dtype and shape of the files, for a loader that compares them."""
+    for key in kept_by(module):
+        if (shapes := shapes_of_codes(module, key)) is not None:
+            codes = torch.empty(shapes[1], dtype=dtype_of(module.spec.row), device="meta")
+            module._parameters[key] = QuantParameter(codes, requires_grad=False)
+
+
+def adopt_codes(model: nn.Module) -> None:
     """Tensors that a loader has put in place of codes, scales and zero points are `QuantParameter`, codes [N, K].
 
-    Of codes that accelerate reads from disk for each call, a parameter on meta says what it finds there: codes as they
-    are ``stored`` in the files of a quantized model, or as they were made.
+    Codes on meta stay what they are: accelerate reads those from disk for each call, as the files have them.
     """
     made: dict[int, QuantParameter] = {}
     for module in model.modules():
         for key in kept_by(module):
             p = module._parameters[key]
-            if p is None or (type(p) is QuantParameter and not (p.is_meta and stored)):
+            if p is None or p.is_meta:
                 continue
             if id(p) not in made:
-                made[id(p)] = QuantParameter(adopted(module, key, p.data), requires_grad=False)
+                data, shapes = p.data, shapes_of_codes(module, key)
+                data = data if shapes is None else data.view(stored_dtype(module.spec)).view(shapes[0])  # type: ignore[arg-type]
+                made[id(p)] = QuantParameter(data, requires_grad=False)
             module._parameters[key] = made[id(p)]
 
 
-def adopted(module: nn.Module, key: str, data: Tensor) -> Tensor:
-    """``data``, as files have it, as ``module`` keeps its parameter ``key``."""
+def shapes_of_codes(module: nn.Module, key: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The shapes of the parameter ``key`` of ``module`` in memory and in a file; None where it holds no codes."""
     if isinstance(module, QuantExperts) and key.endswith("_codes"):
         E, N, K, _ = module.stacks[key.removesuffix("_codes")]
         kept = E, *module.spec.codes_shape((N, K))
-        stored = (*kept, 1) if module.spec.scaled else kept
-    elif isinstance(module, QuantModule) and key == "weight_codes":
-        kept, stored = module.spec.codes_shape(module._matrix), module.stored_shape
-    else:
-        return data
-    if data.is_meta:
-        return torch.empty(stored, dtype=dtype_of(module.spec.row), device="meta")
-    return data.view(stored_dtype(module.spec)).view(kept)
+        return kept, (*kept, 1) if module.spec.scaled else kept
+    if isinstance(module, QuantModule) and key == "weight_codes":
+        return module.spec.codes_shape(module._matrix), module.stored_shape
+    return None
 
 
 class Quantize(ConversionOps):
