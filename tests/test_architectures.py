@@ -62,7 +62,7 @@ def test_a_model_without_a_layer_to_quantize_is_refused_by_name() -> None:
 
     model = nn.Sequential(Rotated(4, 4), nn.LSTM(4, 4))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="0: Rotated, a subclass of nn.Linear, may compute something else"):
+    with pytest.raises(ValueError, match=r"0: Rotated, a subclass of nn.Linear, may compute something else"):
         quantlib.quantize_(model, "W8A16")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
