@@ -16,8 +16,7 @@ from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, least_negative
 from quantlib.ops.flops import register_if_counting
-from quantlib.spec import QuantSpec, stored_shape
-from quantlib.spec import check_dynamic as check_dynamic  # noqa: PLC0414 - convert.py imports it from here
+from quantlib.spec import QuantSpec, check_dynamic, stored_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
