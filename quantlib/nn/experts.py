@@ -29,7 +29,7 @@ from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
 from quantlib.nn.module import rebind_hooks, stored_dtype, taken_over
 from quantlib.nn.weight import DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_of
+from quantlib.ops.check import dtype_name, dtype_of, least_negative
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -316,6 +316,25 @@ class QuantExperts(Leaf):
             for name in self.kept:
                 if (p := self._parameters[name]) is not None:
                     destination[prefix + name] = p.data
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        for name in self.stacks:
+            if (floats := state_dict.get(prefix + name)) is not None:
+                found = f"{dtype_name(floats.dtype)} {list(floats.shape)}"
+                errors.append(
+                    f"{prefix}{name} must be codes of {self.spec}, got {found}: load floats into the float model, "
+                    "then quantize_ it"
+                )
+        for name in self.kept:
+            kept, got = self._parameters[name], state_dict.get(prefix + name)
+            if kept is not None and isinstance(got, Tensor) and got.dtype != kept.dtype:
+                expected = dtype_name(kept.dtype)
+                errors.append(f"{prefix}{name} must be {expected} for {self.spec}, got {dtype_name(got.dtype)}")
+            if name.endswith("_scale") and isinstance(got, Tensor) and (least := least_negative(got)) is not None:
+                errors.append(f"{prefix}{name} must be >= 0, got {least}")
+        if not errors:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         shapes = (f"{name}={list(stack.shape)}" for name, stack in self.stacks.items())

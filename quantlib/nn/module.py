@@ -429,12 +429,13 @@ def refuse_codes(load: Callable[..., None]) -> Callable[..., None]:
     """
 
     def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        parameters = self._parameters
-        if f"{prefix}weight_codes" in state_dict and "weight" in parameters and "weight_codes" not in parameters:
-            args[-1].append(
-                f"{prefix}weight must be a float weight, got codes: quantize_ the model with the spec of this state "
-                "before load_state_dict, or use quantlib.checkpoint.load_quantized"
-            )
+        for name in self._parameters:
+            codes = f"{name}_codes"
+            if f"{prefix}{codes}" in state_dict and codes not in self._parameters:
+                args[-1].append(
+                    f"{prefix}{name} must be a float weight, got codes: quantize_ the model with the spec of this "
+                    "state before load_state_dict, or use quantlib.checkpoint.load_quantized"
+                )
         load(self, state_dict, prefix, *args)
 
     return _load_from_state_dict
