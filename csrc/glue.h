@@ -1,6 +1,7 @@
 // From a call of torch to a problem for a kernel: what the files of csrc/ops share. Each of them takes the arguments of
-// its op, checks them, allocates and launches. It is compiled once for every backend that has a kernel of the op, with
-// the backend's folder on the include path, so that <backend.h> is csrc/cpu/backend.h or csrc/cuda/backend.h:
+// its op, checks them, allocates and launches. It is compiled for every backend that has a kernel of the op, as one
+// with the backend's other ops, and with the backend's folder on the include path: <backend.h> is csrc/cpu/backend.h or
+// csrc/cuda/backend.h.
 //
 //   class Backend                          one object a call
 //     explicit Backend(Device)             makes the device of x current
@@ -13,8 +14,11 @@
 #include <backend.h>
 
 #include "check.h"
+#include "ops/cast.h"
 
 namespace quantlib {
+
+QL_KERNEL(cast, Cast)  // that of the others is declared in their own file; this one also widens a bias
 
 // A result: a tensor of ours, or one the caller gave.
 class Output {

@@ -95,6 +95,7 @@ QL_FN constexpr int64_t bytes_of(int64_t n) {
 // A row at run time.
 struct Row {
   int bits, bytes, per_byte;  // bytes: that a code lies in, or per_byte of them
+  int log_per_byte;           // to base 2
   bool is_float, is_signed;   // is_signed: an integer format with negative codes
   uint32_t scale_max;         // bits of an FP32 value
   int32_t qmin, qmax;         // of an affine zero point
@@ -102,7 +103,7 @@ struct Row {
 
 template <class F>
 QL_FN constexpr Row row() {
-  Row r = {F::bits, int(sizeof(typename F::storage)), F::per_byte, F::is_float, F::is_signed, 0, 0, 0};
+  Row r = {F::bits, int(sizeof(typename F::storage)), F::per_byte, F::per_byte / 2, F::is_float, F::is_signed, 0, 0, 0};
   if constexpr (F::bits != 32) r.scale_max = F::scale_max;
   if constexpr (!F::is_float) r.qmin = F::affine_qmin, r.qmax = F::affine_qmax;
   return r;
@@ -128,11 +129,11 @@ QL_HOST_FN Row row_of(Type type) {
 }
 
 // Bytes of a row of K codes.
-QL_HOST_FN int64_t row_bytes(const Row& f, int64_t K) { return (K * f.bytes + f.per_byte - 1) / f.per_byte; }
+QL_HOST_FN int64_t row_bytes(const Row& f, int64_t K) { return (K * f.bytes + f.per_byte - 1) >> f.log_per_byte; }
 
 // Bytes before element (i, j) of an [M, K] matrix; j is a multiple of the codes that share a byte.
 QL_HOST_FN int64_t byte_offset(const Row& f, int64_t K, int64_t i, int64_t j) {
-  return f.per_byte == 1 ? (i * K + j) * f.bytes : i * row_bytes(f, K) + j / f.per_byte;
+  return f.per_byte == 1 ? (i * K + j) * f.bytes : i * row_bytes(f, K) + (j >> f.log_per_byte);
 }
 
 }  // namespace quantlib

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from quantlib.measure import OnNonfinite, Sums, check_weight, describe_experts
-from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule
+from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule, form_of
 from quantlib.nn.experts import QuantExperts, ways_of
+from quantlib.nn.forms import with_likes
 from quantlib.nn.module import check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_name, one_of
@@ -92,7 +93,7 @@ def quantize_(
     experts = experts_of(model, filter_fn, skipped) if nn.Linear in types else {}
     if not layers and not experts and filter_fn is None:
         found = by_reason(skipped | other_weights(model, skipped)) or "none"
-        raise ValueError(f"model must have an {one_of([f'nn.{t.__name__}' for t in types])} to quantize, got {found}")
+        raise ValueError(f"model must have an {names_of(types)} to quantize, got {found}")
     on_meta = [weight_of(layer).is_meta for layer in layers.values()]
     on_meta += [weight.is_meta for module in experts.values() for weight in stacks_of(module).values()]
     if not all(on_meta):  # a skeleton's scales are still to be loaded
@@ -156,9 +157,15 @@ def dequantize_(model: nn.Module) -> list[str]:
 
 
 def reasons_to_skip(
-    model: nn.Module, filter_fn: Filter | None = None, types: tuple[type[nn.Module], ...] = (nn.Linear,)
+    model: nn.Module,
+    filter_fn: Filter | None = None,
+    types: tuple[type[nn.Module], ...] = (nn.Linear,),
+    form: Callable[[type[nn.Module]], type[nn.Module] | None] = form_of,
 ) -> dict[str, str]:
-    """name -> why, for each layer of ``types`` of ``model`` that cannot or shall not be quantized."""
+    """name -> why, for each layer of ``types`` of ``model`` that cannot or shall not be quantized.
+
+    ``form`` gives the class that takes the place of a layer of a class, or None.
+    """
     readers = {
         id(getattr(owner, child)): f"nn.{cls.__name__} reads its weight directly"
         for owner in model.modules()
@@ -174,7 +181,9 @@ def reasons_to_skip(
         for key, parameter in module._parameters.items():
             holders[id(parameter)].append((name, key))
     for name, layer in layers.items():
-        why = readers.get(id(layer)) or adapters.get(id(layer)) or reason_to_skip(layer) or elsewhere.get(id(layer))
+        why = (
+            readers.get(id(layer)) or adapters.get(id(layer)) or reason_to_skip(layer, form) or elsewhere.get(id(layer))
+        )
         if why is None and filter_fn is not None and not filter_fn(layer, name):
             why = "filter_fn said no"
         if why is not None:
@@ -189,14 +198,14 @@ def reasons_to_skip(
     return skipped
 
 
-def reason_to_skip(layer: nn.Module) -> str | None:
+def reason_to_skip(layer: nn.Module, form: Callable[[type[nn.Module]], type[nn.Module] | None] = form_of) -> str | None:
     """What about a layer itself keeps it from being replaced."""
     if isinstance(layer, QuantModule):
         return f"already quantized to {layer.spec}"
     if isinstance(layer._parameters.get("weight"), UninitializedParameter):
         return "its weight has no shape before the first forward"
-    if type(layer) not in QUANTIZED:
-        base = next(t for t in QUANTIZED if isinstance(layer, t))
+    if form(type(layer)) is None:
+        base = next((t for t in QUANTIZED if isinstance(layer, t)), nn.Linear)
         return f"{type(layer).__name__}, a subclass of nn.{base.__name__}, may compute something else"
     if "forward" in vars(layer) and hooked_forward(layer) is None:
         return "its forward has been replaced"
@@ -211,9 +220,10 @@ def reason_to_skip(layer: nn.Module) -> str | None:
         return f"its weight has the layout {str(weight.layout).removeprefix('torch.')}"
     if weight.is_meta and hooked_forward(layer) is not None:
         return "accelerate has offloaded its weight: quantize the model before it is dispatched"
-    if taken := next((name for name in QUANTIZED[type(layer)].OWN if name in vars(layer)), None):
+    codes = quantized_type(layer)
+    if taken := next((name for name in codes.OWN if name in vars(layer)), None):
         return f"it has an attribute {taken} of its own"
-    why = QUANTIZED[type(layer)].refuses(layer)
+    why = codes.refuses(layer)
     return None if why is None else f"an nn.{type(layer).__name__} {why}"
 
 
@@ -323,8 +333,10 @@ def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
     """Why ``parameter``, which no rule of `reasons_to_skip` has met, stays what it is."""
     if not parameter.is_floating_point():
         return f"it is of {dtype_name(parameter.dtype)}"
-    if type(module) in QUANTIZED and key == "weight":
-        return f"an nn.{type(module).__name__}, which types= does not name"
+    if form_of(type(module)) is not None and key == "weight":
+        base = next((t for t in QUANTIZED if isinstance(module, t)), nn.Linear)
+        like = "" if type(module) is base else f"{type(module).__name__}, like "
+        return f"{like}an nn.{base.__name__}, which types= does not name"
     if key != "weight":
         return f"a parameter of {type(module).__name__}, which is not a layer that quantlib knows"
     return f"{type(module).__name__} has no quantized form"
@@ -332,7 +344,9 @@ def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
 
 def quantized_type(layer: nn.Module) -> type[QuantModule]:
     """The module of codes that stands for ``layer``, which `reason_to_skip` has found nothing against."""
-    return QUANTIZED[type(layer)]
+    form = form_of(type(layer))
+    assert form is not None
+    return form
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
@@ -346,7 +360,12 @@ def checked_types(types: Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ..
         if t not in QUANTIZED:
             known = one_of([f"nn.{known.__name__}" for known in QUANTIZED])
             raise ValueError(f"types must be {known}, got {getattr(t, '__name__', t)}")
-    return tuple(types)
+    return with_likes(tuple(types))
+
+
+def names_of(types: tuple[type[nn.Module], ...]) -> str:
+    """``types`` for a message."""
+    return one_of([f"nn.{t.__name__}" for t in types if t in QUANTIZED])
 
 
 def check_root(model: nn.Module) -> None:

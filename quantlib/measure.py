@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,34 +15,12 @@ from torch import Tensor
 from quantlib import formats, ops
 from quantlib.backends import compiled
 from quantlib.nn.experts import QuantExperts
-from quantlib.nn.functional import SOURCES, Weight, dequantize_weight
+from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, rows_of, slabs_of
 from quantlib.ops.check import dtype_name
 from quantlib.report import LayerReport
 from quantlib.spec import QuantSpec
 
 OnNonfinite = Literal["raise", "propagate"]
-
-SLAB = 1 << 18  # elements: a MiB of float32, of which a core's second cache holds the input, the values and the codes
-SLAB_OF_A_GPU = 1 << 26  # each slab waits for the device once
-
-
-def slabs(rows: int, columns: int, multiple: int = 1, elements: int = SLAB) -> Iterator[slice]:
-    """Runs of rows of a matrix [rows, columns] of about ``elements`` each, cut at multiples of ``multiple`` rows."""
-    step = max(elements // max(columns, 1) // multiple, 1) * multiple
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def slabs_of(x: Tensor, multiple: int = 1) -> Iterator[slice]:
-    """`slabs` of a matrix in memory."""
-    rows, columns = x.shape
-    return slabs(rows, columns, min(multiple, max(rows, 1)), SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU)
-
-
-def rows_of(weight: Weight, rows: slice, br: int) -> Weight:
-    """Some rows of a weight [M, K], the first of which begins a block of ``br`` rows."""
-    blocks = slice(rows.start // br, -(-rows.stop // br))
-    return Weight(weight.codes[rows], *(None if t is None else t[blocks] for t in weight[1:]))
 
 
 @dataclass
@@ -132,12 +110,11 @@ def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerRepo
     ratio = math.nan
     if not x.is_meta:
         matrix, sums = x.detach().flatten(1), Sums()
-        block = spec.block(matrix.shape)
-        for rows in slabs_of(matrix, block[0]):
-            sums.add(matrix[rows], rows_of(weight, rows, block[0]), spec)
+        br = spec.block(matrix.shape)[0] if spec.scaled else 1
+        for rows in slabs_of(matrix, br):
+            sums.add(matrix[rows], rows_of(weight, rows, br), spec)
         ratio = sums.snr_db
-    size = sum(t.numel() * t.element_size() for t in weight if t is not None)
-    return LayerReport(name, tuple(x.shape), str(spec), x.numel() * x.element_size(), size, ratio)
+    return LayerReport.of(name, x, str(spec), weight, ratio)
 
 
 def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> LayerReport:
@@ -148,9 +125,8 @@ def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> L
         block = experts.spec.block(matrix.shape)
         for rows in slabs_of(matrix, block[0]):
             sums.add(matrix[rows], rows_of(experts.matrix(key, e).weight, rows, block[0]), experts.spec)
-    size = sum(p.numel() * p.element_size() for p in experts.parts(key) if p is not None)
     ratio = math.nan if x.is_meta else sums.snr_db
-    return LayerReport(f"{name}.{key}", tuple(x.shape), str(experts.spec), x.numel() * x.element_size(), size, ratio)
+    return LayerReport.of(f"{name}.{key}", x, str(experts.spec), experts.parts(key), ratio)
 
 
 def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:

@@ -12,17 +12,18 @@ from quantlib.api import (
     account,
     check_root,
     checked_types,
+    names_of,
     places_of,
     put,
     reasons_to_skip,
     weight_of,
 )
 from quantlib.measure import check_weight, describe
+from quantlib.nn import QUANTIZED
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.module import QuantModule, check_whole
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.nn.qat import QAT, QATModule
-from quantlib.ops.check import one_of
 from quantlib.record import record_
 from quantlib.report import Report
 from quantlib.spec import QuantSpec
@@ -101,14 +102,14 @@ def prepare_qat_(
     spec = QuantSpec.parse(spec)
     check_root(model)
     types = checked_types(types)
-    skipped = reasons_to_skip(model, filter_fn, types)
+    skipped = reasons_to_skip(model, filter_fn, types, QUANTIZED.get)
     for name, module in model.named_modules():
         if isinstance(module, QATModule) and name in skipped:
             skipped[name] = f"already prepared for {module.spec}"
     layers = {n: m for n, m in model.named_modules() if isinstance(m, types) and n not in skipped}
     if not layers and filter_fn is None:
         found = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "none"
-        raise ValueError(f"model must have an {one_of([f'nn.{t.__name__}' for t in types])} to prepare, got {found}")
+        raise ValueError(f"model must have an {names_of(types)} to prepare, got {found}")
     for name, layer in layers.items():
         check_weight(f"weight of layer {name}", weight_of(layer).flatten(1), spec, "raise")
 

@@ -154,17 +154,16 @@ def test_values_are_seen_where_codes_are_made(spec: str, dtype: torch.dtype, mon
     weight, parsed = torch.randn(17, 23).to(dtype), QuantSpec.parse(spec)
     xs, ys = [], []
 
-    def seen(x: Tensor, y: Tensor) -> None:
+    def seen(x: Tensor, part: functional.Weight, spec: QuantSpec) -> None:
         xs.append(x.clone())
-        ys.append(y.clone())
-        y.zero_()
+        ys.append(functional.dequantize_weight(part, spec, 23, torch.float32))
 
     got, want = functional.quantize_weight(weight, parsed, seen), functional.quantize_weight(weight, parsed)
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             assert_same_bytes(a, b)
-    assert len(xs) == 5
+    assert len(xs) > 1 or spec == "int8:tensor"
     assert torch.equal(torch.cat(xs), weight)
     assert torch.equal(torch.cat(ys), functional.dequantize_weight(want, parsed, 23, torch.float32))
 

@@ -125,22 +125,14 @@ def test_every_header_that_a_compiler_reads_is_known() -> None:
     include = [f"-I{_build.CSRC}", f"-I{_build.PACKAGE}", "-isystem", str(_build.find_torch() / "include")]
     emulated = [f"-I{ROOT / 'tests/cuda_on_cpu'}", "-DUSE_CUDA"]
     folder = _build.CSRC / "cuda"
-    cuda = [_build.Unit(p, ("c++",), ("-std=c++20",)) for p in folder.glob("*.c*") if p.suffix in (".cu", ".cpp")]
-    cuda += [_build.Unit(p, ("c++",), ("-std=c++20",), folder) for p in _build.op_glue(folder)]
-    assert len(cuda) > 20
+    cuda = [_build.Unit(p, ("c++",), ("-std=c++20",)) for p in folder.glob("*.cu")]
+    cuda += _build.glue_units(folder, ("-std=c++20",))
+    assert len(cuda) > 10
+    assert len(cuda[-1].before) > 10
     for unit in (*_build.cpu_units(), *cuda):
-        more = emulated if unit in cuda else []
-        command = [
-            *unit.compiler,
-            *unit.flags,
-            f"-I{unit.folder}",
-            *include,
-            *more,
-            "-x",
-            "c++",
-            "-MM",
-            str(unit.source),
-        ]
+        more = [*(emulated if unit in cuda else []), *(word for p in unit.before for word in ("-include", str(p)))]
+        command = [*unit.compiler, *unit.flags, f"-I{unit.folder}", *include, *more, "-x", "c++", "-MM"]
+        command.append(str(unit.source))
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         files = {Path(os.path.normpath(word)) for word in said.replace("\\\n", " ").split()[1:]}
         ours = {path for path in files if {_build.CSRC, _build.PACKAGE} & set(path.parents)}

@@ -156,28 +156,24 @@ def test_triton_compiles_with_the_rows(with_rows: Path) -> None:
 
 
 def compile_one_isa(package: Path, isa: str) -> None:
-    """The library of ``package`` as a wheel has it, but of one instruction set's kernels, by the names of all of them.
+    """The library of ``package`` as a wheel has it, but its kernels are of ``isa``, whichever it chooses.
 
     The kernels in one call of the compiler, which reads every header once, and without -O3: in a tenth of the time.
     """
     csrc = package / "_csrc"
-    paths = [unit.source.relative_to(_build.CSRC) for unit in _build.cpu_units()]
-    kernels = sorted({path for path in paths if path.parts[0] == "cpu" and path.stem != "backend"})
-    glue = [path for path in paths if path not in kernels]
-    ops = [path.stem for path in kernels if (csrc / f"ops/{path.stem}.h").exists()]
-    others = [other for other in _build.ISAS if other != isa]
-    names = [(op, "".join(word.title() for word in op.split("_"))) for op in ("least_scale", *ops)]
-    by_others = "".join(
-        f"namespace {other} {{ void {op}(const {problem}& p, ParallelFor run) {{ {isa}::{op}(p, run); }} }}\n"
-        for op, problem in names
-        for other in others
-    )
-    unity = "".join(f'#include "{path}"\n' for path in kernels) + f"namespace quantlib {{\n{by_others}}}\n"
-    (csrc / "kernels.cpp").write_text(unity)
+    chosen, every = csrc / "cpu/backend.h", ", ".join(f"{name}::OP" for name in _build.ISAS)
+    assert every in chosen.read_text() or len(_build.ISAS) == 1
+    chosen.write_text(chosen.read_text().replace(every, ", ".join(f"{isa}::OP" for _ in _build.ISAS)))
+    units = [(unit.source.relative_to(_build.CSRC), unit.before) for unit in _build.cpu_units()]
+    kernels = sorted({path for path, _ in units if path.parts[0] == "cpu" and path.stem != "backend"})
+    (csrc / "kernels.cpp").write_text("".join(f'#include "{path}"\n' for path in kernels))
     include = ("-I", csrc / "cpu", "-I", csrc, "-I", package, "-isystem", _build.find_torch() / "include")
     flags = [flag for flag in (*_build.CPU, *_build.HOST) if flag != "-O3"]
-    optimized = ("-O1", *_build.ISAS[isa], f"-DQL_ISA={isa}")
-    sources = {csrc / "kernels.cpp": optimized} | {csrc / path: ("-O0",) for path in glue}
+    sources = {csrc / "kernels.cpp": ["-O1", *_build.ISAS[isa], f"-DQL_ISA={isa}"]}
+    for path, before in units:
+        if path not in kernels:
+            included = (word for p in before for word in ("-include", str(p.relative_to(_build.CSRC))))
+            sources[csrc / path] = ["-O0", *included]
     objects = [source.with_suffix(".o") for source in sources]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = [

@@ -172,6 +172,19 @@ def test_without_quantlib_it_does_not_load(spec: str, tmp_path: Path) -> None:
     assert "mismatch" in done.stderr
 
 
+@pytest.mark.parametrize("spec", ["W8A16", "W4A16", "float8_e4m3fn:row"])
+def test_offloaded_to_disk(spec: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "floats")
+    model = loaded(folder, QuantlibConfig(spec))
+    model.save_pretrained(tmp_path / "codes")
+    y = logits(model)
+    on_cpu = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    options = {"device_map": {**dict.fromkeys(on_cpu, "cpu"), "model.layers.1": "disk"}}
+    assert_same_bytes(logits(loaded(tmp_path / "codes", **options, offload_folder=tmp_path / "a")), y)
+    assert_same_bytes(logits(loaded(folder, QuantlibConfig(spec), **options, offload_folder=tmp_path / "b")), y)
+    assert_same_bytes(logits(loaded(tmp_path / "codes", device_map="auto")), y)
+
+
 def test_what_is_skipped_and_what_is_included(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     model = loaded(folder, QuantlibConfig("int8", skip=["*.q_proj", "model.layers.1.*"], include=["lm_head"]))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from quantlib import measure
 from quantlib.backends import compiled
-from quantlib.measure import Sums, rows_of, slabs_of, squared_error
-from quantlib.nn.functional import Weight, dequantize_weight, quantize_weight
+from quantlib.measure import Sums, squared_error
+from quantlib.nn import functional
+from quantlib.nn.functional import Weight, dequantize_weight, quantize_weight, rows_of, slabs_of
 from quantlib.spec import QuantSpec
 
 SPECS = (
@@ -49,7 +50,7 @@ def test_one_pass_finds_the_sums(spec: str, dtype: torch.dtype, shape: tuple[int
 @native
 @pytest.mark.parametrize("spec", SPECS)
 def test_slabs_add_up(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SLAB", 3000)
+    monkeypatch.setattr(functional, "SLAB", 3000)
     parsed, x, sums = QuantSpec.parse(spec), made((70, 130)), Sums()
     weight, block = quantize_weight(x, parsed), parsed.block(x.shape)
     slabs = list(slabs_of(x, block[0]))

@@ -33,19 +33,9 @@ void to_signed_bytes(const uint8_t* __restrict__ codes, int8_t* __restrict__ out
   }
 }
 
-// How codes of an integer format become signed bytes.
-struct SignedBytes {
-  void (*make)(const uint8_t* codes, int8_t* out, int64_t n);  // null where they are
-  int32_t excess;                                              // what is taken from each
-};
-
-SignedBytes bytes_of_w(Type format) {
-  return visit(format, [](auto f) -> SignedBytes {
-    using F = decltype(f);
-    if constexpr (F::is_float || (is_whole<F> && F::is_signed)) return {nullptr, 0};
-    else return {to_signed_bytes<F>, excess<F>};
-  });
-}
+// Whether codes of F are signed bytes as they lie.
+template <class F>
+constexpr bool in_place = is_whole<F> && F::is_signed;
 
 uint32_t sum_of(const uint8_t* x, int64_t n) {
   uint32_t sum = 0;
@@ -59,13 +49,14 @@ class UnsignedRows {
   const int64_t M, K, blocks, stride;
   const uint32_t moved;  // x - x_codes
 
-  UnsignedRows(const ScaledMatmul& p, ParallelFor run)
+  // is_moved: w is not the codes of the weight, but less something
+  UnsignedRows(const ScaledMatmul& p, bool is_moved, ParallelFor run)
       : M(p.M),
         K(p.weight.grid.K),
         blocks(p.weight.grid.scale_cols()),
         stride(stride_of(K)),
         moved(row_of(p.x_format).is_signed ? 128 : 0),
-        summed_(p.weight.zero_point || bytes_of_w(p.weight.format).excess),
+        summed_(p.weight.zero_point || is_moved),
         bytes_((M + round_up(M, kRows) / kRows) * stride + 64),
         sums_(summed_ ? M * blocks * 4 : 0) {
     parallel(run, M, most(1, kFlipGrain / most(K, 1)), [&](int64_t begin, int64_t end) {
@@ -96,6 +87,7 @@ class UnsignedRows {
 };
 
 // The sums of kRows rows of x with kSumCols rows of w, and what becomes of them.
+template <class F>
 class ExactSums {
  public:
   ExactSums(const ScaledMatmul& p, const UnsignedRows& x) : p_(p), x_(x) {}
@@ -116,7 +108,6 @@ class ExactSums {
   const UnsignedRows& x_;
   const Grid& g_ = p_.weight.grid;
   const Row format_ = row_of(p_.weight.format), x_format_ = row_of(p_.x_format), y_format_ = row_of(p_.y_type);
-  const SignedBytes w_ = bytes_of_w(p_.weight.format);
   const Encode encode_ = encoder(p_.y_type, false, false);
   int64_t m0_, n0_, rows_, cols_;
   alignas(64) uint32_t d_[(1 + kRows) * kSumCols];  // row 0: the sums of w
@@ -138,7 +129,7 @@ class ExactSums {
     w.stride = g_.K;
     for (int64_t t = 0, fetched = 0; t < tiles; ++t) {
       // Each tile has its share of the next four rows fetched.
-      const int64_t until = !w_.make ? (t + 1) * kDotCols / tiles : 0, r = t * kDotRows;
+      const int64_t until = in_place<F> ? (t + 1) * kDotCols / tiles : 0, r = t * kDotRows;
       w.ahead = w.row[0] + (kDotCols + fetched) * g_.K, w.rows_ahead = int(until - fetched), fetched = until;
       dot_rows(least(kDotRows, rows - r), x_.row(m0_) + (r - 1) * x_.stride + k, x_.stride, w, n, add,
                d_ + r * kSumCols + c, kSumCols);
@@ -147,10 +138,10 @@ class ExactSums {
 
   // Row n0 + c of w, columns k .. k + n: where they lie, or decoded
   const int8_t* row_of_w(int64_t c, int64_t j, int64_t k, int64_t n) {
-    const int64_t before = k % format_.per_byte;  // so that whole bytes are decoded
+    const int64_t before = k % F::per_byte;  // so that whole bytes are decoded
     const auto* codes = static_cast<const uint8_t*>(p_.weight.codes) + byte_offset(format_, g_.K, n0_ + c, k - before);
-    if (!w_.make) return reinterpret_cast<const int8_t*>(codes) + before;
-    w_.make(codes, decoded_[j], before + n);
+    if constexpr (in_place<F>) return reinterpret_cast<const int8_t*>(codes);
+    to_signed_bytes<F>(codes, decoded_[j], before + n);
     return decoded_[j] + before;
   }
 
@@ -163,7 +154,7 @@ class ExactSums {
       const int64_t at = (n0_ + c) / g_.br * x_.blocks + J;
       s[c] = effective_scale(p_.weight.scale[at], float_of(format_.scale_max));
       if (p_.weight.zero_point) z[c] = uint32_t(clamp_zero_point(p_.weight.zero_point[at], format_));
-      z[c] -= uint32_t(w_.excess);
+      z[c] -= uint32_t(excess<F>);
     }
     for (int64_t r = 0; r < rows_; ++r) {
       const uint32_t x_z = x_zero_point(m0_ + r), x_sum = x_.summed() ? x_.sum(m0_ + r, J) - uint32_t(n) * x_z : 0;
@@ -208,12 +199,17 @@ class ExactSums {
 }  // namespace
 
 void scaled_matmul(const ScaledMatmul& p, ParallelFor run) {
-  const UnsignedRows x(p, run);
   const int64_t down = round_up(p.M, kRows) / kRows, across = round_up(p.weight.grid.M, kSumCols) / kSumCols;
   const int64_t products = least(p.M, kRows) * kSumCols * most(p.weight.grid.K, 1);
-  parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
-    ExactSums sums(p, x);
-    for (int64_t piece = begin; piece < end; ++piece) sums(piece % down * kRows, piece / down * kSumCols);
+  visit(p.weight.format, [&](auto f) {
+    using F = decltype(f);
+    if constexpr (!F::is_float) {
+      const UnsignedRows x(p, excess<F> != 0, run);
+      parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
+        ExactSums<F> sums(p, x);
+        for (int64_t piece = begin; piece < end; ++piece) sums(piece % down * kRows, piece / down * kSumCols);
+      });
+    }
   });
 }
 

@@ -74,7 +74,7 @@ OfBlock block_of(Type format) {
   });
 }
 
-struct Rows {
+struct ErrorRows {
   const SquaredError& p;
   const Row format = row_of(p.format);
   const Row x_row = row_of(p.x_type);
@@ -84,7 +84,7 @@ struct Rows {
   alignas(64) float value[kChunk], s_eff[kChunk], zero_point[kChunk];
 
   template <class X>
-  Rows(const SquaredError& p, X) : p(p), of_block(block_of<X>(p.format)), of_chunk(QL_ISA::of_chunk<X>) {}
+  ErrorRows(const SquaredError& p, X) : p(p), of_block(block_of<X>(p.format)), of_chunk(QL_ISA::of_chunk<X>) {}
 
   void spread(int64_t I, int64_t j, int64_t n) {
     const int64_t row = I * p.grid.scale_cols();
@@ -120,7 +120,7 @@ void squared_error(const SquaredError& p, ParallelFor run) {
     visit(p.x_type, [&](auto x) {
       using X = decltype(x);
       if constexpr (is_input<X>) {
-        Rows rows(p, x);
+        ErrorRows rows(p, x);
         walk(p.grid, i0, i1, 0, p.grid.K, rows);
       }
     });

@@ -171,7 +171,7 @@ CodesArgs codes_of(const void* codes, const Row& f, int64_t rows, int64_t K) {
           (whole || packed) && is_aligned(codes, bytes) && row_bytes % bytes == 0,
           uint8_t(whole && !f.is_signed ? 128 : 0),
           uint8_t(f.bits),
-          uint8_t(f.per_byte / 2),
+          uint8_t(f.log_per_byte),
           uint8_t(f.is_signed && !whole ? 1 << (f.bits - 1) : 0)};
 }
 

@@ -1,11 +1,7 @@
 // y[...] = encode(decode(x[...]))
-#include "cast.h"
-
 #include "../glue.h"
 
 namespace quantlib {
-
-QL_KERNEL(cast, Cast)
 
 static void cast(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "cast";

@@ -1,11 +1,8 @@
 // What the matmuls share of their glue: the arguments that make a weight, those that say what follows a sum.
 #pragma once
 #include "../glue.h"
-#include "cast.h"
 
 namespace quantlib {
-
-QL_KERNEL(cast, Cast)
 
 // x [..., K] -> y [..., N]
 inline Result product_of(const Tensor& x, int64_t N, int32_t dtype) {

@@ -50,14 +50,12 @@ class QuantizedWeight(NamedTuple):
 
     def for_kernel(self) -> QuantizedWeight:
         """The same weight, of at least one element, as kernels take it."""
-        (N, K), (br, bk) = self.shape, self.block
-        codes = self.codes.contiguous()
-        return self._replace(
-            codes=codes if self.tiled else codes.view(matrix_shape(codes.shape)),
-            scale=self.scale.contiguous(),
-            block=(min(br, max(N, 1)), min(bk, max(K, 1))),
-            zero_point=None if self.zero_point is None else self.zero_point.contiguous(),
-        )
+        codes, scale, format, (br, bk), zero_point, (N, K), layout = self
+        codes, zero_point = codes.contiguous(), None if zero_point is None else zero_point.contiguous()
+        if layout == "plain" and codes.dim() != 2:
+            codes = codes.view(matrix_shape(codes.shape))
+        block = min(br, max(N, 1)), min(bk, max(K, 1))
+        return QuantizedWeight(codes, scale.contiguous(), format, block, zero_point, (N, K), layout)
 
 
 class Epilogue(NamedTuple):

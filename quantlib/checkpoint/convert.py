@@ -22,12 +22,11 @@ from quantlib.checkpoint.files import Batch, Job, Piece, Reader, Slot
 from quantlib.checkpoint.folder import CONFIG, Model
 from quantlib.checkpoint.publish import keep_mode, replacing, sync
 from quantlib.checkpoint.stored import KEY, Contents, Stored, as_stored
-from quantlib.measure import OnNonfinite, Sums, check_finite, slabs
-from quantlib.nn.functional import SOURCES, Weight, quantize_weight
-from quantlib.nn.module import check_dynamic
+from quantlib.measure import OnNonfinite, Sums, check_finite
+from quantlib.nn.functional import SOURCES, Weight, quantize_weight, slabs
 from quantlib.record import ENTRY, entry_of
 from quantlib.report import LayerReport, Report
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, check_dynamic
 
 log = logging.getLogger(__name__)
 

@@ -225,6 +225,8 @@ def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
         if isinstance(module, QuantModule) and name in state:
             known = tied.get(name, name)  # of those that share it, an embedding's spec tells nothing of activations
             if known not in weights or module.spec.activation is not None:
+                if module._matrix[0] != module.weight_shape[0]:
+                    raise ValueError(f"{name} must lie [out, in] to be saved so, got a Conv1D: use save_pretrained")
                 weights[known] = Stored(str(module.spec), module.weight_shape)
     parts = {slot.name for name, stored in weights.items() for slot in stored.slots(name)[1:]}
     batches = []

@@ -22,13 +22,23 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from quantlib.api import account, dequantize_, experts_of, places_of, put, quantized_type, reasons_to_skip, share_weight
+from quantlib.api import (
+    account,
+    checked_types,
+    dequantize_,
+    experts_of,
+    places_of,
+    put,
+    quantized_type,
+    reasons_to_skip,
+    share_weight,
+)
 from quantlib.checkpoint.choose import RULES, TABLE
 from quantlib.checkpoint.files import some
 from quantlib.checkpoint.model import join
 from quantlib.checkpoint.stored import Contents, Stored
 from quantlib.hf.config import QuantlibConfig
-from quantlib.measure import check_weight, describe, describe_experts
+from quantlib.measure import Sums, check_weight, describe_experts
 from quantlib.nn import QuantModule
 from quantlib.nn.experts import QuantExperts, ways_of
 from quantlib.nn.functional import quantize_weight
@@ -36,8 +46,8 @@ from quantlib.nn.module import PARTS, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_of
 from quantlib.record import LIBRARY, record_, weights_of
-from quantlib.report import Report
-from quantlib.spec import QuantSpec, stored_shape
+from quantlib.report import LayerReport, Report
+from quantlib.spec import QuantSpec
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +83,7 @@ class QuantlibQuantizer(HfQuantizer):
 
     def _choose(self, model: Any) -> None:
         """Decide which layers become codes when their weights arrive."""
-        types = (nn.Linear, nn.Embedding) if self.quantization_config.embeddings else (nn.Linear,)
+        types = checked_types((nn.Linear, nn.Embedding) if self.quantization_config.embeddings else (nn.Linear,))
         skipped = reasons_to_skip(model, types=types)
         experts = experts_of(model, lambda module, name: True, skipped)
         layers = {name: m for name, m in model.named_modules() if isinstance(m, types) and name not in skipped}
@@ -130,7 +140,7 @@ class QuantlibQuantizer(HfQuantizer):
         sources = {target: source for target, source in model.all_tied_weights_keys.items() if source in stored}
         for name, weight in stored.items():
             if name not in sources:
-                self._replace(model, name, weight.spec)
+                codes_as_stored(self._replace(model, name, weight.spec))
         for name, source in sources.items():  # an embedding's spec tells nothing of activations, that of its head does
             self._share(model, name, source, stored.get(name, stored[source]).spec)
         self.codes = frozenset(stored)
@@ -156,8 +166,6 @@ class QuantlibQuantizer(HfQuantizer):
     # ---- while they are read ----------------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        if self.pre_quantized:  # asked of a tensor whose shape is not the parameter's
-            return param_name.endswith("_codes")
         return param_name in self.waiting
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -188,8 +196,9 @@ class QuantlibQuantizer(HfQuantizer):
             new.quantize(key, x)
             self.report.layers.append(describe_experts(prefix, key, x, new))
         else:
-            new._freeze(quantize_weight(x.detach().flatten(1), new.spec))
-            self.report.layers.append(describe(prefix, x, new.plain, new.spec))
+            sums = Sums()
+            new._freeze(quantize_weight(new.as_matrix(x.detach()), new.spec, sums.add))
+            self.report.layers.append(LayerReport.of(prefix, x, str(new.spec), new.plain, sums.snr_db))
             for other in self.tied.get(name, ()):
                 self._share(model, f"{other}.weight", name, spec)
         parts = ((f"{key}_{part}", new._parameters.get(f"{key}_{part}")) for part in ("codes", "scale", "zero_point"))
@@ -220,7 +229,7 @@ class QuantlibQuantizer(HfQuantizer):
         for prefix, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, QuantModule) and (name := join(prefix, "weight_codes")) in state:
                 codes = state[name].view(dtype_of(module.spec.row))
-                state[name] = codes.view(stored_shape(module.spec, module.weight_shape))
+                state[name] = codes.view(module.stored_shape)
             elif isinstance(module, QuantExperts) and module.spec.scaled:
                 for name in (join(prefix, f"{key}_codes") for key in module.stacks):
                     state[name] = state[name].view(dtype_of(module.spec.row)).unsqueeze(-1)
@@ -252,29 +261,49 @@ def check_loaded(model: nn.Module) -> None:
         f"{prefix}.{key}"
         for prefix, module in model.named_modules()
         for key in kept_by(module)
-        if (p := module._parameters[key]) is not None and not getattr(p, "_is_hf_initialized", False)
+        if (p := module._parameters[key]) is not None
+        and not getattr(p, "_is_hf_initialized", False)
+        and not (p.is_meta and "_hf_hook" in vars(module))  # accelerate reads it from disk for each call
     ]
     if missing:
         raise ValueError(f"model must find all of its codes and scales in its files, got no {some(missing)}")
 
 
+def codes_as_stored(module: QuantModule | QuantExperts) -> None:
+    """Have codes on meta in the dtype and shape of the files, for a loader that compares them."""
+    for key in kept_by(module):
+        if (shapes := shapes_of_codes(module, key)) is not None:
+            codes = torch.empty(shapes[1], dtype=dtype_of(module.spec.row), device="meta")
+            module._parameters[key] = QuantParameter(codes, requires_grad=False)
+
+
 def adopt_codes(model: nn.Module) -> None:
-    """Tensors that a loader has put in place of codes, scales and zero points are `QuantParameter`, codes [N, K]."""
+    """Tensors that a loader has put in place of codes, scales and zero points are `QuantParameter`, codes [N, K].
+
+    Codes on meta stay what they are: accelerate reads those from disk for each call, as the files have them.
+    """
     made: dict[int, QuantParameter] = {}
     for module in model.modules():
         for key in kept_by(module):
             p = module._parameters[key]
-            if p is None or type(p) is QuantParameter:
+            if p is None or p.is_meta:
                 continue
             if id(p) not in made:
-                data = p.data
-                if isinstance(module, QuantExperts) and key.endswith("_codes"):
-                    E, N, K, _ = module.stacks[key.removesuffix("_codes")]
-                    data = data.view(stored_dtype(module.spec)).view(E, *module.spec.codes_shape((N, K)))
-                elif isinstance(module, QuantModule) and key == "weight_codes":
-                    data = data.view(stored_dtype(module.spec)).view(module.spec.codes_shape(module._matrix))
+                data, shapes = p.data, shapes_of_codes(module, key)
+                data = data if shapes is None else data.view(stored_dtype(module.spec)).view(shapes[0])  # type: ignore[arg-type]
                 made[id(p)] = QuantParameter(data, requires_grad=False)
             module._parameters[key] = made[id(p)]
+
+
+def shapes_of_codes(module: nn.Module, key: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The shapes of the parameter ``key`` of ``module`` in memory and in a file; None where it holds no codes."""
+    if isinstance(module, QuantExperts) and key.endswith("_codes"):
+        E, N, K, _ = module.stacks[key.removesuffix("_codes")]
+        kept = E, *module.spec.codes_shape((N, K))
+        return kept, (*kept, 1) if module.spec.scaled else kept
+    if isinstance(module, QuantModule) and key == "weight_codes":
+        return module.spec.codes_shape(module._matrix), module.stored_shape
+    return None
 
 
 class Quantize(ConversionOps):

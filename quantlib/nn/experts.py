@@ -271,7 +271,7 @@ class QuantExperts(Leaf):
     def matrix(self, name: str, e: int) -> Matrix:
         """The codes of expert ``e``."""
         codes, scale, zero_point = self.parts(name)
-        one = codes[e]
+        one = codes[e].flatten(1)  # [N, K], where a file may have an axis more
         if one.dtype != dtype_of(self.spec.row):
             one = one.view(dtype_of(self.spec.row))
         parts = (None if p is None else p[e] for p in (scale, zero_point))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +15,8 @@ from quantlib.ops.check import dtype_of
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.spec import QuantSpec
 
-Seen = Callable[[Tensor, Tensor], object]
-
-SLAB = 1 << 17  # elements of a weight at a time: a core's second cache holds them, their values and their codes
-SLAB_OF_A_GPU = 1 << 26
+SLAB = 1 << 18  # elements of a weight at a time: a core's second cache holds them and their codes
+SLAB_OF_A_GPU = 1 << 26  # each slab waits for the device once
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # what the ops take, and what is quantized
 
 
@@ -30,6 +28,9 @@ class Weight(NamedTuple):
     zero_point: Tensor | None = None  # int32 of scale's shape
 
 
+Seen = Callable[[Tensor, Weight, QuantSpec], object]
+
+
 def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Weight:
     """codes[i, j] = encode(x[i, j] / scale[i // br, j // bk]); the cast of x where ``spec`` has no scale.
 
@@ -37,8 +38,8 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
     ----------
     x : Tensor [..., K]
         float32, float16 or bfloat16.
-    seen : callable (x, y), optional
-        Called with some rows of x [M, K] at a time, and with the float32 values of their codes, which it may overwrite.
+    seen : callable (x, weight, spec), optional
+        Called with some rows of x [M, K] at a time and with their codes, while both are in a cache.
     """
     x = x.detach()
     if seen is not None and not x.is_meta:
@@ -50,26 +51,42 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
 
 def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
     """`quantize_weight` of x [M, K]. Rows that have scales of their own stay in a cache until they have been seen."""
-    (M, K), block = x.shape, spec.block(x.shape)
-    step = max((SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU) // max(K, 1), 1)
-    slabs = [slice(start, min(start + step, M)) for start in range(0, M, step)]
-    if not spec.scaled or block[0] > 1:
+    size, br, device = spec.scale_shape(x.shape), spec.block(x.shape)[0] if spec.scaled else 1, x.device
+    if not spec.scaled or br > 1:
         weight = quantize_weight(x, spec)
-        for rows in slabs:
-            seen(x[rows], dequantize_rows(weight, rows, spec.format, block, K, torch.float32))
+        for rows in slabs_of(x, br):
+            seen(x[rows], rows_of(weight, rows, br), spec)
         return weight
-    size, device = spec.scale_shape(x.shape), x.device
     codes = torch.empty(spec.codes_shape(x.shape), dtype=dtype_of(spec.row), device=device)
     scale = torch.empty(size, dtype=torch.float32, device=device)
     zero_point = None if spec.symmetric else torch.empty(size, dtype=torch.int32, device=device)
-    values = torch.empty(min(step, M), K, dtype=torch.float32, device=device)  # one for all, which stays in the cache
-    for rows in slabs:
-        z, y = None if zero_point is None else zero_point[rows], values[: rows.stop - rows.start]
-        outs = (codes[rows], scale[rows]) if z is None else (codes[rows], scale[rows], z)
-        ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=z is None, out=outs)
-        ops.dequantize(codes[rows], scale[rows], spec.format, block=block, zero_point=z, out=y)
-        seen(x[rows], y)
-    return Weight(codes, scale, zero_point)
+    weight = Weight(codes, scale, zero_point)
+    for rows in slabs_of(x):
+        part = rows_of(weight, rows, 1)
+        outs = tuple(t for t in part if t is not None)
+        block, symmetric = spec.block(x[rows].shape), zero_point is None
+        ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=symmetric, out=outs)
+        seen(x[rows], part, spec)
+    return weight
+
+
+def slabs(rows: int, columns: int, multiple: int = 1, elements: int = SLAB) -> Iterator[slice]:
+    """Runs of rows of a matrix [rows, columns] of about ``elements`` each, cut at multiples of ``multiple`` rows."""
+    step = max(elements // max(columns, 1) // multiple, 1) * multiple
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def slabs_of(x: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """`slabs` of a matrix in memory."""
+    rows, columns = x.shape
+    return slabs(rows, columns, min(multiple, max(rows, 1)), SLAB if x.device.type == "cpu" else SLAB_OF_A_GPU)
+
+
+def rows_of(weight: Weight, rows: slice, br: int) -> Weight:
+    """Some rows of a weight [M, K], the first of which begins a block of ``br`` rows."""
+    blocks = slice(rows.start // br, -(-rows.stop // br))
+    return Weight(weight.codes[rows], *(None if t is None else t[blocks] for t in weight[1:]))
 
 
 def dequantize_weight(weight: Weight, spec: QuantSpec, size: int, dtype: torch.dtype) -> Tensor:

@@ -167,7 +167,7 @@ class QuantLinear(QuantModule, nn.Linear):
     @property
     def tiled(self) -> bool:
         """Whether ``weight_codes`` is tiles, as `tile_` makes them."""
-        return self.weight_codes.dim() == 3
+        return self.weight_codes.dim() == 3 and self.weight_codes.shape[-1] > 1
 
     def tile_(self) -> Self:
         """Keep the codes as tiles [ceil(N / 16), ceil(K / columns), 1024], the order in which a GPU multiplies them.

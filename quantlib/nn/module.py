@@ -16,8 +16,7 @@ from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, least_negative
 from quantlib.ops.flops import register_if_counting
-from quantlib.spec import QuantSpec, stored_shape
-from quantlib.spec import check_dynamic as check_dynamic  # noqa: PLC0414 - convert.py imports it from here
+from quantlib.spec import QuantSpec, check_dynamic, stored_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,8 +106,8 @@ class QuantModule(Leaf):
             The float module that this one stands for; its weight is float32, float16 or bfloat16. Left as it is.
             Its buffers, submodules, hooks and attributes are taken over.
         spec : QuantSpec or what `QuantSpec.parse` takes
-        seen : callable (x, y), optional
-            Called with some rows of the weight [N, K] at a time, and with the float32 values of their codes.
+        seen : callable (x, weight, spec), optional
+            Called with some rows of the weight [N, K] at a time and with their codes.
 
         Raises
         ------
@@ -125,7 +124,7 @@ class QuantModule(Leaf):
         assert isinstance(layer.weight, Tensor)
         if not layer.weight.is_meta:  # a skeleton's scales are still to be loaded
             check_dynamic(new.spec)
-        new._freeze(quantize_weight(layer.weight.detach().flatten(1), new.spec, seen))
+        new._freeze(quantize_weight(cls.as_matrix(layer.weight.detach()), new.spec, seen))
         if isinstance(new.weight_codes, QuantParameter):  # not where a subclass of Tensor holds the codes
             new.weight_codes.requires_grad_(layer.weight.requires_grad)  # which they only remember
         return new
@@ -180,8 +179,9 @@ class QuantModule(Leaf):
             raise ValueError(f"weight must be {list(self.weight_shape)}, got {list(weight.shape)}")
         if not weight.is_meta and not weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {float(weight[~weight.isfinite()][0]):g}")
-        self.block = self.spec.block((weight.shape[0], self._matrix[1]))
-        for name, tensor in self._parts(quantize_weight(weight.flatten(1), self.spec)).items():
+        matrix = self.as_matrix(weight)
+        self.block = self.spec.block(matrix.shape)
+        for name, tensor in self._parts(quantize_weight(matrix, self.spec)).items():
             if tensor is not None:
                 self._parameters[name].data = tensor  # type: ignore[union-attr]
         return self
@@ -189,8 +189,10 @@ class QuantModule(Leaf):
     @property
     def codes(self) -> Tensor:
         """``weight_codes`` in the dtype of the format, as the ops take them: only FP8 differs."""
-        codes = self._parameters["weight_codes"]
+        codes: Tensor | None = self._parameters["weight_codes"]
         assert codes is not None
+        if codes.dim() > 2 and codes.shape[-1] == 1:  # as a file has them, from which accelerate takes them for a call
+            codes = codes.view(stored_dtype(self.spec)).view(codes.shape[:2])
         return codes if self._viewed is None or codes.dim() != 2 else codes.view(self._viewed)
 
     @property
@@ -260,6 +262,16 @@ class QuantModule(Leaf):
         """N by the codes, which another module that shares them may have resized; ``otherwise`` where none tell."""
         codes = self._parameters.get("weight_codes")
         return codes.shape[0] if codes is not None and codes.dim() == 2 else otherwise
+
+    @staticmethod
+    def as_matrix(weight: Tensor) -> Tensor:
+        """A float weight of `weight_shape` as [N, K]."""
+        return weight.flatten(1)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the codes in a file: see `stored_shape`."""
+        return stored_shape(self.spec, self.weight_shape)
 
     @property
     def _matrix(self) -> tuple[int, int]:
@@ -361,7 +373,7 @@ class QuantModule(Leaf):
         """Codes that a state holds as version 1 and files do, under the name and in the shape of the parameter."""
         name, old = f"{prefix}weight_codes", state_dict.get(f"{prefix}weight")
         if isinstance(old, Tensor) and name not in state_dict and old.dtype == dtype_of(self.spec.row):
-            shapes = stored_shape(self.spec, self.weight_shape), self.spec.codes_shape(self._matrix)
+            shapes = self.stored_shape, self.spec.codes_shape(self._matrix)
             if tuple(old.shape) in shapes:
                 state_dict[name] = state_dict.pop(f"{prefix}weight").reshape(shapes[1])
         codes = state_dict.get(name)

@@ -62,7 +62,8 @@ class Binder:
 
     def __call__(self, args: Sequence[Any]) -> Arguments:
         """Bound arguments of the positional ``args``, the last of which may be left to their defaults."""
-        return self.bound({**self.defaults, **dict(zip(self.names, args, strict=False))})
+        given = dict(zip(self.names, args, strict=False))
+        return self.bound(given if len(args) == len(self.names) else self.defaults | given)
 
     def bound(self, given: Arguments) -> Arguments:
         """Bound arguments of those of the schema, by their names."""
@@ -101,7 +102,7 @@ def _ready(value: Any) -> Any:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    return x.view(matrix_shape(x.shape))
+    return x if x.dim() == 2 else x.view(matrix_shape(x.shape))
 
 
 def declare(

@@ -169,7 +169,9 @@ def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None
         return packet(*args) if out is None else out
     more: dict[str, Any] = {"format": case.format, "block": case.block, "activation": case.activation, "out": out}
     if case.op == "dequant_matmul":
-        more |= {"batch_invariant": case.batch_invariant, "size": case.shape[1] if case.tiled else None}
+        more |= {"batch_invariant": case.batch_invariant}
+        if case.tiled:
+            more |= {"layout": "tiles", "rows": case.shape[1]}
     elif case.op == "scaled_matmul":
         more |= {"dtype": getattr(torch, case.dtype)}
     function: Any = getattr(ops, case.op)
