@@ -149,7 +149,7 @@ def refuses(x: str, w: str, x_zero: bool, w_zero: bool) -> None:
             raise AssertionError(f"scaled_matmul of K = {size} must give {a * b * K}, got {y.item()}")
 
 
-def exact_sums(limit: int = 1 << 24, whole: bool = True) -> Case:
+def exact_sums(limit: int = 1 << 24, whole: bool = True, long: bool = False) -> Case:
     def build(run: Run) -> Claim:
         a, b = float_variable("a"), float_variable("b")
         exact = fp("add", widened(a), widened(b))  # of integers below 2^53
@@ -159,7 +159,7 @@ def exact_sums(limit: int = 1 << 24, whole: bool = True) -> Case:
         integers = [fp("eq", fp("roundToIntegral", v), v) for v in (a, b)]
         return Claim(and_(*small, *integers), fp("eq", widened(fp("add", a, b)), exact))
 
-    return Case("float32", build)
+    return Case(f"float32, up to 2^{limit.bit_length() - 1}", build, long=long)
 
 
 # ---- the bound of a float sum ---------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def theorems() -> Iterator[Theorem]:
         "fl(a + b) = a + b for integers whose sum, as they, is within 2^24: where every partial sum is that, every "
         "order of a sum gives the same bytes.",
         "all pairs of integers within 2^24",
-        (exact_sums(),),
+        (exact_sums(long=True), exact_sums(limit=1 << 12)),
         (
             Fault("up to 2^25", exact_sums(1 << 25)),
             Fault("the sum beyond 2^24", exact_sums(whole=False)),

@@ -27,6 +27,7 @@ from quantlib.proof.theorem import (
 )
 
 INFINITY = float("inf")
+WIDE = ("int8", "uint8")  # which are slow, and run the code of int4
 
 
 def is_affine(f: Format) -> bool:
@@ -84,7 +85,7 @@ def never_nan(f: Format, language: str) -> Case:
     return Case(f"{f.name}, {language}", build, f.name)
 
 
-def mask(f: Format, lsq: bool, language: str) -> Case:
+def mask(f: Format, lsq: bool, language: str, long: bool = False) -> Case:
     def build(run: Run) -> Claim:
         dy, x, s = (float_variable(name) for name in ("dy", "x", "s"))
         t = run(functions.project(f), language, x=x, s=s)
@@ -94,7 +95,7 @@ def mask(f: Format, lsq: bool, language: str) -> Case:
         want = ite(inside, terms.bits_of(dy), bits(0, 32))
         return Claim(and_(is_zero_code, not_(fp("isNaN", s))), same(terms.bits_of(dx), want), open_products=True)
 
-    return Case(named(f, lsq, language), build, f.name)
+    return Case(named(f, lsq, language), build, f.name, long)
 
 
 def slopes(f: Format, language: str, long: bool = False) -> Case:
@@ -271,7 +272,11 @@ def theorems() -> Iterator[Theorem]:
         "dx = m ? dy : +0, with m where lo <= RNE(t) <= hi, with the LSQ mask where lo <= t <= hi; of floats where t "
         "rounds to a finite value, or is at most the largest. A NaN t is outside.",
         any_input,
-        tuple(mask(f, lsq, language) for f, lsq in masks for language in LANGUAGES),
+        tuple(
+            mask(f, lsq, language, long=lsq and language == REFERENCE and f.name in WIDE)
+            for f, lsq in masks
+            for language in LANGUAGES
+        ),
         (
             Fault("the mask of the rounded value", mask(int8, True, REFERENCE), ROUNDED_MASK_PY),
             Fault("the end left out", mask(int4, False, REFERENCE), STRICT_PY),
@@ -286,11 +291,7 @@ def theorems() -> Iterator[Theorem]:
         "dscale = dy * (m ? fl(c - t) : c) and dzero_point = m ? +0 : -(dy * s), with c the value of t's code; at a "
         "NaN t c = 0 and m = 0.",
         any_input,
-        tuple(
-            slopes(f, la, long=la == REFERENCE and f.name in ("int8", "uint8"))
-            for f in formats.TABLE
-            for la in LANGUAGES
-        ),
+        tuple(slopes(f, la, long=la == REFERENCE and f.name in WIDE) for f in formats.TABLE for la in LANGUAGES),
         (
             Fault("the slope with the other sign", slopes(e4m3, REFERENCE), SLOPE_PY),
             Fault("the other sign", slopes(uint8, HEADER), ZERO_POINT_H),
