@@ -51,7 +51,7 @@ fuzz: kernels-test  ## minutes of random calls of every op, right and wrong: cra
 	OMP_NUM_THREADS=1 $(RUN) -m quantlib.testing.fuzz --calls 40000 $(ARGS)
 
 test-interrupted: kernels-test  ## a conversion stopped by every fault at every step: nothing is lost
-	QUANTLIB_EVERY_FAULT=1 $(RUN) -m pytest -q tests/test_checkpoint_interrupted.py
+	QUANTLIB_EVERY_FAULT=1 $(RUN) -m pytest -q tests/checkpoint/test_checkpoint_interrupted.py
 
 sweep-models: kernels-test  ## every architecture of transformers with every spec, into the table of docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m architectures docs/models.md

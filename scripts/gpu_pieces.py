@@ -65,7 +65,7 @@ def pieces(cores: int = os.cpu_count() or 1) -> Iterator[Piece]:
     for backend in BACKENDS:
         table = (python, "-m", "quantlib.testing", backend, "--device", "cuda", "--jobs", str(min(cores, 14)))
         yield Piece(f"cases {backend}", table, 120)
-    yield from tests("graphs", ["tests/test_graph_capture.py"], 90, 1, "gpu")
+    yield from tests("graphs", ["tests/ops/test_graph_capture.py"], 90, 1, "gpu")
     yield from tests("device", ["tests"], 240, cores, "gpu and not network")
     yield from sanitizers()
     for backend in BACKENDS:

@@ -103,7 +103,7 @@ def test_the_rows_are_new() -> None:
 
 def test_the_tests_of_formats_take_the_rows(with_rows: Path) -> None:
     """Among them the comparison of every code with what the format's name says, and with ml_dtypes."""
-    files = [f"tests/test_{stem}.py" for stem in ("formats", "reference", "packing")]
+    files = ("tests/test_formats.py", "tests/reference/test_reference.py", "tests/ops/test_packing.py")
     run(with_rows, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, QUANTLIB_BUILD="0")
 
 
@@ -134,7 +134,7 @@ def test_triton_serves_a_row(with_rows: Path, name: str) -> None:
 COMPILED = """
 import sys
 
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/emulator", "tests/ops"]
 from gpu_static import launches, triton_kernels
 from gpu_static.calls import Call
 
@@ -217,7 +217,7 @@ def test_cuda_compiles_with_the_rows(with_rows: Path, source: str) -> None:
 EMULATED = """
 import sys
 
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/emulator", "tests/ops"]
 from pathlib import Path
 
 import test_cuda_matmul_on_cpu as products
@@ -241,7 +241,7 @@ for name in names:
 
 
 def test_cuda_kernels_serve_the_rows(with_rows: Path, request: pytest.FixtureRequest) -> None:
-    """A part of what tests/test_cuda_on_cpu.py and test_cuda_matmul_on_cpu.py do, by the emulator that they run on."""
+    """A part of what test_cuda_on_cpu.py and test_cuda_matmul_on_cpu.py do, by the emulator that they run on."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
     cache = request.config.cache.mkdir("cuda_on_cpu")

@@ -16,7 +16,7 @@ import architectures  # noqa: E402
 
 import quantlib  # noqa: E402
 
-DOCUMENT = Path(__file__).parent.parent / "docs/models.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/models.md"
 BY_NAME = {a.name: a for a in architectures.ARCHITECTURES}
 
 

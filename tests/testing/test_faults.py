@@ -18,7 +18,7 @@ import pytest
 from quantlib import _build, backends
 from quantlib.testing import support
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 

@@ -207,6 +207,6 @@ def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_manual_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    manual = (Path(__file__).parent.parent / "docs/cli.md").read_text()
+    manual = (Path(__file__).parents[2] / "docs/cli.md").read_text()
     assert main(["bits", "3.141592"]) == 0
     assert f"$ quantlib bits 3.141592\n{capsys.readouterr().out}```" in manual

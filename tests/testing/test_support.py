@@ -10,7 +10,7 @@ from conftest import ALL, SERVED
 
 from quantlib.testing import support
 
-TABLE = Path(__file__).with_name("support.txt")
+TABLE = Path(__file__).parents[1] / "support.txt"
 
 
 @pytest.mark.parametrize("backend", support.COLUMNS)

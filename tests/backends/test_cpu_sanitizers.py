@@ -17,7 +17,7 @@ import pytest
 
 from quantlib import _build
 
-NATIVE = Path(__file__).parent / "native"
+NATIVE = Path(__file__).parents[1] / "native"
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 KERNELS = sorted(p for p in _build.CSRC.glob("cpu/*.cpp") if p.name != "backend.cpp")
 FLAGS = ("-std=c++20", f"-I{_build.CSRC}", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 if not SCRIPTS.is_dir():
     pytest.skip("not a checkout", allow_module_level=True)
 sys.path.insert(0, str(SCRIPTS))
