@@ -327,6 +327,6 @@ int main(int, char** argv) {
   Words<1> ticket(true);
   *ticket.get() = 0;
   const auto run = argv[2][0] == '1' ? kernel->second.second : kernel->second.first;
-  launch("fault", run, kBlocks, kBlock, nullptr, Args{x.get(), y.get(), ticket.get()});
+  launch("fault", run, kBlocks, kBlock, {}, Args{x.get(), y.get(), ticket.get()});
   for (int k = 0; k < kWords; ++k) std::printf("%u\n", y.get()[k]);
 }

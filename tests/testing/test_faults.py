@@ -190,7 +190,7 @@ def test_an_op_that_is_no_longer_reached_is_seen(tmp_path: Path) -> None:
     right = support.recorded((ROOT / "tests/support.txt").read_text(), "cpp")
     lost = {row for row in right if right[row] != found[row]}
     assert lost
-    assert {row.split()[0] for row in lost} == {"quantize"}
+    assert {row.split()[0] for row in lost} == {"quantize", "quantize.out"}  # one line registers both
 
 
 def test_the_flags_that_faults_replace_are_there() -> None:
