@@ -15,7 +15,6 @@ from torch.nn.parameter import UninitializedParameter
 from quantlib.measure import OnNonfinite, Sums, check_weight, describe_experts
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule, form_of
 from quantlib.nn.experts import QuantExperts, ways_of
-from quantlib.nn.forms import with_likes
 from quantlib.nn.module import check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_name, one_of
@@ -56,9 +55,9 @@ def quantize_(
         linear layers; of other types the weights alone are projected.
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
-    types : sequence of {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d}
-        What is a layer here. An embedding and a linear layer that share a weight share its codes where both are
-        asked for, and stay as they are where one is not.
+    types : sequence of {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, transformers.pytorch_utils.Conv1D}
+        What is a layer here; ``nn.Linear`` stands for experts of transformers too. An embedding and a linear layer
+        that share a weight share its codes where both are asked for, and stay as they are where one is not.
     on_nonfinite : {"raise", "propagate"}
         What to do about a weight that is infinite, NaN, or too large for a 16-bit float without a scale: raise, or
         follow the numeric contract, by which a NaN makes a NaN of all that share its scale.
@@ -357,15 +356,15 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
 def checked_types(types: Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
     """``types`` as isinstance takes them."""
     for t in types:
-        if t not in QUANTIZED:
+        if not isinstance(t, type) or form_of(t) is None:
             known = one_of([f"nn.{known.__name__}" for known in QUANTIZED])
             raise ValueError(f"types must be {known}, got {getattr(t, '__name__', t)}")
-    return with_likes(tuple(types))
+    return tuple(types)
 
 
 def names_of(types: tuple[type[nn.Module], ...]) -> str:
     """``types`` for a message."""
-    return one_of([f"nn.{t.__name__}" for t in types if t in QUANTIZED])
+    return one_of([f"nn.{t.__name__}" if t in QUANTIZED else t.__name__ for t in types])
 
 
 def check_root(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when transformers is 
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import quantlib
 from quantlib import ops
@@ -32,7 +33,7 @@ from quantlib.testing import assert_same_bytes
 
 SPECS = ("W8A16", "W8A8", "W4A16", "float8_e4m3fn:row", "uint8:row:affine", "bfloat16")
 LINEAR = (nn.Linear,)
-EVERY = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+EVERY = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
 
 TEXT: dict[str, Any] = {
     "vocab_size": 96,

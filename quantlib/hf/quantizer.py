@@ -24,7 +24,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from quantlib.api import (
     account,
-    checked_types,
     dequantize_,
     experts_of,
     places_of,
@@ -41,6 +40,7 @@ from quantlib.hf.config import QuantlibConfig
 from quantlib.measure import Sums, check_weight, describe_experts
 from quantlib.nn import QuantModule
 from quantlib.nn.experts import QuantExperts, ways_of
+from quantlib.nn.forms import with_likes
 from quantlib.nn.functional import quantize_weight
 from quantlib.nn.module import PARTS, stored_dtype
 from quantlib.nn.weight import QuantParameter
@@ -83,7 +83,7 @@ class QuantlibQuantizer(HfQuantizer):
 
     def _choose(self, model: Any) -> None:
         """Decide which layers become codes when their weights arrive."""
-        types = checked_types((nn.Linear, nn.Embedding) if self.quantization_config.embeddings else (nn.Linear,))
+        types = with_likes((nn.Linear, nn.Embedding) if self.quantization_config.embeddings else (nn.Linear,))
         skipped = reasons_to_skip(model, types=types)
         experts = experts_of(model, lambda module, name: True, skipped)
         layers = {name: m for name, m in model.named_modules() if isinstance(m, types) and name not in skipped}

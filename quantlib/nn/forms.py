@@ -74,7 +74,7 @@ def remade(cls: type[nn.Module], state: dict[str, Any]) -> QuantModule:
 
 
 def with_likes(types: tuple[type[nn.Module], ...]) -> tuple[type[nn.Module], ...]:
-    """``types`` as isinstance takes them: what transformers has in place of ``nn.Linear`` counts as one."""
+    """``types``, and what transformers has in place of ``nn.Linear``."""
     module = sys.modules.get(CONV1D.rpartition(".")[0])
     return (*types, module.Conv1D) if module is not None and nn.Linear in types else types
 

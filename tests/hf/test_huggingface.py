@@ -88,6 +88,23 @@ def names_that_train(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def test_layers_that_lie_the_other_way_are_named_and_quantized_where_types_names_them() -> None:
+    sizes = {"vocab_size": 96, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    with pytest.raises(ValueError, match=r"c_attn and 7 more: Conv1D, like an nn.Linear, which types= does not name"):
+        quantlib.quantize_(model, "int8")
+    report = quantlib.quantize_(model, "int8", types=[nn.Embedding])
+    assert report.skipped["transformer.h.0.attn.c_attn"] == "Conv1D, like an nn.Linear, which types= does not name"
+    report = quantlib.quantize_(model, "int8", types=[transformers.pytorch_utils.Conv1D])
+    assert len(report.layers) == 8
+    assert min(layer.snr_db for layer in report.layers) > 35
+    layer = model.transformer.h[0].attn.c_attn
+    assert layer.weight.shape == (32, 96)  # as the float layer has it
+    assert layer.weight_codes.shape == (96, 32)
+    x = torch.randn(3, 32)
+    assert_close(layer(x), x @ layer.dequantize().weight + layer.bias)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_lora_over_codes_trains_and_leaves_them_alone(spec: str) -> None:
     model = quantized(spec)
