@@ -214,7 +214,7 @@ class IntFormat(Stored):
 
     @cached_property
     def excess(self) -> int:
-        """What is taken from a code so that a signed byte holds it."""
+        """A signed byte holds a code less this number."""
         return 0 if self.max <= 127 else 128
 
     @cached_property

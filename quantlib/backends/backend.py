@@ -1,4 +1,4 @@
-"""What a backend is: a folder ``quantlib/backends/<name>/`` whose ``BACKEND`` is a :class:`Backend`. It is found there.
+"""A backend is a folder ``quantlib/backends/<name>/`` whose ``BACKEND`` is a :class:`Backend`. It is found there.
 
 A *kernel* is the function that runs an op. It writes into tensors that it is given and returns nothing. Each op has one
 signature, that of ``quantlib/backends/composite/<op>.py``:

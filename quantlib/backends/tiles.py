@@ -35,7 +35,7 @@ class TileLayout:
 
     @property
     def columns(self) -> int:
-        """Of a tile: 64 for each of the codes that share a byte."""
+        """A tile has 64 columns for each of the codes that share a byte."""
         return 64 * self.format.per_byte
 
     def shape(self, N: int, K: int) -> Sequence[int]:

@@ -43,13 +43,13 @@ class QuantizedWeight(NamedTuple):
         return self.codes, self.scale, self.format.name, self.block, self.zero_point
 
     def plain(self) -> QuantizedWeight:
-        """The same weight with its codes as a matrix."""
+        """Return the same weight with its codes as a matrix."""
         if not self.tiled:
             return self
         return self._replace(codes=TileLayout(self.format).unpack(self.codes, *self.shape), layout="plain")
 
     def for_kernel(self) -> QuantizedWeight:
-        """The same weight, of at least one element, as kernels take it."""
+        """Return the same weight, of at least one element, as kernels take it."""
         codes, scale, format, (br, bk), zero_point, (N, K), layout = self
         codes, zero_point = codes.contiguous(), None if zero_point is None else zero_point.contiguous()
         if layout == "plain" and codes.dim() != 2:
@@ -59,12 +59,12 @@ class QuantizedWeight(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What follows the sums of a product: y[m, n] = encode(activation(fl(total[m, n] + bias[n])))."""
+    """An epilogue follows the sums of a product: y[m, n] = encode(activation(fl(total[m, n] + bias[n])))."""
 
     bias: Tensor | None = None  # [N] float32, float16 or bfloat16; contiguous float32 for a kernel
     activation: str | None = None
     dtype: torch.dtype | None = None  # of y; None where it is that of x
 
     def for_kernel(self) -> Epilogue:
-        """The same with the bias as kernels add it: float32 holds every bias exactly."""
+        """Return the same with a float32 bias, as kernels add it: float32 holds every bias exactly."""
         return self if self.bias is None else self._replace(bias=self.bias.to(torch.float32).contiguous())

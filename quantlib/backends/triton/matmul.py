@@ -36,7 +36,7 @@ def operand_type(X, F, EXACT, ARCH):
 
 @triton.constexpr_function
 def offset(F):
-    """What is taken from a code so that a signed byte holds it."""
+    """A signed byte holds a code less this number."""
     return 0 if F.is_float else F.excess
 
 

@@ -58,7 +58,7 @@ def qmax(F, AFFINE):
 
 @triton.constexpr_function
 def eight_bits(F):
-    """What the instruction set calls F, "e4m3" or "e5m2"; "" where it does not know it"""
+    """The instruction set's name of F, "e4m3" or "e5m2"; "" where it has none"""
     shape = (F.bits, F.exponent_bits, F.bias, F.has_inf, F.nan)
     return {(8, 4, 7, False, "high"): "e4m3", (8, 5, 15, True, "high"): "e5m2"}.get(shape, "")
 
