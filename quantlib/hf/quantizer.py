@@ -45,7 +45,7 @@ from quantlib.nn.functional import quantize_weight
 from quantlib.nn.module import PARTS, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_of
-from quantlib.record import LIBRARY, record_, weights_of
+from quantlib.record import LIBRARY, entry_of, record_, weights_of
 from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
 
@@ -423,8 +423,7 @@ def keep(model: Any, weights: dict[str, Any]) -> None:
         HfQuantizer.remove_quantization_config(quantizer, model)  # type: ignore[no-untyped-call]
         return
     if not isinstance(quantizer, QuantlibQuantizer):
-        specs = [entry["spec"] for entry in weights.values()]
-        quantizer = QuantlibQuantizer(QuantlibConfig(max(sorted(set(specs)), key=specs.count), weights=weights))
+        quantizer = QuantlibQuantizer(QuantlibConfig(entry_of(weights)["spec"], weights=weights))
         model.hf_quantizer = quantizer
     quantizer.quantization_config.weights = weights
     model.config.quantization_config = quantizer.quantization_config
