@@ -26,7 +26,7 @@ FLOORS = [
     {"api"},
     {"qat"},
     {"checkpoint"},
-    {"hf", "onnx"},
+    {"hf", "onnx", "plan"},
     {"cli", "examples"},
     {"__main__"},
 ]

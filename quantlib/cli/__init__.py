@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from quantlib import __version__
-from quantlib.cli import bench, bits, build, check, formats, info, quantize, tune, verify
+from quantlib.cli import bench, bits, build, check, formats, info, plan, quantize, tune, verify
 from quantlib.cli.parser import Parser
 
 VERBS = {
@@ -25,6 +25,7 @@ VERBS = {
     "check": check,
     "formats": formats,
     "info": info,
+    "plan": plan,
     "quantize": quantize,
     "tune": tune,
     "verify": verify,
