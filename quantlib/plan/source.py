@@ -101,7 +101,10 @@ def source_of(model: Any) -> Source:
     if path.suffix == ".json":
         return with_module(Source(str(path), {}, 0, read_config(path)))
     found = Source(str(path), {}, 0)
-    if path.is_dir():
+    without = "activations, cache and training: {} has no " + CONFIG
+    if not path.is_dir():
+        found.missing.append(without.format("a single file"))
+    else:
         held = any(entry.name.endswith(".safetensors") for entry in path.iterdir())
         if (path / CONFIG).is_file():
             found.config = read_config(path / CONFIG)
@@ -110,7 +113,7 @@ def source_of(model: Any) -> Source:
                 f"model must have a {CONFIG} or safetensors files, got a folder with neither: {path}"
             )
         else:
-            found.missing.append(f"activations, cache and compute of attention: {path} has no {CONFIG}")
+            found.missing.append(without.format(path))
         if not held:
             return with_module(found)
     read_headers(path, found)
