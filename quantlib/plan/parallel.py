@@ -130,9 +130,11 @@ def sharded(shapes: Shapes, nbytes: Mapping[str, int], parts: int) -> int:
     return total
 
 
-def dealt(nbytes: Mapping[str, int], parts: int) -> int:
+def dealt(shapes: Shapes, nbytes: Mapping[str, int], parts: int) -> int:
     """Bytes of the fullest rank where each tensor goes to the emptiest one, the largest first, as in torch's ZeRO."""
-    ranks = [0] * parts
-    for size in sorted(nbytes.values(), reverse=True):
-        ranks[ranks.index(min(ranks))] += size
-    return max(ranks)
+    elements, held = [0] * parts, [0] * parts
+    for name in sorted(nbytes, key=lambda name: math.prod(shapes[name]), reverse=True):
+        emptiest = elements.index(min(elements))
+        elements[emptiest] += math.prod(shapes[name])
+        held[emptiest] += nbytes[name]
+    return max(held)

@@ -77,9 +77,11 @@ class Trained:
     gradients : dict of str to int
         Bytes of their gradients.
     weights : dict of str to int
-        Bytes of all parameters, trained or not, and of buffers.
+        Bytes of all parameters, trained or not.
     all_shapes : dict of str to tuple of int
         The shapes of ``weights``.
+    buffers : dict of str to int
+        Bytes of buffers, which are on every rank.
     step : int, optional
         Peak of forward and backward beside the parameters, the gradients in it; None where it is not known.
     alone : int, optional
@@ -90,6 +92,7 @@ class Trained:
     gradients: Mapping[str, int]
     weights: Mapping[str, int]
     all_shapes: Shapes
+    buffers: Mapping[str, int] = field(default_factory=dict)
     step: int | None = None
     alone: int | None = None
 
@@ -97,12 +100,12 @@ class Trained:
     def of(cls, skeleton: nn.Module, step: int | None = None, alone: int | None = None) -> Trained:
         """Of a model on meta."""
         named = dict(skeleton.named_parameters())
-        buffers = dict(skeleton.named_buffers())
         return cls(
             {n: tuple(p.shape) for n, p in named.items() if p.requires_grad},
             {n: p.numel() * p.element_size() for n, p in named.items() if p.requires_grad},
-            {n: t.numel() * t.element_size() for n, t in (named | buffers).items()},
-            {n: tuple(t.shape) for n, t in (named | buffers).items()},
+            {n: p.numel() * p.element_size() for n, p in named.items()},
+            {n: tuple(p.shape) for n, p in named.items()},
+            {n: t.numel() * t.element_size() for n, t in skeleton.named_buffers()},
             step,
             alone,
         )
@@ -139,6 +142,7 @@ def memory_of(trained: Trained, optimizer: Optimizer, parallel: Parallel, on_gpu
     how: dict[str, str] = {}
     sizes = {n: (size, size // max(count(trained.shapes[n]), 1)) for n, size in trained.gradients.items()}
     states = {n: optimizer.nbytes(count(trained.shapes[n]), item) for n, (_, item) in sizes.items()}
+    values = {n: size - optimizer.counter for n, size in states.items()}
     weights, gradients, state = (sum(m.values()) for m in (trained.weights, trained.gradients, states))
     how["weights"] = "bytes of every parameter and buffer as it is trained"
     how["gradients"] = "bytes of every trained parameter"
@@ -156,12 +160,12 @@ def memory_of(trained: Trained, optimizer: Optimizer, parallel: Parallel, on_gpu
     if kind == "ddp" and N > 1:
         buckets = gradients
     elif kind == "zero1":
-        state, buckets = dealt(states, N), gradients if N > 1 else 0
+        state, buckets = dealt(trained.shapes, states, N), gradients if N > 1 else 0
         how["optimizer"] += f"; whole tensors dealt to the emptiest of {N} ranks, the largest first"
     elif kind in ("zero2", "zero3") and N > 1:
         held = sharded(trained.all_shapes, trained.weights, N)
         gradients = sharded(trained.shapes, trained.gradients, N)
-        state = sharded(trained.shapes, states, N)
+        state = sharded(trained.shapes, values, N) + optimizer.counter * len(states)
         gathered = (weights if kind == "zero2" else min(2 * largest + rest, weights)) + unit_gradient
         whole_gradients = False
         for name in ("weights", "gradients", "optimizer"):
@@ -176,6 +180,7 @@ def memory_of(trained: Trained, optimizer: Optimizer, parallel: Parallel, on_gpu
         how["buckets"] = (
             "a second copy of the gradients, which DistributedDataParallel sends (gradient_as_bucket_view=False)"
         )
+    held += sum(trained.buffers.values())
     held, gradients, state, gathered, buckets = (round(b * share) for b in (held, gradients, state, gathered, buckets))
     parts = {"weights": held, "gradients": gradients, "optimizer": state, "gathered": gathered, "buckets": buckets}
     if trained.step is not None and trained.alone is not None:
