@@ -8,7 +8,22 @@ from pathlib import Path
 
 from quantlib.plan.lines import Line, Plan, amount
 
-COLOURS = ("#3b6fb6", "#e0803a", "#4f9d69", "#b5534a", "#8a6fb0", "#c9a66b", "#6b7a8f", "#d08fb0")
+COLOURS = {
+    "codes": "#1f4e8c",
+    "weights": "#3b6fb6",
+    "scales": "#7fa8d9",
+    "zero points": "#b9d0ec",
+    "floats": "#6b7a8f",
+    "cache": "#4f9d69",
+    "gradients": "#c9a66b",
+    "optimizer": "#8a6fb0",
+    "buckets": "#d08fb0",
+    "gathered": "#5bb5b0",
+    "activations": "#e0803a",
+    "activations and temporaries": "#e0803a",
+    "slack": "#b5534a",
+}
+OTHER = "#999999"  # kinds of layers of a cache
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse;width:100%}
 td{padding:.2rem .6rem;border-bottom:1px solid #e5e5e5;vertical-align:top}td.n{text-align:right;white-space:nowrap}
@@ -28,7 +43,7 @@ def bars_of(plan: Plan) -> Iterator[tuple[str, Line]]:
 def parts_of(plan: Plan) -> dict[str, str]:
     """The name of each part of a bar -> its colour."""
     names = dict.fromkeys(name for _, line in bars_of(plan) for name in line.parts)
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    return {name: COLOURS.get(name, OTHER) for name in names}
 
 
 def draw(plan: Plan, path: Path) -> None:
