@@ -6,12 +6,28 @@
 
 #ifdef __x86_64__
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace quantlib {
 namespace {
 
-constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512_bf16"};  // each has what those before it have
+// Each has what those before it have. Kernels for AMX are compiled with those for BF16.
+constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512_bf16", "amx"};
+
+// Whether there are tiles of BF16 and the operating system lets this process use them.
+bool best_has_amx() {
+#ifdef __x86_64__
+  unsigned eax, ebx, ecx, edx = 0;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (bf16 | tile)) != (bf16 | tile)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 // The last that this machine can run. __builtin_cpu_supports asks the operating system for the registers too.
 int best() {
@@ -25,7 +41,7 @@ int best() {
     return 1;
   const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                     __builtin_cpu_supports("avx512vbmi");
-  return bf16 ? 3 : 2;
+  return !bf16 ? 2 : best_has_amx() ? 4 : 3;
 #else
   return 0;
 #endif
@@ -49,6 +65,8 @@ int isa() {
   static const int chosen = choose();
   return chosen;
 }
+
+bool has_amx() { return isa() == 4; }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (end - begin <= grain) return body(begin, end, context);

@@ -21,7 +21,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
   QL_DECLARE(avx512_bf16, OP, PROBLEM)                                                                    \
   inline void launch(const PROBLEM& problem) {                                                            \
     static constexpr decltype(&plain::OP) kernels[] = {plain::OP, avx2::OP, avx512::OP, avx512_bf16::OP}; \
-    kernels[isa()](problem, parallel_for);                                                                \
+    kernels[isa() < 3 ? isa() : 3](problem, parallel_for);                                                \
   }
 #else
 #define QL_KERNEL(OP, PROBLEM)   \
