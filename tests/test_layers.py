@@ -27,6 +27,7 @@ FLOORS = [
     {"qat"},
     {"checkpoint"},
     {"hf"},
+    {"evaluation"},
     {"cli", "examples"},
     {"__main__"},
 ]
