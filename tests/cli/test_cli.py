@@ -63,7 +63,7 @@ def test_a_locale_without_a_character_of_the_output(monkeypatch: pytest.MonkeyPa
         ([], "verb"),
         (
             ["projekt"],
-            "verb must be one of bench, bits, build, check, formats, info, quantize, tune, verify, got 'projekt'",
+            "verb must be one of bench, bits, build, check, eval, formats, info, quantize, tune, verify, got 'projekt'",
         ),
         (["formats", "--yaml"], "--yaml"),
         (["info", "extra"], "extra"),
