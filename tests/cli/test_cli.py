@@ -61,7 +61,10 @@ def test_a_locale_without_a_character_of_the_output(monkeypatch: pytest.MonkeyPa
     ("argv", "words"),
     [
         ([], "verb"),
-        (["projekt"], "verb must be one of bench, bits, build, formats, info, quantize, tune, verify, got 'projekt'"),
+        (
+            ["projekt"],
+            "verb must be one of bench, bits, build, check, formats, info, quantize, tune, verify, got 'projekt'",
+        ),
         (["formats", "--yaml"], "--yaml"),
         (["info", "extra"], "extra"),
     ],
