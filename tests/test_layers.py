@@ -26,7 +26,7 @@ FLOORS = [
     {"api"},
     {"qat"},
     {"checkpoint"},
-    {"hf"},
+    {"hf", "onnx"},
     {"cli", "examples"},
     {"__main__"},
 ]
