@@ -60,6 +60,10 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mprefer-vector-width=512",
     )
     ISAS["avx512_bf16"] = (*ISAS["avx512"], "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
+# What QUANTLIB_ISA may name: the instruction sets, and the kernels of one where they find more instructions.
+LEVELS = {isa: isa for isa in ISAS}
+if len(ISAS) > 1:
+    LEVELS |= {"avx2_vnni": "avx2", "amx": "avx512_bf16"}
 
 
 class BuildError(RuntimeError):

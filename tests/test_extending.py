@@ -199,7 +199,7 @@ def test_cpp_serves_the_rows(with_rows: Path, tmp_path: Path) -> None:
         pytest.skip("no compiler to compile with")
     tree = Path(shutil.copytree(with_rows, tmp_path / "tree"))
     (tree / "csrc").rename(tree / "quantlib/_csrc")
-    compile_one_isa(tree / "quantlib", instruction_set())
+    compile_one_isa(tree / "quantlib", _build.LEVELS[instruction_set()])
     for name in ROWS:
         tables(tree, "cpp", name, "0/2")
 

@@ -26,7 +26,8 @@ FLOORS = [
     {"api"},
     {"qat"},
     {"checkpoint"},
-    {"hf"},
+    {"hf", "onnx"},
+    {"evaluation"},
     {"cli", "examples"},
     {"__main__"},
 ]

@@ -13,60 +13,70 @@
 namespace quantlib {
 namespace {
 
-// Each has what those before it have. Kernels for AMX are compiled with those for BF16.
-constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512_bf16", "amx"};
+// What QUANTLIB_ISA names, from the slowest to the fastest. Each runs the kernels compiled for `kernels`, an index of
+// QL_KERNEL; avx2_vnni and amx are those of avx2 and avx512_bf16, some of which ask has_avx_vnni and has_amx.
+struct Level {
+  const char* name;
+  int kernels;
+};
+constexpr Level kLevels[] = {{"plain", 0},  {"avx2", 1},        {"avx2_vnni", 1},
+                             {"avx512", 2}, {"avx512_bf16", 3}, {"amx", 3}};
+constexpr int kCount = sizeof kLevels / sizeof kLevels[0], kAvxVnni = 2, kAmx = 5;
 
-// Whether there are tiles of BF16 and the operating system lets this process use them.
-bool best_has_amx() {
 #ifdef __x86_64__
-  unsigned eax, ebx, ecx, edx = 0;
-  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (bf16 | tile)) != (bf16 | tile)) return false;
-  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#else
-  return false;
-#endif
+// Linux gives a process the registers of AMX only when it asks for them: the threads that it starts have them too.
+bool may_use_tiles() {
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
+#endif
 
-// The last that this machine can run. __builtin_cpu_supports asks the operating system for the registers too.
-int best() {
+// Whether this machine can run a level. __builtin_cpu_supports asks the operating system for the registers too.
+void find_supported(bool (&can)[kCount]) {
+  can[0] = true;
 #ifdef __x86_64__
-  unsigned eax, ebx, ecx = 0, edx;
+  unsigned eax, ebx, ecx = 0, edx = 0;
   __builtin_cpu_init();
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
-  if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
-    return 1;
-  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-                    __builtin_cpu_supports("avx512vbmi");
-  return !bf16 ? 2 : best_has_amx() ? 4 : 3;
-#else
-  return 0;
+  can[1] = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool leaf_7_1 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
+  can[kAvxVnni] = can[1] && leaf_7_1 && eax >> 4 & 1;
+  can[3] = can[1] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  can[4] = can[3] && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi");
+  const bool leaf_7 = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+  constexpr unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
+  can[kAmx] = can[4] && leaf_7 && (edx & amx) == amx && may_use_tiles();
 #endif
 }
 
 int choose() {
-  const int last = best();
+  bool can[kCount] = {};
+  find_supported(can);
   const char* forced = std::getenv("QUANTLIB_ISA");
-  if (!forced || !*forced) return last;
+  int last = 0;
   std::string names;
-  for (int k = 0; k <= last; ++k) {
-    if (!std::strcmp(kNames[k], forced)) return k;
-    names += (names.empty() ? "" : ", ") + std::string(kNames[k]);
+  for (int k = 0; k < kCount; ++k) {
+    if (!can[k]) continue;
+    if (forced && !std::strcmp(kLevels[k].name, forced)) return k;
+    names += (names.empty() ? "" : ", ") + std::string(kLevels[k].name);
+    last = k;
   }
+  if (!forced || !*forced) return last;
   throw std::runtime_error("quantlib: QUANTLIB_ISA must be one of " + names + " on this machine, got " + forced);
 }
 
-}  // namespace
-
-int isa() {
+int level() {
   static const int chosen = choose();
   return chosen;
 }
 
-bool has_amx() { return isa() == 4; }
+}  // namespace
+
+int isa() { return kLevels[level()].kernels; }
+bool has_avx_vnni() { return level() == kAvxVnni; }
+bool has_amx() { return level() == kAmx; }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (end - begin <= grain) return body(begin, end, context);
@@ -78,7 +88,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 // The instruction set in use, for `quantlib info`; empty where QUANTLIB_ISA asks for one that is not there.
 extern "C" __attribute__((visibility("default"))) const char* quantlib_isa() {
   try {
-    return quantlib::kNames[quantlib::isa()];
+    return quantlib::kLevels[quantlib::level()].name;
   } catch (const std::exception&) {
     return "";
   }

@@ -5,7 +5,8 @@
 
 namespace quantlib {
 
-// The best instruction set of this machine, an index into the kernels below; chosen when an op is first called.
+// The kernels of the best instruction set of this machine, an index into those below; chosen when an op is first
+// called.
 int isa();
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 

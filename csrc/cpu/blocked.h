@@ -6,6 +6,7 @@
 // that are multiplied and added together.
 #pragma once
 #include "../activation.h"
+#include "amx.h"
 #include "packed.h"
 
 namespace quantlib {
@@ -40,7 +41,7 @@ struct Segment {
 constexpr int64_t NR = 2 * kGroup;
 constexpr int64_t kSquare = kGroup * kLanes;  // sums of kGroup rows of the weight with a panel of x
 
-struct Tiles {
+struct Panels {
   const float* w;    // [NR / kGroup, steps, kGroup, kUnits]
   const float* x;    // [panels, depth, kLanes]
   float* sums;       // [NR / kGroup, panels, kGroup, kLanes]
@@ -51,7 +52,7 @@ struct Tiles {
 
 // NRV rows from r0 on of the group of w, MV panels of x
 template <class E, int NRV, int MV>
-QL_FN void multiply_registers(const Tiles& t, int64_t r0, const Segment& segment, bool first) {
+QL_FN void multiply_registers(const Panels& t, int64_t r0, const Segment& segment, bool first) {
   float* to = t.sums + r0 * kLanes;
   Floats sum[NRV][MV] = {};
   if (!segment.scale && !first) {
@@ -97,17 +98,17 @@ constexpr int kWide = 3, kTall = 4;  // 12, 3 and 1 of 16
 
 // kGroup rows of w, MV panels of x
 template <class E, int MV>
-static void multiply_group(const Tiles& t, const Segment& segment, bool first) {
+static void multiply_group(const Panels& t, const Segment& segment, bool first) {
   constexpr int rows = MV == 1 ? 2 * kTall : kTall;
   for (int64_t r = 0; r < kGroup; r += rows) multiply_registers<E, rows, MV>(t, r, segment, first);
 }
 
 // NR rows of w, `panels` of x, by vectors
 template <class E>
-static void multiply_vectors(const Tiles& t, int64_t panels, const Segment& segment, bool first) {
+static void multiply_vectors(const Panels& t, int64_t panels, const Segment& segment, bool first) {
   for (int64_t v = 0; v < panels; v += kWide)
     for (int64_t g = 0; g < NR / kGroup; ++g) {
-      Tiles at = t;
+      Panels at = t;
       at.w += g * t.w_stride, at.x += v * t.x_stride, at.sums += g * t.stride + v * kSquare;
       Segment of = segment;
       if (of.scale) of.scale += g * kGroup;
@@ -117,7 +118,7 @@ static void multiply_vectors(const Tiles& t, int64_t panels, const Segment& segm
     }
 }
 
-#ifdef __AVX512BF16__
+#ifdef QL_AMX
 // ---- the same by AMX ------------------------------------------------------------------------------------------------
 
 // In assembly: a compiler does not know that the intrinsics of g++ 12 read memory.
@@ -127,25 +128,6 @@ static void multiply_vectors(const Tiles& t, int64_t panels, const Segment& segm
   asm volatile("tilestored %%tmm" #TILE ", (%0,%1,1)" ::"r"(TO), "r"(int64_t(STRIDE)) : "memory")
 #define QL_ZERO_TILE(TILE) asm volatile("tilezero %tmm" #TILE)
 #define QL_MULTIPLY_TILES(SUM, W, X) asm volatile("tdpbf16ps %tmm" #X ", %tmm" #W ", %tmm" #SUM)
-
-// While it lives, a thread that wants them has eight tiles of 16 rows of 64 bytes.
-class TileRegisters {
- public:
-  explicit TileRegisters(bool wanted) : wanted_(wanted) {
-    if (!wanted) return;
-    alignas(64) uint8_t config[64] = {1};  // palette
-    for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~TileRegisters() {
-    if (wanted_) asm volatile("tilerelease");
-  }
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-
- private:
-  const bool wanted_;
-};
 
 // Two groups of w by MT panels of x, at most two: tiles 0 .. 3 are sums, 4 and 5 of w, 6 and 7 of x
 template <int MT>
@@ -173,7 +155,7 @@ QL_FN void store_tiles(float* top, float* below) {
 }
 
 template <int MT>
-QL_FN void multiply_step(const Tiles& t, int64_t step) {
+QL_FN void multiply_step(const Panels& t, int64_t step) {
   const float *w = t.w + step * kTileFloats, *x = t.x + step * kTileFloats;
   QL_LOAD_TILE(6, x, 64);
   QL_LOAD_TILE(4, w, 64);
@@ -189,7 +171,7 @@ QL_FN void multiply_step(const Tiles& t, int64_t step) {
 
 // sums = fma(what the tiles hold, scale of each row, sums)
 template <int MT>
-QL_FN void add_scaled_tiles(const Tiles& t, const float* scale, bool first) {
+QL_FN void add_scaled_tiles(const Panels& t, const float* scale, bool first) {
   alignas(64) float part[4 * kSquare];
   store_tiles<MT>(part, part + 2 * kSquare);
   for (int64_t n = 0; n < 2; ++n)
@@ -204,7 +186,7 @@ QL_FN void add_scaled_tiles(const Tiles& t, const float* scale, bool first) {
 }
 
 template <int MT>
-static void multiply_tiles(const Tiles& t, const Segment& segment, bool first) {
+static void multiply_tiles(const Panels& t, const Segment& segment, bool first) {
   if (segment.scale || first) zero_tiles<MT>();
   else load_tiles<MT>(t.sums, t.sums + t.stride);
   for (int64_t step = segment.begin; step < segment.end; ++step) multiply_step<MT>(t, step);
@@ -213,9 +195,9 @@ static void multiply_tiles(const Tiles& t, const Segment& segment, bool first) {
 }
 
 // NR rows of w, `panels` of x, by tiles
-static inline void multiply_all_tiles(const Tiles& t, int64_t panels, const Segment& segment, bool first) {
+static inline void multiply_all_tiles(const Panels& t, int64_t panels, const Segment& segment, bool first) {
   for (int64_t v = 0; v < panels; v += 2) {
-    Tiles at = t;
+    Panels at = t;
     at.x += v * t.x_stride, at.sums += v * kSquare;
     panels - v > 1 ? multiply_tiles<2>(at, segment, first) : multiply_tiles<1>(at, segment, first);
   }
@@ -351,20 +333,27 @@ class Blocked {
   // Columns n0 .. n1 of the rows of chunk c
   void rows(int64_t c, int64_t n0, int64_t n1) const {
     const PackedRows x = chunk(c);
+#ifdef QL_AMX
+    if constexpr (scales_sums) {
+      if (plan_.tiles) {
+        const Tiles tiles;
+        return x.panels() == 1   ? few_rows<1>(x, c, n0, n1)
+               : x.panels() == 2 ? few_rows<2>(x, c, n0, n1)
+                                 : many_rows(x, c, n0, n1);
+      }
+    }
+#endif
+    many_rows(x, c, n0, n1);
+  }
+
+  void many_rows(const PackedRows& x, int64_t c, int64_t n0, int64_t n1) const {
     const int64_t NC = least(plan_.NC, round_up(n1 - n0, NR)), KC = least(plan_.KC, round_up(x_.K, kStepColumns<E>));
     const int64_t steps = round_up(KC, kStepColumns<E>) / kStepColumns<E>;
     const Scratch w(NR * steps * kUnits * 4), sums((NC / kGroup * x.panels() * kSquare + kLanes) * 4);
     const Scratch finished((kLanes + 2) * NC * 4), scales(NR * (scales_sums ? 2 * (KC / weight_.bk + 1) : 1) * 4);
-    Tiles t = {};
+    Panels t = {};
     t.w = static_cast<float*>(w.data()), t.w_stride = steps * kTileFloats, t.x_stride = depth_ * kLanes;
     t.stride = x.panels() * kSquare;
-#ifdef __AVX512BF16__
-    const TileRegisters tiles(scales_sums && plan_.tiles);
-    if constexpr (scales_sums) {
-      if (plan_.tiles && x.panels() <= 2)
-        return x.panels() == 2 ? few_rows<2>(x, c, n0, n1) : few_rows<1>(x, c, n0, n1);
-    }
-#endif
     for (int64_t n = n0; n < n1; n += NC) {
       const int64_t end = least(n1, n + NC);
       for (int64_t k = 0; k < x_.K; k += KC) {
@@ -386,10 +375,10 @@ class Blocked {
     }
   }
 
-#ifdef __AVX512BF16__
+#ifdef QL_AMX
   // A block whose weight is decoded
   struct Decoded {
-    Tiles t;
+    Panels t;
     const float* scales;  // [parts, NR], or null
     int64_t steps, part;  // in a part
     int64_t n;
@@ -497,7 +486,7 @@ class Blocked {
   }
 
   // sums += the block's product
-  void multiply(const Tiles& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales) const {
+  void multiply(const Panels& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales) const {
     const int64_t steps = round_up(k_end - k, kStepColumns<E>) / kStepColumns<E>;
     if (!scales_sums || weight_.cols == 1) return multiply(t, panels, {0, steps, nullptr}, k == 0);
     const int64_t J = k / weight_.bk, count = find_scales(n0, k, k_end, scales);
@@ -509,8 +498,8 @@ class Blocked {
     }
   }
 
-  void multiply(const Tiles& t, int64_t panels, const Segment& segment, bool first) const {
-#ifdef __AVX512BF16__
+  void multiply(const Panels& t, int64_t panels, const Segment& segment, bool first) const {
+#ifdef QL_AMX
     if constexpr (sizeof(E) == 2) {
       if (plan_.tiles) return multiply_all_tiles(t, panels, segment, first);
     }
@@ -519,7 +508,7 @@ class Blocked {
   }
 
   // y = activation(sums * scale + bias) for columns n0 .. n1 of the rows of chunk c
-  void finish(const Tiles& t, const PackedRows& x, int64_t c, int64_t n0, int64_t n1, float* finished) const {
+  void finish(const Panels& t, const PackedRows& x, int64_t c, int64_t n0, int64_t n1, float* finished) const {
     const int64_t width = round_up(n1 - n0, kLanes);
     const int64_t apart = x.apart < kLanes ? x.apart : x.apart * kGroup;  // floats between the sums of two parts
     float *scale = finished + kLanes * width, *bias = scale + width;

@@ -9,7 +9,8 @@ namespace quantlib {
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                              void* context);
 
-// Whether the instruction set in use has AMX.
+// Whether the kernels of avx2 may multiply bytes by AVX-VNNI, those of avx512_bf16 by the tiles of AMX.
+bool has_avx_vnni();
 bool has_amx();
 
 // least = the least scale[n] that is negative, or 0: no op, but the one check that reads much memory

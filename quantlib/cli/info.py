@@ -17,7 +17,7 @@ from quantlib.cli.text import style, table
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tqdm", "transformers")
 VARIABLES = {
     "QUANTLIB_BACKEND": "auto, or the only backend to use",
-    "QUANTLIB_ISA": "plain, avx2, avx512, avx512_bf16 or amx: the instruction set of the C++ kernels",
+    "QUANTLIB_ISA": "plain, avx2, avx2_vnni, avx512, avx512_bf16 or amx: the instruction set of the C++ kernels",
     "QUANTLIB_BUILD": "0: never compile the kernels; 1: compile all, a build that fails is an error",
     "QUANTLIB_CACHE": "an absolute path: where compiled kernels are kept",
     "QUANTLIB_SHOW_LAUNCH": "1: print the tile that each Triton launch chose",

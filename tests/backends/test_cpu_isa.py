@@ -1,4 +1,4 @@
-"""One library, four instruction sets, one set of bytes, whatever the floats of the calling thread are set to."""
+"""One library, several instruction sets, one set of bytes, whatever the floats of the calling thread are set to."""
 
 from __future__ import annotations
 

@@ -76,7 +76,19 @@ def test_memory_and_arithmetic(isa: str, tmp_path: Path) -> None:
     kernels = compile_kernels(tmp_path, isa, "-Og", *flags)
     program = tmp_path / "cpu_kernels"
     driver = NATIVE / "cpu_kernels.cpp"
-    run(*CXX, *FLAGS, "-O1", *SANITIZERS, f"-DTESTED_ISA={isa}", *["-DWITH_AMX"] * amx, driver, kernels, "-pthread", "-o", program)
+    run(
+        *CXX,
+        *FLAGS,
+        "-O1",
+        *SANITIZERS,
+        f"-DTESTED_ISA={isa}",
+        *["-DWITH_AMX"] * amx,
+        driver,
+        kernels,
+        "-pthread",
+        "-o",
+        program,
+    )
     assert re.fullmatch(r"\d{8} values, 0 wrong\n", run(program, isa, LD_PRELOAD=""))
 
 

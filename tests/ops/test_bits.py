@@ -32,7 +32,7 @@ def test_every_case(of: tuple[str, str], served: Served) -> None:
         testing.check(case, served.device)
 
 
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa: str) -> None:
     """One binary holds them all; a process chooses once."""
     if why := backends.refuses("cpp", "cpu"):

@@ -253,7 +253,7 @@ def test_public_defaults(backend: Served) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", _build.ISAS)
+@pytest.mark.parametrize("isa", _build.LEVELS)
 def test_every_instruction_set(isa: str) -> None:
     if backends.refuses("cpp", "cpu"):
         pytest.skip("there is no compiled library")

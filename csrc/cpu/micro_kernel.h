@@ -1,0 +1,175 @@
+// d[n, m] = or += sum over k of w[n, k] * x[m, k], exact integers: some rows of w by some of x in registers
+//
+// x lies in panels of kLanes rows: 32 bits of each row, then the next 32 bits of each row. w lies in rows. So a
+// register of x meets 32 bits of a row of w in every lane, and a tile of x meets a tile of w as it lies.
+#pragma once
+#include "amx.h"
+#include "lanes.h"
+#include "loops.h"
+
+namespace quantlib {
+namespace QL_ISA {
+
+using Int32s = Ints<Floats>;
+
+// Rows of w, `stride` bytes apart. Meanwhile memory fetches `lines` lines of 64 bytes of each of next_rows other rows.
+struct RowsOfW {
+  const char* data;
+  int64_t stride;
+  const char* next;
+  int64_t next_stride, lines;
+  int64_t next_rows;
+};
+
+// Panels of x, `stride` bytes from one to the next
+struct PanelsOfX {
+  const char* data;
+  int64_t stride;
+};
+
+// d[n * stride + m]; a product is added to what is there, or takes its place
+struct Sums {
+  uint32_t* d;
+  int64_t stride;
+  bool add;
+};
+
+QL_FN void fetch(const RowsOfW& w, int64_t line) {
+  if (line >= w.lines) return;
+  for (int64_t r = 0; r < w.next_rows; ++r) __builtin_prefetch(w.next + r * w.next_stride + 64 * line, 0, 2);
+}
+
+// ---- registers ------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kSums = 24;  // of 32 registers
+#else
+constexpr int kSums = 12;  // of 16
+#endif
+constexpr int kPanels = 4;  // of x at once, at most
+
+// sum + x * w of the two int16 of a lane
+struct Pairs {
+  static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
+#if defined(__AVX512BW__)
+    return sum + Int32s(_mm512_madd_epi16(__m512i(x), __m512i(w)));
+#elif defined(__AVX2__)
+    return sum + Int32s(_mm256_madd_epi16(__m256i(x), __m256i(w)));
+#elif defined(__x86_64__)
+    return sum + Int32s(_mm_madd_epi16(__m128i(x), __m128i(w)));
+#else
+    return sum + (x << 16 >> 16) * (w << 16 >> 16) + (x >> 16) * (w >> 16);
+#endif
+  }
+};
+
+// sum + x * w of the four bytes of a lane, x signed and w unsigned
+#if defined(__AVX512VNNI__)
+#define QL_BYTES
+struct Bytes {
+  static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
+    return Int32s(_mm512_dpbusd_epi32(__m512i(sum), __m512i(w), __m512i(x)));
+  }
+};
+#elif defined(__AVX2__) && !defined(__AVX512F__) && defined(__has_include)
+#if __has_include(<avxvnniintrin.h>)  // a sign that the assembler knows it
+#define QL_BYTES
+struct Bytes {
+  static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+    return sum;
+  }
+};
+#endif
+#endif
+
+// V panels of x by kSums / V rows of w, of which `bytes` are multiplied, a multiple of four
+template <class Dot, int V>
+static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, Sums to) {
+  constexpr int R = kSums / V;
+  Int32s sum[R][V];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = to.add ? load<Int32s>(to.d + r * to.stride + v * kLanes) : Int32s{};
+  for (int64_t k = 0; k < bytes; k += 4) {
+    Int32s a[V];
+    if (k % 64 == 0) fetch(w, k / 64);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[v] = load<Int32s>(x.data + v * x.stride + k * kLanes);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+      const Int32s b = splat<Int32s>(load<int32_t>(w.data + r * w.stride + k));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = Dot::dot(sum[r][v], a[v], b);
+    }
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(to.d + r * to.stride + v * kLanes, sum[r][v]);
+}
+
+template <class Dot>
+static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOfX x, int64_t bytes, Sums to) {
+  constexpr decltype(&multiply_registers<Dot, 1>) kernels[kPanels] = {
+      multiply_registers<Dot, 1>, multiply_registers<Dot, 2>, multiply_registers<Dot, 3>, multiply_registers<Dot, 4>};
+  const int64_t step = kSums / panels;
+  for (int64_t r = 0; r < rows; r += step) {
+    kernels[panels - 1](w, x, bytes, to);
+    w.data += step * w.stride, to.d += step * to.stride, w.next_rows = 0;
+  }
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+#ifdef QL_AMX
+// V <= 2 panels of x by 32 rows of w, signed; `bytes` is a multiple of 64
+template <int V, bool SIGNED>
+QL_TILES static void multiply_tiles(const RowsOfW& w, PanelsOfX x, int64_t bytes, Sums to) {
+  const int64_t row = to.stride * 4;
+  uint32_t *upper = to.d, *lower = to.d + 16 * to.stride;
+  QL_TILE_MEMORY();
+  if (to.add) {
+    _tile_loadd(0, upper, row);
+    _tile_loadd(2, lower, row);
+    if constexpr (V == 2) {
+      _tile_loadd(1, upper + 16, row);
+      _tile_loadd(3, lower + 16, row);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const char *a = w.data, *b = x.data;
+  for (int64_t k = 0; k < bytes; k += 64, a += 64, b += 1024) {
+    _tile_loadd(4, a, w.stride);
+    _tile_loadd(6, b, 64);
+    if constexpr (SIGNED) _tile_dpbssd(0, 4, 6);
+    else _tile_dpbsud(0, 4, 6);
+    _tile_loadd(5, a + 16 * w.stride, w.stride);
+    if constexpr (SIGNED) _tile_dpbssd(2, 5, 6);
+    else _tile_dpbsud(2, 5, 6);
+    if constexpr (V == 2) {
+      _tile_loadd(7, b + x.stride, 64);
+      if constexpr (SIGNED) _tile_dpbssd(1, 4, 7);
+      else _tile_dpbsud(1, 4, 7);
+      if constexpr (SIGNED) _tile_dpbssd(3, 5, 7);
+      else _tile_dpbsud(3, 5, 7);
+    }
+    fetch(w, k / 64);
+  }
+  _tile_stored(0, upper, row);
+  _tile_stored(2, lower, row);
+  if constexpr (V == 2) {
+    _tile_stored(1, upper + 16, row);
+    _tile_stored(3, lower + 16, row);
+  }
+  QL_TILE_MEMORY();
+}
+#endif
+
+}  // namespace QL_ISA
+}  // namespace quantlib

@@ -1,0 +1,506 @@
+// scaled_matmul in blocks: MC rows of x, packed once a call, by NC rows of w, KC columns at a time; within a block the
+// micro-kernels of micro_kernel.h multiply NR rows of w by one to four panels of x.
+//
+// What is multiplied is x' = x_codes - x_moved and w' = codes + w_moved, in the bytes that an instruction takes. With
+// the zero points moved along, x_z' = x_z - x_moved and z' = z + w_moved, and n columns in a block of the weight,
+//   d = sum of (x - x_z) * (w - z) = sum of x' * w'  -  x_z' * sum of w'  -  z' * (sum of x' - n * x_z')
+// modulo 2^32, which is d itself, as it fits.
+#pragma once
+#include "../activation.h"
+#include "../ops/scaled_matmul.h"
+#include "matmul.h"
+#include "micro_kernel.h"
+
+namespace quantlib {
+namespace QL_ISA {
+namespace {
+
+// The instructions that multiply: of two int16, of signed by unsigned bytes, of tiles of bytes
+enum class Unit : uint8_t { pairs, bytes, tiles };
+
+struct Blocking {
+  Unit unit;
+  int64_t MC, NC, KC, NR;
+  int64_t code_bytes;  // that a code takes
+  int64_t depth;       // codes to a multiple of which every block of columns is padded with zeros
+
+  int64_t padded(int64_t codes) const { return round_up(codes, depth) * code_bytes; }
+};
+
+Blocking blocking_of(int64_t M) {
+#ifdef QL_AMX
+  if (has_amx()) return {Unit::tiles, 256, M <= 64 ? 32 : 128, 4096, 32, 1, 64};
+#endif
+#ifdef QL_BYTES
+#ifndef __AVX512VNNI__
+  if (has_avx_vnni())
+#endif
+    return {Unit::bytes, 256, 4 * kSums, 1024, kSums, 1, 4};
+#else
+  (void)M;
+#endif
+  return {Unit::pairs, 256, 4 * kSums, 512, kSums, 2, 2};
+}
+
+// ---- w --------------------------------------------------------------------------------------------------------------
+
+// What is added to codes of F so that no byte is negative.
+template <class F>
+constexpr int lift = F::is_signed ? 1 << (F::bits - 1) : 0;
+
+// Whether the codes of F are what is multiplied, as they lie.
+template <class F>
+constexpr bool lies_ready(Unit unit) {
+  return is_whole<F> && unit == (F::is_signed ? Unit::tiles : Unit::bytes);
+}
+
+typedef uint16_t __attribute__((may_alias, aligned(1))) TwoBytes;
+
+// out[k] = code k0 + k of a row, less z where pairs are multiplied, moved into an unsigned or signed byte elsewhere
+template <class F>
+void unpack_row(Unit unit, const uint8_t* __restrict__ row, int64_t k0, int64_t n, int32_t z, char* __restrict__ out) {
+  const auto code = [=](int64_t k) { return unpack<F>(row[k / F::per_byte], int(k % F::per_byte)); };
+  if (unit == Unit::pairs) {
+    auto* to = reinterpret_cast<int16_t*>(out);
+    if constexpr (F::per_byte == 2) {
+      int64_t k = 0;
+      for (; k0 % 2 == 0 && k + 2 <= n; k += 2) {
+        const uint8_t two = row[(k0 + k) / 2];
+        to[k] = int16_t(unpack<F>(two, 0) - z), to[k + 1] = int16_t(unpack<F>(two, 1) - z);
+      }
+      for (; k < n; ++k) to[k] = int16_t(code(k0 + k) - z);
+    } else {
+      for (int64_t k = 0; k < n; ++k) to[k] = int16_t(code(k0 + k) - z);
+    }
+    return;
+  }
+  const bool is_unsigned = unit == Unit::bytes;
+  int64_t k = 0;
+  if constexpr (is_whole<F>) {
+    const uint8_t flip = F::is_signed == is_unsigned ? 128 : 0;
+    for (; k < n; ++k) out[k] = char(row[k0 + k] ^ flip);
+  } else if constexpr (F::per_byte == 2 && F::is_signed) {  // both nibbles of a byte at once
+    const uint8_t* from = row + k0 / 2;
+    auto* to = reinterpret_cast<TwoBytes*>(out);
+    const int64_t bytes = k0 % 2 == 0 ? n / 2 : 0;
+    if (is_unsigned) {
+      for (int64_t j = 0; j < bytes; ++j) to[j] = uint16_t(((from[j] | from[j] << 4) & 0x0f0f) ^ 0x0808);
+    } else {
+      for (int64_t j = 0; j < bytes; ++j) {
+        const auto nibbles = uint16_t((from[j] | from[j] << 4) & 0x0f0f);
+        to[j] = uint16_t(nibbles | (nibbles & 0x0808) * 30);  // the sign spread
+      }
+    }
+    k = 2 * bytes;
+  }
+  for (; k < n; ++k) out[k] = char(code(k0 + k) + (is_unsigned ? lift<F> : -excess<F>));
+}
+
+struct WeightCodes {
+  void (*unpack)(Unit, const uint8_t*, int64_t, int64_t, int32_t, char*);
+  bool ready;
+  uint32_t moved = 0;  // w' - codes
+
+  WeightCodes(Type format, Unit unit) {
+    visit(format, [&](auto f) {
+      using F = decltype(f);
+      if constexpr (!F::is_float) {
+        unpack = unpack_row<F>, ready = lies_ready<F>(unit);
+        moved = unit == Unit::pairs ? 0 : uint32_t(unit == Unit::bytes ? lift<F> : -excess<F>);
+      }
+    });
+  }
+};
+
+// The sum of n bytes, a multiple of four
+uint32_t sum_of_bytes(Unit unit, const char* w, int64_t n) {
+  uint32_t sum = 0;
+  int64_t k = 0;
+#ifdef QL_BYTES
+  Int32s sums = {};
+  const Int32s ones = splat<Int32s>(0x01010101);
+  for (; k + 4 * kLanes <= n; k += 4 * kLanes) {
+    const auto bytes = load<Int32s>(w + k);
+    sums = unit == Unit::bytes ? Bytes::dot(sums, ones, bytes) : Bytes::dot(sums, bytes, ones);
+  }
+  for (int l = 0; l < kLanes; ++l) sum += uint32_t(sums[l]);
+#endif
+  for (; k < n; ++k) sum += unit == Unit::bytes ? uint32_t(uint8_t(w[k])) : uint32_t(int8_t(w[k]));
+  return sum;
+}
+
+// ---- x --------------------------------------------------------------------------------------------------------------
+
+// Lane c of register r becomes lane r of register c.
+QL_FN void transpose(Bits<Floats> (&v)[kLanes]) {
+  using U = Bits<Floats>;
+#pragma GCC unroll 4
+  for (int s = 1; s < kLanes; s *= 2) {
+    U low, high;
+    for (int l = 0; l < kLanes; ++l) {
+      low[l] = l & s ? uint32_t(kLanes + l - s) : uint32_t(l);
+      high[l] = l & s ? uint32_t(kLanes + l) : uint32_t(l + s);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r)
+      if (!(r & s)) {
+        const U a = v[r], b = v[r + s];
+        v[r] = __builtin_shuffle(a, b, low), v[r + s] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+// Rows m0 .. m0 + M of x in panels of kLanes, and what belongs to each.
+class PackedX {
+ public:
+  const int64_t M, padded, row_bytes;  // of a row of a panel
+  const uint32_t moved;                // x_codes - x'
+  const bool sums_w, sums_x;           // whether the sums of w', or of x', count
+
+  PackedX(const ScaledMatmul& p, const Blocking& b, uint32_t w_moved, int64_t m0, int64_t M, ParallelFor run)
+      : M(M),
+        padded(round_up(M, kLanes)),
+        row_bytes((p.weight.grid.scale_cols() - 1) * b.padded(p.weight.grid.bk) +
+                  b.padded(p.weight.grid.K - (p.weight.grid.scale_cols() - 1) * p.weight.grid.bk)),
+        moved(b.unit == Unit::bytes && !row_of(p.x_format).is_signed ? 128 : 0),
+        sums_w(b.unit != Unit::pairs && (p.x_zero_point || moved)),
+        sums_x(b.unit != Unit::pairs && (p.weight.zero_point || w_moved)),
+        p_(p),
+        b_(b),
+        m0_(m0),
+        codes_(padded * row_bytes + 64),
+        scales_(padded * 4),
+        zero_points_(padded * 4),
+        sums_(sums_x ? padded * p.weight.grid.scale_cols() * 4 : 0) {
+    parallel(run, padded / kLanes, most(1, kGrain / most(1, kLanes * row_bytes)), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) pack(panel);
+    });
+  }
+
+  PanelsOfX panels(int64_t m, int64_t offset) const {
+    return {static_cast<const char*>(codes_.data()) + m * row_bytes + offset * kLanes, kLanes * row_bytes};
+  }
+  const float* scale() const { return static_cast<const float*>(scales_.data()); }
+  const uint32_t* zero_point() const { return static_cast<const uint32_t*>(zero_points_.data()); }
+  // sum of x' - n * x_z' of block J
+  uint32_t* sums(int64_t J) const { return static_cast<uint32_t*>(sums_.data()) + J * padded; }
+
+ private:
+  static constexpr int64_t kPart = 1024;  // bytes of a row that are packed at a time
+  const ScaledMatmul& p_;
+  const Blocking& b_;
+  const int64_t m0_;
+  const Scratch codes_, scales_, zero_points_, sums_;
+
+  void pack(int64_t panel) const {
+    const Grid& g = p_.weight.grid;
+    const Row format = row_of(p_.x_format);
+    const int64_t first = panel * kLanes;
+    int32_t z[kLanes] = {};
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t m = least(first + l, M - 1), at = p_.x_per_row ? m0_ + m : 0;
+      if (p_.x_zero_point) z[l] = clamp_zero_point(p_.x_zero_point[at], format);
+      static_cast<float*>(scales_.data())[first + l] = effective_scale(p_.x_scale[at], float_of(format.scale_max));
+      static_cast<uint32_t*>(zero_points_.data())[first + l] = uint32_t(z[l]) - moved;
+    }
+    alignas(64) char rows[kLanes][kPart];
+    char* out = static_cast<char*>(codes_.data()) + first * row_bytes;
+    const int64_t part = kPart / b_.code_bytes;
+    for (int64_t J = 0, blocks = g.scale_cols(); J < blocks; ++J) {
+      const int64_t k0 = J * g.bk, n = least(g.bk, g.K - k0);
+      uint32_t sum[kLanes] = {};
+      for (int64_t k = 0; k < n; k += part) {
+        const int64_t count = least(part, n - k), bytes = b_.padded(count);
+        for (int64_t l = 0; l < kLanes; ++l)
+          copy(least(first + l, M - 1), k0 + k, count, bytes, z[l], format.is_signed, rows[l], sum[l]);
+        for (int64_t at = 0; at < bytes; at += 4 * kLanes) {
+          Bits<Floats> v[kLanes];
+#pragma GCC unroll 16
+          for (int l = 0; l < kLanes; ++l) v[l] = load<Bits<Floats>>(rows[l] + at);
+          transpose(v);
+          const int64_t units = least(kLanes, (bytes - at) / 4);
+          for (int64_t u = 0; u < units; ++u) store(out + 4 * kLanes * u, v[u]);
+          out += 4 * kLanes * units;
+        }
+      }
+      for (int64_t l = 0; sums_x && l < kLanes; ++l)
+        sums(J)[first + l] = sum[l] - uint32_t(n) * (uint32_t(z[l]) - moved);
+    }
+  }
+
+  // x' of columns k .. k + count of row m, zeros behind it
+  void copy(int64_t m, int64_t k, int64_t count, int64_t bytes, int32_t z, bool is_signed, char* __restrict__ to,
+            uint32_t& sum) const {
+    const auto* from = static_cast<const uint8_t*>(p_.x_codes) + (m0_ + m) * p_.weight.grid.K + k;
+    if (b_.unit == Unit::pairs) {
+      auto* wide = reinterpret_cast<int16_t*>(to);
+      if (is_signed)
+        for (int64_t j = 0; j < count; ++j) wide[j] = int16_t(int8_t(from[j]) - z);
+      else
+        for (int64_t j = 0; j < count; ++j) wide[j] = int16_t(from[j] - z);
+    } else {
+      const auto flip = uint8_t(moved);
+      for (int64_t j = 0; j < count; ++j) to[j] = char(from[j] ^ flip);
+    }
+    __builtin_memset(to + count * b_.code_bytes, 0, size_t(bytes - count * b_.code_bytes));
+    if (!sums_x) return;
+    uint32_t more = 0;
+    if (is_signed || moved)
+      for (int64_t j = 0; j < count; ++j) more += uint32_t(int32_t(int8_t(to[j])));
+    else
+      for (int64_t j = 0; j < count; ++j) more += uint8_t(to[j]);
+    sum += more;
+  }
+};
+
+// ---- a block --------------------------------------------------------------------------------------------------------
+
+// Blocks of NC rows of w by MC rows of x, one after the other, with the memory that they take.
+class BlockOfSums {
+ public:
+  BlockOfSums(const ScaledMatmul& p, const Blocking& b, const WeightCodes& codes, const PackedX& x, int64_t m_first)
+      : p_(p),
+        b_(b),
+        codes_(codes),
+        x_(x),
+        m_first_(m_first),
+        blocks_(g_.scale_cols()),
+        span_blocks_(blocks_ == 1 ? 1 : most(1, least(b.KC / g_.bk, blocks_))),
+        span_(blocks_ == 1 ? b.KC : span_blocks_ * g_.bk),
+        w_stride_((blocks_ == 1 ? b.padded(least(b.KC, g_.K)) : span_blocks_ * b.padded(g_.bk)) + 64),
+        d_stride_(least(b.MC, x.padded)),
+        w_(b.NR * w_stride_ + 64),
+        d_(b.NC * d_stride_ * 4),
+        total_(blocks_ == 1 ? 0 : b.NC * d_stride_ * 4),
+        scale_(b.NC * span_blocks_ * 4),
+        zero_point_(b.NC * span_blocks_ * 4),
+        w_sum_(b.NC * span_blocks_ * 4) {}
+
+  // Rows m0 .. m0 + MC of x, which are of its panels, with rows n0 .. n0 + NC of w
+  void operator()(int64_t m0, int64_t n0) {
+    m0_ = m0, rows_ = least(b_.MC, x_.padded - m0);
+    const int64_t n1 = least(n0 + b_.NC, g_.M);
+    for (int64_t k0 = 0; k0 < g_.K; k0 += span_)
+      for (int64_t n = n0; n < n1; n += b_.NR) {
+        const RowsOfW w = take(n, n - n0, n1, k0);
+        if (blocks_ == 1) multiply_span(w, n - n0, k0);
+        else multiply_blocks(w, n - n0, k0);
+      }
+    if (blocks_ == 1) scale_sums(n1 - n0);
+    finish(n0, n1);
+  }
+
+ private:
+  const ScaledMatmul& p_;
+  const Blocking& b_;
+  const WeightCodes& codes_;
+  const PackedX& x_;
+  const int64_t m_first_;  // of the rows that are packed
+  const Grid& g_ = p_.weight.grid;
+  const Row format_ = row_of(p_.weight.format), y_format_ = row_of(p_.y_type);
+  const Encode encode_ = encoder(p_.y_type, false, false);
+  const int64_t blocks_, span_blocks_, span_;  // of a row of w, of them at a time, and columns at a time
+  const int64_t w_stride_, d_stride_;
+  const Scratch w_, d_, total_, scale_, zero_point_, w_sum_;
+  const bool is_signed_ = row_of(p_.x_format).is_signed;
+  int64_t m0_, rows_;
+
+  uint32_t* d(int64_t r) const { return static_cast<uint32_t*>(d_.data()) + r * d_stride_; }
+  float* total(int64_t r) const { return static_cast<float*>(total_.data()) + r * d_stride_; }
+  float* scale(int64_t r) const { return static_cast<float*>(scale_.data()) + r * span_blocks_; }
+  uint32_t* zero_point(int64_t r) const { return static_cast<uint32_t*>(zero_point_.data()) + r * span_blocks_; }
+  uint32_t* w_sum(int64_t r) const { return static_cast<uint32_t*>(w_sum_.data()) + r * span_blocks_; }
+
+  // Rows n .. n + NR of w, columns k0 .. k0 + span: where they lie, or unpacked. Those below n1 are what is fetched
+  // next. r0 is n within the block.
+  RowsOfW take(int64_t n, int64_t r0, int64_t n1, int64_t k0) {
+    const int64_t columns = least(span_, g_.K - k0), count = least(b_.NR, n1 - n), J0 = k0 / g_.bk;
+    const auto* codes = static_cast<const char*>(p_.weight.codes);
+    RowsOfW w = {};
+    if (n + b_.NR < g_.M) {
+      w.next = codes + byte_offset(format_, g_.K, n + b_.NR, k0 - k0 % format_.per_byte);
+      w.next_stride = row_bytes(format_, g_.K), w.next_rows = least(b_.NR, g_.M - n - b_.NR);
+    }
+    const bool whole = columns % b_.depth == 0 && (blocks_ == 1 || g_.bk % b_.depth == 0);
+    const bool in_place = codes_.ready && whole && count == b_.NR;
+    if (in_place) {
+      w.data = codes + byte_offset(format_, g_.K, n, k0), w.stride = g_.K;
+    } else {
+      w.data = static_cast<const char*>(w_.data()), w.stride = w_stride_;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const auto* row = reinterpret_cast<const uint8_t*>(codes + byte_offset(format_, g_.K, n + r, 0));
+      for (int64_t k = 0, i = 0; k < columns; ++i) {
+        const int64_t J = J0 + i, length = blocks_ == 1 ? columns : least(g_.bk, columns - k);
+        const int64_t at = (n + r) / g_.br * blocks_ + J;
+        const int32_t z = p_.weight.zero_point ? clamp_zero_point(p_.weight.zero_point[at], format_) : 0;
+        const int64_t offset = i * b_.padded(g_.bk), bytes = b_.padded(length);
+        if (!in_place) {
+          char* to = static_cast<char*>(w_.data()) + r * w_stride_ + offset;
+          codes_.unpack(b_.unit, row, k0 + k, length, z, to);
+          __builtin_memset(to + length * b_.code_bytes, 0, size_t(bytes - length * b_.code_bytes));
+        }
+        zero_point(r0 + r)[i] = uint32_t(z) + codes_.moved;
+        if (x_.sums_w) {
+          const uint32_t sum = sum_of_bytes(b_.unit, w.data + r * w.stride + offset, bytes);
+          w_sum(r0 + r)[i] = sum + (blocks_ == 1 && k0 ? w_sum(r0 + r)[i] : 0);
+        }
+        k += length;
+      }
+      const float* s = p_.weight.scale + (n + r) / g_.br * blocks_ + J0;
+      float* to = scale(r0 + r);
+      const int64_t J_count = blocks_ == 1 ? 1 : (columns + g_.bk - 1) / g_.bk;
+      for (int64_t i = 0; i < J_count; ++i) to[i] = effective_scale(s[i], float_of(format_.scale_max));
+    }
+    return w;
+  }
+
+  // Calls body(m, panels) for all panels of x in groups of about the same size.
+  template <class Body>
+  void groups(const Body& body) const {
+    const int64_t most_panels = b_.unit == Unit::tiles ? 2 : kPanels;
+    int64_t left = rows_ / kLanes, groups = (left + most_panels - 1) / most_panels;
+    for (int64_t m = 0; left; --groups) {
+      const int64_t panels = (left + groups - 1) / groups;
+      body(m, panels);
+      m += panels * kLanes, left -= panels;
+    }
+  }
+
+  void multiply(int64_t panels, RowsOfW w, PanelsOfX x, int64_t bytes, Sums to) const {
+#ifdef QL_AMX
+    if (b_.unit == Unit::tiles) {
+      if (panels == 2) (is_signed_ ? multiply_tiles<2, true> : multiply_tiles<2, false>)(w, x, bytes, to);
+      else (is_signed_ ? multiply_tiles<1, true> : multiply_tiles<1, false>)(w, x, bytes, to);
+      return;
+    }
+#endif
+#ifdef QL_BYTES
+    if (b_.unit == Unit::bytes) return multiply_registers<Bytes>(panels, b_.NR, w, x, bytes, to);
+#endif
+    multiply_registers<Pairs>(panels, b_.NR, w, x, bytes, to);
+  }
+
+  // The group of panels at m has its share of the next rows fetched.
+  RowsOfW sharing(RowsOfW w, int64_t m, int64_t panels, int64_t k, int64_t columns) const {
+    const int64_t begin = w.next_rows * m / rows_, end = w.next_rows * (m + panels * kLanes) / rows_;
+    w.next += begin * w.next_stride + (k >> format_.log_per_byte);
+    w.next_rows = end - begin, w.lines = ((columns >> format_.log_per_byte) + 63) / 64;
+    return w;
+  }
+
+  void multiply_span(const RowsOfW& w, int64_t r0, int64_t k0) const {
+    const int64_t columns = least(span_, g_.K - k0);
+    groups([&](int64_t m, int64_t panels) {
+      multiply(panels, sharing(w, m, panels, 0, columns), x_.panels(m0_ + m, k0 * b_.code_bytes), b_.padded(columns),
+               {d(r0) + m, d_stride_, k0 > 0});
+    });
+  }
+
+  void multiply_blocks(const RowsOfW& w, int64_t r0, int64_t k0) const {
+    const int64_t columns = least(span_, g_.K - k0), J0 = k0 / g_.bk, block = b_.padded(g_.bk);
+    groups([&](int64_t m, int64_t panels) {
+      for (int64_t k = 0, i = 0; k < columns; k += g_.bk, ++i) {
+        const int64_t length = least(g_.bk, columns - k);
+        RowsOfW part = sharing(w, m, panels, k, length);
+        part.data += i * block;
+        multiply(panels, part, x_.panels(m0_ + m, (J0 + i) * block), b_.padded(length), {d(r0) + m, d_stride_, false});
+        add_block(r0, m, panels * kLanes, J0, i);
+      }
+    });
+  }
+
+  // The integer d of row r of w and the rows of x from m on
+  QL_MEMBER Ints<Floats> exact(int64_t r, int64_t m, int64_t J, int64_t i) const {
+    using U = Bits<Floats>;
+    U sum = load<U>(d(r) + m);
+    if (x_.sums_w) sum -= splat<U>(w_sum(r)[i]) * load<U>(x_.zero_point() + m0_ + m);
+    if (x_.sums_x) sum -= splat<U>(zero_point(r)[i]) * load<U>(x_.sums(J) + m0_ + m);
+    return same_bits<Ints<Floats>>(sum);
+  }
+
+  // total += fl(d * scale) of block J0 + i
+  void add_block(int64_t r0, int64_t m0, int64_t count, int64_t J0, int64_t i) const {
+    const bool first = J0 + i == 0;
+    for (int64_t r = r0; r < r0 + b_.NR; ++r) {
+      const Floats s = splat<Floats>(scale(r)[i]);
+      for (int64_t m = m0; m < m0 + count; m += kLanes) {
+        const Floats before = first ? Floats{} : load<Floats>(total(r) + m);
+        store(total(r) + m, add(before, mul(Lanes<Floats>::of(exact(r, m, J0 + i, i)), s)));
+      }
+    }
+  }
+
+  // d becomes fl(fl(d * x_scale) * scale), in its place.
+  void scale_sums(int64_t count) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const Floats s = splat<Floats>(scale(r)[0]);
+      for (int64_t m = 0; m < rows_; m += kLanes) {
+        const Floats f = Lanes<Floats>::of(exact(r, m, 0, 0));
+        store(d(r) + m, mul(mul(f, load<Floats>(x_.scale() + m0_ + m)), s));
+      }
+    }
+  }
+
+  // y = activation(total + bias), total times x_scale first where that is still to come
+  void finish(int64_t n0, int64_t n1) const {
+    constexpr int64_t kMost = 128;
+    alignas(64) float y[kLanes][kMost], bias[kMost] = {};
+    const int64_t cols = n1 - n0;
+    for (int64_t c = 0; p_.epilogue.bias && c < cols; ++c) bias[c] = p_.epilogue.bias[n0 + c];
+    for (int64_t m = 0; m < rows_; m += kLanes) {
+      const Floats s_x = load<Floats>(x_.scale() + m0_ + m);
+      for (int64_t c = 0; c < cols; c += kLanes) {
+        Bits<Floats> v[kLanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          if (blocks_ == 1) v[l] = load<Bits<Floats>>(d(c + l) + m);
+          else v[l] = bits_of(mul(load<Floats>(total(c + l) + m), s_x));
+        }
+        transpose(v);
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) store(y[l] + c, v[l]);
+      }
+      for (int64_t r = 0; r < least(kLanes, x_.M - m0_ - m); ++r) {
+        for (int64_t c = 0; c < cols; c += kLanes) {
+          Floats v = load<Floats>(y[r] + c);
+          if (p_.epilogue.bias) v = add(v, load<Floats>(bias + c));
+          store(y[r] + c, activate(v, p_.epilogue.activation));
+        }
+        encode_(y[r], nullptr, nullptr, {false, false},
+                static_cast<char*>(p_.y) + byte_offset(y_format_, g_.M, m_first_ + m0_ + m + r, n0), cols);
+      }
+    }
+  }
+};
+
+// Whether columns of one scale are enough to be multiplied in blocks.
+bool fits_blocks(const ScaledMatmul& p) { return p.weight.grid.bk >= 16 && p.weight.grid.K >= 16; }
+
+void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
+  const Blocking b = blocking_of(p.M);
+  const Grid& g = p.weight.grid;
+  const WeightCodes codes(p.weight.format, b.unit);
+  constexpr int64_t bytes = int64_t(16) << 20;  // of x that are packed at a time
+  const int64_t chunk = round_up(bytes / (b.code_bytes * g.K) + 1, b.MC);
+  for (int64_t m = 0; m < p.M; m += chunk) {
+    const PackedX x(p, b, codes.moved, m, least(chunk, p.M - m), run);
+    const int64_t down = (x.M + b.MC - 1) / b.MC, across = (g.M + b.NC - 1) / b.NC;
+    const int64_t products = least(b.MC, x.M) * b.NC * g.K;
+    parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
+      BlockOfSums block(p, b, codes, x, m);
+#ifdef QL_AMX
+      if (b.unit == Unit::tiles) {
+        const Tiles tiles;
+        for (int64_t piece = begin; piece < end; ++piece) block(piece % down * b.MC, piece / down * b.NC);
+        return;
+      }
+#endif
+      for (int64_t piece = begin; piece < end; ++piece) block(piece % down * b.MC, piece / down * b.NC);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace QL_ISA
+}  // namespace quantlib
