@@ -79,6 +79,12 @@ struct WeightRows {
   float scale(int64_t n, int64_t J) const {
     return effective_scale(w.scale[n / br * cols + J], float_of(format.scale_max));
   }
+  // out[j] = scale(n, J + j) for j < count
+  void row_scales(int64_t n, int64_t J, int64_t count, float* __restrict__ out) const {
+    const float* from = w.scale + n / br * cols + J;
+    const float largest = float_of(format.scale_max);
+    for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(from[j], largest);
+  }
   int32_t zero_point(int64_t n, int64_t J) const {
     return w.zero_point ? clamp_zero_point(w.zero_point[n / br * cols + J], format) : 0;
   }
