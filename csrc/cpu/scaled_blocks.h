@@ -278,7 +278,7 @@ class BlockOfSums {
         w_stride_((blocks_ == 1 ? b.padded(least(b.KC, g_.K)) : span_blocks_ * b.padded(g_.bk)) + 64),
         rows_of_d_(least(b.MC, x.padded)),
         w_(b.NR * w_stride_ + 64),
-        d_(b.NC * rows_of_d_ * 4),
+        d_((blocks_ == 1 ? b.NC * rows_of_d_ : 2 * kPanels * b.NR * kLanes) * 4),
         total_(blocks_ == 1 ? 0 : b.NC * rows_of_d_ * 4),
         scale_(b.NC * span_blocks_ * 4),
         zero_point_(b.NC * span_blocks_ * 4),
@@ -317,6 +317,8 @@ class BlockOfSums {
   // Row r of w and the panel of x whose first row is m
   int64_t at(int64_t r, int64_t m) const { return m * b_.NC + r * kLanes; }
   uint32_t* d(int64_t r, int64_t m) const { return static_cast<uint32_t*>(d_.data()) + at(r, m); }
+  // Where a row of w has several blocks: the sums of one with a group of panels, beside those of the block before it
+  uint32_t* part(int64_t i) const { return static_cast<uint32_t*>(d_.data()) + i % 2 * kPanels * b_.NR * kLanes; }
   float* total(int64_t r, int64_t m) const { return static_cast<float*>(total_.data()) + at(r, m); }
   float* scale(int64_t r) const { return static_cast<float*>(scale_.data()) + r * span_blocks_; }
   uint32_t* zero_point(int64_t r) const { return static_cast<uint32_t*>(zero_point_.data()) + r * span_blocks_; }
@@ -423,25 +425,28 @@ class BlockOfSums {
     });
   }
 
+  // The sums of a block are added up while the next block is multiplied.
   void multiply_blocks(const RowsOfW& w, int64_t r0, int64_t k0, const Ahead& ahead) const {
     const int64_t columns = least(span_, g_.K - k0), J0 = k0 / g_.bk, block = b_.padded(g_.bk);
     groups([&](int64_t m, int64_t panels) {
-      for (int64_t k = 0, i = 0; k < columns; k += g_.bk, ++i) {
+      int64_t i = 0;
+      for (int64_t k = 0; k < columns; k += g_.bk, ++i) {
         const int64_t length = least(g_.bk, columns - k);
         multiply(panels, {w.data + i * block, w.stride}, x_.panels(m0_ + m, (J0 + i) * block), b_.padded(length),
-                 share(ahead, m, panels, k, length), {d(r0, m), b_.NC * kLanes, false});
-        add_block(r0, m, panels * kLanes, J0, i);
+                 share(ahead, m, panels, k, length), {part(i), b_.NR * kLanes, false});
+        if (i) add_block(r0, m, panels, J0, i - 1);
       }
+      add_block(r0, m, panels, J0, i - 1);
     });
   }
 
-  // d of row r of w and the rows of x from m on, exact; of column block J, which is block i of the span
+  // d of a row of w and one panel of x, exact: what the registers summed, less what the zero points stand for
   template <bool SUMS_W, bool SUMS_X>
-  QL_MEMBER Floats exact(int64_t r, int64_t m, int64_t J, int64_t i) const {
-    using U = Bits<Floats>;
-    U sum = load<U>(d(r, m));
-    if constexpr (SUMS_W) sum -= splat<U>(w_sum(r)[i]) * load<U>(x_.zero_point() + m0_ + m);
-    if constexpr (SUMS_X) sum -= splat<U>(zero_point(r)[i]) * load<U>(x_.sums(J) + m0_ + m);
+  static QL_MEMBER Floats exact(const uint32_t* d, uint32_t w_sum, uint32_t zero_point, Bits<Floats> x_zero_point,
+                                Bits<Floats> x_sum) {
+    auto sum = load<Bits<Floats>>(d);
+    if constexpr (SUMS_W) sum -= w_sum * x_zero_point;
+    if constexpr (SUMS_X) sum -= zero_point * x_sum;
     return Lanes<Floats>::of(same_bits<Ints<Floats>>(sum));
   }
 
@@ -454,14 +459,19 @@ class BlockOfSums {
   }
 
   // total = or += fl(d * scale) of block i of the span, J0 + i of the row
-  void add_block(int64_t r0, int64_t m0, int64_t count, int64_t J0, int64_t i) const {
+  void add_block(int64_t r0, int64_t m0, int64_t panels, int64_t J0, int64_t i) const {
+    const float* s = scale(r0) + i;
+    const uint32_t *z = zero_point(r0) + i, *w = w_sum(r0) + i;
+    const int64_t rows = b_.NR, step = span_blocks_;
     with_sums([&](auto sums_w, auto sums_x) {
-      for (int64_t m = m0; m < m0 + count; m += kLanes) {
+      for (int64_t m = m0, v = 0; v < panels; m += kLanes, ++v) {
+        const auto x_z = sums_w.value ? load<Bits<Floats>>(x_.zero_point() + m0_ + m) : Bits<Floats>{};
+        const auto x_s = sums_x.value ? load<Bits<Floats>>(x_.sums(J0 + i) + m0_ + m) : Bits<Floats>{};
+        const uint32_t* from = part(i) + v * rows * kLanes;
         float* to = total(r0, m);
-        for (int64_t r = 0; r < b_.NR; ++r) {
-          const Floats f = exact<sums_w.value, sums_x.value>(r0 + r, m, J0 + i, i);
-          const Floats before = J0 + i ? load<Floats>(to + r * kLanes) : Floats{};
-          store(to + r * kLanes, add(before, mul(f, splat<Floats>(scale(r0 + r)[i]))));
+        for (int64_t r = 0; r < rows; ++r, from += kLanes, to += kLanes) {
+          const Floats f = exact<sums_w.value, sums_x.value>(from, w[r * step], z[r * step], x_z, x_s) * s[r * step];
+          store(to, J0 + i ? add(load<Floats>(to), f) : add(Floats{}, f));
         }
       }
     });
@@ -469,13 +479,16 @@ class BlockOfSums {
 
   // d becomes fl(fl(d * x_scale) * scale), in its place.
   void scale_sums(int64_t count) const {
+    const float* s = scale(0);
+    const uint32_t *z = zero_point(0), *w = w_sum(0);
     with_sums([&](auto sums_w, auto sums_x) {
       for (int64_t m = 0; m < rows_; m += kLanes) {
         const Floats s_x = load<Floats>(x_.scale() + m0_ + m);
-        for (int64_t r = 0; r < count; ++r) {
-          const Floats f = exact<sums_w.value, sums_x.value>(r, m, 0, 0);
-          store(d(r, m), mul(mul(f, s_x), splat<Floats>(scale(r)[0])));
-        }
+        const auto x_z = sums_w.value ? load<Bits<Floats>>(x_.zero_point() + m0_ + m) : Bits<Floats>{};
+        const auto x_s = sums_x.value ? load<Bits<Floats>>(x_.sums(0) + m0_ + m) : Bits<Floats>{};
+        uint32_t* to = d(0, m);
+        for (int64_t r = 0; r < count; ++r, to += kLanes)
+          store(to, exact<sums_w.value, sums_x.value>(to, w[r], z[r], x_z, x_s) * s_x * s[r]);
       }
     });
   }
