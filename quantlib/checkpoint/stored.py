@@ -62,13 +62,17 @@ class Stored:
     def rows(self, reader: Reader, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
         """The values of some rows of the matrix [N, K]; rows that share a scale come together."""
         spec = QuantSpec.parse(self.spec)
+        return dequantize_weight(self.codes(reader, name, rows), spec, self.matrix[1], dtype)
+
+    def codes(self, reader: Reader, name: str, rows: slice) -> Weight:
+        """Codes of some rows of the matrix [N, K] with their scales; rows that share a scale come together."""
+        spec = QuantSpec.parse(self.spec)
         block = spec.block(self.matrix)
         blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
         of_codes, *others = self.slots(name)
         codes = reader.rows(of_codes.name, rows)
         codes = codes.reshape(spec.codes_shape((len(codes), self.matrix[1])))
-        weight = Weight(codes, *(reader.rows(slot.name, blocks) for slot in others))
-        return dequantize_weight(weight, spec, self.matrix[1], dtype)
+        return Weight(codes, *(reader.rows(slot.name, blocks) for slot in others))
 
 
 @dataclass(frozen=True)

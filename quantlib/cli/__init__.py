@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from quantlib import __version__
-from quantlib.cli import bench, bits, build, check, formats, info, quantize, tune, verify
+from quantlib.cli import bench, bits, build, check, convert, eval, formats, info, quantize, tune, verify
 from quantlib.cli.parser import Parser
 
 VERBS = {
@@ -23,6 +23,8 @@ VERBS = {
     "bits": bits,
     "build": build,
     "check": check,
+    "convert": convert,
+    "eval": eval,
     "formats": formats,
     "info": info,
     "quantize": quantize,
