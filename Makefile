@@ -8,13 +8,17 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.c
 # One worker a core, each with one thread.
 WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8)
 
-.PHONY: help demo qat test test-everywhere setup lint format bench verify prove fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
+.PHONY: help demo accuracy qat test test-everywhere setup lint format bench verify prove fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
 
 demo: kernels-demo  ## quantize a real model to every format, check it, draw the table
 	$(RUN) -m quantlib.examples.demo $(ARGS)
+
+accuracy: kernels-accuracy  ## what every spec costs a language model and an encoder, beside peers: docs/accuracy.md
+	$(RUN) -m quantlib eval smollm2 --peers --markdown docs/accuracy.md --png docs/accuracy.png $(ARGS)
+	$(RUN) -m quantlib eval minilm --peers --markdown docs/accuracy.md $(ARGS)
 
 qat: kernels-qat  ## train two small models to be int8 and int4, beside quantizing them after training
 	$(RUN) -m quantlib.examples.qat $(ARGS)

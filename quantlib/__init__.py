@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantlib import nn, reference
     from quantlib.api import dequantize_, quantize_
     from quantlib.backends import library_path, use_backend
+    from quantlib.evaluation import evaluate
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
     from quantlib.ops.dequant_matmul import dequant_matmul
@@ -40,6 +41,7 @@ _HOME = {
     "dequantize": "ops",
     "dequantize_": "api",
     "dynamic_matmul": "ops",
+    "evaluate": "evaluation",
     "fake_quantize": "ops",
     "library_path": "backends",
     "pack": "ops",
@@ -73,6 +75,7 @@ __all__ = [
     "dequantize",
     "dequantize_",
     "dynamic_matmul",
+    "evaluate",
     "fake_quantize",
     "library_path",
     "nn",

@@ -51,7 +51,7 @@ class QuantSpec:
     ----------
     format : str or torch.dtype
         A row of `quantlib.formats`: ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``float8_e5m2``, ``float4_e2m1fn``,
-        ``int8``, ``uint8``, ``int4``.
+        ``nf4``, ``nf4_bf16``, ``int8``, ``uint8``, ``int4``.
     per : {"tensor", "row", "channel", "token", "group", "group:N", "tile:N"}, optional
         The weights that share a scale: all, an output row, N neighbours in a row, a tile of N x N. "channel" and
         "token" are other words for "row": that of a weight, and that of an activation. By default "row" for 8 bits

@@ -46,6 +46,22 @@ struct Lanes<Floats> {
   static QL_MEMBER Floats of(Ints a) { return __builtin_convertvector(a, Floats); }
 };
 
+#if defined(__AVX2__)
+// A table of sixteen values fills one register of AVX-512, or two of AVX2.
+template <>
+struct LookUp<Floats> {
+  template <class F>
+  static QL_MEMBER Floats of(Bits<Floats> code) {
+    Floats low, high;
+    for (uint32_t l = 0; l < kLanes; ++l) {
+      low[l] = float_of(Book<F>::bits(l));
+      high[l] = float_of(Book<F>::bits((l + kLanes) % 16));
+    }
+    return __builtin_shuffle(low, high, Ints<Floats>(code & uint32_t(F::max_code)));
+  }
+};
+#endif
+
 // Memory at any address.
 template <class V>
 QL_FN V load(const void* p) {

@@ -41,7 +41,13 @@ template <class F>
 constexpr bool in_pairs = [] {
   if constexpr (!F::is_float) return true;
   else if constexpr (F::bits > 8) return false;
-  else return F::fraction_bits <= 7 && F::bias + F::fraction_bits <= 21 && F::max < uint32_t(127 + 20) << 23;
+  else if constexpr (F::is_book) {
+    for (uint32_t code = 0; code <= F::max_code; ++code) {
+      const uint32_t bits = Book<F>::bits(code), exponent = bits >> 23 & 0xff;
+      if (bits & 0xffff || (bits && (exponent < 127 - 20 || exponent >= 127 + 20))) return false;
+    }
+    return true;
+  } else return F::fraction_bits <= 7 && F::bias + F::fraction_bits <= 21 && F::max < uint32_t(127 + 20) << 23;
 }();
 
 // Two codes a byte: looked up. The instruction takes the five lowest bits of a word, so the table holds all twice.
