@@ -286,6 +286,22 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert report.skipped["model.layer.weight"] == "compressed-tensors has blocks of FP8 only"
 
 
+@pytest.mark.parametrize("case", ["pack-quantized, affine", "int-quantized", "float-quantized", "bitsandbytes nf4", "awq"])
+def test_scales_of_zero(case: str, tmp_path: Path) -> None:
+    """By quantlib's rules a scale of 0 is 2^-100; the values stay 0 all the same. Negative ones are refused."""
+    state, config, _ = CASES[case][0]()
+    name = next(name for name in state if name.endswith(("scale", "absmax", "scales")))
+    state[name] = state[name].contiguous().clone(memory_format=torch.contiguous_format)
+    state[name].view(-1)[0] = 0
+    convert_file(put(tmp_path / "in", state, config), tmp_path / "out", "quantlib")
+    dequantize_file(tmp_path / "out", tmp_path / "float")
+    first = weight_of(tmp_path / "float")[0, :16]
+    assert not first.any()
+    state[name].view(-1)[0] = -1
+    with pytest.raises(ValueError, match=r"layer.weight must have scales that are finite and >= 0, got -1"):
+        convert_file(put(tmp_path / "negative", state, config), tmp_path / "refused", "quantlib")
+
+
 def test_torchao(tmp_path: Path) -> None:
     """Its parts are known from the metadata of the file."""
     torch.manual_seed(0)
