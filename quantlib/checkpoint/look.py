@@ -113,6 +113,26 @@ class Difference:
 
 
 @dataclass
+class TokenDivergence:
+    """How the next-token distributions of two language models differ, over all places of the given texts.
+
+    Attributes
+    ----------
+    tokens : int
+        Places.
+    kl, kl_max : float
+        The divergence KL(A || B) in nats: the mean, and the largest.
+    top1 : float
+        The share of places where both find the same token most likely.
+    """
+
+    tokens: int
+    kl: float
+    kl_max: float
+    top1: float
+
+
+@dataclass
 class Comparison:
     """Two checkpoints: what both have, and the names that only one of them has."""
 
@@ -120,6 +140,7 @@ class Comparison:
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)  # of different shapes
+    tokens: TokenDivergence | None = None
 
     def exceeds(self, tolerance: float) -> list[str]:
         """What is further apart than ``tolerance`` allows, a line each."""
@@ -176,7 +197,9 @@ def compare_checkpoints(
     a, b : path
         Model folders or safetensors files of any format that `convert_file` reads, or of floats.
     inputs : path, optional
-        A safetensors file with inputs x [..., K] of layers, under the name of the layer or of its weight.
+        A safetensors file with inputs x [..., K] of layers, under the name of the layer or of its weight; and with
+        ``input_ids`` [B, T], integers, for which both folders are loaded by transformers, one after the other, and
+        their next-token distributions are compared.
     only, progress
         As for `inspect_checkpoint`.
 
@@ -201,7 +224,35 @@ def compare_checkpoints(
                 pairs.append((of_a[name], of_b[name], xs.get(name)))
         costs = [sizes_of(x, model_a) + sizes_of(y, model_b) for x, y, _ in pairs]
         found.tensors = in_threads(difference_of, pairs, costs, progress)
-        return found
+    if IDS in xs:
+        found.tokens = divergence_of_tokens(Path(a), Path(b), xs[IDS])
+    return found
+
+
+def divergence_of_tokens(a: Path, b: Path, ids: Tensor) -> TokenDivergence:
+    """Of two folders that AutoModelForCausalLM loads; one of them is in memory at a time."""
+    logits = [log_probabilities(path, ids) for path in (a, b)]
+    p, q = logits[0].double(), logits[1].double()
+    if p.shape != q.shape:
+        raise ValueError(f"B must have {p.shape[-1]} words as A has, got {q.shape[-1]}")
+    kl = (p.exp() * (p - q)).nan_to_num(0.0).sum(-1)  # a word that cannot come counts 0
+    return TokenDivergence(
+        kl.numel(), float(kl.mean()), float(kl.max()), float((p.argmax(-1) == q.argmax(-1)).float().mean())
+    )
+
+
+@torch.no_grad()
+def log_probabilities(path: Path, ids: Tensor) -> Tensor:
+    """[B, T, V] float32"""
+    try:
+        import transformers
+
+        import quantlib.hf  # noqa: F401  # which has transformers load codes of quantlib
+    except ImportError as error:
+        raise ImportError(f"{IDS} need transformers to load {path}: {error}") from None
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path)
+    model.eval()
+    return model(input_ids=ids).logits.float().log_softmax(-1)  # type: ignore[no-any-return]
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -248,6 +299,9 @@ def read_inputs(path: str | Path | None, entries: dict[str, Found]) -> dict[str,
     found = {}
     with Reader(Path(path)) as reader:
         for name, slot in reader.slots.items():
+            if name == IDS and slot.dtype in (torch.int64, torch.int32) and len(slot.shape) == 2:
+                found[name] = reader.read(name).long()
+                continue
             weight = next(
                 (w for w in (name, f"{name}.weight", f"{name.removesuffix('.input')}.weight") if w in entries), None
             )
@@ -265,6 +319,7 @@ def read_inputs(path: str | Path | None, entries: dict[str, Found]) -> dict[str,
     return found
 
 
+IDS = "input_ids"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -25,7 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="a model folder or a .safetensors file: the reference")
     parser.add_argument("b", metavar="B", help="another one, of any format")
     parser.add_argument(
-        "--inputs", metavar="FILE", help="a .safetensors file with inputs [..., K] under names of layers"
+        "--inputs",
+        metavar="FILE",
+        help="a .safetensors file with inputs [..., K] under names of layers, or input_ids [B, T] for KL of next tokens",
     )
     parser.add_argument(
         "--tolerance",
@@ -73,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
     print(table(header, lines, "<<<<>>>>>>"))
     for line in (*lone, *found.misfits):
         print(line)
+    if found.tokens is not None:
+        t = found.tokens
+        print(f"\nnext tokens: KL {t.kl:.3g} (at most {t.kl_max:.3g}), the same {t.top1:.1%} of {t.tokens:,}")
     equal = sum(d.differ == 0 for d in found.tensors)
     print(f"\n{len(found.tensors):,} tensors in both, {equal:,} of them equal")
     for line in beyond:

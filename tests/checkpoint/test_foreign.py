@@ -286,7 +286,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert report.skipped["model.layer.weight"] == "compressed-tensors has blocks of FP8 only"
 
 
-@pytest.mark.parametrize("case", ["pack-quantized, affine", "int-quantized", "float-quantized", "bitsandbytes nf4", "awq"])
+@pytest.mark.parametrize(
+    "case", ["pack-quantized, affine", "int-quantized", "float-quantized", "bitsandbytes nf4", "awq"]
+)
 def test_scales_of_zero(case: str, tmp_path: Path) -> None:
     """By quantlib's rules a scale of 0 is 2^-100; the values stay 0 all the same. Negative ones are refused."""
     state, config, _ = CASES[case][0]()

@@ -89,6 +89,28 @@ def test_compare(src: Path) -> None:
         compare_checkpoints(src, out, inputs=src.with_name("inputs.safetensors"))
 
 
+def test_next_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    ids = torch.randint(0, 64, (2, 5))
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    argv = ["compare", str(tmp_path / "float"), str(tmp_path / "codes"), "--inputs", str(tmp_path / "ids.safetensors")]
+    found = {}
+    for spec in ("int8", "int4:row"):
+        quantize_file(tmp_path / "float", tmp_path / "codes", spec, overwrite=True)
+        assert main([*argv, "--json"]) == 0
+        found[spec] = json.loads(capsys.readouterr().out)["tokens"]
+        assert found[spec]["tokens"] == 10
+    assert 0 < found["int8"]["kl"] < found["int4:row"]["kl"] < 1
+    assert found["int8"]["kl"] <= found["int8"]["kl_max"]
+    assert main(argv) == 0
+    assert "next tokens: KL" in capsys.readouterr().out
+
+
 def test_steps_between() -> None:
     p = torch.tensor([1.0, -0.0, 1e-45, math.nan])
     assert steps_between(p, torch.tensor([1.0, 0.0, -1e-45, math.nan])) == 2
