@@ -22,7 +22,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
   QL_DECLARE(avx512_bf16, OP, PROBLEM)                                                                    \
   inline void launch(const PROBLEM& problem) {                                                            \
     static constexpr decltype(&plain::OP) kernels[] = {plain::OP, avx2::OP, avx512::OP, avx512_bf16::OP}; \
-    kernels[isa() < 3 ? isa() : 3](problem, parallel_for);                                                \
+    kernels[isa()](problem, parallel_for);                                                                \
   }
 #else
 #define QL_KERNEL(OP, PROBLEM)   \
@@ -35,16 +35,16 @@ QL_KERNEL(squared_error, SquaredError)
 
 class Backend {
  public:
-  static constexpr bool reads_values = true, takes_tiles = false;
+  static constexpr bool reads_values = true, takes_tiles = false, takes_narrow_scales = true;
 
   explicit Backend(Device) {}
   template <class Problem>
   void run(const Problem& problem) const {
     launch(problem);
   }
-  float least_scale(const float* scale, int64_t n) const {
+  float least_scale(const void* scale, Type type, int64_t n) const {
     float least = 0.0f;
-    run(LeastScale{scale, n, &least});
+    run(LeastScale{scale, type, n, &least});
     return least;
   }
 };
