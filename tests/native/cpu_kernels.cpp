@@ -50,7 +50,6 @@ QL_KERNELS(QL_DECLARE)
 }  // namespace quantlib
 
 namespace quantlib {
-bool has_avx_vnni() { return false; }
 #ifdef WITH_AMX
 bool has_amx() { return true; }
 #else
