@@ -27,6 +27,8 @@ FLOORS = [
     {"qat"},
     {"checkpoint"},
     {"hf", "onnx", "plan"},
+    {"calibration"},
+    {"evaluation"},
     {"cli", "examples"},
     {"__main__"},
 ]

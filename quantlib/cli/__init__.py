@@ -15,7 +15,22 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from quantlib import __version__
-from quantlib.cli import bench, bits, build, check, formats, info, plan, quantize, tune, verify
+from quantlib.cli import (
+    bench,
+    bits,
+    build,
+    check,
+    compare,
+    convert,
+    eval,
+    formats,
+    info,
+    inspect,
+    plan,
+    quantize,
+    tune,
+    verify,
+)
 from quantlib.cli.parser import Parser
 
 VERBS = {
@@ -23,8 +38,12 @@ VERBS = {
     "bits": bits,
     "build": build,
     "check": check,
+    "compare": compare,
+    "convert": convert,
+    "eval": eval,
     "formats": formats,
     "info": info,
+    "inspect": inspect,
     "plan": plan,
     "quantize": quantize,
     "tune": tune,

@@ -149,8 +149,8 @@ def test_a_mixture_of_experts_by_hand() -> None:
     assert value(found, "parameters", "router") == 32 * router
     assert value(found, "parameters", "active a token") == total - 32 * 6 * MIXTRAL_EXPERT == 12_879_925_248
     quantized = table + 32 * (MIXTRAL_ATTENTION + 8 * MIXTRAL_EXPERT)
-    name = next(line.name for line in found["weights"].lines if line.name.startswith("int4"))
     spec = QuantSpec.parse("W4A16")
+    name = next(line.name for line in found["weights"].lines if line.name.startswith(str(spec)))
     matrices = [(32000, 4096), *([(4096, 4096)] * 2 + [(1024, 4096)] * 2) * 32]
     matrices += [(2 * 14336, 4096), (4096, 14336)] * 8 * 32
     assert sum(rows * columns for rows, columns in matrices) == quantized

@@ -184,6 +184,8 @@ SPECS = (
     "float8_e4m3fn:row",
     "int8:tensor",
     "int8:tile:64",
+    "int4:group:32:bfloat16",
+    "nf4_bf16:group:64:bfloat16",
     "bfloat16",
 )
 
