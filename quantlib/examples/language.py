@@ -55,5 +55,5 @@ def lines() -> Iterator[Line]:
         began = time.perf_counter()
         tokens = written.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
         speed = TOKENS / (time.perf_counter() - began)
-        sentence = tokenizer.decode(tokens[0], skip_special_tokens=True).partition("\n")[0]
+        sentence = str(tokenizer.decode(tokens[0], skip_special_tokens=True)).partition("\n")[0]
         yield Line(spec or "float32", size, speed, sentence)
