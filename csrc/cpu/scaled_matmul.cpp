@@ -14,7 +14,6 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 3;          // of x, which are multiplied as they lie
 constexpr int64_t kSumCols = 64;         // rows of w whose sums with kRows rows of x are kept together
 constexpr int64_t kSumDepth = 4096;      // codes of a row that are multiplied before lanes are added up
 constexpr int64_t kFlipGrain = 1 << 20;  // bytes to copy that a thread is worth waking for
@@ -201,7 +200,7 @@ class ExactSums {
 }  // namespace
 
 void scaled_matmul(const ScaledMatmul& p, ParallelFor run) {
-  if (p.M > kFewRows && fits_blocks(p)) return multiply_in_blocks(p, run);
+  if (in_blocks(p)) return multiply_in_blocks(p, run);
   const int64_t down = round_up(p.M, kRows) / kRows, across = round_up(p.weight.grid.M, kSumCols) / kSumCols;
   const int64_t products = least(p.M, kRows) * kSumCols * most(p.weight.grid.K, 1);
   visit(p.weight.format, [&](auto f) {
