@@ -137,6 +137,8 @@ EDGES = {
     "more blocks than are multiplied at a time": (5, 40, 4224, (1, 128)),
     "a block longer than what is multiplied at a time": (4, 34, 9500, (3, 4700)),
     "blocks with zeros behind them": (20, 25, 300, (1, 50)),
+    "few rows, and lines of two nibbles": (3, 37, 2432, (1, 128)),
+    "the same in blocks of several lines": (1, 21, 640, (2, 256)),
     "blocks that begin within a byte": (7, 33, 90, (2, 17)),
     "more rows than stay in a cache": (300, 20, 192, (1, 64)),
     "more rows than are packed at a time": (514, 3, 33000, (1, -1)),
