@@ -8,13 +8,17 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.c
 # One worker a core, each with one thread.
 WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8)
 
-.PHONY: help demo qat test test-everywhere setup lint format bench verify prove fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
+.PHONY: help demo accuracy qat test test-everywhere setup lint format bench verify prove fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
 
 demo: kernels-demo  ## quantize a real model to every format, check it, draw the table
 	$(RUN) -m quantlib.examples.demo $(ARGS)
+
+accuracy: kernels-accuracy  ## what every spec costs a language model and an encoder, beside peers: docs/accuracy.md
+	$(RUN) -m quantlib eval smollm2 --peers --markdown docs/accuracy.md --png docs/accuracy.png $(ARGS)
+	$(RUN) -m quantlib eval minilm --peers --markdown docs/accuracy.md $(ARGS)
 
 qat: kernels-qat  ## train two small models to be int8 and int4, beside quantizing them after training
 	$(RUN) -m quantlib.examples.qat $(ARGS)
@@ -52,6 +56,9 @@ fuzz: kernels-test  ## minutes of random calls of every op, right and wrong: cra
 
 test-interrupted: kernels-test  ## a conversion stopped by every fault at every step: nothing is lost
 	QUANTLIB_EVERY_FAULT=1 $(RUN) -m pytest -q tests/checkpoint/test_checkpoint_interrupted.py
+
+fuzz-headers: kernels-test  ## 10^5 safetensors files with damaged headers: one clear error each, or they are read
+	QUANTLIB_FUZZED_HEADERS=100000 OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/checkpoint/test_header_fuzzer.py
 
 sweep-models: kernels-test  ## every architecture of transformers with every spec, into the table of docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m architectures docs/models.md

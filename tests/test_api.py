@@ -525,4 +525,5 @@ def test_the_code_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Monke
         "float.safetensors",
         "int4.safetensors",
         "float-again.safetensors",
+        "layer.onnx",
     }

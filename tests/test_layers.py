@@ -26,7 +26,9 @@ FLOORS = [
     {"api"},
     {"qat"},
     {"checkpoint"},
-    {"hf"},
+    {"hf", "onnx"},
+    {"calibration"},
+    {"evaluation"},
     {"cli", "examples"},
     {"__main__"},
 ]

@@ -6,8 +6,9 @@ import fnmatch
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantlib import ops
+from quantlib import __version__, ops
 from quantlib.api import check_on_nonfinite
 from quantlib.checkpoint import choose, files
+from quantlib.checkpoint.card import Card, base_of
 from quantlib.checkpoint.files import Batch, Job, Piece, Reader, Slot
 from quantlib.checkpoint.folder import CONFIG, Model
-from quantlib.checkpoint.publish import keep_mode, replacing, sync
+from quantlib.checkpoint.manifest import finish
+from quantlib.checkpoint.publish import Scratch, keep_mode, remove, replacing, sync
 from quantlib.checkpoint.stored import KEY, Contents, Stored, as_stored
 from quantlib.measure import OnNonfinite, Sums, check_finite
 from quantlib.nn.functional import SOURCES, Weight, quantize_weight, slabs
+from quantlib.ops.check import dtype_name
 from quantlib.record import ENTRY, entry_of
 from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec, check_dynamic
@@ -44,7 +48,14 @@ class Plan:
 
     def cost(self, batch: Batch) -> int:
         """Bytes that are read to make ``batch``, its scales aside."""
+        if batch.cost is not None:
+            return batch.cost
         return sum(self.reader.slots[slot.name].nbytes for slot in batch.slots if slot.name in self.reader.slots)
+
+    @property
+    def total(self) -> int:
+        """Bytes that are read for all batches."""
+        return sum(map(self.cost, self.batches))
 
 
 def quantize_file(
@@ -56,6 +67,8 @@ def quantize_file(
     include: Sequence[str] = (),
     on_nonfinite: OnNonfinite = "raise",
     overwrite: bool = False,
+    resume: bool = True,
+    join: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize the weights of a model on disk without building the model.
@@ -83,8 +96,17 @@ def quantize_file(
     overwrite : bool
         Whether an existing ``dst`` is replaced, once the new one is complete. Files in the folder that are no weights
         and that the new one does not have stay there.
+    resume : bool
+        Whether to go on with what the same call left that was killed, interrupted or met a full disk: its finished
+        tensors are not made again, and the bytes are the same. The call is the same where ``src`` has not changed,
+        and ``dst`` and all arguments before this one are equal.
+    join : bool
+        Whether to share the work, file by file, with other processes that make the same call, on this machine or on
+        others with the same file system. One of them completes ``dst``; all return when it is there, each with the
+        report of what it did, and that one with the whole report. Where `torch.distributed` is initialized, its
+        processes begin together. Otherwise one that comes when ``dst`` is there gets a FileExistsError.
     progress : callable (name, bytes done, bytes in all), optional
-        Called after each tensor.
+        Called after each tensor, with an empty name after one that earlier work has made.
 
     Returns
     -------
@@ -95,7 +117,7 @@ def quantize_file(
     Raises
     ------
     FileNotFoundError, FileExistsError, OSError
-        For a ``src`` that is absent, a ``dst`` that is there, a disk that is full.
+        For a ``src`` that is absent, a ``dst`` that is there or that another process makes, a disk that is full.
     TypeError
         For an ``exclude`` or ``include`` that is a single string.
     ValueError
@@ -146,12 +168,25 @@ def quantize_file(
         for name, slot in reader.slots.items():
             if name in reasons and reasons[name] is None:
                 weights[name] = Stored(str(spec), slot.shape)
-                batches.append(Projection(reader, slot, spec, on_nonfinite, report.layers).batch)
+                rows = partial(reader.rows, name)
+                told = f"{reader.path.name}: {name}"
+                batches.append(Projection(slot, spec, on_nonfinite, rows, told, slot.nbytes).batch)
             else:
                 batches.append(files.copied(reader, slot))
         return Plan(reader, batches, Contents(weights), list(weights))
 
-    convert(Path(src), Path(dst), plan, overwrite, progress, None if spec.scaled else spec.format)
+    job = {"spec": str(spec), "exclude": list(exclude), "include": list(include), "on_nonfinite": on_nonfinite}
+    call = Call(Path(src), Path(dst), job, overwrite, resume, join, progress)
+
+    def card(notes: list[Any]) -> Card:
+        words = [
+            f"--{option} '{p}'" for option, patterns in (("exclude", exclude), ("include", include)) for p in patterns
+        ]
+        words += ["--on-nonfinite propagate"] if on_nonfinite == "propagate" else []
+        command = " ".join(["quantlib quantize IN OUT --to", str(spec), *words])
+        return Card(str(spec), command, layers_of(notes), report.quantized, report.floats, skipped=report.skipped)
+
+    report.layers += layers_of(convert(call, plan, None if spec.scaled else spec.format, card))
     return report
 
 
@@ -161,13 +196,15 @@ def dequantize_file(
     *,
     dtype: Any = "float32",
     overwrite: bool = False,
+    resume: bool = True,
+    join: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """The float model that the codes of ``src`` stand for: the inverse of `quantize_file`, up to rounding.
 
     Parameters
     ----------
-    src, dst, overwrite, progress
+    src, dst, overwrite, resume, join, progress
         As for `quantize_file`.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype
         Of the weights that were codes; other tensors are copied. The ``dtype`` of a ``config.json`` follows.
@@ -186,8 +223,11 @@ def dequantize_file(
     if target not in SOURCES:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
 
+    names: list[str] = []
+
     def plan(model: Model) -> list[Plan]:
         plans = [plan_of(reader) for reader in model.readers]
+        names.extend(name for plan in plans for name in plan.converted)
         if not any(plan.converted for plan in plans) and (found := choose.codes_of_others(model.slots, model.config)):
             raise ValueError(f"{src} must be a model that quantize_file or save_quantized wrote, got {found}")
         return plans
@@ -200,18 +240,30 @@ def dequantize_file(
             batches.append(Batch([Slot(name, target, stored.shape)], values(reader, name, stored, target)))
         return Plan(reader, batches, Contents(), list(weights))
 
-    return convert(Path(src), Path(dst), plan, overwrite, progress, str(target).removeprefix("torch."))
+    job = {"dtype": str(target)}
+    call = Call(Path(src), Path(dst), job, overwrite, resume, join, progress)
+    command = (
+        f"python -c \"import quantlib.checkpoint as c; c.dequantize_file('IN', 'OUT', dtype='{dtype_name(target)}')\""
+    )
+    convert(call, plan, dtype_name(target), lambda notes: Card("", command))
+    return names
+
+
+def layers_of(notes: list[Any]) -> list[LayerReport]:
+    """The reports of weights among what batches said of themselves."""
+    return [LayerReport(**{**note, "shape": tuple(note["shape"])}) for note in notes if note]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A float weight of a file that becomes codes, a slab of rows at a time."""
+    """A float weight that becomes codes, a slab of rows at a time."""
 
-    reader: Reader
     slot: Slot
     spec: QuantSpec
     on_nonfinite: OnNonfinite
-    layers: list[LayerReport]  # to which it adds itself when it is done
+    rows: Callable[[slice], Tensor]  # values of some of its rows
+    told: str  # what an error calls it
+    size: int  # bytes that it takes where it comes from
     sums: dict[int, Sums] = field(default_factory=dict)  # first row of a slab -> its sums
 
     @property
@@ -226,21 +278,21 @@ class Projection:
     @property
     def shape(self) -> tuple[int, int]:
         """[N, K]"""
-        return self.slot.shape[0], self.slot.shape[1]
+        return self.slot.shape[0], math.prod(self.slot.shape[1:])
 
     def _slab(self, rows: slice) -> list[Piece]:
-        x = self.reader.rows(self.slot.name, rows)
+        x = self.rows(rows)
         return self._pieces(rows, x, quantize_weight(x, self.spec))
 
     def _with_one_scale(self) -> Iterator[Piece]:
         """All rows, in two passes over the file: the first finds the extremes, which alone decide the scale."""
         parts = list(slabs(*self.shape)) if self.slot.nbytes else []
-        extremes = [torch.stack(self.reader.rows(self.slot.name, rows).aminmax()) for rows in parts]
+        extremes = [torch.stack(self.rows(rows).aminmax()) for rows in parts]
         if not extremes:
             return
         _, scale, zero_point = quantize_weight(torch.cat(extremes).view(1, -1), self.spec)
         for rows in parts:
-            x = self.reader.rows(self.slot.name, rows)
+            x = self.rows(rows)
             block = self.spec.block(x.shape)
             assert scale is not None
             codes = ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point)
@@ -261,17 +313,16 @@ class Projection:
         ]
 
     def _check(self) -> None:
-        name = f"{self.reader.path.name}: {self.slot.name}"
-        parts = ((rows.start, self.reader.rows(self.slot.name, rows)) for rows in slabs(*self.shape))
-        check_finite(name, parts, self.spec)
+        parts = ((rows.start, self.rows(rows)) for rows in slabs(*self.shape))
+        check_finite(self.told, parts, self.spec)
 
-    def _report(self, size: int) -> None:
+    def _report(self, size: int) -> dict[str, Any]:
         total = Sums()
         for start in sorted(self.sums):
             total.signal += self.sums[start].signal
             total.noise += self.sums[start].noise
-        layer = LayerReport(self.slot.name, self.slot.shape, str(self.spec), self.slot.nbytes, size, total.snr_db)
-        self.layers.append(layer)
+        self.sums.clear()
+        return asdict(LayerReport(self.slot.name, self.slot.shape, str(self.spec), self.size, size, total.snr_db))
 
 
 def values(reader: Reader, name: str, stored: Stored, dtype: torch.dtype) -> list[Job]:
@@ -285,18 +336,46 @@ def values(reader: Reader, name: str, stored: Stored, dtype: torch.dtype) -> lis
     return [partial(job, rows) for rows in slabs(N, K, block[0] if block[0] < N else 1)]
 
 
-def convert(
-    src: Path,
-    dst: Path,
-    plan: Callable[[Model], list[Plan]],
-    overwrite: bool,
-    progress: Progress | None,
-    dtype: str | None,
-) -> list[str]:
-    """The model at ``src`` as ``plan`` says into ``dst``; the names of what is converted.
+@dataclass(frozen=True)
+class Call:
+    """What `quantize_file` and the like are called with.
 
-    ``dtype`` is what ``config.json`` tells of the weights from now on.
+    Attributes
+    ----------
+    job : dict
+        What decides the bytes of the output, besides the source.
     """
+
+    src: Path
+    dst: Path
+    job: dict[str, Any]
+    overwrite: bool = False
+    resume: bool = True
+    join: bool = False
+    progress: Progress | None = None
+
+
+def entry_of_plans(plans: list[Plan]) -> dict[str, Any] | None:
+    """``quantization_config`` of what quantlib quantized."""
+    stored = {name: stored for p in plans for name, stored in p.contents.weights.items()}
+    if not any(s.scaled for s in stored.values()):  # a float weight like any other, for every library
+        return None
+    return entry_of({name: asdict(s) for name, s in stored.items()})
+
+
+def convert(
+    call: Call,
+    plan: Callable[[Model], list[Plan]],
+    dtype: str | None,
+    card: Callable[[list[Any]], Card],
+    entry: Callable[[list[Plan]], dict[str, Any] | None] = entry_of_plans,
+) -> list[Any]:
+    """The model at ``call.src`` as ``plan`` says into ``call.dst``; what its batches said of themselves, in order.
+
+    ``dtype`` is what ``config.json`` tells of the weights from now on. ``card`` makes of the notes what is to be told,
+    ``entry`` of the plans the ``quantization_config``.
+    """
+    src, dst = call.src, call.dst
     with Model.open(src) as model:
         folder = src.is_dir()
         if not folder and (dst.suffix != ".safetensors" or dst.is_dir()):
@@ -306,39 +385,90 @@ def convert(
             raise ValueError(f"dst must lie outside src, got {dst}")
         rest = list(model.rest()) if folder else []
         plans = plan(model)
-        converted = [name for p in plans for name in p.converted]
-        if not converted:
+        if not any(p.converted for p in plans):
             raise ValueError(f"{src} must hold weights to convert, got none among {len(model.slots)} tensors")
-        with replacing(dst, overwrite, folder) as new:
-            done, total = 0, sum(p.cost(batch) for p in plans for batch in p.batches)
+        job = json.dumps({"version": __version__, **call.job, "source": model.identity(rest)}, sort_keys=True)
+        with replacing(dst, call.overwrite, folder, job, resume=call.resume, join=call.join) as scratch:
+            if call.join and torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.barrier()
+            checksums: dict[str, str] = {}
+            notes = write_files(plans, scratch, call.progress, folder, checksums)
+            if not scratch.last():
+                return notes
             for p in plans:
+                keep_mode(p.reader.path, scratch.new / p.reader.path.name if folder else scratch.new)
+            if folder:
+                clear(scratch.new, [p.reader.path.name for p in plans])
+                copy_the_rest(model, rest, scratch.new, plans, dtype, entry(plans))
+                told = replace(card(notes), **base_of(model.path, model.config))
+                told.bytes_before = sum(slot.nbytes for slot in model.slots.values())
+                told.bytes_after = sum(batch.nbytes for p in plans for batch in p.batches)
+                finish(scratch.new, told, checksums)
+                for source, target in reversed([(model.path, Path()), *(pair for pair in rest if pair[0].is_dir())]):
+                    sync(scratch.new / target)
+                    keep_mode(source, scratch.new / target)
+    return notes
 
-                def written(batch: Batch, p: Plan = p) -> None:
+
+def write_files(
+    plans: list[Plan], scratch: Scratch, progress: Progress | None, folder: bool, checksums: dict[str, str]
+) -> list[Any]:
+    """Every file that no other process writes; the notes of their batches. Their checksums come into ``checksums``."""
+    done, total = 0, sum(p.total for p in plans)
+    notes: dict[int, list[Any]] = {}
+    waiting = list(range(len(plans)))
+    while waiting:
+        for k in list(waiting):
+            p = plans[k]
+            journal = scratch.claim(p.reader.path.name)
+            if journal is None:
+                continue
+            with journal:
+                notes[k] = []
+
+                def written(batch: Batch, note: Any, before: bool, p: Plan = p, notes: list[Any] = notes[k]) -> None:
                     nonlocal done
                     done += p.cost(batch)
+                    notes.append(note)
                     if progress is not None:
-                        progress(batch.slots[0].name, done, total)
+                        progress("" if before else batch.slots[0].name, done, total)
 
                 kept = {key: value for key, value in p.reader.metadata.items() if key != KEY}
-                path = new / p.reader.path.name if folder else new
-                files.write(path, p.batches, {"format": "pt", **kept, **p.contents.metadata()}, written)
-                keep_mode(p.reader.path, path)
-            if folder:
-                copy_the_rest(model, rest, new, plans, dtype)
-    return converted
+                path = scratch.new / p.reader.path.name if folder else scratch.new
+                metadata = {"format": "pt", **kept, **p.contents.metadata()}
+                if scratch.join and journal.checksum is not None:  # by another process, which may move it any time
+                    done += p.total
+                    notes[k], checksums[path.name] = journal.notes, journal.checksum
+                else:
+                    checksums[path.name] = files.write(path, p.batches, metadata, written, journal)
+            waiting.remove(k)
+        if waiting:
+            if scratch.done:
+                break
+            time.sleep(0.05)
+    return [note for k in sorted(notes) for note in notes[k]]
 
 
-def copy_the_rest(model: Model, rest: list[tuple[Path, Path]], new: Path, plans: list[Plan], dtype: str | None) -> None:
+def clear(folder: Path, names: list[str]) -> None:
+    """Remove all but the files ``names``: an earlier process may have been killed while it copied the rest."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            remove(path)
+
+
+def copy_the_rest(
+    model: Model,
+    rest: list[tuple[Path, Path]],
+    new: Path,
+    plans: list[Plan],
+    dtype: str | None,
+    entry: dict[str, Any] | None,
+) -> None:
     """Everything of a model folder that is no weight, its index for the weights that the files hold now."""
-    folders = [(model.path, new)]
-    stored = {name: stored for p in plans for name, stored in p.contents.weights.items()}
-    # what needs no scale is a float weight like any other, for every library
-    weights = {name: asdict(s) for name, s in stored.items()} if any(s.scaled for s in stored.values()) else {}
     for path, target in rest:
         if path.is_dir():
             (new / target).mkdir()
-            folders.append((path, new / target))
-        elif str(target) == CONFIG and (config := config_of(model, dtype, weights)) is not None:
+        elif str(target) == CONFIG and (config := config_of(model, dtype, entry)) is not None:
             files.write_bytes(new / target, text_of(config))
             keep_mode(path, new / target)
         else:
@@ -351,12 +481,9 @@ def copy_the_rest(model: Model, rest: list[tuple[Path, Path]], new: Path, plans:
         index["weight_map"] = dict(sorted(weight_map.items()))
         files.write_bytes(new / path.name, text_of(index))
         keep_mode(path, new / path.name)
-    for source, folder in reversed(folders):
-        sync(folder)
-        keep_mode(source, folder)
 
 
-def config_of(model: Model, dtype: str | None, weights: dict[str, Any]) -> dict[str, Any] | None:
+def config_of(model: Model, dtype: str | None, entry: dict[str, Any] | None) -> dict[str, Any] | None:
     """``config.json`` with ``dtype`` for its dtypes of weights, and with what is quantized; None where nothing changes.
 
     transformers finds out from it that `quantlib.hf` loads the model.
@@ -365,16 +492,18 @@ def config_of(model: Model, dtype: str | None, weights: dict[str, Any]) -> dict[
         config: dict[str, Any] = json.loads(text_of(model.config))  # a copy
     except (ValueError, RecursionError):
         return None
-    config.pop(ENTRY, None)
-    waiting = [config] if dtype is not None else []
+    waiting = [config]
     while waiting:
         part = waiting.pop()
+        for key in choose.CONFIGS:
+            if isinstance(part.get(key), dict):
+                del part[key]
         for key in ("dtype", "torch_dtype"):
-            if isinstance(part.get(key), str):
+            if dtype is not None and isinstance(part.get(key), str):
                 part[key] = ("torch." if part[key].startswith("torch.") else "") + str(dtype)
         waiting += [value for value in part.values() if isinstance(value, dict)]
-    if weights:
-        config[ENTRY] = entry_of(weights)
+    if entry is not None:
+        config[ENTRY] = entry
     return None if config == model.config else config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from quantlib.checkpoint.publish import Journal
 
 # safetensors' name -> dtype
 DTYPES = {
@@ -69,7 +72,8 @@ class Batch:
 
     slots: Sequence[Slot]
     jobs: Iterable[Job]
-    done: Callable[[], None] = lambda: None  # called after the last job
+    done: Callable[[], Any] = lambda: None  # called after the last job: what there is to say of it, for JSON
+    cost: int | None = None  # bytes that are read for it, where they are not those of tensors of the same names
 
     @property
     def nbytes(self) -> int:
@@ -228,11 +232,29 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def write(path: Path, batches: Sequence[Batch], metadata: dict[str, str], written: Callable[[Batch], None]) -> None:
+def write(
+    path: Path,
+    batches: Sequence[Batch],
+    metadata: dict[str, str],
+    written: Callable[[Batch, Any, bool], None] = lambda batch, note, before: None,
+    journal: Journal | None = None,
+) -> str:
     """Write a safetensors file, a few pieces in memory at a time.
 
     Wide dtypes come first, as safetensors itself orders them: every tensor is then aligned to its dtype. The jobs of
-    all batches run in a few threads. ``written`` is called after each batch, in their order.
+    all batches run in a few threads.
+
+    Parameters
+    ----------
+    written : callable (batch, note, before)
+        Called after each batch, in their order, with what `Batch.done` gave, and whether it was there before.
+    journal : Journal, optional
+        Batches that it lists are in the file already. Empty, or of this very file.
+
+    Returns
+    -------
+    str
+        The SHA-256 of the file, which is on the disk then.
     """
     slots = [slot for batch in batches for slot in batch.slots]
     header: dict[str, object] = {"__metadata__": metadata}
@@ -246,19 +268,57 @@ def write(path: Path, batches: Sequence[Batch], metadata: dict[str, str], writte
         header[slot.name] = {"dtype": NAMES[slot.dtype], "shape": slot.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with naming(path), path.open("xb", buffering=0) as file:
-        target = file.fileno()
-        dump(target, memoryview(len(text).to_bytes(8, "little") + text), 0)
-        data = 8 + len(text)
+    text = len(text).to_bytes(8, "little") + text
+    data = len(text)
+    with naming(path):
+        if journal is not None and journal.notes and not begins_with(path, text):
+            journal.begin()
+        again = [] if journal is None else journal.notes[: len(batches)]
+        for batch, note in zip(batches, again, strict=False):
+            written(batch, note, True)
+        if journal is not None and journal.checksum is not None:
+            return journal.checksum
+        if not again:
+            path.unlink(missing_ok=True)
+        target = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if again else os.O_CREAT | os.O_EXCL), 0o666)
+        try:
+            if not again:
+                dump(target, memoryview(text), 0)
 
-        def run(job: Job) -> None:
-            for name, skip, tensor in job():
-                dump(target, bytes_of(tensor), data + offsets[name] + skip)
+            def run(job: Job) -> None:
+                for name, skip, tensor in job():
+                    dump(target, bytes_of(tensor), data + offsets[name] + skip)
 
-        for batch in in_threads(run, batches):
-            batch.done()
-            written(batch)
-        os.fsync(target)
+            for batch in in_threads(run, batches[len(again) :]):
+                note = batch.done()
+                if journal is not None:
+                    journal.add(note)
+                written(batch, note, False)
+            os.fsync(target)
+        finally:
+            os.close(target)
+        checksum = checksum_of(path)
+        if journal is not None:
+            journal.close_with(checksum)
+        return checksum
+
+
+def begins_with(path: Path, text: bytes) -> bool:
+    """Whether there is a file at ``path`` that begins so."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(text)) == text
+    except FileNotFoundError:
+        return False
+
+
+def checksum_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    found, buffer = hashlib.sha256(), bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            found.update(memoryview(buffer)[:size])
+    return found.hexdigest()
 
 
 def in_threads(run: Callable[[Job], None], batches: Sequence[Batch]) -> Iterator[Batch]:

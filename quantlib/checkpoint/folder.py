@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 LEFT_OUT = (
     *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf"),
     *("consolidated*.safetensors", ".git", ".cache"),
+    *("checksums.sha256", "README.md"),  # which are written anew
 )
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # what is the model where there is no index
 CONFIG = "config.json"
@@ -93,6 +94,14 @@ class Model:
     def slots(self) -> dict[str, Slot]:
         """Every tensor of the model."""
         return {name: slot for reader in self.readers for name, slot in reader.slots.items()}
+
+    def identity(self, rest: list[tuple[Path, Path]]) -> list[Any]:
+        """What tells whether any file of the model, or of the ``rest`` that comes with it, has changed."""
+        found: list[Any] = []
+        for path in [*(reader.path for reader in self.readers), *(path for path, _ in rest if path.is_file())]:
+            status = path.stat()
+            found.append([str(path.relative_to(self.path)), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+        return [*found, self.index and self.index[1]]
 
     def _read(self, path: Path) -> Reader:
         reader = self._stack.enter_context(Reader(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from quantlib.api import places_of, put, quantized_type, reasons_to_skip, share_weight, weight_of
 from quantlib.checkpoint import files
+from quantlib.checkpoint.card import HUB_ID, Card
 from quantlib.checkpoint.files import Batch, Reader, Slot
 from quantlib.checkpoint.folder import CONFIG, Model
+from quantlib.checkpoint.manifest import finish
 from quantlib.checkpoint.publish import INDEX, replacing
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantModule
@@ -72,9 +75,11 @@ def save_quantized(
         help = "convert_ it first" if prepared else "quantize_ it first"
         raise ValueError(f"model must have a module of codes to save, got none: {help}")
     single = path.suffix == ".safetensors"
-    with replacing(path, overwrite, folder=not single) as new:
+    with replacing(path, overwrite, folder=not single) as scratch:
+        new = scratch.new
         shards = [batches] if single else list(cut(batches, max_shard_bytes))
         weight_map: dict[str, str] = {}
+        checksums: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             names = [slot.name for batch in shard for slot in batch.slots]
             part = Contents(
@@ -82,12 +87,32 @@ def save_quantized(
                 {alias: name for alias, name in contents.tied.items() if name in names},
             )
             name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            files.write(new if single else new / name, shard, {"format": "pt", **part.metadata()}, lambda batch: None)
+            metadata = {"format": "pt", **part.metadata()}
+            checksums[name] = files.write(new if single else new / name, shard, metadata)
             weight_map |= dict.fromkeys(names, name)
         if len(shards) > 1:
             size = sum(batch.nbytes for batch in batches)
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             files.write_bytes(new / f"model{INDEX}", f"{json.dumps(index, indent=2)}\n".encode())
+        if not single:
+            finish(new, card_of(model, batches, contents), checksums)
+
+
+def card_of(model: nn.Module, batches: list[Batch], contents: Contents) -> Card:
+    """What there is to tell of a model in memory; the errors of its codes are not known any more."""
+    specs = [stored.spec for stored in contents.weights.values()]
+    most = max(sorted(set(specs)), key=specs.count)
+    sizes = {slot.name: slot for batch in batches for slot in batch.slots}
+    parts = {slot.name for name, stored in contents.weights.items() for slot in stored.slots(name)}
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "")
+    return Card(
+        most,
+        "python: quantlib.checkpoint.save_quantized(model, PATH)",
+        quantized=sum(math.prod(stored.shape) for stored in contents.weights.values()),
+        floats=sum(math.prod(s.shape) for n, s in sizes.items() if n not in parts and s.dtype.is_floating_point),
+        base_model=name if isinstance(name, str) and HUB_ID.fullmatch(name) else "",
+    )
 
 
 def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) -> nn.Module:

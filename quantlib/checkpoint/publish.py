@@ -1,11 +1,12 @@
 """An output that appears under its name whole or not at all, whatever stops the process that makes it.
 
-The output is made in a scratch folder beside its place, ``.NAME.xxxxxxxx/new``, and then takes its place in one step:
+The output is made in a scratch folder beside its place, ``.NAME.quantlib/new``, and then takes its place in one step:
 ``renameat2`` refuses a place that is taken, or exchanges what is there for the new one. Where the kernel or the file
-system has no such step, what was there waits in ``.NAME.xxxxxxxx/old`` until the new one is in place.
+system has no such step, what was there waits in ``.NAME.quantlib/old`` until the new one is in place.
 
-The process holds a lock on its scratch folder. A scratch folder that nobody holds is left of a process that was
-killed; the next one with the same output removes it.
+A process holds a lock on the scratch folder while it works, so that no other one makes the same output at the same
+time. What a process leaves that was killed, interrupted, or met a full disk is kept where the work says what it is (its
+``job``): the next process with the same job goes on with it, one with another job removes it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import logging
 import os
-import re
 import shutil
 import signal
 import stat
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,8 +38,10 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)  # EPE
 
 
 @contextlib.contextmanager
-def replacing(path: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
-    """A path to write to that becomes ``path`` when the block ends well, and nothing when it does not.
+def replacing(
+    path: Path, overwrite: bool, folder: bool, job: str | None = None, *, resume: bool = True, join: bool = False
+) -> Iterator[Scratch]:
+    """A place to make ``path`` in, which becomes ``path`` when the block ends well, and nothing when it does not.
 
     Parameters
     ----------
@@ -47,11 +50,17 @@ def replacing(path: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
         Whether a model that is there is replaced. Other files in its folder stay.
     folder : bool
         Whether the output is a folder, which is there when the block begins, or a file.
+    job : str, optional
+        All that the output follows from. Work of the same job that was stopped is gone on with; without one, and
+        without ``resume``, it begins anew.
+    join : bool
+        Whether processes of the same job share the work. The one for which `Scratch.last` is true completes it.
 
     Raises
     ------
     FileExistsError
-        If ``path`` exists, now or at the end, unless ``overwrite``; if it is no model of the same kind in any case.
+        If ``path`` exists, now or at the end, unless ``overwrite``; if it is no model of the same kind in any case;
+        and while another process makes it.
     FileNotFoundError
         If the folder that ``path`` is to be in does not exist.
     """
@@ -59,27 +68,45 @@ def replacing(path: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} must be a folder to write {path.name} in, got none")
     with Signals() as signals:
-        clear(path)
-        check(path, overwrite, folder)
-        scratch = Scratch(path)
+        scratch = Scratch(path, job, resume, join)
+        keep = scratch.resumed  # until the work begins
         try:
+            check(path, overwrite, folder)
             if folder:
-                scratch.new.mkdir()
+                scratch.new.mkdir(exist_ok=True)
             try:
                 signals.let()
-                yield scratch.new
+                yield scratch
             finally:
                 signals.open = False
-            if folder:
-                sync(scratch.new)
-            check(path, overwrite, folder, again=True)
-            if overwrite and os.path.lexists(path):
-                put_over(scratch, path)
-            else:
-                put(scratch.new, path)
-            sync(path.parent)
+            if scratch.leads:
+                publish(scratch, overwrite, folder)
+            keep = False
+        except BaseException as error:
+            keep = (keep and isinstance(error, FileExistsError)) or stopped(error)
+            raise
         finally:
-            scratch.remove()
+            scratch.leave(keep)
+
+
+def publish(scratch: Scratch, overwrite: bool, folder: bool) -> None:
+    """What is whole in the scratch folder takes its place."""
+    path = scratch.path
+    if folder:
+        sync(scratch.new)
+    check(path, overwrite, folder, again=True)
+    if overwrite and os.path.lexists(path):
+        put_over(scratch, path)
+    else:
+        put(scratch.new, path)
+    sync(path.parent)
+
+
+def stopped(error: BaseException) -> bool:
+    """Whether the same work may go on later: after an interrupt, or when there is room on the disk again."""
+    if isinstance(error, (OSError, MemoryError)):
+        return not isinstance(error, (FileExistsError, FileNotFoundError))
+    return not isinstance(error, Exception)
 
 
 def check(path: Path, overwrite: bool, folder: bool, again: bool = False) -> None:
@@ -198,22 +225,30 @@ def sync(folder: Path) -> None:
 
 
 class Scratch:
-    """``.NAME.xxxxxxxx`` beside an output, locked as long as its process lives."""
+    """``.NAME.quantlib`` beside an output: what is made of it, and who makes it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        while True:
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            try:
-                descriptor = lock(self.folder)
-            except BaseException:
-                self.folder.rmdir()
-                raise
-            if descriptor is not None and self.folder.exists():  # else another process took it for a leftover
-                self.descriptor = descriptor
-                return
-            if descriptor is not None:
-                os.close(descriptor)
+    Attributes
+    ----------
+    folder : Path
+        In it are ``new`` and ``old``, ``job``, ``lock`` and ``publish``, and a journal for each file in ``journal``.
+    resumed : bool
+        Whether work of an earlier process is in it.
+    leads : bool
+        Whether this process completes the output.
+    """
+
+    PARTS = ("new", "old", "job", "lock", "publish", "journal")
+    PATIENCE = 10.0  # seconds that a process waits for one that tidies up before they share the work
+
+    def __init__(self, path: Path, job: str | None, resume: bool, join: bool) -> None:
+        self.path, self.job, self.join = path, job, join
+        self.folder = path.with_name(f".{path.name}.quantlib")
+        self.resumed, self.leads, self.descriptors = False, not join, list[int]()
+        deadline = time.monotonic() + self.PATIENCE
+        while not self._enter(resume):
+            if time.monotonic() > deadline:
+                raise self._busy()
+            time.sleep(0.02)
 
     @property
     def new(self) -> Path:
@@ -223,65 +258,238 @@ class Scratch:
     def old(self) -> Path:
         return self.folder / "old"
 
-    def remove(self) -> None:
+    def last(self) -> bool:
+        """Whether this process is to complete the output, once every file of it is whole: one of them is.
+
+        The others wait until that is done.
+        """
+        while not self.leads:
+            try:
+                descriptor = os.open(self.folder / "publish", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:  # it is done
+                return False
+            self.descriptors.append(descriptor)
+            if flock(descriptor, fcntl.LOCK_EX) and is_at(descriptor, self.folder / "publish"):
+                self.leads = os.path.lexists(self.new)
+                return self.leads
+            os.close(self.descriptors.pop())
+            time.sleep(0.05)
+        return True
+
+    def claim(self, name: str) -> Journal | None:
+        """The journal of a file, for the process that writes it; None while another one does, or has done so."""
         try:
-            discard(self.folder, self.path)
+            (self.folder / "journal").mkdir(exist_ok=True)
+            journal = Journal(self.folder / "journal" / name)
+        except (BlockingIOError, FileNotFoundError):
+            return None
+        if self.done:
+            journal.close()
+            return None
+        return journal
+
+    @property
+    def done(self) -> bool:
+        """Whether another process has completed the output."""
+        return not (self.folder / "job").exists()
+
+    def leave(self, keep: bool) -> None:
+        """Let go of the folder, and remove it unless others are at work in it or it is to be gone on with."""
+        try:
+            if keep and self.job is not None and os.path.lexists(self.new) and self._begun():
+                log.warning("kept %s: the same call goes on with what is done", self.folder)
+            elif self.leads or flock(self.descriptors[0], fcntl.LOCK_EX):
+                self._put_back()
+                self._remove()
         finally:
-            os.close(self.descriptor)
+            for descriptor in self.descriptors:
+                os.close(descriptor)
 
-
-def lock(folder: Path) -> int | None:
-    """A descriptor of ``folder``, locked where the file system has locks; None where another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError as error:
-        log.debug("no lock on %s: %s", folder, error)
-    return descriptor
-
-
-def clear(path: Path) -> None:
-    """Remove what killed processes left beside ``path``, and put back what one had just moved away."""
-    ours = re.compile(re.escape(f".{path.name}.") + "[a-z0-9_]{8}")
-    for entry in list(os.scandir(path.parent)):
-        if not ours.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
-            continue
-        folder = Path(entry.path)
+    def _enter(self, resume: bool) -> bool:
+        """Hold the folder; False where that has to be tried again, as another process removes it or tidies it up."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        if self.folder.is_symlink() or not set(os.listdir(self.folder)) <= set(self.PARTS):
+            raise FileExistsError(f"{self.folder} must be free for the work on {self.path.name}: move it away")
         try:
-            if not {"new", "old"}.issuperset(os.listdir(folder)):
-                continue
-            descriptor = os.open(folder, os.O_RDONLY)
-        except OSError:  # of another user, or gone by now
-            continue
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(self.folder / "lock", flags, 0o600)
+        except FileNotFoundError:
+            return False
+        self.descriptors = [descriptor]
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            discard(folder, path)
-            log.warning("removed %s, which a process that was killed had left", folder)
-        except BlockingIOError:
-            pass  # at work
-        except OSError as error:
-            log.warning("left %s of an earlier run alone: %s", folder, error)
-        finally:
-            os.close(descriptor)
+            alone = flock(descriptor, fcntl.LOCK_EX)
+            if not alone and not self.join and is_at(descriptor, self.folder / "lock"):
+                raise self._busy()
+            if (not alone and not flock(descriptor, fcntl.LOCK_SH)) or not is_at(descriptor, self.folder / "lock"):
+                os.close(descriptor)
+                return False
+            if alone:
+                self._tidy(resume)
+                if self.join and not flock(descriptor, fcntl.LOCK_SH):
+                    os.close(descriptor)
+                    return False
+            if self.join and read(self.folder / "job") != self.job:
+                raise self._busy()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            raise
+        return True
 
+    def _busy(self) -> FileExistsError:
+        got = f"another one at work in {self.folder}"
+        return FileExistsError(f"{self.path} must be written by one process at a time, got {got}")
 
-def discard(folder: Path, path: Path) -> None:
-    """Remove a scratch folder, but not the only copy of what was at ``path``, which goes back there."""
-    new, old = folder / "new", folder / "old"
-    if os.path.lexists(old) and os.path.lexists(new):  # the new one never took the place of the old one
-        try:
-            put(old, path)
-        except OSError as error:
-            raise FileExistsError(f"{old} holds what was at {path}, which is taken: move one of them") from error
-        log.warning("put %s back, which was on its way out", path)
-    for _ in range(3):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+    def _tidy(self, resume: bool) -> None:
+        """Put back what a killed process had just moved away; keep its work if it is the same, or else remove it."""
+        self._put_back()
+        left = sorted(set(os.listdir(self.folder)) - {"lock"})
+        known = self.job is not None and read(self.folder / "job") == self.job
+        self.resumed = resume and known and os.path.lexists(self.new)
+        if self.resumed:
             return
-    log.warning("%s could not be removed", folder)
+        if left:
+            log.warning("removed %s, which an earlier run had left", self.folder)
+        for name in left:
+            remove(self.folder / name)
+        (self.folder / "job").write_text(self.job or "")
+
+    def _begun(self) -> bool:
+        """Whether a batch of any file is written."""
+        return any((read(path) or "").count("\n") > 1 for path in (self.folder / "journal").glob("*"))
+
+    def _put_back(self) -> None:
+        """The only copy of what was at the place of the output goes back there."""
+        if os.path.lexists(self.old) and os.path.lexists(self.new):  # the new one never took the place of the old one
+            try:
+                put(self.old, self.path)
+            except OSError as error:
+                raise FileExistsError(
+                    f"{self.old} holds what was at {self.path}, which is taken: move one of them"
+                ) from error
+            log.warning("put %s back, which was on its way out", self.path)
+
+    def _remove(self) -> None:
+        (self.folder / "job").unlink(missing_ok=True)  # first of all: see `done`
+        for _ in range(3):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                return
+        log.warning("%s could not be removed", self.folder)
+
+
+class Journal:
+    """What of a file is written: a line of JSON for each batch, then its checksum once all is on the disk.
+
+    The file is held by one process. Lines of a machine that was started anew since do not count unless the file was
+    whole: what they tell of may never have reached the disk.
+
+    Raises
+    ------
+    BlockingIOError
+        While another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if not flock(self._file, fcntl.LOCK_EX) or not is_at(self._file, path):
+                raise BlockingIOError
+            self.notes: list[Any] = []  # of the batches that are written, in their order
+            self.checksum: str | None = None  # of the whole file
+            self._read()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def add(self, note: Any) -> None:
+        """Another batch is written."""
+        self._line({"note": note})
+        self.notes.append(note)
+
+    def close_with(self, checksum: str) -> None:
+        """The file is whole and on the disk."""
+        self._line({"checksum": checksum})
+        self.checksum = checksum
+
+    def begin(self) -> None:
+        """Nothing is written yet."""
+        self.notes, self.checksum = [], None
+        os.ftruncate(self._file, 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        self._line({"boot": boot()})
+
+    def _line(self, entry: dict[str, Any]) -> None:
+        os.write(self._file, f"{json.dumps(entry)}\n".encode())
+
+    def _read(self) -> None:
+        data = b""
+        while chunk := os.read(self._file, 1 << 20):
+            data += chunk
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            first, *rest = [json.loads(line) for line in whole.splitlines()]
+            self.notes = [entry["note"] for entry in rest if "note" in entry]
+            self.checksum = next((entry["checksum"] for entry in rest if "checksum" in entry), None)
+            known = first["boot"] == boot() or self.checksum is not None
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            self.begin()
+        elif len(whole) < len(data):  # a line that was cut off
+            os.ftruncate(self._file, len(whole))
+            os.lseek(self._file, len(whole), os.SEEK_SET)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def boot() -> str:
+    """Names the time since this machine was started."""
+    return read(Path("/proc/sys/kernel/random/boot_id")) or ""
+
+
+def read(path: Path) -> str | None:
+    """The text of a small file; None where there is none."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return None
+
+
+def remove(path: Path) -> None:
+    """A file or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flock(descriptor: int, how: int) -> bool:
+    """Lock an open file where its file system has locks; False where another process holds it."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.debug("no locks: %s", error)
+    return True
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 class Signals:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from quantlib.cli.parser import checked
+from quantlib.cli.progress import Progress
 from quantlib.spec import GRAMMAR, QuantSpec, checked_per
 
 PER = "tensor, row, group:N or tile:N with N >= 1"
@@ -43,7 +46,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="quantize matrices whose name matches, though they stay floats by default, such as 'lm_head*'",
     )
     parser.add_argument("--force", action="store_true", help="replace the model at OUT if there is one")
+    stopping(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def stopping(parser: argparse.ArgumentParser) -> None:
+    """Options of work that takes long."""
+    parser.add_argument("--no-resume", action="store_true", help="begin anew where an earlier run was stopped")
+    parser.add_argument(
+        "--join",
+        action="store_true",
+        help="share the work, file by file, with other processes of the same command; torchrun's do so by themselves",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,17 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if os.path.lexists(args.output) and not args.force:
         raise FileExistsError(f"OUT must not be there yet, or --force be given, got {args.output!r}")
 
-    from tqdm import tqdm
-
     from quantlib import checkpoint
 
-    with tqdm(unit="B", unit_scale=True, disable=None) as bar:  # None: only on a terminal
-
-        def progress(name: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_postfix_str(name[-40:], refresh=False)
-            bar.update(done - bar.n)
-
+    with Progress() as progress, ranks() as join:
         report = checkpoint.quantize_file(
             args.input,
             args.output,
@@ -72,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
             include=args.include,
             on_nonfinite=args.on_nonfinite,
             overwrite=args.force,
+            resume=not args.no_resume,
+            join=args.join or join,
             progress=progress,
         )
     before, after = size(args.input), size(args.output)
@@ -81,6 +89,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{report}\n\n{args.output}: {after:,} bytes, {before / after:.2f} x smaller than {args.input}")
     return 0
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[bool]:
+    """Whether torchrun started this process beside others, which begin together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield False
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield True
+    finally:
+        dist.destroy_process_group()
 
 
 def read_spec(to: str, per: str | None, affine: bool) -> QuantSpec:

@@ -1,6 +1,6 @@
-"""``quantization_config=QuantlibConfig("W4A16")``: transformers quantizes a model while it loads it.
+"""``quantization_config=QuantlibConfig("W4A16")``: transformers and diffusers quantize a model while they load it.
 
-Importing this module registers the method ``"quantlib"`` with transformers: from then on ``from_pretrained`` also reads
+Importing this module registers the method ``"quantlib"`` with both: from then on ``from_pretrained`` also reads
 the folders that ``save_pretrained`` and ``quantlib quantize`` write. Where peft is installed, adapters over quantized
 layers merge into codes, and unmerge to the codes of before.
 """
@@ -13,6 +13,8 @@ from quantlib.hf.config import QuantlibConfig
 from quantlib.hf.quantizer import QuantlibQuantizer
 
 if importlib.util.find_spec("peft") is not None:
-    import quantlib.hf.lora  # noqa: F401 # for what it changes in peft
+    import quantlib.hf.lora  # for what it changes in peft
+if importlib.util.find_spec("diffusers") is not None:
+    import quantlib.hf.diffusion  # noqa: F401 # which registers the method with diffusers
 
 __all__ = ["QuantlibConfig", "QuantlibQuantizer"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,15 @@ from quantlib.record import LIBRARY, VERSION
 from quantlib.spec import QuantSpec, check_dynamic
 
 
+class Method(str, enum.Enum):
+    """The name of the method, as both libraries ask for it."""
+
+    QUANTLIB = LIBRARY
+
+
 @register_quantization_config(LIBRARY)
 class QuantlibConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` of transformers quantizes a model.
+    """How ``from_pretrained`` of transformers and diffusers quantizes a model.
 
     Parameters
     ----------
@@ -30,6 +37,8 @@ class QuantlibConfig(QuantizationConfigMixin):
         ``skip`` counts where both match.
     embeddings : bool
         Whether embeddings are quantized too. One that is tied to an output layer is quantized with it.
+    convolutions : bool
+        Whether ``nn.Conv1d`` and ``nn.Conv2d`` are quantized too: most of a U-Net.
     on_nonfinite : {"raise", "propagate"}
         As for `quantlib.quantize_`.
 
@@ -54,7 +63,7 @@ class QuantlibConfig(QuantizationConfigMixin):
     Examples
     --------
     >>> QuantlibConfig("W4A16", skip=["model.layers.0.*"]).spec
-    'int4:group:128'
+    'nf4_bf16:group:64:bfloat16'
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class QuantlibConfig(QuantizationConfigMixin):
         skip: Sequence[str] = (),
         include: Sequence[str] = (),
         embeddings: bool = False,
+        convolutions: bool = False,
         on_nonfinite: OnNonfinite = "raise",
         weights: Mapping[str, Any] | None = None,
         version: int = VERSION,
@@ -83,9 +93,10 @@ class QuantlibConfig(QuantizationConfigMixin):
         parsed = QuantSpec.parse(spec)
         if not weights:  # what is quantized already may have been calibrated
             check_dynamic(parsed)
-        super().__init__(quant_method=LIBRARY)  # type: ignore[arg-type] # an enum of methods, or the name of another
+        super().__init__(quant_method=Method.QUANTLIB)  # type: ignore[arg-type] # a method that is not of its enum
         self.spec, self.on_nonfinite = str(parsed), on_nonfinite
-        self.skip, self.include, self.embeddings = list(skip), list(include), bool(embeddings)
+        self.skip, self.include = list(skip), list(include)
+        self.embeddings, self.convolutions = bool(embeddings), bool(convolutions)
         self.weights = dict(weights or {})
 
     @classmethod
@@ -95,5 +106,5 @@ class QuantlibConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         told = {"quant_method": LIBRARY, "version": VERSION, "spec": self.spec, "weights": self.weights}
-        rest = {"skip": self.skip, "include": self.include, "embeddings": self.embeddings}
+        rest = {name: getattr(self, name) for name in ("skip", "include", "embeddings", "convolutions")}
         return copy.deepcopy(told | {name: value for name, value in rest.items() if value})

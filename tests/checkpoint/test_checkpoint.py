@@ -51,6 +51,9 @@ IDS = torch.arange(10)
 KEPT = {"embeddings.weight": "a table that is looked up"}
 
 
+BESIDE = ("README.md", "checksums.sha256")  # what every folder has
+
+
 def float_file(path: Path) -> Path:
     state = {name: t for name, t in Encoder().state_dict().items() if name != "head.weight"}
     safetensors.torch.save_file(state, path, metadata={"format": "pt", "author": "someone"})
@@ -169,7 +172,7 @@ def test_shards(shard: int, tmp_path: Path) -> None:
     model = Encoder()
     quantize_(model, "int4:group:8")
     save_quantized(model, tmp_path / "q", max_shard_bytes=shard)
-    files = sorted(path.name for path in (tmp_path / "q").iterdir())
+    files = sorted(path.name for path in (tmp_path / "q").iterdir() if path.name not in BESIDE)
     assert files == ["model.safetensors"] if shard == 10**9 else len(files) > 2
     if len(files) > 1:
         index = json.loads((tmp_path / "q" / "model.safetensors.index.json").read_text())
@@ -184,7 +187,7 @@ def test_a_model_folder(tmp_path: Path) -> None:
     assert [layer.name for layer in report.layers] == ["first.weight", "second.weight"]
     assert report.skipped == KEPT
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == [
-        "1_Pooling",
+        *("1_Pooling", "README.md", "checksums.sha256"),
         "config.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -292,21 +295,26 @@ def untouched(folder: Path, before: set[str]) -> bool:
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_nothing_is_left_of_a_failure(folder: bool, tmp_path: Path) -> None:
+def test_what_is_left_of_a_failure(folder: bool, tmp_path: Path) -> None:
     src = model_folder(tmp_path / "model") if folder else float_file(tmp_path / "float.safetensors")
     dst = tmp_path / ("q" if folder else "q.safetensors")
-    before = {src.name}
+    before, kept_work = {src.name}, {src.name, f".{dst.name}.quantlib"}
 
     def interrupt(name: str, done: int, total: int) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
 
+    def refuse(name: str, done: int, total: int) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):  # what cannot succeed later leaves nothing
+        quantize_file(src, dst, "int8", progress=refuse)
+    assert untouched(tmp_path, before)
     with pytest.raises(KeyboardInterrupt):
         quantize_file(src, dst, "int8", progress=interrupt)
-    assert untouched(tmp_path, before)
+    assert untouched(tmp_path, kept_work)
     with small_disk(900), pytest.raises(OSError, match=r"while writing"):
-        quantize_file(src, dst, "int8")
-    assert untouched(tmp_path, before)
+        quantize_file(src, dst, "int8", resume=False)
     model = Encoder()
     quantize_(model, "bfloat16")
     with small_disk(900), pytest.raises(OSError, match=r"while writing"):

@@ -70,7 +70,7 @@ def test_only_what_the_index_names_is_the_model(tmp_path: Path, caplog: pytest.L
     assert "left out" in caplog.text
     assert "zz_old.safetensors" in caplog.text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("a.safetensors", "b.safetensors", INDEX, "other.safetensors")
+        *("README.md", "a.safetensors", "b.safetensors", "checksums.sha256", INDEX, "other.safetensors")
     ]
     assert sorted(load_file(tmp_path / "out" / "a.safetensors")) == ["0.weight", "0.weight_scale"]
     dequantize_file(tmp_path / "out", tmp_path / "float")
@@ -86,7 +86,8 @@ def test_only_what_the_index_names_is_the_model(tmp_path: Path, caplog: pytest.L
 def test_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     src = folder(tmp_path / "in", model={"0.weight": W8}, model_fp16={"0.weight": W8.half()})
     quantize_file(src, tmp_path / "out", "int8")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["README.md", "checksums.sha256", "model.safetensors"]
     src = folder(tmp_path / "apart", a={"0.weight": W8}, b={"1.weight": W8})
     assert len(quantize_file(src, tmp_path / "both", "int8").layers) == 2
     src = folder(tmp_path / "twice", a={"0.weight": W8}, b={"0.weight": W8, "1.weight": W8})
@@ -339,7 +340,7 @@ FOREIGN: dict[str, dict[str, Tensor]] = {
 def test_models_that_others_quantized(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "in.safetensors"
     save_file({**FOREIGN[kind], "lm.weight": W8}, path)
-    refused(path, f"must hold float weights, got {kind}.*: dequantize it to floats first", capsys)
+    refused(path, f"must hold float weights, got {kind}.*: convert_file", capsys)
     with pytest.raises(ValueError, match=f"must be a model that quantize_file or save_quantized wrote, got {kind}"):
         dequantize_file(path, tmp_path / "out.safetensors")
 
@@ -653,32 +654,25 @@ def test_other_files_of_an_output_stay(exchange: bool, tmp_path: Path, monkeypat
     (out / INDEX).write_text(json.dumps({"weight_map": {"1.weight": "old.safetensors"}}))
     quantize_file(src, out, "int8", overwrite=True)
     found = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
-    assert found == ["NOTES.txt", "config.json", "model.safetensors", "my-data", "my-data/link", "my-data/x.bin"]
+    ours = ["README.md", "checksums.sha256", "config.json", "model.safetensors"]
+    assert found == sorted(["NOTES.txt", *ours, "my-data", "my-data/link", "my-data/x.bin"])
     assert list(json.loads((out / "config.json").read_text())) == ["quantization_config"]
     assert (out / "my-data" / "link").read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_what_killed_processes_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_of_that_name_that_is_not_ours(tmp_path: Path) -> None:
     src = folder(tmp_path / "in", model={"0.weight": W8})
-    (tmp_path / ".out.abcd_123" / "new").mkdir(parents=True)
-    (tmp_path / ".out.busy0000" / "new").mkdir(parents=True)
-    (tmp_path / ".out.mine0000").mkdir()
-    (tmp_path / ".out.mine0000" / "thesis.txt").write_text("mine")
-    (tmp_path / ".other.abcd1234" / "new").mkdir(parents=True)
-    held = publish.lock(tmp_path / ".out.busy0000")
-    assert held is not None
-    quantize_file(src, tmp_path / "out", "int8")
-    os.close(held)
-    assert "removed" in caplog.text
-    assert ".out.abcd_123" in caplog.text
-    names = [".other.abcd1234", ".out.busy0000", ".out.mine0000", "in", "out"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    (tmp_path / ".out.quantlib").mkdir()
+    (tmp_path / ".out.quantlib" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="must be free for the work on out"):
+        quantize_file(src, tmp_path / "out", "int8")
+    assert (tmp_path / ".out.quantlib" / "thesis.txt").read_text() == "mine"
 
 
 def test_what_was_on_its_way_out_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A system without an exchange, and a kill between its two renames."""
-    src, left = folder(tmp_path / "in", model={"0.weight": W8}), tmp_path / ".out.abcd1234"
+    src, left = folder(tmp_path / "in", model={"0.weight": W8}), tmp_path / ".out.quantlib"
     (left / "new").mkdir(parents=True)
     folder(left / "old", model={"0.weight": W8})
     with pytest.raises(FileExistsError, match="must not exist yet"):
@@ -688,5 +682,6 @@ def test_what_was_on_its_way_out_comes_back(tmp_path: Path, caplog: pytest.LogCa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     (left / "new").mkdir(parents=True)
     folder(left / "old", model={"1.weight": W8})
-    quantize_file(src, tmp_path / "out", "int8", overwrite=True)
-    assert sorted(load_file(left / "old" / "model.safetensors")) == ["1.weight"]  # its place is taken: it stays
+    with pytest.raises(FileExistsError, match="which is taken: move one of them"):
+        quantize_file(src, tmp_path / "out", "int8", overwrite=True)
+    assert sorted(load_file(left / "old" / "model.safetensors")) == ["1.weight"]

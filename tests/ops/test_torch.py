@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,25 +290,29 @@ def test_aot_inductor(where: str, tmp_path: Path) -> None:
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
         for got, want in zip(torch._inductor.aoti_load_package(path)(a), model(a), strict=True):
             assert_same_bytes(got, want)
-    if where == "cpu":  # and a program that only opens the library runs it, as one in C++ would
+    if where == "cpu":
+        program = aoti_program(tmp_path)
+        call = [program, str(quantlib.library_path()), path, *map(str, a.shape)]
+        done = subprocess.run(call, input=a.numpy().tobytes(), capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
         with torch.no_grad():
-            torch.save((a, model(a)[0]), tmp_path / "call.pt")
-        done = subprocess.run(
-            [sys.executable, "-c", WITHOUT_QUANTLIB, str(quantlib.library_path()), path, str(tmp_path / "call.pt")],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+            assert done.stdout == model(a)[0].numpy().tobytes()
 
 
-WITHOUT_QUANTLIB = """
-import ctypes, sys, torch
-library, package, call = sys.argv[1:]
-ctypes.CDLL(library)
-a, want = torch.load(call)
-with torch.no_grad():
-    assert torch.equal(torch._inductor.aoti_load_package(package)(a)[0], want)
-assert "quantlib" not in sys.modules
-"""
+def aoti_program(folder: Path) -> str:
+    """A C++ program that runs a package, with libtorch and without Python."""
+    torch_folder = Path(torch.__file__).parent
+    include, lib = torch_folder / "include", torch_folder / "lib"
+    source = Path(__file__).parent.parent / "native" / "aoti_program.cpp"
+    command = [
+        *shlex.split(os.environ.get("CXX", "c++")), "-std=c++20", source,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-L{lib}", f"-Wl,-rpath,{lib}",
+        "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", "-o", folder / "program",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return str(folder / "program")
 
 
 def test_the_path_of_the_library() -> None:
