@@ -80,6 +80,12 @@ struct WeightRows {
     const int64_t at = n / br * cols + J;
     return effective_scale(w.narrow_scale ? widened(w.narrow_scale[at]) : w.scale[at], float_of(format.scale_max));
   }
+  // out[j] = scale(n, J + j) for j < count
+  void row_scales(int64_t n, int64_t J, int64_t count, float* __restrict__ out) const {
+    const float* from = w.scale + n / br * cols + J;
+    const float largest = float_of(format.scale_max);
+    for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(from[j], largest);
+  }
   int32_t zero_point(int64_t n, int64_t J) const {
     return w.zero_point ? clamp_zero_point(w.zero_point[n / br * cols + J], format) : 0;
   }

@@ -64,16 +64,15 @@ def slots_of(name: str, shape: tuple[int, int], spec: QuantSpec) -> list[Slot]:
 
 def batch(weight: Found, cost: int) -> Batch:
     """What writes a weight that `refuses` does not."""
-    spec, codes, (N, K) = weight.spec, weight.codes, weight.shape
+    spec, (N, K) = weight.spec, weight.shape
     assert spec is not None
-    assert codes is not None
     slots = slots_of(weight.name, weight.shape, spec)
     br = spec.block(weight.shape)[0]
     multiple = br if spec.format != "int4" else WORD  # zero points of eight rows share a word
     half = 128 if spec.format == "uint8" else 0
 
     def job(rows: slice) -> list[Piece]:
-        q, s, z = codes(rows)
+        q, s, z = weight.weight(rows)
         assert s is not None
         pieces: list[tuple[Slot, int, Tensor]] = [(slots[1], rows.start // br, s.float())]
         if spec.format == "int4":

@@ -234,14 +234,13 @@ def floats(weight: Found, dtype: torch.dtype, cost: int) -> Batch:
 def kept(weight: Found, cost: int) -> Batch:
     """Codes, scales and zero points as they are."""
     assert weight.spec is not None
-    spec, codes = weight.spec, weight.codes
-    assert codes is not None
+    spec = weight.spec
     slots = Stored(str(spec), weight.float_shape).slots(weight.name)
     br = spec.block(weight.shape)[0]
 
     def job(rows: slice) -> list[Piece]:
         with forgetting(weight):
-            made = as_stored(codes(rows))
+            made = as_stored(weight.weight(rows))
         starts = (rows.start, rows.start // br, rows.start // br)[: len(made)]
         return [
             (slot.name, start * (t[:1].numel() * t.element_size()), t.contiguous())

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantlib import formats
 from quantlib.checkpoint import convert_file, dequantize_file, quantize_file
 from quantlib.cli import main
 
@@ -93,7 +94,7 @@ def bnb_int8() -> tuple[State, dict[str, Any], Tensor]:
 def bnb_4bit(kind: str, nested: bool, columns: int = K) -> tuple[State, dict[str, Any], Tensor]:
     torch.manual_seed(0)
     size, block = N * columns, 64
-    q, table = torch.randint(0, 16, (size,)), torch.linspace(-1, 1, 16)
+    q, table = torch.randint(0, 16, (size,)), torch.tensor(formats.NF4) if kind == "nf4" else torch.linspace(-1, 1, 16)
     blocks = math.ceil(size / block)
     absmax = torch.rand(blocks) + 0.5
     told: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": [N, columns]}
@@ -172,6 +173,8 @@ CASES: dict[str, tuple[Callable[[], tuple[State, dict[str, Any], Tensor]], str |
     "awq": (awq, "int4:group:16:affine"),
     "fp8 blocks": (fp8_blocks, "float8_e4m3fn:tile:16"),
     "bitsandbytes int8": (bnb_int8, "int8:row"),
+    "bitsandbytes nf4": (lambda: bnb_4bit("nf4", False), "nf4:group:64"),
+    "bitsandbytes nf4, nested": (lambda: bnb_4bit("nf4", True), "nf4:group:64"),
     "bitsandbytes nf4, flat": (lambda: bnb_4bit("nf4", False, 40), None),
     "bitsandbytes fp4": (lambda: bnb_4bit("fp4", False), None),
     "bitsandbytes fp4, nested": (lambda: bnb_4bit("fp4", True), None),
@@ -281,6 +284,24 @@ def test_what_is_refused(tmp_path: Path) -> None:
         convert_file(tmp_path / "ours", tmp_path / "out", "int99")
     report = convert_file(tmp_path / "ours", tmp_path / "out", "compressed-tensors")
     assert report.skipped["model.layer.weight"] == "compressed-tensors has blocks of FP8 only"
+
+
+@pytest.mark.parametrize(
+    "case", ["pack-quantized, affine", "int-quantized", "float-quantized", "bitsandbytes nf4", "awq"]
+)
+def test_scales_of_zero(case: str, tmp_path: Path) -> None:
+    """By quantlib's rules a scale of 0 is 2^-100; the values stay 0 all the same. Negative ones are refused."""
+    state, config, _ = CASES[case][0]()
+    name = next(name for name in state if name.endswith(("scale", "absmax", "scales")))
+    state[name] = state[name].contiguous().clone(memory_format=torch.contiguous_format)
+    state[name].view(-1)[0] = 0
+    convert_file(put(tmp_path / "in", state, config), tmp_path / "out", "quantlib")
+    dequantize_file(tmp_path / "out", tmp_path / "float")
+    first = weight_of(tmp_path / "float")[0, :16]
+    assert not first.any()
+    state[name].view(-1)[0] = -1
+    with pytest.raises(ValueError, match=r"layer.weight must have scales that are finite and >= 0, got -1"):
+        convert_file(put(tmp_path / "negative", state, config), tmp_path / "refused", "quantlib")
 
 
 def test_torchao(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlib import formats
+from quantlib import formats, ops
 from quantlib.checkpoint.foreign.found import FLOATS, Found, Once, Tensors
 from quantlib.nn.functional import Weight
 from quantlib.spec import QuantSpec
@@ -96,12 +97,12 @@ def blocks_of(tensors: Tensors, name: str, kind: str, state: str) -> Found:
         return (table[nibbles(rows).int()] * absmax()[flat].view(-1, K)).to(dtype)
 
     def codes(rows: slice) -> Weight:
-        from quantlib import ops
-
         return Weight(ops.pack(nibbles(rows), "nf4"), absmax().view(N, -1)[rows].contiguous())
 
     found = Found(name, f"bitsandbytes {kind}", (N, K), dtype, tuple(parts), forget=absmax.forget, values=values)
-    if kind == "nf4" and "nf4" in formats.FORMATS and K % block == 0:
-        return Found(**{**vars(found), "spec": QuantSpec("nf4", f"group:{block}"), "codes": codes})
-    why = "blocks of the flat weight that no row begins with" if kind == "nf4" and K % block else "its codebook"
-    return Found(**{**vars(found), "why": why})
+    why = "its codebook"
+    if tensors.read(f"{name}.quant_map").tolist() == list(formats.NF4):
+        if K % block == 0:
+            return replace(found, spec=QuantSpec("nf4", f"group:{block}"), codes=codes)
+        why = "blocks of the flat weight that no row begins with"
+    return replace(found, why=why)

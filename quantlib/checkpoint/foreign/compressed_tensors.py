@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -199,4 +200,4 @@ def described(tensors: Tensors, prefix: str, scheme: Mapping[str, Any], found: F
     spec = found.spec if activation is None else QuantSpec.parse(f"{found.spec}@{activation}")
     if static or (part_of(scheme, "input_activations") and activation is None):
         spec, why = found.spec, "its activations are not quantized any more: only dynamic ones a token are kept"
-    return Found(**{**vars(found), "spec": spec, "why": why, "parts": (*found.parts, *static)})
+    return replace(found, spec=spec, why=why, parts=(*found.parts, *static))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from quantlib import ops
 from quantlib.checkpoint.files import NAMES, Reader, Slot
+from quantlib.formats import SCALE_MIN
 from quantlib.nn.functional import Weight, dequantize_weight
 from quantlib.spec import QuantSpec
 
@@ -60,10 +62,29 @@ class Found:
     def __post_init__(self) -> None:
         object.__setattr__(self, "float_shape", self.float_shape or self.shape)
 
+    def weight(self, rows: slice) -> Weight:
+        """Codes and scales of some rows that give the same values by quantlib's rules, where a scale is above 2^-100.
+
+        Raises
+        ------
+        ValueError
+            For a scale that is negative or not finite.
+        """
+        assert self.codes is not None
+        assert self.spec is not None
+        weight = self.codes(rows)
+        if weight.scale is None or not weight.scale.numel() or self.method == "quantlib":
+            return weight
+        least, most = (float(value) for value in weight.scale.aminmax())
+        if not 0 <= least <= most < math.inf:
+            got = least if not least >= 0 else most
+            raise ValueError(f"{self.name} must have scales that are finite and >= 0, got {got:g}")
+        return weight if least > SCALE_MIN else without_zero_scales(weight, self.spec, self.shape[1])
+
     def decoded(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """Values of some rows, of ``dtype`` (that of its own library by default)."""
         if self.codes is not None and self.spec is not None:
-            return dequantize_weight(self.codes(rows), self.spec, self.shape[1], dtype or self.dtype)
+            return dequantize_weight(self.weight(rows), self.spec, self.shape[1], dtype or self.dtype)
         assert self.values is not None
         y = self.values(rows)
         return y if dtype is None else y.to(dtype)
@@ -85,13 +106,18 @@ class Tensors:
 
     def slot(self, name: str) -> Slot:
         """Dtype and shape."""
-        return self.owner[name].slots[name]
+        return self._reader(name).slots[name]
 
     def read(self, name: str) -> Tensor:
-        return self.owner[name].read(name)
+        return self._reader(name).read(name)
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        return self.owner[name].rows(name, rows)
+        return self._reader(name).rows(name, rows)
+
+    def _reader(self, name: str) -> Reader:
+        if name not in self.owner:
+            raise ValueError(f"{name} must be there, got no such tensor")
+        return self.owner[name]
 
     def named(self, last: str) -> Iterator[str]:
         """What comes before ``.last`` in each name that ends so; empty for a tensor of that name alone."""
@@ -152,6 +178,24 @@ class Once(Generic[T]):
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def without_zero_scales(weight: Weight, spec: QuantSpec, K: int) -> Weight:
+    """The same values where a scale is 0 or nearly so: codes of 0, and a scale of 1."""
+    scale = weight.scale
+    assert scale is not None
+    packed, zeros = spec.row.packed, scale <= SCALE_MIN
+    codes = ops.unpack(weight.codes, spec.format, K) if packed else weight.codes
+    rows, columns = (
+        torch.arange(size) // block for size, block in zip(codes.shape, spec.block(codes.shape), strict=True)
+    )
+    of_zero = torch.zeros((), dtype=torch.int64) if weight.zero_point is None else weight.zero_point[rows][:, columns]
+    values = getattr(spec.row, "values", None)
+    if values:  # of a code book
+        of_zero = torch.tensor(values.index(0.0))
+    bytes_of_codes = codes.view(torch.uint8) if codes.is_floating_point() else codes
+    plain = torch.where(zeros[rows][:, columns], of_zero.to(bytes_of_codes.dtype), bytes_of_codes).view(codes.dtype)
+    return Weight(ops.pack(plain, spec.format) if packed else plain, torch.where(zeros, 1.0, scale), weight.zero_point)
 
 
 def bits_of(packed: Tensor, bits: int) -> Tensor:
