@@ -91,7 +91,7 @@ struct WeightRows {
     }
     const uint16_t* narrow = w.narrow_scale + at;
     if (w.narrow_type == Type::bfloat16)
-      for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(decode_float<bfloat16>(narrow[j]), largest);
+      for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(float_of(uint32_t(narrow[j]) << 16), largest);
     else
       for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(decode_float<float16>(narrow[j]), largest);
   }
