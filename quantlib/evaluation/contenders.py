@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import api, formats
+from quantlib.calibration import assign, calibrate
 from quantlib.evaluation.subjects import Subject, quiet
 from quantlib.spec import SCHEMES, QuantSpec
 
 GROUPS = (128, 64, 32)
+BUDGETS = (4.5,)  # bits a weight that are assigned
+METHOD = "gptq"
 
 
 @dataclass(frozen=True)
@@ -42,23 +45,47 @@ class Contender:
 
 
 def ours(text: str) -> Contender:
-    """The spec ``text``.
+    """The spec ``text``, or a number of bits a weight to be assigned; with ``+gptq`` at its end, calibrated.
 
     Raises
     ------
     ValueError
-        For text that is no spec.
+        For text that is none of these.
     """
-    spec = QuantSpec.parse(text)
+    name, plus, method = text.partition("+")
+    if plus and method != METHOD:
+        raise ValueError(f"--to must be a spec, or one with +{METHOD}, got {text!r}")
+    budget = number(name)
+    spec = QuantSpec.parse(name) if budget is None else None
 
     def apply(model: nn.Module, subject: Subject) -> float:
-        with quiet():
-            report = api.quantize_(model, spec, lambda module, name: name not in subject.kept)
-        if spec.activation is None:
-            api.dequantize_(model)  # the values of the codes: what is measured is their loss, and floats are faster
-        return 8 * report.bytes_after / sum(math.prod(layer.shape) for layer in report.layers)
+        def chosen(module: nn.Module, name: str) -> bool:
+            return name not in subject.kept
 
-    return Contender(titled(spec), apply)
+        with quiet():
+            if budget is not None:
+                found = assign(model, budget, specs_to_assign(), subject.calibration, filter_fn=chosen, progress=False)
+                reports = [] if plus else found.apply_(model)
+            else:
+                found = None
+                reports = [] if plus else [api.quantize_(model, spec, chosen)]
+            if plus:
+                to = spec if found is None else found
+                reports = [calibrate(model, subject.calibration, to, METHOD, filter_fn=chosen, progress=False).report]
+        if spec is None or spec.activation is None:
+            api.dequantize_(model)  # the values of the codes: what is measured is their loss, and floats are faster
+        layers = [layer for report in reports for layer in report.layers]
+        return 8 * sum(layer.bytes_after for layer in layers) / sum(math.prod(layer.shape) for layer in layers)
+
+    title = f"assigned, {budget:g} bits" if spec is None else titled(spec)
+    return Contender(f"{title}, {METHOD.upper()}" if plus else title, apply)
+
+
+def number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def titled(spec: QuantSpec) -> str:
@@ -68,6 +95,17 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
+    """What is measured by itself: `plain_specs`, then those of 4 bits in groups of 128 and the budgets, calibrated."""
+    four = [text for text in plain_specs() if ":group:128" in text and "@" not in text]
+    return [*plain_specs(), *(f"{text}+{METHOD}" for text in four), *(f"{bits}+{METHOD}" for bits in BUDGETS)]
+
+
+def specs_to_assign() -> list[str]:
+    """Every 4-bit format in groups, and int8 a row."""
+    return [text for text in plain_specs() if ":group:" in text and "@" not in text] + ["int8:row"]
+
+
+def plain_specs() -> list[str]:
     """Every named spec, then every 4-bit format in groups of 128, 64 and 32: equal ones once, in this order."""
     named = [str(QuantSpec.parse(text)) for text in SCHEMES.values()]
     named = [text for text in named if QuantSpec.parse(text).scaled]
