@@ -57,6 +57,9 @@ fuzz: kernels-test  ## minutes of random calls of every op, right and wrong: cra
 test-interrupted: kernels-test  ## a conversion stopped by every fault at every step: nothing is lost
 	QUANTLIB_EVERY_FAULT=1 $(RUN) -m pytest -q tests/checkpoint/test_checkpoint_interrupted.py
 
+fuzz-headers: kernels-test  ## 10^5 safetensors files with damaged headers: one clear error each, or they are read
+	QUANTLIB_FUZZED_HEADERS=100000 OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/checkpoint/test_header_fuzzer.py
+
 sweep-models: kernels-test  ## every architecture of transformers with every spec, into the table of docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m architectures docs/models.md
 

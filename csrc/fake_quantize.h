@@ -36,7 +36,7 @@ QL_FN float code_of(float z, Limits q) {
 // What the magnitude bits of t must not exceed to be inside: those of the largest value, or what still rounds to it.
 template <class F>
 QL_FN constexpr int32_t largest_inside(bool lsq_mask) {
-  return int32_t(F::max + (lsq_mask ? 0 : (1u << (22 - F::fraction_bits)) - (F::max_code & 1)));
+  return int32_t(F::max + (lsq_mask || F::is_book ? 0 : (1u << (22 - F::fraction_bits)) - (F::max_code & 1)));
 }
 
 // t within [lo, hi]; NaN stays, which is why it stands second.

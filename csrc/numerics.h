@@ -83,11 +83,18 @@ QL_FN V min(V a, V b) {
   return Lanes<V>::min(a, b);
 }
 
+}  // namespace quantlib
+
+#include "book.h"  // which computes with lanes
+
+namespace quantlib {
+
 // ---- float formats --------------------------------------------------------------------------------------------------
 
 // x -> code of F: nearest, ties to even, rounded once (C3).
 template <class F, class V>
 QL_FN Bits<V> encode_float(V x, bool saturate) {
+  if constexpr (F::is_book) return encode_book<F>(x);
   using U = Bits<V>;
   using I = Ints<V>;
   constexpr unsigned shift = 23 - F::fraction_bits;
@@ -116,6 +123,7 @@ QL_FN Bits<V> encode_float(V x, bool saturate) {
 // code of F -> value, exact; NaN becomes 0x7fffffff.
 template <class F, class V>
 QL_FN V decode_float(Bits<V> code) {
+  if constexpr (F::is_book) return decode_book<F, V>(code);
   using U = Bits<V>;
   using I = Ints<V>;
   const I a = same_bits<I>(code & ((1u << (F::bits - 1)) - 1u));

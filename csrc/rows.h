@@ -32,22 +32,23 @@ struct storage_of<16> {
 struct float32 {
   using storage = float;
   static constexpr Type type = Type::float32;
-  static constexpr bool is_float = true, is_signed = false;
+  static constexpr bool is_float = true, is_signed = false, is_book = false;
   static constexpr int bits = 32, per_byte = 1;
 };
 
-#define QL_FLOAT_TYPE(NAME, DTYPE, BITS, PER_BYTE, E, M, BIAS, HAS_INF, HAS_NAN, HAS_NEGATIVE_ZERO, MAX_CODE, \
-                      OVERFLOW_CODE, NAN_CODE, MAX, SCALE_MAX)                                                \
-  struct NAME {                                                                                               \
-    using storage = storage_of<BITS>::type;                                                                   \
-    static constexpr Type type = Type::NAME;                                                                  \
-    static constexpr bool is_float = true, is_signed = false; /* the sign bit is no part of a number */       \
-    static constexpr int bits = BITS, per_byte = PER_BYTE;                                                    \
-    static constexpr int exponent_bits = E, fraction_bits = M, bias = BIAS;                                   \
-    static constexpr bool has_inf = HAS_INF, has_nan = HAS_NAN;                                               \
-    static constexpr bool has_negative_zero = HAS_NEGATIVE_ZERO; /* if not, its code is the one NaN */        \
-    static constexpr uint32_t max_code = MAX_CODE, overflow_code = OVERFLOW_CODE, nan_code = NAN_CODE;        \
-    static constexpr uint32_t max = MAX, scale_max = SCALE_MAX; /* bits of an FP32 value */                   \
+#define QL_FLOAT_TYPE(NAME, DTYPE, BITS, PER_BYTE, E, M, BIAS, IS_BOOK, HAS_INF, HAS_NAN, HAS_NEGATIVE_ZERO, MAX_CODE, \
+                      OVERFLOW_CODE, NAN_CODE, MAX, SCALE_MAX)                                                         \
+  struct NAME {                                                                                                        \
+    using storage = storage_of<BITS>::type;                                                                            \
+    static constexpr Type type = Type::NAME;                                                                           \
+    static constexpr bool is_float = true, is_signed = false; /* the sign bit is no part of a number */                \
+    static constexpr int bits = BITS, per_byte = PER_BYTE;                                                             \
+    static constexpr int exponent_bits = E, fraction_bits = M, bias = BIAS;                                            \
+    static constexpr bool is_book = IS_BOOK; /* a table of values: see book.h */                                       \
+    static constexpr bool has_inf = HAS_INF, has_nan = HAS_NAN;                                                        \
+    static constexpr bool has_negative_zero = HAS_NEGATIVE_ZERO; /* if not, its code is the one NaN */                 \
+    static constexpr uint32_t max_code = MAX_CODE, overflow_code = OVERFLOW_CODE, nan_code = NAN_CODE;                 \
+    static constexpr uint32_t max = MAX, scale_max = SCALE_MAX; /* bits of an FP32 value */                            \
   };
 QL_FLOATS(QL_FLOAT_TYPE)
 #undef QL_FLOAT_TYPE
@@ -56,7 +57,7 @@ QL_FLOATS(QL_FLOAT_TYPE)
   struct NAME {                                                                                                \
     using storage = uint8_t;                                                                                   \
     static constexpr Type type = Type::NAME;                                                                   \
-    static constexpr bool is_float = false, is_signed = SIGNED;                                                \
+    static constexpr bool is_float = false, is_signed = SIGNED, is_book = false;                               \
     static constexpr int bits = BITS, per_byte = PER_BYTE;                                                     \
     static constexpr int qmin = QMIN, qmax = QMAX, affine_qmin = AFFINE_QMIN, affine_qmax = AFFINE_QMAX;       \
     static constexpr int max = MAX;                                                                            \

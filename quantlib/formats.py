@@ -5,6 +5,7 @@ Imports nothing of torch or NumPy, so that the build can read it to write ``csrc
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +64,11 @@ class Stored:
         """Elements of ``storage`` that hold a row of ``size`` codes."""
         return (size + self.per_byte - 1) // self.per_byte if self.packed else size
 
+    @cached_property
+    def zero_byte(self) -> int:
+        """What `storage` holds where every code is that of 0."""
+        return 0
+
     def sizes(self, columns: int) -> tuple[int, ...]:
         """The sizes of a row that take ``columns`` elements of ``storage``, in ascending order."""
         return tuple(columns * self.per_byte - i for i in reversed(range(self.per_byte)))
@@ -73,7 +79,10 @@ NanCodes = Literal["none", "high", "negative zero"]
 
 @dataclass(frozen=True)
 class FloatFormat(Stored):
-    """``sign | exponent | fraction``: a code is worth (-1)^s * 2^(e - bias) * 1.f, or 2^(1 - bias) * 0.f at e = 0."""
+    """``sign | exponent | fraction``: a code is worth (-1)^s * 2^(e - bias) * 1.f, or 2^(1 - bias) * 0.f at e = 0.
+
+    Or a code book, `book`: code i is worth ``values[i]``, and the fields say nothing.
+    """
 
     # What ml_dtypes calls it, and torch where it has a dtype for it.
     name: str
@@ -90,13 +99,20 @@ class FloatFormat(Stored):
     nan: NanCodes
     # Codes that share a byte: see `Stored`.
     per_byte: int = 1
+    # The values of a code book in ascending order, float32 numbers, one for each code. Empty where there are fields.
+    values: tuple[float, ...] = ()
 
     is_float = True
-    signed = True  # the highest bit of a code is its sign
+    signed = True  # there are negative values; with fields, the highest bit of a code is the sign
 
     def __post_init__(self) -> None:
         if self.nan not in get_args(NanCodes):
             raise ValueError(f"nan of {self.name} must be one of {', '.join(get_args(NanCodes))}, got {self.nan!r}")
+        if self.values and (len(self.values) != 1 << self.bits or self.nan != "none" or self.has_inf or self.bits > 4):
+            raise ValueError(f"values of {self.name} must be {1 << self.bits}, at most 16, got {len(self.values)}")
+        ascending = all(a < b for a, b in zip(self.values, self.values[1:], strict=False))
+        if not ascending or any(float_of(float_bits(v)) != v for v in self.values):
+            raise ValueError(f"values of {self.name} must be float32 numbers in ascending order, got {self.values}")
         super().__post_init__()
 
     @cached_property
@@ -108,16 +124,36 @@ class FloatFormat(Stored):
         return 1 << (self.bits - 1)
 
     @cached_property
+    def is_book(self) -> bool:
+        """Whether the values are a table."""
+        return bool(self.values)
+
+    @cached_property
     def has_nan(self) -> bool:
         return self.nan != "none"
 
     @cached_property
     def has_negative_zero(self) -> bool:
-        return self.nan != "negative zero"
+        return self.nan != "negative zero" and not self.values
+
+    @cached_property
+    def zero_byte(self) -> int:
+        if not self.values:
+            return 0
+        code = min(range(len(self.values)), key=lambda i: abs(self.values[i]))
+        return sum(code << (i * self.bits) for i in range(self.per_byte))
+
+    @cached_property
+    def midpoints(self) -> tuple[float, ...]:
+        """Of a code book: fl(fl(a + b) / 2) of neighbours. A value above it gets the upper code (C6)."""
+        pairs = zip(self.values, self.values[1:], strict=False)
+        return tuple(float_of(float_bits(float_of(float_bits(a + b)) / 2)) for a, b in pairs)
 
     @cached_property
     def max_code(self) -> int:
         """Code of the largest finite value."""
+        if self.values:
+            return len(self.values) - 1
         # below NaN: with an infinity it has the rest of the top exponent, else one code
         high_nans = ((1 << self.fraction_bits) - 1 if self.has_inf else 1) if self.nan == "high" else 0
         return self.sign_bit - 1 - high_nans - self.has_inf
@@ -134,13 +170,17 @@ class FloatFormat(Stored):
 
     @cached_property
     def max(self) -> float:
-        """Largest finite value: what ``amax`` is divided by to make a scale (Q of C4)."""
+        """Largest finite magnitude: what ``amax`` is divided by to make a scale (Q of C4)."""
+        if self.values:
+            return max(abs(v) for v in self.values)
         exponent, fraction = divmod(self.max_code, 1 << self.fraction_bits)
         return 2.0 ** (exponent - self.bias) * (1 + fraction / (1 << self.fraction_bits))
 
     @cached_property
     def smallest(self) -> float:
-        """Smallest value above 0."""
+        """Smallest magnitude above 0."""
+        if self.values:
+            return min(abs(v) for v in self.values if v)
         return 2.0 ** (1 - self.bias - self.fraction_bits)
 
     @cached_property
@@ -150,7 +190,12 @@ class FloatFormat(Stored):
 
     @cached_property
     def rounds_to_max_bits(self) -> int:
-        """FP32 bits of the largest magnitude that rounds to a finite value: half a step above, ties to even."""
+        """FP32 bits of the largest magnitude that rounds to a finite value: half a step above, ties to even.
+
+        A code book has no next step: its largest magnitude.
+        """
+        if self.values:
+            return self.max_bits
         return self.max_bits + (1 << (22 - self.fraction_bits)) - (self.max_code & 1)
 
     @cached_property
@@ -160,8 +205,9 @@ class FloatFormat(Stored):
 
     @cached_property
     def scale_max(self) -> float:
-        """Largest effective scale, 2^(127 - exponent of the largest magnitude) (C4)."""
-        return 2.0 ** (127 - ((self.max_code >> self.fraction_bits) - self.bias))
+        """Largest effective scale, 2^(127 - exponent of the largest magnitude), at most 2^126: 1/s is normal (C4)."""
+        exponent = math.frexp(self.max)[1] - 1
+        return 2.0 ** min(127 - exponent, 126)
 
     @cached_property
     def code_range(self) -> tuple[int, int]:
@@ -172,8 +218,15 @@ class FloatFormat(Stored):
         """Whether this format has every value of ``f``, of an integer format every code less a zero point."""
         if isinstance(f, IntFormat):
             return f.bits <= self.fraction_bits + 1 and 2**f.bits <= self.max
+        if f.values:
+            return not self.values and all(self.is_value(v) for v in f.values)
         special = f.has_inf <= self.has_inf and f.has_nan <= self.has_nan
         return special and f.fraction_bits <= self.fraction_bits and f.max <= self.max and f.smallest >= self.smallest
+
+    def is_value(self, value: float) -> bool:
+        """Whether a code with fields is worth ``value``, a number."""
+        steps = abs(value) / max(2.0 ** (math.frexp(value)[1] - 1 - self.fraction_bits), self.smallest)
+        return steps.is_integer() and abs(value) <= self.max
 
 
 @dataclass(frozen=True)
@@ -226,8 +279,39 @@ class IntFormat(Stored):
 
 Format = FloatFormat | IntFormat
 
+
+def float_of(bits: int) -> float:
+    """The value of 32 bits as FP32."""
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def float_bits(value: float) -> int:
+    """The 32 bits of ``value`` as FP32."""
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
+def book(name: str, values: tuple[float, ...]) -> FloatFormat:
+    """The row of a code book of 4 or 16 values: 2 or 4 bits, 4 or 2 codes a byte."""
+    bits = (len(values) - 1).bit_length()
+    return FloatFormat(name, 0, bits - 1, 0, False, "none", 8 // bits, values)
+
+
+def nearest_bfloat16(value: float) -> float:
+    """A float32 number rounded to bfloat16, ties to even."""
+    bits = float_bits(value)
+    return float_of(bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000)
+
+
 SCALE_MIN = 2.0**-100  # smallest effective scale: 1/s stays normal (C4)
 FLOAT32 = FloatFormat("float32", 8, 23, 127, True, "high")  # the source of every projection
+
+# The quantiles of a normal distribution that Dettmers et al., "QLoRA" (2023) chose, as bitsandbytes has them.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 TABLE: tuple[Format, ...] = (
     #            name             exponent fraction bias  inf    nan     codes a byte
@@ -236,12 +320,15 @@ TABLE: tuple[Format, ...] = (
     FloatFormat("float8_e4m3fn",  4,       3,       7,    False, "high"),
     FloatFormat("float8_e5m2",    5,       2,       15,   True,  "high"),
     FloatFormat("float4_e2m1fn",  2,       1,       1,    False, "none", 2),
+    book("nf4", NF4),
+    book("nf4_bf16", tuple(nearest_bfloat16(v) for v in NF4)),  # exact where 16-bit operands are multiplied
     #          name     bits signed codes a byte
     IntFormat("int8",   8,   True),
     IntFormat("uint8",  8,   False),
     IntFormat("int4",   4,   True,  2),
 )  # fmt: skip
 
+WITHOUT_BOOKS = tuple(f for f in TABLE if isinstance(f, IntFormat) or not f.is_book)  # what has fields
 FORMATS: dict[str, Format] = {f.name: f for f in (FLOAT32, *TABLE)}
 
 
@@ -260,22 +347,19 @@ def get(format: Any) -> Format:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}") from None
 
 
-def float_bits(value: float) -> int:
-    """The 32 bits of ``value`` as FP32."""
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])
-
-
 def c_header() -> str:
     """``csrc/formats.h``: the same rows, with what follows from them worked out."""
-    floats, ints = [], []
+    floats, books, ints = [], [], []
     for f in TABLE:
         stored = f"{f.name}, {f.dtype_name}, {f.bits}, {f.per_byte}"
         if isinstance(f, FloatFormat):
             shape = f"{f.exponent_bits}, {f.fraction_bits}, {f.bias}"
-            has = ", ".join("true" if b else "false" for b in (f.has_inf, f.has_nan, f.has_negative_zero))
+            has = ", ".join("true" if b else "false" for b in (f.is_book, f.has_inf, f.has_nan, f.has_negative_zero))
             codes = ", ".join(f"0x{c:x}" for c in (f.max_code, f.overflow_code, f.nan_code))
-            values = ", ".join(f"0x{float_bits(v):08x}" for v in (f.max, f.scale_max))
-            floats.append(f"  X({stored}, {shape}, {has}, {codes}, {values})")
+            limits = ", ".join(f"0x{float_bits(v):08x}" for v in (f.max, f.scale_max))
+            floats.append(f"  X({stored}, {shape}, {has}, {codes}, {limits})")
+            if f.is_book:
+                books.append(f"  X({f.name}, {', '.join(f'0x{float_bits(v):08x}' for v in f.values)})")
         else:
             limits = ", ".join(str(q) for affine in (False, True) for q in f.range(affine))
             signed = "true" if f.signed else "false"
@@ -294,10 +378,14 @@ def c_header() -> str:
             "}  // namespace quantlib",
             "",
             "// X(name, torch's dtype of its codes, bits, codes a byte, exponent_bits, fraction_bits, bias,",
-            "//   has_inf, has_nan, has_negative_zero, max_code, overflow_code, nan_code, max, scale_max)",
+            "//   is_book, has_inf, has_nan, has_negative_zero, max_code, overflow_code, nan_code, max, scale_max)",
             "// The last two are the bits of an FP32 value.",
             "#define QL_FLOATS(X) \\",
             " \\\n".join(floats),
+            "",
+            "// X(name, the bits of the FP32 values of a code book, code by code)",
+            "#define QL_BOOKS(X) \\",
+            " \\\n".join(books),
             "",
             "// X(name, torch's dtype of its codes, bits, codes a byte, is_signed, qmin, qmax, affine_qmin,",
             "//   affine_qmax, max, scale_max)",

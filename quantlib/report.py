@@ -66,6 +66,8 @@ class Report:
         norms and whatever else has one axis. What is shared counts once.
     float_bytes : int
         Of the parameters that are not quantized.
+    notes : list of str
+        What else is to be known, such as what of a model of another library could not be held exactly.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -74,6 +76,7 @@ class Report:
     quantized: int = 0
     floats: int = 0
     float_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -137,6 +140,7 @@ class Report:
         if self.quantized + self.floats:
             total = self.quantized + self.floats
             lines += ["", f"{self.coverage:.1%} of {total:,} parameters are quantized"]
+        lines += [f"note: {note}" for note in self.notes]
         if self.warning:
             lines += [f"warning: {self.warning}"]
         return "\n".join(lines)

@@ -14,7 +14,8 @@ import torch
 from quantlib import formats
 from quantlib.testing import names
 
-FLOATS = [f for f in formats.FORMATS.values() if isinstance(f, formats.FloatFormat)]
+BOOKS = [f for f in formats.TABLE if isinstance(f, formats.FloatFormat) and f.is_book]
+FLOATS = [f for f in formats.FORMATS.values() if isinstance(f, formats.FloatFormat) and not f.is_book]
 INTS = [f for f in formats.FORMATS.values() if isinstance(f, formats.IntFormat)]
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +60,7 @@ def test_integer_rows(f: formats.IntFormat) -> None:
     ("name", "exponent"),
     [
         ("int8", 120), ("uint8", 120), ("int4", 124), ("float8_e4m3fn", 119), ("float8_e5m2", 112),
-        ("float16", 112), ("bfloat16", 0), ("float4_e2m1fn", 125),
+        ("float16", 112), ("bfloat16", 0), ("float4_e2m1fn", 125), ("nf4", 126),
     ],
 )  # fmt: skip
 def test_largest_scales_are_those_of_the_contract(name: str, exponent: int) -> None:

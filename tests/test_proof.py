@@ -170,21 +170,21 @@ def test_an_edit_of_text_that_is_not_there_is_an_error() -> None:
 # ---- the sources and their formulas ---------------------------------------------------------------------------------
 
 APPLIED = [
-    *(functions.encode_float(f, s) for f in formats.TABLE if f.is_float for s in (False, True)),
-    *(functions.quantize(f) for f in formats.TABLE),
-    *(functions.fake_quantize(f, False) for f in formats.TABLE),
-    *(functions.gradients(f, False, lsq) for f in formats.TABLE for lsq in (False, True)),
-    *(functions.effective_scale(f) for f in formats.TABLE),
-    *(functions.encode_int(f, True) for f in formats.TABLE if not f.is_float),
-    *(functions.affine_scale(f) for f in formats.TABLE if not f.is_float),
-    *(functions.gradients(f, True, False) for f in formats.TABLE if not f.is_float),
+    *(functions.encode_float(f, s) for f in formats.WITHOUT_BOOKS if f.is_float for s in (False, True)),
+    *(functions.quantize(f) for f in formats.WITHOUT_BOOKS),
+    *(functions.fake_quantize(f, False) for f in formats.WITHOUT_BOOKS),
+    *(functions.gradients(f, False, lsq) for f in formats.WITHOUT_BOOKS for lsq in (False, True)),
+    *(functions.effective_scale(f) for f in formats.WITHOUT_BOOKS),
+    *(functions.encode_int(f, True) for f in formats.WITHOUT_BOOKS if not f.is_float),
+    *(functions.affine_scale(f) for f in formats.WITHOUT_BOOKS if not f.is_float),
+    *(functions.gradients(f, True, False) for f in formats.WITHOUT_BOOKS if not f.is_float),
 ]
 
 
 @pytest.mark.parametrize("function", APPLIED, ids=lambda function: f"{function.name} {len(function.inputs)}")
 def test_a_formula_is_its_source_where_rounding_is_decided(function: Function) -> None:
     """What the solver is given, evaluated by NumPy, against the reference run by NumPy: no solver takes part."""
-    small = [f for f in formats.TABLE if f.bits <= 8]
+    small = [f for f in formats.WITHOUT_BOOKS if f.bits <= 8]
     decisive = values.neighbours(np.concatenate([values.midpoints(f.name) for f in small]))
     x = np.concatenate([values.edges()[::5], decisive])
     rng = np.random.default_rng(7)
@@ -219,7 +219,7 @@ def numeric(bits: np.ndarray) -> np.ndarray:
     return np.where((bits & 0x7FFFFFFF) > 0x7F800000, np.uint32(0x7FFFFFFF), bits)
 
 
-@pytest.mark.parametrize("f", formats.TABLE, ids=lambda f: f.name)
+@pytest.mark.parametrize("f", formats.WITHOUT_BOOKS, ids=lambda f: f.name)
 def test_the_descriptions_have_the_facts_of_the_table(f: formats.Format) -> None:
     if isinstance(f, formats.FloatFormat):
         described = FloatDescription(f)
@@ -312,7 +312,7 @@ def test_cxx_that_branches_on_data_is_refused() -> None:
 def test_the_header_is_read_as_a_compiler_reads_it() -> None:
     """The constants of a format's struct, which macros make."""
     program = Sources().header
-    for f in formats.TABLE:
+    for f in formats.WITHOUT_BOOKS:
         struct = program.struct(f.name)
         for name in ("max_code", "overflow_code", "bias") if f.is_float else ("qmin", "affine_qmax"):
             want = getattr(f, name, None)

@@ -44,7 +44,7 @@ void encode(const float* __restrict__ x, const float* __restrict__ r, const int3
     if (past_caches) stream(step, out, bytes);
   }
   if (j == n) return;
-  // The rest as part of a step of zeros, whose codes are zeros too: what follows the last code of a byte.
+  // The rest as part of a step of zeros. What follows the last code in its byte is 0, as most formats' code of 0 is.
   float x_rest[kStep] = {}, r_rest[kStep] = {};
   int32_t zero_point_rest[kStep] = {};
   for (int64_t k = 0; k < n - j; ++k) {
@@ -53,6 +53,10 @@ void encode(const float* __restrict__ x, const float* __restrict__ r, const int3
     if (AFFINE) zero_point_rest[k] = zero_point[j + k];
   }
   encode_step<F, SCALED, AFFINE>(x_rest, r_rest, zero_point_rest, how.saturate, step);
+  if constexpr (F::is_book) {
+    if (const int64_t codes_of_last = (n - j) % F::per_byte)
+      step[(n - j) / F::per_byte] &= char((1 << (codes_of_last * F::bits)) - 1);
+  }
   __builtin_memcpy(out, step, size_t(bytes_of<F>(n - j)));
 }
 

@@ -58,6 +58,18 @@ QL_FN void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+#if defined(__AVX2__)
+// A table of sixteen values fills one register of AVX-512, or two of AVX2.
+template <>
+struct LookUp<Floats> {
+  template <class F>
+  static QL_MEMBER Floats of(Bits<Floats> code) {
+    const auto low = load<Floats>(Book<F>::table), high = load<Floats>(Book<F>::table + kLanes % 16);
+    return __builtin_shuffle(low, high, Ints<Floats>(code & uint32_t(F::max_code)));
+  }
+};
+#endif
+
 // The registers of `from` to `to`, past the caches: for results too large to be found there again.
 QL_FN void stream(const void* from, char* to, int64_t bytes) {
   for (int64_t k = 0; k < bytes; k += int64_t(sizeof(Floats))) {

@@ -17,12 +17,30 @@ QL_FN constexpr uint32_t two_to(int e) {
 
 constexpr uint32_t kSigns = both(0x8000);
 
+// The code of a float32 number in the 16-bit type X, which need not hold it: a NaN, a subnormal and an infinity are
+// none.
+template <class X>
+QL_FN constexpr uint32_t narrow(uint32_t bits) {
+  const uint32_t magnitude = bits & 0x7fffffff, rebias = uint32_t(127 - X::bias) << 23;
+  return (bits >> 16 & 0x8000) | (magnitude ? (magnitude - rebias) >> (23 - X::fraction_bits) : 0);
+}
+template <class X>
+QL_FN constexpr bool holds(uint32_t bits) {
+  const int exponent = int(bits >> 23 & 0xff) - 127 + X::bias;
+  const bool no_lower = !(bits & ((1u << (23 - X::fraction_bits)) - 1));
+  return no_lower && (!(bits & 0x7fffffff) || (exponent > 0 && exponent < (1 << X::exponent_bits) - 1));
+}
+
 // Whether codes of F become operands of the 16-bit type X here: those of whole or half bytes, whose values X holds. Of
 // special values only those beyond the largest finite one are looked for, and in bytes.
 template <class F, class X>
 constexpr bool has_operand = [] {
   if constexpr ((F::bits != 8 && F::bits != 4) || F::bits * F::per_byte != 8) return false;
-  else if constexpr (!F::is_float) return true;
+  else if constexpr (F::is_book) {
+    for (uint32_t code = 0; code <= F::max_code; ++code)
+      if (!holds<X>(Book<F>::bits(code))) return false;
+    return true;
+  } else if constexpr (!F::is_float) return true;
   else
     return F::has_negative_zero && F::has_nan >= F::has_inf && (F::bits == 8 || !F::has_nan) &&
            F::fraction_bits <= X::fraction_bits && F::max <= X::max &&
@@ -95,11 +113,15 @@ struct SplitScale {
 // operand. Of codes of eight bits, bytes 2 p and 2 p + 1; of four, what `selector` picks from the bytes of word (0 to
 // 3) and word
 // >> 4 (4 to 7), in the low nibbles of both halves. `flip` turns sign bits.
-template <class F, class X, bool FLOAT = F::is_float>
+enum class Kind { integer, fields, book };
+template <class F, class X,
+          Kind = F::is_book    ? Kind::book
+                 : F::is_float ? Kind::fields
+                               : Kind::integer>
 struct Operand;
 
 template <class F, class X>
-struct Operand<F, X, false> {
+struct Operand<F, X, Kind::integer> {
   // The power of two whose last place in X is 1, with a code in its low bits, is their sum.
   static constexpr uint32_t magic = two_to<X>(X::fraction_bits);
   static constexpr bool fits = F::bits <= X::fraction_bits;  // 8 bits do not, in bfloat16: its top bit is subtracted
@@ -127,7 +149,7 @@ struct Operand<F, X, false> {
 };
 
 template <class F, class X>
-struct Operand<F, X, true> {
+struct Operand<F, X, Kind::fields> {
   static constexpr uint32_t flip(bool) { return 0; }
   static constexpr int shift = X::fraction_bits - F::fraction_bits;  // of a magnitude, from a half's low end
   static constexpr uint32_t magnitudes = both(((1u << (F::bits - 1)) - 1) << shift);
@@ -154,6 +176,38 @@ struct Operand<F, X, true> {
     }
     // 3. exponents count from another bias
     return fma2(X{}, bits, factor, beyond);
+  }
+};
+
+// Looked up: the sixteen values as bytes in registers, which a permutation picks from eight at a time.
+template <class F, class X>
+struct Operand<F, X, Kind::book> {
+  static constexpr uint32_t flip(bool) { return 0; }
+  uint32_t power;
+
+  QL_DEVICE Operand(uint32_t, uint32_t power) : power(power) {}
+  QL_DEVICE uint32_t operator()(uint32_t word, int, uint32_t selector, uint32_t) const {
+    // 1. the codes in the low nibbles of both halves, and as a selector of bytes 0 and 2
+    const uint32_t code = permute(word, word >> 4, selector) & both(0xf);
+    const uint32_t of_eight = (code | code >> 8) & 0x0707;
+    // 2. the lower and the upper bytes of the values, of the upper eight where a code has its highest bit
+    const uint32_t is_upper = permute(code << 4, 0, 0x0a08);
+    uint32_t byte[2];
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint32_t low = permute(four(0, b), four(4, b), of_eight), high = permute(four(8, b), four(12, b), of_eight);
+      byte[b] = (low & ~is_upper) | (high & is_upper);
+    }
+    // 3. side by side
+    return fma2(X{}, permute(byte[0], byte[1], 0x6240), power, kSigns);
+  }
+
+ private:
+  // Byte b of the values of four codes
+  QL_DEVICE static constexpr uint32_t four(uint32_t code, int b) {
+    uint32_t bytes = 0;
+    for (uint32_t i = 0; i < 4; ++i) bytes |= (narrow<X>(Book<F>::bits(code + i)) >> (8 * b) & 0xff) << (8 * i);
+    return bytes;
   }
 };
 

@@ -5,7 +5,19 @@ and stays there. Both write the same files, which `quantlib.checkpoint.stored` d
 """
 
 from quantlib.checkpoint.convert import dequantize_file, quantize_file
+from quantlib.checkpoint.exchange import convert_file
+from quantlib.checkpoint.look import compare_checkpoints, inspect_checkpoint
 from quantlib.checkpoint.manifest import Check, check_checkpoint
 from quantlib.checkpoint.model import load_quantized, save_quantized
 
-__all__ = ["Check", "check_checkpoint", "dequantize_file", "load_quantized", "quantize_file", "save_quantized"]
+__all__ = [
+    "Check",
+    "check_checkpoint",
+    "compare_checkpoints",
+    "convert_file",
+    "dequantize_file",
+    "inspect_checkpoint",
+    "load_quantized",
+    "quantize_file",
+    "save_quantized",
+]

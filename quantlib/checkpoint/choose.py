@@ -211,7 +211,9 @@ CONFIGS = ("quantization_config", "compression_config", "quantization")
 def check_float(path: object, slots: Mapping[str, Slot], config: Mapping[str, Any]) -> None:
     """Raise ValueError where a model holds codes of any kind: half of it would be converted, with scales left over."""
     if (found := codes_of_others(slots, config)) is not None:
-        raise ValueError(f"{path} must hold float weights, got {found}: dequantize it to floats first")
+        raise ValueError(
+            f"{path} must hold float weights, got {found}: convert_file (quantlib convert) reads most formats of codes"
+        )
 
 
 def codes_of_others(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> str | None:

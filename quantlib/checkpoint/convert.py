@@ -48,6 +48,8 @@ class Plan:
 
     def cost(self, batch: Batch) -> int:
         """Bytes that are read to make ``batch``, its scales aside."""
+        if batch.cost is not None:
+            return batch.cost
         return sum(self.reader.slots[slot.name].nbytes for slot in batch.slots if slot.name in self.reader.slots)
 
     @property
@@ -166,7 +168,9 @@ def quantize_file(
         for name, slot in reader.slots.items():
             if name in reasons and reasons[name] is None:
                 weights[name] = Stored(str(spec), slot.shape)
-                batches.append(Projection(reader, slot, spec, on_nonfinite).batch)
+                rows = partial(reader.rows, name)
+                told = f"{reader.path.name}: {name}"
+                batches.append(Projection(slot, spec, on_nonfinite, rows, told, slot.nbytes).batch)
             else:
                 batches.append(files.copied(reader, slot))
         return Plan(reader, batches, Contents(weights), list(weights))
@@ -252,12 +256,14 @@ def layers_of(notes: list[Any]) -> list[LayerReport]:
 
 @dataclass(frozen=True)
 class Projection:
-    """A float weight of a file that becomes codes, a slab of rows at a time."""
+    """A float weight that becomes codes, a slab of rows at a time."""
 
-    reader: Reader
     slot: Slot
     spec: QuantSpec
     on_nonfinite: OnNonfinite
+    rows: Callable[[slice], Tensor]  # values of some of its rows
+    told: str  # what an error calls it
+    size: int  # bytes that it takes where it comes from
     sums: dict[int, Sums] = field(default_factory=dict)  # first row of a slab -> its sums
 
     @property
@@ -272,21 +278,21 @@ class Projection:
     @property
     def shape(self) -> tuple[int, int]:
         """[N, K]"""
-        return self.slot.shape[0], self.slot.shape[1]
+        return self.slot.shape[0], math.prod(self.slot.shape[1:])
 
     def _slab(self, rows: slice) -> list[Piece]:
-        x = self.reader.rows(self.slot.name, rows)
+        x = self.rows(rows)
         return self._pieces(rows, x, quantize_weight(x, self.spec))
 
     def _with_one_scale(self) -> Iterator[Piece]:
         """All rows, in two passes over the file: the first finds the extremes, which alone decide the scale."""
         parts = list(slabs(*self.shape)) if self.slot.nbytes else []
-        extremes = [torch.stack(self.reader.rows(self.slot.name, rows).aminmax()) for rows in parts]
+        extremes = [torch.stack(self.rows(rows).aminmax()) for rows in parts]
         if not extremes:
             return
         _, scale, zero_point = quantize_weight(torch.cat(extremes).view(1, -1), self.spec)
         for rows in parts:
-            x = self.reader.rows(self.slot.name, rows)
+            x = self.rows(rows)
             block = self.spec.block(x.shape)
             assert scale is not None
             codes = ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point)
@@ -307,9 +313,8 @@ class Projection:
         ]
 
     def _check(self) -> None:
-        name = f"{self.reader.path.name}: {self.slot.name}"
-        parts = ((rows.start, self.reader.rows(self.slot.name, rows)) for rows in slabs(*self.shape))
-        check_finite(name, parts, self.spec)
+        parts = ((rows.start, self.rows(rows)) for rows in slabs(*self.shape))
+        check_finite(self.told, parts, self.spec)
 
     def _report(self, size: int) -> dict[str, Any]:
         total = Sums()
@@ -317,9 +322,7 @@ class Projection:
             total.signal += self.sums[start].signal
             total.noise += self.sums[start].noise
         self.sums.clear()
-        return asdict(
-            LayerReport(self.slot.name, self.slot.shape, str(self.spec), self.slot.nbytes, size, total.snr_db)
-        )
+        return asdict(LayerReport(self.slot.name, self.slot.shape, str(self.spec), self.size, size, total.snr_db))
 
 
 def values(reader: Reader, name: str, stored: Stored, dtype: torch.dtype) -> list[Job]:
@@ -352,12 +355,25 @@ class Call:
     progress: Progress | None = None
 
 
+def entry_of_plans(plans: list[Plan]) -> dict[str, Any] | None:
+    """``quantization_config`` of what quantlib quantized."""
+    stored = {name: stored for p in plans for name, stored in p.contents.weights.items()}
+    if not any(s.scaled for s in stored.values()):  # a float weight like any other, for every library
+        return None
+    return entry_of({name: asdict(s) for name, s in stored.items()})
+
+
 def convert(
-    call: Call, plan: Callable[[Model], list[Plan]], dtype: str | None, card: Callable[[list[Any]], Card]
+    call: Call,
+    plan: Callable[[Model], list[Plan]],
+    dtype: str | None,
+    card: Callable[[list[Any]], Card],
+    entry: Callable[[list[Plan]], dict[str, Any] | None] = entry_of_plans,
 ) -> list[Any]:
     """The model at ``call.src`` as ``plan`` says into ``call.dst``; what its batches said of themselves, in order.
 
-    ``dtype`` is what ``config.json`` tells of the weights from now on. ``card`` makes of the notes what is to be told.
+    ``dtype`` is what ``config.json`` tells of the weights from now on. ``card`` makes of the notes what is to be told,
+    ``entry`` of the plans the ``quantization_config``.
     """
     src, dst = call.src, call.dst
     with Model.open(src) as model:
@@ -383,7 +399,7 @@ def convert(
                 keep_mode(p.reader.path, scratch.new / p.reader.path.name if folder else scratch.new)
             if folder:
                 clear(scratch.new, [p.reader.path.name for p in plans])
-                copy_the_rest(model, rest, scratch.new, plans, dtype)
+                copy_the_rest(model, rest, scratch.new, plans, dtype, entry(plans))
                 told = replace(card(notes), **base_of(model.path, model.config))
                 told.bytes_before = sum(slot.nbytes for slot in model.slots.values())
                 told.bytes_after = sum(batch.nbytes for p in plans for batch in p.batches)
@@ -440,15 +456,19 @@ def clear(folder: Path, names: list[str]) -> None:
             remove(path)
 
 
-def copy_the_rest(model: Model, rest: list[tuple[Path, Path]], new: Path, plans: list[Plan], dtype: str | None) -> None:
+def copy_the_rest(
+    model: Model,
+    rest: list[tuple[Path, Path]],
+    new: Path,
+    plans: list[Plan],
+    dtype: str | None,
+    entry: dict[str, Any] | None,
+) -> None:
     """Everything of a model folder that is no weight, its index for the weights that the files hold now."""
-    stored = {name: stored for p in plans for name, stored in p.contents.weights.items()}
-    # what needs no scale is a float weight like any other, for every library
-    weights = {name: asdict(s) for name, s in stored.items()} if any(s.scaled for s in stored.values()) else {}
     for path, target in rest:
         if path.is_dir():
             (new / target).mkdir()
-        elif str(target) == CONFIG and (config := config_of(model, dtype, weights)) is not None:
+        elif str(target) == CONFIG and (config := config_of(model, dtype, entry)) is not None:
             files.write_bytes(new / target, text_of(config))
             keep_mode(path, new / target)
         else:
@@ -463,7 +483,7 @@ def copy_the_rest(model: Model, rest: list[tuple[Path, Path]], new: Path, plans:
         keep_mode(path, new / path.name)
 
 
-def config_of(model: Model, dtype: str | None, weights: dict[str, Any]) -> dict[str, Any] | None:
+def config_of(model: Model, dtype: str | None, entry: dict[str, Any] | None) -> dict[str, Any] | None:
     """``config.json`` with ``dtype`` for its dtypes of weights, and with what is quantized; None where nothing changes.
 
     transformers finds out from it that `quantlib.hf` loads the model.
@@ -472,16 +492,18 @@ def config_of(model: Model, dtype: str | None, weights: dict[str, Any]) -> dict[
         config: dict[str, Any] = json.loads(text_of(model.config))  # a copy
     except (ValueError, RecursionError):
         return None
-    config.pop(ENTRY, None)
-    waiting = [config] if dtype is not None else []
+    waiting = [config]
     while waiting:
         part = waiting.pop()
+        for key in choose.CONFIGS:
+            if isinstance(part.get(key), dict):
+                del part[key]
         for key in ("dtype", "torch_dtype"):
-            if isinstance(part.get(key), str):
+            if dtype is not None and isinstance(part.get(key), str):
                 part[key] = ("torch." if part[key].startswith("torch.") else "") + str(dtype)
         waiting += [value for value in part.values() if isinstance(value, dict)]
-    if weights:
-        config[ENTRY] = entry_of(weights)
+    if entry is not None:
+        config[ENTRY] = entry
     return None if config == model.config else config
 
 

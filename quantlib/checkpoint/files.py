@@ -73,6 +73,7 @@ class Batch:
     slots: Sequence[Slot]
     jobs: Iterable[Job]
     done: Callable[[], Any] = lambda: None  # called after the last job: what there is to say of it, for JSON
+    cost: int | None = None  # bytes that are read for it, where they are not those of tensors of the same names
 
     @property
     def nbytes(self) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quantlib.checkpoint.files import NAMES, Reader, Slot, checked_shape, some_words
-from quantlib.nn.functional import Weight, dequantize_weight
+from quantlib.nn.functional import Weight, dequantize_weight, scale_dtype
 from quantlib.ops.check import dtype_of
 from quantlib.spec import QuantSpec, stored_shape
 
@@ -51,7 +51,7 @@ class Stored:
         """Codes, scale, zero point: the tensors of the file that hold weight ``name``."""
         spec = QuantSpec.parse(self.spec)
         codes = Slot(name, dtype_of(spec.row), stored_shape(spec, self.shape))
-        scale = Slot(f"{name}_scale", torch.float32, spec.scale_shape(self.matrix))
+        scale = Slot(f"{name}_scale", scale_dtype(spec), spec.scale_shape(self.matrix))
         zero_point = Slot(f"{name}_zero_point", torch.int32, scale.shape)
         return [codes, scale, zero_point][: 1 if not spec.scaled else 2 if spec.symmetric else 3]
 
@@ -62,13 +62,17 @@ class Stored:
     def rows(self, reader: Reader, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
         """The values of some rows of the matrix [N, K]; rows that share a scale come together."""
         spec = QuantSpec.parse(self.spec)
+        return dequantize_weight(self.codes(reader, name, rows), spec, self.matrix[1], dtype)
+
+    def codes(self, reader: Reader, name: str, rows: slice) -> Weight:
+        """Codes of some rows of the matrix [N, K] with their scales; rows that share a scale come together."""
+        spec = QuantSpec.parse(self.spec)
         block = spec.block(self.matrix)
         blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
         of_codes, *others = self.slots(name)
         codes = reader.rows(of_codes.name, rows)
         codes = codes.reshape(spec.codes_shape((len(codes), self.matrix[1])))
-        weight = Weight(codes, *(reader.rows(slot.name, blocks) for slot in others))
-        return dequantize_weight(weight, spec, self.matrix[1], dtype)
+        return Weight(codes, *(reader.rows(slot.name, blocks) for slot in others))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,21 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from quantlib import __version__
-from quantlib.cli import bench, bits, build, check, eval, formats, info, quantize, tune, verify
+from quantlib.cli import (
+    bench,
+    bits,
+    build,
+    check,
+    compare,
+    convert,
+    eval,
+    formats,
+    info,
+    inspect,
+    quantize,
+    tune,
+    verify,
+)
 from quantlib.cli.parser import Parser
 
 VERBS = {
@@ -23,9 +37,12 @@ VERBS = {
     "bits": bits,
     "build": build,
     "check": check,
+    "compare": compare,
+    "convert": convert,
     "eval": eval,
     "formats": formats,
     "info": info,
+    "inspect": inspect,
     "quantize": quantize,
     "tune": tune,
     "verify": verify,

@@ -71,8 +71,13 @@ class Stored:
 
     @property
     def fields(self) -> tuple[str, str, str]:
-        """The binary digits of sign, exponent and fraction; an integer has no exponent, an unsigned one no sign."""
+        """The binary digits of sign, exponent and fraction; an integer has no exponent, an unsigned one no sign.
+
+        The code of a code book is all of it.
+        """
         f, digits = self.format, f"{self.code:0{self.format.bits}b}"
+        if isinstance(f, FloatFormat) and f.is_book:
+            return "", "", digits
         sign = 1 if f.signed else 0
         return digits[:sign], digits[sign : sign + f.exponent_bits], digits[sign + f.exponent_bits :]
 

@@ -38,10 +38,12 @@ def describe(f: Format) -> dict[str, Any]:
         "bytes": f.bytes_per_element,
     }
     if isinstance(f, FloatFormat):
+        if f.is_book:
+            row |= {"sign": None, "exponent": None, "fraction": None, "values": list(f.values)}
         return row | {
             "range": [-f.max, f.max],
-            "smallest_normal": 2.0 ** (1 - f.bias),
-            "smallest_subnormal": 2.0 ** (1 - f.bias - f.fraction_bits),
+            "smallest_normal": None if f.is_book else 2.0 ** (1 - f.bias),
+            "smallest_subnormal": None if f.is_book else f.smallest,
             "infinity": f.has_inf,
             "nan": f.has_nan,
             "saturates": f.saturates,
@@ -66,9 +68,9 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [
         row["format"],
         str(row["bits"]),
-        str(row["sign"]),
+        "-" if row["sign"] is None else str(row["sign"]),
         str(row["exponent"] or "-"),
-        str(row["fraction"]),
+        "-" if row["fraction"] is None else str(row["fraction"]),
         f"{row['bytes']:g}",
         span,
         *(f"{v:.8g}" if v else "-" for v in (row["smallest_normal"], row["smallest_subnormal"])),

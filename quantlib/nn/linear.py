@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from quantlib import backends, ops
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project
 from quantlib.nn.leaf import check_inside
-from quantlib.nn.module import PARTS, QuantModule, stored_dtype
+from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
 from quantlib.nn.weight import QuantParameter
+from quantlib.ops.check import dtype_name, dtype_of
 from quantlib.ops.scaled_matmul import X_FORMATS
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, check_dynamic
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,8 +69,8 @@ class QuantLinear(QuantModule, nn.Linear):
     - Codes without a scale, and a float64 input, for which there is no kernel: ``F.linear`` with the whole weight in
       the dtype of the input.
 
-    Gradients reach the input, the bias and, where it is made to require one, ``weight_scale``. Through the projection
-    of an input they pass straight, and stop where it is out of the range of a static scale.
+    Gradients reach the input, the bias and, where it is float32 and made to require one, ``weight_scale``. Through the
+    projection of an input they pass straight, and stop where it is out of the range of a static scale.
 
     For `quantlib.dequant_matmul` on a GPU, a layer in evaluation mode reorders its codes the first time it multiplies
     without gradients: `tile_` says how. ``weight_codes`` is another parameter then. ``state_dict``, copies, pickles,
@@ -95,6 +96,75 @@ class QuantLinear(QuantModule, nn.Linear):
     ) -> None:
         self._take(nn.Linear(in_features, out_features, bias, device="meta"), spec, dtype, device)
         self.batch_invariant = batch_invariant
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        spec: Any,
+        *,
+        zero_point: Tensor | None = None,
+        bias: Tensor | None = None,
+        in_features: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer of codes and scales that were found elsewhere, by GPTQ, AWQ, HQQ or any other method.
+
+        Its weight is decode(codes[n, k] - zero_point[n // br, k // bk]) * scale[n // br, k // bk].
+
+        Parameters
+        ----------
+        codes : Tensor [N, K]
+            One code an element: integers in the range of an integer format (-8..7 for int4, -128..127 for int8, 0..255
+            for uint8), the bits 0..15 of float4_e2m1fn, or float8 of the dtype of the format. Or packed already,
+            [N, ceil(K / 2)] uint8 as `quantlib.pack` gives them, with ``in_features``. Copied.
+        scale : Tensor [ceil(N / br), ceil(K / bk)]
+            Floats, kept as float32; [N] where each row has one, and a single one where all weights share it.
+        spec : QuantSpec or what `QuantSpec.parse` takes
+            The format and its blocks, and how inputs are quantized; not static ones.
+        zero_point : Tensor of the shape of ``scale``, optional
+            Integers, where the spec is affine: the code of zero.
+        bias : Tensor [N], optional
+        in_features : int, optional
+            K of codes that are packed already.
+        dtype : torch.dtype, optional
+            Of the layer that `dequantize` gives; that of ``bias``, or else the default dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For tensors that do not fit the spec and each other, naming what was expected and what came.
+
+        Examples
+        --------
+        >>> codes = torch.tensor([[-7, 3, 0], [1, 2, -8]])
+        >>> layer = QuantLinear.from_codes(codes, torch.tensor([0.5, 0.25]), "int4:row")
+        >>> layer.values().tolist()
+        [[-3.5, 1.5, 0.0], [0.25, 0.5, -2.0]]
+        """
+        spec = QuantSpec.parse(spec)
+        check_dynamic(spec)
+        if not spec.scaled:
+            raise ValueError(f"spec must have a scale, got {spec}: load a float weight instead")
+        codes = checked_codes(codes, spec, in_features)
+        shape = codes.shape[0], codes.shape[1] if in_features is None else in_features
+        if in_features is None and spec.row.packed:
+            codes = ops.pack(codes, spec.format)
+        scale = blocks_as(scale, "scale", spec, shape)
+        if (zero_point is None) != spec.symmetric:
+            expected = "given" if zero_point is None else "left out"
+            raise ValueError(f"zero_point must be {expected} for {spec}")
+        if zero_point is not None:
+            zero_point = blocks_as(zero_point, "zero_point", spec, shape)
+        if bias is not None and (tuple(bias.shape) != shape[:1] or not bias.is_floating_point()):
+            raise ValueError(f"bias must be [{shape[0]}] floats, got {bias.dtype} {list(bias.shape)}")
+        dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
+        new = cls(shape[1], shape[0], bias is not None, codes.device, dtype, spec=spec)
+        new._freeze(Weight(codes, scale, zero_point))
+        if bias is not None:
+            new.bias = nn.Parameter(bias.detach().clone())
+        return new
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -125,6 +195,7 @@ class QuantLinear(QuantModule, nn.Linear):
         parameters = self._parameters  # to ask a module for one by its name takes half a microsecond
         codes, scale, zero_point = self.codes, parameters["weight_scale"], parameters["weight_zero_point"]
         bias: Tensor | None = self.bias
+        check_kept(scale, spec)
         if self.batch_invariant:
             self._check_batch_invariant(x)
         if scale is None or x.dtype == torch.float64:
@@ -294,6 +365,45 @@ class QuantLinear(QuantModule, nn.Linear):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.untile_()
         super()._load_from_state_dict(*args)
+
+
+def checked_codes(codes: Tensor, spec: QuantSpec, in_features: int | None) -> Tensor:
+    """Codes of the format of ``spec`` [N, K], of its dtype; or [N, ceil(K / P)] packed, where K is given."""
+    if codes.dim() != 2:
+        raise ValueError(f"codes must be [N, K], got {list(codes.shape)}")
+    row, codes = spec.row, codes.detach()
+    if in_features is not None:
+        expected = torch.uint8 if row.packed else dtype_of(row)
+        if codes.dtype != expected or codes.shape[1] != row.columns(in_features):
+            words = f"{dtype_name(expected)} [N, {row.columns(in_features)}] for {in_features} columns"
+            raise ValueError(f"codes must be {words}, got {dtype_name(codes.dtype)} {list(codes.shape)}")
+        return codes.clone(memory_format=torch.contiguous_format)
+    if row.is_float and not row.packed:
+        if codes.dtype != dtype_of(row):
+            raise TypeError(f"codes must be {spec.format}, got {dtype_name(codes.dtype)}")
+        return codes.clone(memory_format=torch.contiguous_format)
+    if codes.is_floating_point() or codes.is_complex():
+        raise TypeError(f"codes must be integers of {spec.format}, got {dtype_name(codes.dtype)}")
+    lowest, highest = row.code_range
+    if codes.numel() and not codes.is_meta:
+        least, most = (int(value) for value in codes.aminmax())
+        if least < lowest or most > highest:
+            got = least if least < lowest else most
+            raise ValueError(f"codes must be in {lowest}..{highest} for {spec.format}, got {got}")
+    return codes if row.packed else codes.to(dtype_of(row), copy=True).contiguous()
+
+
+def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    """A scale as float32, a zero point as int32, one for each block of a weight of ``shape``."""
+    expected, floats = spec.scale_shape(shape), name == "scale"
+    given = t.detach()
+    if given.is_floating_point() != floats or given.is_complex():
+        raise TypeError(f"{name} must be {'floats' if floats else 'integers'}, got {dtype_name(t.dtype)}")
+    if given.dim() < 2 and given.numel() == expected[0] * expected[1] and expected[1] == 1:
+        given = given.reshape(expected)
+    if tuple(given.shape) != expected:
+        raise ValueError(f"{name} must be {list(expected)} for {spec} of {list(shape)}, got {list(t.shape)}")
+    return given.to(torch.float32 if floats else torch.int32, copy=True).contiguous()
 
 
 def kernel_of(spec: QuantSpec, K: int) -> Kernel:

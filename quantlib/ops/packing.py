@@ -20,7 +20,7 @@ def pack(codes: Tensor, format: str) -> Tensor:
     Parameters
     ----------
     codes : Tensor [..., K] of an integer dtype
-        int4: -8..7; float4_e2m1fn: 0..15, the bits of the code.
+        int4: -8..7; float4_e2m1fn, nf4, nf4_bf16: 0..15, the bits of the code.
     format : str
         A packed format, of four bits here.
 
@@ -64,7 +64,7 @@ def unpack(packed: Tensor, format: str, size: int | None = None) -> Tensor:
     Returns
     -------
     Tensor [..., K]
-        int8 in -8..7 for int4, uint8 in 0..15 for float4_e2m1fn.
+        int8 in -8..7 for int4, uint8 in 0..15 for float4_e2m1fn, nf4 and nf4_bf16.
 
     Raises
     ------

@@ -221,6 +221,12 @@ def decode_int(f: IntFormat, affine: bool) -> Function:
 # ---- scales ---------------------------------------------------------------------------------------------------------
 
 
+def code_of_one(f: Format) -> int:
+    if not isinstance(f, FloatFormat):
+        return 1
+    return f.values.index(1.0) if f.is_book else f.bias << f.fraction_bits
+
+
 @functools.cache
 def effective_scale(f: Format) -> Function:
     """scale -> the one that is used (C4); the op is the value of code 1"""
@@ -228,7 +234,7 @@ def effective_scale(f: Format) -> Function:
     def op(s: Array) -> Array:
         from quantlib import ops
 
-        one = np.array([f.bias << f.fraction_bits if isinstance(f, FloatFormat) else 1])
+        one = np.array([code_of_one(f)])
         return bits(ops.dequantize(codes(f, one), tensor(s), f.name, block=(1, 1), size=1 if f.packed else None))
 
     return Function(

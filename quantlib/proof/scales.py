@@ -303,7 +303,7 @@ HIGH_ZERO_H = edit(
 def theorems() -> Iterator[Theorem]:
     int8, uint8, int4 = map(int_row, ("int8", "uint8", "int4"))
     e4m3, e5m2 = map(float_row, ("float8_e4m3fn", "float8_e5m2"))
-    every = formats.TABLE
+    every = formats.WITHOUT_BOOKS
     anything = "all 2^32 float32 as a scale"
     yield Theorem(
         "the effective scale is the scale within its bounds",

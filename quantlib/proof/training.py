@@ -216,8 +216,8 @@ COARSE_PY = edit(FAKE_PY, "k = np.rint(t)", "k = np.rint(t * np.float32(0.5)) * 
 def theorems() -> Iterator[Theorem]:
     int8, uint8, int4 = map(int_row, ("int8", "uint8", "int4"))
     e4m3, e5m2 = map(float_row, ("float8_e4m3fn", "float8_e5m2"))
-    forms = [(f, affine) for f in formats.TABLE for affine in ((False, True) if is_affine(f) else (False,))]
-    masks = [(f, lsq) for f in formats.TABLE for lsq in (False, True)]
+    forms = [(f, affine) for f in formats.WITHOUT_BOOKS for affine in ((False, True) if is_affine(f) else (False,))]
+    masks = [(f, lsq) for f in formats.WITHOUT_BOOKS for lsq in (False, True)]
     any_input = "all x, s and zero points, whatever the products round to"
     yield Theorem(
         "fake_quantize(x) = dequantize(quantize(x))",
@@ -291,7 +291,9 @@ def theorems() -> Iterator[Theorem]:
         "dscale = dy * (m ? fl(c - t) : c) and dzero_point = m ? +0 : -(dy * s), with c the value of t's code; at a "
         "NaN t c = 0 and m = 0.",
         any_input,
-        tuple(slopes(f, la, long=la == REFERENCE and f.name in WIDE) for f in formats.TABLE for la in LANGUAGES),
+        tuple(
+            slopes(f, la, long=la == REFERENCE and f.name in WIDE) for f in formats.WITHOUT_BOOKS for la in LANGUAGES
+        ),
         (
             Fault("the slope with the other sign", slopes(e4m3, REFERENCE), SLOPE_PY),
             Fault("the other sign", slopes(uint8, HEADER), ZERO_POINT_H),

@@ -26,6 +26,8 @@ def magnitude_bits(x: Array) -> Array:
 
 def encode_float(x: Array, f: FloatFormat, saturate: bool | None = None) -> Array:
     """[...] float32 -> [...] code of ``f``: nearest, ties to even, rounded once (C3)."""
+    if f.is_book:
+        return encode_book(x, f)
     saturate = f.saturates if saturate is None else saturate
     x = np.asarray(x, np.float32)
     a = magnitude_bits(x)
@@ -51,6 +53,8 @@ def encode_float(x: Array, f: FloatFormat, saturate: bool | None = None) -> Arra
 
 def decode_float(code: Array, f: FloatFormat) -> Array:
     """[...] code of ``f`` -> [...] float32, exact; NaN becomes 0x7FFFFFFF."""
+    if f.is_book:
+        return decode_book(code, f)
     code = np.asarray(code).astype(np.uint32) & np.uint32((1 << f.bits) - 1)
     a = code & np.uint32(f.sign_bit - 1)
     # 1. normal: fraction and exponent move up, the exponent to FP32's bias
@@ -68,6 +72,22 @@ def decode_float(code: Array, f: FloatFormat) -> Array:
         is_nan = a > np.uint32(f.max_code + f.has_inf) if f.has_negative_zero else code == np.uint32(f.nan_code)
         bits = np.where(is_nan, np.uint32(FLOAT32.nan_code), bits)
     return bits.astype(np.uint32).view(np.float32)
+
+
+def encode_book(x: Array, f: FloatFormat) -> Array:
+    """[...] float32 -> [...] code of the nearest value of a code book; at a midpoint, of the lower (C6)."""
+    x = np.asarray(x, np.float32)
+    # 1. the midpoints below x
+    code = np.zeros(x.shape, f.storage)
+    for midpoint in f.midpoints:
+        code += x > np.float32(midpoint)
+    # 2. NaN is the largest value
+    return np.where(x == x, code, np.array(f.nan_code, f.storage))
+
+
+def decode_book(code: Array, f: FloatFormat) -> Array:
+    """[...] code of a code book -> [...] float32"""
+    return np.array(f.values, np.float32)[np.asarray(code).astype(np.uint32) & np.uint32(f.max_code)]
 
 
 def effective_scale(s: Array, f: Format) -> Array:

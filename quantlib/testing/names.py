@@ -5,6 +5,10 @@ format is as IEEE 754 has it: the top exponent is infinity at a fraction of 0 an
 2^(exponent bits - 1) - 1. ``f``: finite, there is no infinity. ``n``: NaN is not written as in IEEE 754, but as the
 highest code of either sign, and in formats of fewer than eight bits not at all. ``uz``: there is no negative zero, its
 code is the only NaN, and the bias is one more. ``int<bits>`` is two's complement, ``uint<bits>`` has no sign.
+
+``nf4`` is a code book: quantiles of a normal distribution, seven below 0 and eight above, from a probability of
+0.9677083 on, divided by the largest (Dettmers et al., "QLoRA", 2023). ``<book>_bf16`` has the values of that book
+rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
-from quantlib import reference
+from quantlib import formats, reference
 from quantlib.formats import FloatFormat, Format, IntFormat
 from quantlib.testing.bytes import Array, assert_same_bytes
 from quantlib.testing.values import edges, neighbours
@@ -116,6 +121,8 @@ def check(f: Format) -> None:
     with np.errstate(all="ignore"):
         if isinstance(f, IntFormat):
             _check_int(f)
+        elif f.is_book:
+            _check_book(f)
         else:
             _check_float(f)
     _check_place(f)
@@ -147,6 +154,47 @@ def _check_float(f: FloatFormat) -> None:
             reference.decode_float(codes, f).view(np.uint32), want, f"{f.name}, values by its name", codes
         )
         assert f.max == named.values[np.isfinite(named.values)].max(), f"{f.name}: its largest value is {f.max}"
+
+
+PROBABILITY = 0.9677083  # of the largest value of nf4
+
+
+def _check_book(f: FloatFormat) -> None:
+    values = np.array(f.values)
+    book, _, rounded = f.name.partition("_")
+    if rounded:
+        said = f"{f.name}: its values are {f.values}, its name says those of {book} in {rounded}"
+        exact = np.array(formats.FORMATS[book].values).astype(np.float32)  # type: ignore[union-attr]
+        assert rounded == "bf16", said
+        assert_same_bytes(values.astype(np.float32), _to_bfloat16(exact), said)
+    else:
+        assert book == "nf4", f"name of a code book must be nf4, got {f.name!r}"
+        quantile = NormalDist().inv_cdf
+        above = [quantile(p) for p in np.linspace(PROBABILITY, 0.5, 9)[:-1]]
+        below = [-quantile(p) for p in np.linspace(PROBABILITY, 0.5, 8)[:-1]]
+        want = np.sort([*below, 0.0, *above]) / quantile(PROBABILITY)
+        # they were published as float32 numbers that were computed in float32
+        assert np.abs(values - want).max() < 2.0**-22, (
+            f"{f.name}: its values are {values.tolist()}, its name says {want.tolist()}"
+        )
+    # the nearest value, at a midpoint the lower one; NaN is the highest code (C1, C6)
+    narrow = values.astype(np.float32)
+    halves = (narrow[1:] + narrow[:-1]) / np.float32(2)
+    x = np.concatenate([edges(), neighbours(halves), narrow])
+    code = np.where(np.isnan(x), len(values) - 1, (x[:, None] > halves).sum(1))
+    said = f"{f.name}, by its name"
+    assert_same_bytes(reference.encode_float(x, f), code.astype(f.storage), said, x)
+    assert_same_bytes(reference.decode_float(np.arange(len(values)), f), narrow, f"{said}, values")
+    assert f.max == np.abs(values).max(), f"{f.name}: its largest magnitude is {f.max}"
+
+
+def _to_bfloat16(x: Array) -> Array:
+    """The nearest bfloat16, ties to even: of the two around x, by their distance in float64."""
+    lower = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    upper = (lower.view(np.uint32) + np.uint32(0x10000)).view(np.float32)
+    below, above = (np.abs(x.astype(np.float64) - end) for end in (lower, upper))
+    even = lower.view(np.uint32) >> np.uint32(16) & np.uint32(1) == 0
+    return np.where((below < above) | ((below == above) & even), lower, upper)
 
 
 def _halves(named: FloatName) -> Array:

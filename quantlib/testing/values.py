@@ -26,7 +26,7 @@ def edges() -> Array:
     """
     fractions = {0, 1, 2, 0x3FFFFF, 0x400000, 0x400001, 0x7FFFFE, 0x7FFFFF}
     for f in formats.TABLE:
-        if isinstance(f, FloatFormat):
+        if isinstance(f, FloatFormat) and not f.is_book:
             half = 1 << (22 - f.fraction_bits)  # of the last place
             fractions |= {k * half + d for k in (1, 3) for d in (-1, 0, 1)}
     exponents = np.arange(256, dtype=np.uint32) << np.uint32(23)
@@ -41,6 +41,10 @@ def midpoints(format: str, affine: bool = False) -> Array:
     if isinstance(f, IntFormat):
         qmin, qmax = f.range(affine)
         return _readonly(np.arange(qmin - 1, qmax + 1, dtype=np.float32) + np.float32(0.5))
+    if f.is_book:
+        step = f.values[-1] - f.values[-2]
+        ends = np.array([f.values[0] - step / 2, *f.midpoints, f.values[-1] + step / 2])
+        return _readonly(ends.astype(np.float32))
     values = reference.decode_float(np.arange(f.max_code + 1, dtype=np.uint32), f).astype(np.float64)
     beyond = 2 * values[-1] - values[-2]
     halves = (values + np.append(values[1:], beyond)) / 2

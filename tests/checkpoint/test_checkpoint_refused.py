@@ -340,7 +340,7 @@ FOREIGN: dict[str, dict[str, Tensor]] = {
 def test_models_that_others_quantized(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "in.safetensors"
     save_file({**FOREIGN[kind], "lm.weight": W8}, path)
-    refused(path, f"must hold float weights, got {kind}.*: dequantize it to floats first", capsys)
+    refused(path, f"must hold float weights, got {kind}.*: convert_file", capsys)
     with pytest.raises(ValueError, match=f"must be a model that quantize_file or save_quantized wrote, got {kind}"):
         dequantize_file(path, tmp_path / "out.safetensors")
 

@@ -13,7 +13,7 @@ import pytest
 
 import quantlib
 from quantlib import backends, cli
-from quantlib.cli import main
+from quantlib.cli import VERBS, main
 from quantlib.cli.info import VARIABLES
 
 OPS = ["cast", "compute_scale", "quantize", "dequantize", "quantize_dynamic"]
@@ -63,7 +63,7 @@ def test_a_locale_without_a_character_of_the_output(monkeypatch: pytest.MonkeyPa
         ([], "verb"),
         (
             ["projekt"],
-            "verb must be one of bench, bits, build, check, eval, formats, info, quantize, tune, verify, got 'projekt'",
+            f"verb must be one of {', '.join(VERBS)}, got 'projekt'",
         ),
         (["formats", "--yaml"], "--yaml"),
         (["info", "extra"], "extra"),

@@ -18,7 +18,7 @@ quant = torch.ops.quantlib
 f32, i32, i8, u8, f16, f64 = torch.float32, torch.int32, torch.int8, torch.uint8, torch.float16, torch.float64
 INPUTS = "float32, float16 or bfloat16"
 CASTS = "float32, float16, bfloat16, float8_e4m3fn or float8_e5m2"
-TARGETS = "float16, bfloat16, float8_e4m3fn, float8_e5m2, float4_e2m1fn, int8, uint8 or int4"
+TARGETS = "float16, bfloat16, float8_e4m3fn, float8_e5m2, float4_e2m1fn, nf4, nf4_bf16, int8, uint8 or int4"
 INTEGERS = "int8, uint8 or int4"
 ACTIVATIONS = "None, relu, gelu, gelu_tanh or silu"
 
@@ -103,8 +103,8 @@ QUANTIZING = [
         lambda: quant.quantize(ones(), ones(1), "int8", [1, 1]),
     ),
     (
-        "scale must be float32 [6, 5] on cpu, got bfloat16 [6, 5] on cpu",
-        lambda: quant.quantize(X, S.bfloat16(), "int8", B),
+        "scale must be float32 [6, 5] on cpu, got float64 [6, 5] on cpu",
+        lambda: quant.quantize(X, S.double(), "int8", B),
     ),
     (
         "scale must be float32 [6, 5] on cpu, got float64 [6, 5] on cpu",

@@ -17,6 +17,8 @@ INFINITY = 0x7F800000
 
 def encode_float(x: Tensor, f: FloatFormat, saturate: bool) -> Tensor:
     """[...] float32 -> [...] int32 code of ``f``: nearest, ties to even, rounded once (C3)."""
+    if f.is_book:
+        return encode_book(x, f)
     bits = x.view(torch.int32)
     a = bits & 0x7FFFFFFF
     sign = (bits >> 31 & 1) << (f.bits - 1)
@@ -44,6 +46,8 @@ def decode_float(codes: Tensor, f: FloatFormat) -> Tensor:
     """[...] code of ``f``, in its torch dtype or one a byte -> [...] float32, exact; NaN becomes 0x7FFFFFFF."""
     if f.bits == 32:
         return codes
+    if f.is_book:
+        return torch.tensor(f.values, dtype=torch.float32, device=codes.device)[codes.int() & f.max_code]
     code = (codes.view(torch.int16) if f.bits == 16 else codes.view(torch.uint8)).int() & ((1 << f.bits) - 1)
     a = code & (f.sign_bit - 1)
     # 1. normal: fraction and exponent move up, the exponent to FP32's bias
@@ -62,9 +66,18 @@ def decode_float(codes: Tensor, f: FloatFormat) -> Tensor:
     return bits.view(torch.float32)
 
 
+def encode_book(x: Tensor, f: FloatFormat) -> Tensor:
+    """[...] float32 -> [...] int32 code of the nearest value of a code book; at a midpoint, of the lower (C6)."""
+    # 1. the midpoints below x
+    midpoints = torch.tensor(f.midpoints, dtype=torch.float32, device=x.device)
+    code = torch.bucketize(x, midpoints, out_int32=True)
+    # 2. NaN is the largest value
+    return torch.where(x == x, code, f.nan_code)
+
+
 def effective_scale(s: Tensor, f: Format) -> Tensor:
-    """[...] float32 -> s clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
-    return canonical(s.clamp(SCALE_MIN, f.scale_max))
+    """[...] of any float dtype -> float32, clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
+    return canonical(s.float().clamp(SCALE_MIN, f.scale_max))
 
 
 def canonical(x: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ def encode_float(x, F: tl.constexpr, SATURATE: tl.constexpr, ARCH: tl.constexpr)
     a = bits & 0x7FFFFFFF
     if F.bits == 32:
         code = bits
+    elif F.is_book:
+        code = midpoints_below(x, F)
     elif ARCH >= 80 and F.bits == 16:
         code = convert_16(x, F, SATURATE)
     elif ARCH >= 89 and SATURATE and eight_bits(F) != "":
@@ -122,6 +124,8 @@ def decode_float(code, F: tl.constexpr, ARCH: tl.constexpr):
     """[...] code of F -> [...] float32, exact; NaN stays NaN."""
     if F.bits == 32:
         return float_of(code)
+    if F.is_book:
+        return look_up(code, F, 0, F.max_code + 1)
     if F.bias == 127:
         return float_of(code.to(tl.uint32) << 16)
     if F.bits == 16:
@@ -146,6 +150,40 @@ def decode_float(code, F: tl.constexpr, ARCH: tl.constexpr):
     elif F.has_nan:
         bits = tl.where(a > (F.overflow_code if F.has_inf else F.max_code), NAN, bits)
     return float_of(bits)
+
+
+# ---- code books -----------------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def value_of(F, code):
+    return F.values[code]
+
+
+@triton.constexpr_function
+def midpoint_of(F, code):
+    return F.midpoints[code]
+
+
+@triton.jit
+def midpoints_below(x, F: tl.constexpr):
+    """[...] float32 -> [...] uint32 code of the nearest value; at a midpoint, of the lower (C6)."""
+    code = tl.full(x.shape, 0, tl.uint32)
+    LAST: tl.constexpr = F.max_code
+    for i in tl.static_range(LAST):
+        code += (x > midpoint_of(F, i)).to(tl.uint32)
+    return code
+
+
+@triton.jit
+def look_up(code, F: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """[...] code, its low bits counted from FIRST -> [...] float32: one of COUNT values, by a tree of selections"""
+    if COUNT == 1:
+        return tl.full(code.shape, value_of(F, FIRST), tl.float32)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        low, high = look_up(code, F, FIRST, HALF), look_up(code, F, FIRST + HALF, HALF)
+        return tl.where((code & HALF) != 0, high, low)
 
 
 # ---- ranges: integers that order like the values, so that their extremes are exact and depend on no order -----------
@@ -192,7 +230,8 @@ def range_scale(lowest, highest, X: tl.constexpr, F: tl.constexpr, AFFINE: tl.co
 
 @triton.jit
 def effective_scale(s, F: tl.constexpr):
-    """[...] float32 -> s clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
+    """[...] float -> float32, clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
+    s = s.to(tl.float32)
     clamped = tl.minimum(tl.maximum(s, SCALE_MIN), F.scale_max)
     return tl.where(s == s, clamped, float_of(tl.full(s.shape, NAN, tl.uint32)))
 

@@ -1,0 +1,30 @@
+"""quantlib's own weights, as `Found` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from quantlib.checkpoint.files import Reader
+from quantlib.checkpoint.foreign.found import Found, Tensors
+from quantlib.checkpoint.stored import Contents, Stored
+from quantlib.nn.functional import Weight
+from quantlib.spec import QuantSpec
+
+METHOD = "quantlib"
+
+
+def find(tensors: Tensors) -> Iterator[Found]:
+    for reader in tensors.readers:
+        for name, stored in Contents.of(reader).weights.items():
+            yield weight_of(reader, name, stored)
+
+
+def weight_of(reader: Reader, name: str, stored: Stored) -> Found:
+    def codes(rows: slice) -> Weight:
+        return stored.codes(reader, name, rows)
+
+    parts = tuple(slot.name for slot in stored.slots(name))
+    spec = QuantSpec.parse(stored.spec)
+    return Found(name, METHOD, stored.matrix, torch.float32, parts, spec, codes, float_shape=stored.shape)
