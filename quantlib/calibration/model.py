@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from quantlib.api import (
     stacks_of,
     weight_of,
 )
-from quantlib.calibration.gptq import Rounded, gptq
+from quantlib.calibration.finished import Finished, key_of
+from quantlib.calibration.gptq import gptq
 from quantlib.calibration.stages import Gram, calls_of, run
 from quantlib.measure import check_weight, describe, describe_experts
 from quantlib.nn.experts import QuantExperts
+from quantlib.nn.functional import Weight
 from quantlib.nn.module import QuantModule
 from quantlib.record import record_
 from quantlib.report import Report, aligned
@@ -87,6 +90,7 @@ def calibrate(
     filter_fn: Filter | None = None,
     damping: float = 0.01,
     search: bool = True,
+    folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> CalibrationReport:
     """Quantize the ``nn.Linear`` layers of ``model`` in place, with codes that suit the inputs that it is given.
@@ -113,6 +117,9 @@ def calibrate(
         definite more is added, and the report says how much.
     search : bool
         Look for the scale that leaves the least error, weighted by the energy of each input; else that of `quantize_`.
+    folder : path, optional
+        Where finished layers are kept. A run that was interrupted and is called once more, with the same model, inputs
+        and options, goes on from there to the same bytes. The folder may be deleted afterwards.
     progress : bool, optional
         A bar on stderr with the loss of each layer; by default on a terminal.
 
@@ -165,49 +172,65 @@ def calibrate(
     calls = calls_of(inputs, model)
 
     done = CalibrationReport(Report(skipped=skipped))
+    finished = None
+    if folder is not None:
+        options = (method, damping, search, {name: str(s) for name, s in specs.items()})
+        finished = Finished(Path(folder), key_of(model, calls, *options))
     places = places_of(model)
     first: dict[int, QuantModule] = {}  # id of a float weight -> what it became
     originals = {name: weight_of(layer) for name, layer in layers.items()}
-    with tqdm(
-        total=len(layers), unit="layer", file=sys.stderr, disable=None if progress is None else not progress
-    ) as bar:
+    kept: list[nn.Parameter] = []  # so that no id is used twice
+    shown = None if progress is None else not progress
+    with tqdm(total=len(layers), unit="layer", file=sys.stderr, disable=shown) as bar:
 
-        def quantize(name: str, gram: Gram | None) -> None:
-            layer, s, weight = layers.pop(name), specs[name], originals.pop(name)
+        def replace(name: str, weight: Weight | None, told: LayerCalibration | None, why: str = "") -> None:
+            layer, s, original = layers.pop(name), specs[name], originals.pop(name)
             new: QuantModule
-            if id(weight) in first:
-                new = share_weight(first[id(weight)], layer, s)
-            elif gram is None or not s.scaled:
-                done.data_free[name] = "no token reached it" if gram is None else f"{s} has no scale"
-                new = quantized_type(layer).from_float(layer, s)
+            if id(original) in first:
+                new = share_weight(first[id(original)], layer, s)
             else:
-                try:
-                    found: Rounded = gptq(weight.detach().float(), gram.H, s, damping, search)
-                except ValueError as error:
-                    raise ValueError(f"layer {name}: {error}") from None
-                new = quantized_type(layer).like(layer, s)
-                new._freeze(found.weight)
-                new.weight_codes.requires_grad_(weight.requires_grad)  # which they only remember
-                done.layers.append(
-                    LayerCalibration(name, str(s), gram.tokens, found.loss, found.rounding, found.damping)
-                )
-                bar.set_postfix_str(f"{name[-40:]} {found.loss:.4f}", refresh=False)
-            if id(weight) not in first:
-                first[id(weight)] = new
-                done.report.layers.append(describe(name, weight, new.plain, new.spec))
-                kept.append(weight)
+                if weight is None:
+                    new = quantized_type(layer).from_float(layer, s)
+                else:
+                    new = quantized_type(layer).like(layer, s)
+                    new._freeze(weight)
+                    new.weight_codes.requires_grad_(original.requires_grad)  # which they only remember
+                first[id(original)] = new
+                kept.append(original)
+                done.report.layers.append(describe(name, original, new.plain, new.spec))
+                if told is None:
+                    done.data_free[name] = why
+                else:
+                    done.layers.append(told)
+                    bar.set_postfix_str(f"{name[-40:]} {told.loss:.4f}", refresh=False)
             put(new, layer, places)
             bar.update()
 
-        kept: list[nn.Parameter] = []  # so that no id is used twice
-
         def finish(grams: dict[str, Gram]) -> None:
+            stage: dict[str, tuple[Weight, dict[str, Any]]] = {}
             for name, gram in grams.items():
-                quantize(name, gram)
+                s = specs[name]
+                if not s.scaled or id(originals[name]) in first:
+                    replace(name, None, None, f"{s} has no scale")
+                    continue
+                try:
+                    found = gptq(originals[name].detach().float(), gram.H, s, damping, search)
+                except ValueError as error:
+                    raise ValueError(f"layer {name}: {error}") from None
+                told = LayerCalibration(name, str(s), gram.tokens, found.loss, found.rounding, found.damping)
+                stage[name] = found.weight, asdict(told)
+                replace(name, found.weight, told)
+            if finished is not None:
+                finished.write(stage)
 
+        for name, weight, told in finished.read() if finished is not None else ():
+            device = originals[name].device
+            values, *parts = (None if t is None else t.to(device) for t in weight)
+            assert values is not None
+            replace(name, Weight(values, *parts), LayerCalibration(**told))
         run(model, calls, list(layers), finish)
         for name in list(layers):
-            quantize(name, None)
+            replace(name, None, None, "no token reached it")
     for name, module in experts.items():
         assert common is not None
         codes = QuantExperts.from_float(module, common)

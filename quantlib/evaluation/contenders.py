@@ -17,8 +17,9 @@ from quantlib.calibration import assign, calibrate
 from quantlib.evaluation.subjects import Subject, quiet
 from quantlib.spec import SCHEMES, QuantSpec
 
-GROUPS = (128, 64, 32)
-BUDGETS = (4.5,)  # bits a weight that are assigned
+GROUPS = ("group:128", "group:64:bfloat16", "group:32:bfloat16")  # 4.25, 4.25 and 4.5 bits
+AFFINE = "group:128:affine"  # 4.5 bits
+CALIBRATED = ("W4A16", "int4:group:128", "int4:group:128:affine", "nf4:group:32:bfloat16", "4.5")
 METHOD = "gptq"
 
 
@@ -64,7 +65,7 @@ def ours(text: str) -> Contender:
 
         with quiet():
             if budget is not None:
-                found = assign(model, budget, specs_to_assign(), subject.calibration, filter_fn=chosen, progress=False)
+                found = assign(model, budget, inputs=subject.calibration, filter_fn=chosen, progress=False)
                 reports = [] if plus else found.apply_(model)
             else:
                 found = None
@@ -95,23 +96,16 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
-    """What is measured by itself: `plain_specs`, then those of 4 bits in groups of 128 and the budgets, calibrated."""
-    four = [text for text in plain_specs() if ":group:128" in text and "@" not in text]
-    return [*plain_specs(), *(f"{text}+{METHOD}" for text in four), *(f"{bits}+{METHOD}" for bits in BUDGETS)]
-
-
-def specs_to_assign() -> list[str]:
-    """Every 4-bit format in groups, and int8 a row."""
-    return [text for text in plain_specs() if ":group:" in text and "@" not in text] + ["int8:row"]
+    """What is measured by itself: `plain_specs`, then what is calibrated."""
+    return [*plain_specs(), *(f"{text}+{METHOD}" for text in CALIBRATED)]
 
 
 def plain_specs() -> list[str]:
-    """Every named spec, then every 4-bit format in groups of 128, 64 and 32: equal ones once, in this order."""
-    named = [str(QuantSpec.parse(text)) for text in SCHEMES.values()]
-    named = [text for text in named if QuantSpec.parse(text).scaled]
+    """Every named spec, then every 4-bit format in `GROUPS`: equal ones once, in this order."""
+    named = [text for text in SCHEMES.values() if QuantSpec.parse(text).scaled]
     four = [row for row in formats.TABLE if row.bits == 4]
-    grouped = [f"{row.name}:group:{g}" for row in four for g in GROUPS if row.is_float or row.signed]
-    grouped += [f"{row.name}:group:{g}:affine" for row in four if not row.is_float for g in GROUPS]
+    grouped = [f"{row.name}:{group}" for row in four for group in GROUPS if row.is_float or row.signed]
+    grouped += [f"{row.name}:{AFFINE}" for row in four if not row.is_float]
     return list(dict.fromkeys(str(QuantSpec.parse(text)) for text in [*named, *grouped]))
 
 
