@@ -27,15 +27,19 @@ from quantlib.api import (
     weight_of,
 )
 from quantlib.calibration.finished import Finished, key_of
+from quantlib.calibration.fold import fold_
 from quantlib.calibration.gptq import gptq
 from quantlib.calibration.stages import Gram, calls_of, run
 from quantlib.measure import check_weight, describe, describe_experts
 from quantlib.nn.experts import QuantExperts
 from quantlib.nn.functional import Weight
 from quantlib.nn.module import QuantModule
+from quantlib.ops.check import one_of
 from quantlib.record import record_
 from quantlib.report import Report, aligned
 from quantlib.spec import QuantSpec, check_dynamic
+
+METHODS = ("gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,14 @@ class CalibrationReport:
         The layers with codes that suit their inputs.
     data_free : dict
         Name of a layer that has the codes of `quantize_` -> why.
+    scaled : list of str
+        The layers whose input channels were scaled.
     """
 
     report: Report
     layers: list[LayerCalibration] = field(default_factory=list)
     data_free: dict[str, str] = field(default_factory=dict)
+    scaled: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [("layer", "format", "tokens", "loss", "of rounding", "damping")]
@@ -108,8 +115,11 @@ def calibrate(
         of text like that of later use do for a language model.
     spec : QuantSpec, what `QuantSpec.parse` takes, or a mapping of names of layers to these
         A mapping, as `assign` gives it, leaves layers that it does not name as they are.
-    method : {"gptq"}
-        Columns of a weight are rounded one by one, and the error of each is moved into those that are left.
+    method : {"gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq"}
+        gptq: columns of a weight are rounded one by one, and the error of each is moved into those that are left. awq
+        and smoothquant: channels of the inputs are scaled, and the scales folded into the norm or the layer before,
+        for the least error of the weights, or for activations that are easier to quantize; then weights are rounded.
+        They need a model whose norms and layers have the names of Llama's.
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
     damping : float
@@ -135,15 +145,15 @@ def calibrate(
         For a model that is not a module, or inputs that are no batches.
     ValueError
         For inputs that are empty, of another float dtype or not finite, an unknown spec, method or layer, one with
-        static activations, or a weight that is not finite.
+        static activations, a weight that is not finite, or a model that a method cannot scale.
 
     Notes
     -----
-    Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2023. Sums are
-    made by torch's matrix products, so that codes may differ between machines, but not between runs on one.
+    Frantar et al., GPTQ, 2023; Lin et al., AWQ, 2024; Xiao et al., SmoothQuant, 2023. Sums are made by torch's matrix
+    products, so that codes may differ between machines, but not between runs on one.
     """
-    if method != "gptq":
-        raise ValueError(f"method must be gptq, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be {one_of(METHODS)}, got {method!r}")
     if not 0 < damping < math.inf:
         raise ValueError(f"damping must be a number > 0, got {damping}")
     check_root(model)
@@ -176,6 +186,9 @@ def calibrate(
     if folder is not None:
         options = (method, damping, search, {name: str(s) for name, s in specs.items()})
         finished = Finished(Path(folder), key_of(model, calls, *options))
+    scaling = method.partition("+")[0]
+    if scaling != "gptq":
+        done.scaled = fold_(model, calls, specs, scaling)
     places = places_of(model)
     first: dict[int, QuantModule] = {}  # id of a float weight -> what it became
     originals = {name: weight_of(layer) for name, layer in layers.items()}
@@ -228,9 +241,10 @@ def calibrate(
             values, *parts = (None if t is None else t.to(device) for t in weight)
             assert values is not None
             replace(name, Weight(values, *parts), LayerCalibration(**told))
-        run(model, calls, list(layers), finish)
+        if method.endswith("gptq"):
+            run(model, calls, list(layers), finish)
         for name in list(layers):
-            replace(name, None, None, "no token reached it")
+            replace(name, None, None, "no token reached it" if method.endswith("gptq") else "it was rounded")
     for name, module in experts.items():
         assert common is not None
         codes = QuantExperts.from_float(module, common)

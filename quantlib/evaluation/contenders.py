@@ -13,14 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import api, formats
-from quantlib.calibration import assign, calibrate
+from quantlib.calibration import METHODS, assign, calibrate
 from quantlib.evaluation.subjects import Subject, quiet
 from quantlib.spec import SCHEMES, QuantSpec
 
 GROUPS = ("group:128", "group:64:bfloat16", "group:32:bfloat16")  # 4.25, 4.25 and 4.5 bits
 AFFINE = "group:128:affine"  # 4.5 bits
-CALIBRATED = ("W4A16", "int4:group:128", "int4:group:128:affine", "nf4:group:32:bfloat16", "4.5")
-METHOD = "gptq"
+CALIBRATED = (
+    "W4A16+gptq",
+    "W4A16+awq+gptq",
+    "int4:group:128+gptq",
+    "int4:group:128:affine+gptq",
+    "nf4:group:32:bfloat16+gptq",
+    "4.5+gptq",
+    "W8A8+smoothquant",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Contender:
 
 
 def ours(text: str) -> Contender:
-    """The spec ``text``, or a number of bits a weight to be assigned; with ``+gptq`` at its end, calibrated.
+    """The spec ``text``, or a number of bits a weight to be assigned; calibrated with a method, as ``+gptq``, after it.
 
     Raises
     ------
@@ -54,8 +61,8 @@ def ours(text: str) -> Contender:
         For text that is none of these.
     """
     name, plus, method = text.partition("+")
-    if plus and method != METHOD:
-        raise ValueError(f"--to must be a spec, or one with +{METHOD}, got {text!r}")
+    if plus and method not in METHODS:
+        raise ValueError(f"--to must be a spec, or one with a method behind it, +{' or +'.join(METHODS)}, got {text!r}")
     budget = number(name)
     spec = QuantSpec.parse(name) if budget is None else None
 
@@ -72,14 +79,14 @@ def ours(text: str) -> Contender:
                 reports = [] if plus else [api.quantize_(model, spec, chosen)]
             if plus:
                 to = spec if found is None else found
-                reports = [calibrate(model, subject.calibration, to, METHOD, filter_fn=chosen, progress=False).report]
+                reports = [calibrate(model, subject.calibration, to, method, filter_fn=chosen, progress=False).report]
         if spec is None or spec.activation is None:
             api.dequantize_(model)  # the values of the codes: what is measured is their loss, and floats are faster
         layers = [layer for report in reports for layer in report.layers]
         return 8 * sum(layer.bytes_after for layer in layers) / sum(math.prod(layer.shape) for layer in layers)
 
     title = f"assigned, {budget:g} bits" if spec is None else titled(spec)
-    return Contender(f"{title}, {METHOD.upper()}" if plus else title, apply)
+    return Contender(f"{title}, {method.upper()}" if plus else title, apply)
 
 
 def number(text: str) -> float | None:
@@ -97,7 +104,7 @@ def titled(spec: QuantSpec) -> str:
 
 def specs() -> list[str]:
     """What is measured by itself: `plain_specs`, then what is calibrated."""
-    return [*plain_specs(), *(f"{text}+{METHOD}" for text in CALIBRATED)]
+    return [*plain_specs(), *CALIBRATED]
 
 
 def plain_specs() -> list[str]:
@@ -215,6 +222,6 @@ def bitsandbytes(double: bool) -> Callable[[Tensor], Tensor]:
 
 
 def made(contender: Contender, subject: Subject) -> tuple[nn.Module, float]:
-    """A copy of the subject's model that ``contender`` quantized, and its bits a weight. What stays float is shared."""
-    model = copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
+    """A copy of the subject's model that ``contender`` quantized, and its bits a weight."""
+    model = copy.deepcopy(subject.model)
     return model, contender.apply(model, subject)

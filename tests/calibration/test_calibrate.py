@@ -245,7 +245,7 @@ def test_inputs_that_are_refused_leave_the_model_as_it_was(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "rounding"}, "method must be gptq, got 'rounding'"),
+        ({"method": "rounding"}, "method must be gptq, awq, smoothquant, .* got 'rounding'"),
         ({"damping": 0}, "damping must be a number > 0, got 0"),
         ({"spec": "int5"}, "spec must be"),
         ({"spec": "int8@int8:tensor:static"}, "spec must have activations whose scales follow the input"),

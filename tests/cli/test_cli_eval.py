@@ -57,6 +57,10 @@ def test_a_language_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [row["scores"]["tokens"] for row in rows] == [256, 256]
     losses = [row["scores"]["kl"]["mean"] for row in rows]
     assert 0 < losses[0] < losses[1]
+    calibrated = told(capsys, folder, "--to", "int4:group:32+gptq", "W8A8+smoothquant", "--tokens", 256, "--length", 64)
+    names = [row["name"] for row in calibrated["rows"][1:]]
+    assert names == ["int4:group:32, GPTQ", "int8:row@int8:row (W8A8), SMOOTHQUANT"]
+    assert calibrated["rows"][1]["scores"]["kl"]["mean"] < losses[1]
     assert list(rows[0]["scores"]["parts"]) == list(subjects.TEXTS)
     assert main(["eval", str(folder), "--to", "int8:row", "--tokens", "256", "--length", "64"]) == 0
     out = capsys.readouterr().out
@@ -123,7 +127,7 @@ def test_peers_that_are_not_installed_are_named(
     [
         (["no/such/model"], "MODEL must be smollm2, minilm, a folder, or a model in the cache of transformers, got"),
         (["FOLDER", "--to", "int5"], "spec must be format"),
-        (["FOLDER", "--to", "int4+awk"], "--to must be a spec, or one with +gptq, got 'int4+awk'"),
+        (["FOLDER", "--to", "int4+awk"], "--to must be a spec, or one with a method behind it, +gptq or +awq or "),
         (["FOLDER", "--tokens", "0"], "--tokens must be an integer >= 1, got '0'"),
         (["FOLDER", "--length", "1"], "--length must be an integer >= 2, got 1"),
         (["FOLDER", "--tokens", "9999999"], "--tokens must be at most "),
