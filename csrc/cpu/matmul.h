@@ -82,9 +82,17 @@ struct WeightRows {
   }
   // out[j] = scale(n, J + j) for j < count
   void row_scales(int64_t n, int64_t J, int64_t count, float* __restrict__ out) const {
-    const float* from = w.scale + n / br * cols + J;
+    const int64_t at = (br == 1 ? n : n / br) * cols + J;
     const float largest = float_of(format.scale_max);
-    for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(from[j], largest);
+    if (!w.narrow_scale) {
+      for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(w.scale[at + j], largest);
+    } else if (w.narrow_type == Type::bfloat16) {
+      for (int64_t j = 0; j < count; ++j)
+        out[j] = effective_scale(decode_float<bfloat16>(w.narrow_scale[at + j]), largest);
+    } else {
+      for (int64_t j = 0; j < count; ++j)
+        out[j] = effective_scale(decode_float<float16>(w.narrow_scale[at + j]), largest);
+    }
   }
   int32_t zero_point(int64_t n, int64_t J) const {
     return w.zero_point ? clamp_zero_point(w.zero_point[n / br * cols + J], format) : 0;
