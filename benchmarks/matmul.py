@@ -34,7 +34,7 @@ SHAPES = {  # (N, K)
 ROWS = {"cpu": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}  # M
 CACHE = 32 << 20  # bytes; the weights that take turns exceed three times that
 LARGE = 1 << 25  # codes
-W8A16, W4A16, W8A8 = map(QuantSpec.parse, ("W8A16", "W4A16", "W8A8"))
+W8A16, W4A16, W8A8 = map(QuantSpec.parse, ("W8A16", "int4:group:128", "W8A8"))
 
 
 def sizes(quick: bool, rows: Sequence[int], common: dict[str, Any]) -> list[tuple[int, int, int]]:

@@ -4,16 +4,17 @@
 
 namespace quantlib {
 
-// The FP32 bits of the values of F
+// The FP32 bits of the values of F: of a constant code, or a table in memory, which kernels of a GPU have no use for.
 template <class F>
 struct Book;
-#define QL_BOOK(NAME, ...)                                    \
-  template <>                                                 \
-  struct Book<NAME> {                                         \
-    static constexpr QL_MEMBER uint32_t bits(uint32_t code) { \
-      constexpr uint32_t values[] = {__VA_ARGS__};            \
-      return values[code];                                    \
-    }                                                         \
+#define QL_BOOK(NAME, ...)                                         \
+  template <>                                                      \
+  struct Book<NAME> {                                              \
+    alignas(64) static constexpr uint32_t table[] = {__VA_ARGS__}; \
+    static constexpr QL_MEMBER uint32_t bits(uint32_t code) {      \
+      constexpr uint32_t values[] = {__VA_ARGS__};                 \
+      return values[code];                                         \
+    }                                                              \
   };
 QL_BOOKS(QL_BOOK)
 #undef QL_BOOK

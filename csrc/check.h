@@ -169,10 +169,13 @@ inline Grid check_block(const char* op, SizesView sizes, const Sizes& block) {
   return grid;
 }
 
-// scale is float32 of one value a block; zero_point has its shape and is int32, inside an integer format's range.
+// scale is float32, float16 or bfloat16, of one value a block; zero_point has its shape and is int32, inside an integer
+// format's range.
 inline void check_scale(const char* op, const Tensor& scale, const std::optional<Tensor>& zero_point, const Format& f,
                         const Sizes& expected, Device device) {
-  check_tensor(op, "scale", scale, {expected, aoti_torch_dtype_float32()}, device);
+  const int32_t dtype = scale.dtype();
+  const bool narrow = dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16();
+  check_tensor(op, "scale", scale, {expected, narrow ? dtype : aoti_torch_dtype_float32()}, device);
   if (!zero_point) return;
   if (f.is_float) fail(op, "zero_point", std::string("None for ") + f.name, "a tensor");
   check_tensor(op, "zero_point", *zero_point, {expected, aoti_torch_dtype_int32()}, device);

@@ -21,8 +21,11 @@ struct Weight {
   Grid grid;          // M is N here: [N, K]
   const void* codes;  // [N, K], or [N, ceil(K / 2)] bytes where the format is packed
   Type format;
-  const float* scale;         // [ceil(N / br), ceil(K / bk)]
+  const float* scale;         // [ceil(N / br), ceil(K / bk)]; null where there are narrow scales
   const int32_t* zero_point;  // the same shape, or null: symmetric
+  // The same scales of 16 bits, for the kernels of CPUs that multiply floats; else null
+  const uint16_t* narrow_scale = nullptr;
+  Type narrow_type = Type::bfloat16;  // or float16
 };
 
 enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };

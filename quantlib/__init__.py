@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantlib import nn, reference
     from quantlib.api import dequantize_, quantize_
     from quantlib.backends import library_path, use_backend
+    from quantlib.calibration import assign, calibrate
     from quantlib.evaluation import evaluate
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from quantlib.spec import W4A8, W4A16, W8A8, W8A16, QuantSpec
 
 _HOME = {
+    "assign": "calibration",
+    "calibrate": "calibration",
     "cast": "ops",
     "compute_scale": "ops",
     "convert_": "qat",
@@ -68,6 +71,8 @@ __all__ = [
     "W8A8",
     "W8A16",
     "QuantSpec",
+    "assign",
+    "calibrate",
     "cast",
     "compute_scale",
     "convert_",

@@ -74,6 +74,9 @@ class BuildError(RuntimeError):
         self.log = log
 
 
+CHANGED = "{} or a header of it changed while it was compiled: build again"
+
+
 def mode() -> str:
     """``QUANTLIB_BUILD``: "auto", "0" or "1"."""
     value = os.environ.get("QUANTLIB_BUILD", "auto")
@@ -206,7 +209,10 @@ class Recipe:
             self.linker, self.needs = (*self.linker, "-cudart", "static"), ["libtorch_cpu.so", "libtorch_cuda.so"]
         else:
             self.linker = (*self.linker, *cxxflags())
-        self.key = _digest(" ".join(self.linker).encode(), *(u.key(self._platform).encode() for u in self.units))
+        self.key = self._digest_of_units()
+
+    def _digest_of_units(self) -> str:
+        return _digest(" ".join(self.linker).encode(), *(u.key(self._platform).encode() for u in self.units))
 
     def build(self, out: Path, objects: Path) -> None:
         """Compile what ``objects`` does not hold yet and link it into ``out``, which appears whole or not at all."""
@@ -226,6 +232,8 @@ class Recipe:
                 needed = [word for stub in ("--no-as-needed", *stubs) for word in ("-Xlinker", stub)]  # nvcc keeps them
                 command = [*self.linker, "-shared", "-o", str(library), *made, *needed]
                 compilers.run(command, f"linking {out.name}")
+                if self._digest_of_units() != self.key:
+                    raise BuildError(CHANGED.format("a source"))
                 _place(library, out)
 
     def object(self, unit: Unit) -> str:
@@ -244,6 +252,8 @@ class Recipe:
             )
             command = [*unit.compiler, *unit.flags, *include, "-c", str(unit.source), "-o", str(new)]
             compilers.run(command, str(unit.source.relative_to(CSRC)))
+            if self.object(unit) != made.name:  # and nobody knows which of its texts the compiler has read
+                raise BuildError(CHANGED.format(unit.source.relative_to(CSRC)))
             _place(new, made)
             _seal(made)
         return str(made)

@@ -64,6 +64,11 @@ class Stored:
         """Elements of ``storage`` that hold a row of ``size`` codes."""
         return (size + self.per_byte - 1) // self.per_byte if self.packed else size
 
+    @cached_property
+    def zero_byte(self) -> int:
+        """What `storage` holds where every code is that of 0."""
+        return 0
+
     def sizes(self, columns: int) -> tuple[int, ...]:
         """The sizes of a row that take ``columns`` elements of ``storage``, in ascending order."""
         return tuple(columns * self.per_byte - i for i in reversed(range(self.per_byte)))
@@ -130,6 +135,13 @@ class FloatFormat(Stored):
     @cached_property
     def has_negative_zero(self) -> bool:
         return self.nan != "negative zero" and not self.values
+
+    @cached_property
+    def zero_byte(self) -> int:
+        if not self.values:
+            return 0
+        code = min(range(len(self.values)), key=lambda i: abs(self.values[i]))
+        return sum(code << (i * self.bits) for i in range(self.per_byte))
 
     @cached_property
     def midpoints(self) -> tuple[float, ...]:

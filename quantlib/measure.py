@@ -54,6 +54,7 @@ class Sums:
 def squared_error(x: Tensor, weight: Weight, spec: QuantSpec) -> tuple[float, float] | None:
     """The sums of squares of x [M, K] and of its error, by one pass in C++; None where that does not serve."""
     codes, scale, zero_point = weight
+    scale = None if scale is None else scale.float()
     kernel = _kernel() if scale is not None and x.device.type == "cpu" and x.dtype in SOURCES else None
     given = [t for t in (x, codes, scale, zero_point) if t is not None]
     if kernel is None or not all(type(t.detach()) is Tensor and t.is_contiguous() for t in given) or not x.numel():

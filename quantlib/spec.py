@@ -1,11 +1,12 @@
 """What a weight is projected to: a format, how many weights share a scale, symmetric or affine; and the activations.
 
-As text, ``format[:per][:affine][@activation[:static]]``, where a weight and an activation are written alike::
+As text, ``format[:per][:affine][:scale][@activation[:static]]``, where a weight and an activation are written alike::
 
     int8                 int8, one scale a row (per channel, the default of int8)
     int4:group:32        int4, one scale for 32 weights of a row
     int8:tile:128        int8, one scale for a tile of 128 x 128 weights
     uint8:row:affine     uint8 with a zero point
+    int4:group:32:bfloat16    int4, whose scales are kept in bfloat16 or float16 instead of float32
     bfloat16             a plain cast: no scale
     int8:row@int8:row    int8 weights, and activations quantized to int8 per token as they arrive
     int8:channel@int8:token    the same: a channel is a row of the weight, a token is a row of the activations
@@ -29,7 +30,7 @@ from quantlib.formats import Format
 SCHEMES = {
     "w8a16": "int8:row",
     "w8a8": "int8:row@int8:row",
-    "w4a16": "int4:group:128",
+    "w4a16": "nf4_bf16:group:64:bfloat16",  # before 2026-11: int4:group:128, of the same size
     "w4a8": "int4:group:128@int8:row",
     "fp16": "float16",
     "bf16": "bfloat16",
@@ -38,9 +39,11 @@ SCHEMES = {
 }
 
 GRAMMAR = (
-    "format[:tensor|:row|:group:N|:tile:N][:affine][@activation[:static]], e.g. int8:row, int4:group:32, W8A16, W8A8"
+    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16][@activation[:static]], "
+    "e.g. int8:row, int4:group:32, W8A16, W8A8"
 )
 TARGETS = tuple(f.name for f in formats.TABLE)
+SCALES = ("float32", "bfloat16", "float16")  # what a scale may be kept in
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class QuantSpec:
         ``nf4``, ``nf4_bf16``, ``int8``, ``uint8``, ``int4``.
     per : {"tensor", "row", "channel", "token", "group", "group:N", "tile:N"}, optional
         The weights that share a scale: all, an output row, N neighbours in a row, a tile of N x N. "channel" and
-        "token" are other words for "row": that of a weight, and that of an activation. By default "row" for 8 bits
-        and "group:128" for 4; 16-bit floats have no scale by default and are cast.
+        "token" are other words for "row": that of a weight, and that of an activation. By default "row" for 8 bits,
+        "group:64" for code books and "group:128" for other formats of 4; 16-bit floats have no scale by default and are
+        cast.
     symmetric : bool, optional
         False gives integer formats a zero point. True by default; False for ``uint8``, whose codes have no sign.
     activation : QuantSpec or str, optional
@@ -63,6 +67,9 @@ class QuantSpec:
     static : bool
         Of an activation per tensor: its scale is kept with the layer, and does not follow the input. It comes from
         `prepare_qat_` and `convert_`.
+    scale : {"float32", "bfloat16", "float16"}
+        The dtype that the scales of a weight are kept in: 16 bits halve what they take. They are rounded before the
+        codes are made, and are exact in float32, in which they are multiplied.
     group_size : int, optional
         N of a scale per group; the attribute `per` says it afterwards.
 
@@ -74,7 +81,7 @@ class QuantSpec:
     Examples
     --------
     >>> QuantSpec.parse("W4A16")
-    QuantSpec(format='int4', per='group:128', symmetric=True, activation=None, static=False)
+    QuantSpec(format='nf4_bf16', per='group:64', symmetric=True, activation=None, static=False, scale='bfloat16')
     >>> QuantSpec("int4", per="group", group_size=32) == QuantSpec.parse("int4:group:32")
     True
     >>> QuantSpec("int8", per="group:64", symmetric=False).block((4096, 4096))
@@ -86,6 +93,7 @@ class QuantSpec:
     symmetric: bool | None = None
     activation: QuantSpec | None = None
     static: bool = False
+    scale: str = "float32"
     group_size: InitVar[int | None] = None
 
     def __post_init__(self, group_size: int | None) -> None:
@@ -103,12 +111,21 @@ class QuantSpec:
             raise ValueError(f"symmetric must be False for {row.name}, which has no negative codes, got True")
         if self.static and (per != "tensor" or self.activation is not None):
             raise ValueError(f"static must be False but for an activation with one scale, per tensor, got per {per}")
+        scale = str(self.scale).removeprefix("torch.")
+        if scale not in SCALES:
+            raise ValueError(f"scale must be {', '.join(SCALES[:-1])} or {SCALES[-1]}, got {self.scale!r}")
+        if scale != "float32" and (per is None or self.static):
+            what = "a static activation" if self.static else f"{row.name} without a scale"
+            raise ValueError(f"scale must be float32 for {what}, got {scale}")
         activation = None if self.activation is None else QuantSpec.parse(self.activation)
         if activation is not None and activation.activation is not None:
             raise ValueError(f"activation must be a format without an activation of its own, got {activation}")
         if activation is not None and activation.per is None:
             raise ValueError(f"activation must have a scale, got {activation}, a plain cast: convert the input instead")
-        for name, value in (("format", row.name), ("per", per), ("symmetric", symmetric), ("activation", activation)):
+        if activation is not None and activation.scale != "float32":
+            raise ValueError(f"activation must have scales of float32, got {activation}")
+        settled = {"format": row.name, "per": per, "symmetric": symmetric, "activation": activation, "scale": scale}
+        for name, value in settled.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -127,11 +144,13 @@ class QuantSpec:
         weight, at, activation = SCHEMES.get(whole, whole).partition("@")
         name, *words = SCHEMES.get(weight, weight).split(":")
         static = words[-1:] == ["static"] and bool(words.pop())
+        scale = words.pop() if words[-1:] and words[-1] in SCALES else "float32"
         affine = words[-1:] == ["affine"] and bool(words.pop())
         try:
             if at and not activation:
                 raise ValueError("an activation must follow the @")
-            return cls(name, ":".join(words) or None, False if affine else None, activation or None, static)  # type: ignore[arg-type]
+            per = ":".join(words) or None
+            return cls(name, per, False if affine else None, activation or None, static, scale)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"spec must be {GRAMMAR}, got {spec!r}: {error}") from None
 
@@ -175,16 +194,24 @@ class QuantSpec:
         """Bytes of the codes, the scales and the zero points of a weight of ``shape``."""
         M, K = matrix_shape(self.codes_shape(shape))
         blocks = self.scale_shape(shape)[0] * self.scale_shape(shape)[1] if self.scaled else 0
-        return M * K * max(self.row.bits, 8) // 8 + blocks * (4 if self.symmetric else 8)
+        return M * K * max(self.row.bits, 8) // 8 + blocks * (self.scale_bytes + (0 if self.symmetric else 4))
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale."""
+        return formats.FORMATS[self.scale].bits // 8
 
     def __str__(self) -> str:
-        words = (self.format, self.per, "" if self.symmetric else "affine", "static" if self.static else "")
+        scale = "" if self.scale == "float32" else self.scale
+        words = (self.format, self.per, "" if self.symmetric else "affine", scale, "static" if self.static else "")
         text = ":".join(word for word in words if word)
         return text if self.activation is None else f"{text}@{self.activation}"
 
 
 def default_per(row: Format) -> str | None:
-    """What shares a scale unless told otherwise: the fewer bits, the fewer weights."""
+    """What shares a scale unless told otherwise: the fewer bits, the fewer weights. Others ship code books so."""
+    if isinstance(row, formats.FloatFormat) and row.is_book:
+        return "group:64"
     return {16: None, 8: "row"}.get(row.bits, "group:128")
 
 

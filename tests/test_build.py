@@ -118,6 +118,21 @@ def test_a_header_is_of_those_that_include_it(tree: Path) -> None:
 
 
 @compiler
+def test_what_changes_while_it_is_compiled_is_not_kept(tree: Path) -> None:
+    """The object would have the name of the old text and the code of the new one, or the other way round."""
+    editor = tree / "editor"  # a compiler in whose time somebody edits a header
+    editor.write_text(
+        f'#!/bin/sh\ncase "$*" in *op.cpp*) echo "// edited" >> {tree}/csrc/numbers.h;; esac\nexec c++ "$@"\n'
+    )
+    editor.chmod(0o755)
+    said = build(tree, CXX=str(editor), MAX_JOBS="1")
+    assert "cpu/op.cpp or a header of it changed while it was compiled: build again" in said
+    assert not list((tree / "cache").glob("*.so"))
+    editor.write_text('#!/bin/sh\nexec c++ "$@"\n')
+    assert Path(build(tree, CXX=str(editor))).exists()
+
+
+@compiler
 def test_every_header_that_a_compiler_reads_is_known() -> None:
     """Of every source that this machine can preprocess: what `Unit.read` finds is what the compiler says."""
     if not (ROOT / "csrc").is_dir():

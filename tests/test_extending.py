@@ -17,7 +17,7 @@ import pytest
 
 from quantlib import _build, backends, formats
 from quantlib.cli.info import instruction_set
-from quantlib.formats import FloatFormat, Format, IntFormat
+from quantlib.formats import NF4, FloatFormat, Format, IntFormat, book
 from quantlib.testing import names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +69,7 @@ WRONG = {
     "another exponent": FloatFormat("float6_e3m2fn", 2, 3, 1, False, "none"),
     "a sign": IntFormat("uint4", 4, True, 2),
     "fewer bits": IntFormat("uint4", 2, False, 4),
+    "another value of a code book": book("nf4", (*NF4[:8], NF4[8] + 2.0**-20, *NF4[9:])),
 }
 END_OF_TABLE = ")  # fmt: skip\n\nFORMATS"
 

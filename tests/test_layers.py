@@ -27,6 +27,7 @@ FLOORS = [
     {"qat"},
     {"checkpoint"},
     {"hf", "onnx"},
+    {"calibration"},
     {"evaluation"},
     {"cli", "examples"},
     {"__main__"},

@@ -35,16 +35,16 @@ QL_KERNEL(squared_error, SquaredError)
 
 class Backend {
  public:
-  static constexpr bool reads_values = true, takes_tiles = false;
+  static constexpr bool reads_values = true, takes_tiles = false, takes_narrow_scales = true;
 
   explicit Backend(Device) {}
   template <class Problem>
   void run(const Problem& problem) const {
     launch(problem);
   }
-  float least_scale(const float* scale, int64_t n) const {
+  float least_scale(const void* scale, Type type, int64_t n) const {
     float least = 0.0f;
-    run(LeastScale{scale, n, &least});
+    run(LeastScale{scale, type, n, &least});
     return least;
   }
 };

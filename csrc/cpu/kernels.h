@@ -15,7 +15,8 @@ bool has_amx();
 
 // least = the least scale[n] that is negative, or 0: no op, but the one check that reads much memory
 struct LeastScale {
-  const float* scale;  // [n]
+  const void* scale;  // [n] of `type`: float32, float16 or bfloat16
+  Type type;
   int64_t n;
   float* least;
 };

@@ -46,22 +46,6 @@ struct Lanes<Floats> {
   static QL_MEMBER Floats of(Ints a) { return __builtin_convertvector(a, Floats); }
 };
 
-#if defined(__AVX2__)
-// A table of sixteen values fills one register of AVX-512, or two of AVX2.
-template <>
-struct LookUp<Floats> {
-  template <class F>
-  static QL_MEMBER Floats of(Bits<Floats> code) {
-    Floats low, high;
-    for (uint32_t l = 0; l < kLanes; ++l) {
-      low[l] = float_of(Book<F>::bits(l));
-      high[l] = float_of(Book<F>::bits((l + kLanes) % 16));
-    }
-    return __builtin_shuffle(low, high, Ints<Floats>(code & uint32_t(F::max_code)));
-  }
-};
-#endif
-
 // Memory at any address.
 template <class V>
 QL_FN V load(const void* p) {
@@ -73,6 +57,18 @@ template <class V>
 QL_FN void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+
+#if defined(__AVX2__)
+// A table of sixteen values fills one register of AVX-512, or two of AVX2.
+template <>
+struct LookUp<Floats> {
+  template <class F>
+  static QL_MEMBER Floats of(Bits<Floats> code) {
+    const auto low = load<Floats>(Book<F>::table), high = load<Floats>(Book<F>::table + kLanes % 16);
+    return __builtin_shuffle(low, high, Ints<Floats>(code & uint32_t(F::max_code)));
+  }
+};
+#endif
 
 // The registers of `from` to `to`, past the caches: for results too large to be found there again.
 QL_FN void stream(const void* from, char* to, int64_t bytes) {

@@ -12,13 +12,26 @@ namespace QL_ISA {
 
 using Int32s = Ints<Floats>;
 
-// Rows of w, `stride` bytes apart. Meanwhile memory fetches `lines` lines of 64 bytes of each of next_rows other rows.
+// Rows of w, `stride` bytes apart
 struct RowsOfW {
   const char* data;
   int64_t stride;
-  const char* next;
-  int64_t next_stride, lines;
-  int64_t next_rows;
+};
+
+// What memory fetches meanwhile: of the rows of w that come next a line of 64 bytes each with every 64 bytes that are
+// multiplied, and of the rows of y that come of this one row, to be written.
+struct Ahead {
+  const char* w;
+  int64_t w_stride, w_rows, w_lines;
+  const char* y;
+  int64_t y_stride, y_rows, y_bytes;
+
+  QL_MEMBER void fetch(int64_t step) const {
+    if (step < w_lines)
+      for (int64_t r = 0; r < w_rows; ++r) __builtin_prefetch(w + r * w_stride + 64 * step, 0, 2);
+    if (step < y_rows)
+      for (int64_t at = 0; at < y_bytes; at += 64) __builtin_prefetch(y + step * y_stride + at, 1, 3);
+  }
 };
 
 // Panels of x, `stride` bytes from one to the next
@@ -27,17 +40,13 @@ struct PanelsOfX {
   int64_t stride;
 };
 
-// d[n * stride + m]; a product is added to what is there, or takes its place
+// Row n of w and row l of panel v of x: d[v * stride + n * kLanes + l]. A product is added to what is there, or takes
+// its place.
 struct Sums {
   uint32_t* d;
   int64_t stride;
   bool add;
 };
-
-QL_FN void fetch(const RowsOfW& w, int64_t line) {
-  if (line >= w.lines) return;
-  for (int64_t r = 0; r < w.next_rows; ++r) __builtin_prefetch(w.next + r * w.next_stride + 64 * line, 0, 2);
-}
 
 // ---- registers ------------------------------------------------------------------------------------------------------
 
@@ -85,16 +94,16 @@ struct Bytes {
 
 // V panels of x by kSums / V rows of w, of which `bytes` are multiplied, a multiple of four
 template <class Dot, int V>
-static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, Sums to) {
+static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) {
   constexpr int R = kSums / V;
   Int32s sum[R][V];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = to.add ? load<Int32s>(to.d + r * to.stride + v * kLanes) : Int32s{};
+    for (int v = 0; v < V; ++v) sum[r][v] = to.add ? load<Int32s>(to.d + v * to.stride + r * kLanes) : Int32s{};
   for (int64_t k = 0; k < bytes; k += 4) {
     Int32s a[V];
-    if (k % 64 == 0) fetch(w, k / 64);
+    if (k % 64 == 0) ahead.fetch(k / 64);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) a[v] = load<Int32s>(x.data + v * x.stride + k * kLanes);
 #pragma GCC unroll 24
@@ -107,17 +116,18 @@ static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, Sum
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(to.d + r * to.stride + v * kLanes, sum[r][v]);
+    for (int v = 0; v < V; ++v) store(to.d + v * to.stride + r * kLanes, sum[r][v]);
 }
 
 template <class Dot>
-static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOfX x, int64_t bytes, Sums to) {
+static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead,
+                               Sums to) {
   constexpr decltype(&multiply_registers<Dot, 1>) kernels[kPanels] = {
       multiply_registers<Dot, 1>, multiply_registers<Dot, 2>, multiply_registers<Dot, 3>, multiply_registers<Dot, 4>};
   const int64_t step = kSums / panels;
   for (int64_t r = 0; r < rows; r += step) {
-    kernels[panels - 1](w, x, bytes, to);
-    w.data += step * w.stride, to.d += step * to.stride, w.next_rows = 0;
+    kernels[panels - 1](w, x, bytes, r == 0 ? ahead : Ahead{}, to);
+    w.data += step * w.stride, to.d += step * kLanes;
   }
 }
 
@@ -126,16 +136,15 @@ static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOf
 #ifdef QL_AMX
 // V <= 2 panels of x by 32 rows of w, signed; `bytes` is a multiple of 64
 template <int V, bool SIGNED>
-QL_TILES static void multiply_tiles(const RowsOfW& w, PanelsOfX x, int64_t bytes, Sums to) {
-  const int64_t row = to.stride * 4;
-  uint32_t *upper = to.d, *lower = to.d + 16 * to.stride;
+QL_TILES static void multiply_tiles(const RowsOfW& w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) {
+  uint32_t *d = to.d, *second = to.d + to.stride;
   QL_TILE_MEMORY();
   if (to.add) {
-    _tile_loadd(0, upper, row);
-    _tile_loadd(2, lower, row);
+    _tile_loadd(0, d, 64);
+    _tile_loadd(2, d + 256, 64);
     if constexpr (V == 2) {
-      _tile_loadd(1, upper + 16, row);
-      _tile_loadd(3, lower + 16, row);
+      _tile_loadd(1, second, 64);
+      _tile_loadd(3, second + 256, 64);
     }
   } else {
     _tile_zero(0);
@@ -159,13 +168,13 @@ QL_TILES static void multiply_tiles(const RowsOfW& w, PanelsOfX x, int64_t bytes
       if constexpr (SIGNED) _tile_dpbssd(3, 5, 7);
       else _tile_dpbsud(3, 5, 7);
     }
-    fetch(w, k / 64);
+    ahead.fetch(k / 64);
   }
-  _tile_stored(0, upper, row);
-  _tile_stored(2, lower, row);
+  _tile_stored(0, d, 64);
+  _tile_stored(2, d + 256, 64);
   if constexpr (V == 2) {
-    _tile_stored(1, upper + 16, row);
-    _tile_stored(3, lower + 16, row);
+    _tile_stored(1, second, 64);
+    _tile_stored(3, second + 256, 64);
   }
   QL_TILE_MEMORY();
 }

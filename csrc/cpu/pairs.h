@@ -1,4 +1,7 @@
 // The values of 32 codes of at most eight bits, less a zero point, as a register of BF16, which holds them exactly.
+//
+// Word p of the register is the code with the index order(p): an order in which few instructions leave them. The values
+// of x that they meet are packed in the same order.
 #pragma once
 #include "lanes.h"
 #include "loops.h"
@@ -17,14 +20,20 @@ QL_FN __m512i upper_halves(Floats low, Floats high) {
   return _mm512_permutex2var_epi16(same_bits<__m512i>(low), load_words(place), same_bits<__m512i>(high));
 }
 
-// Integers of a byte: by FP32, whose lower half they leave empty.
+struct NaturalOrder {
+  static constexpr int order(int p) { return p; }
+};
+
+// Integers of a byte: by FP32, whose lower half they leave empty. A code shares 32 bits with that 16 places behind it.
 template <class F, bool AFFINE>
 struct BytePairs {
+  static constexpr int order(int p) { return p / 2 + p % 2 * 16; }
   __m512i zero_point;
 
   QL_MEMBER explicit BytePairs(int32_t z) : zero_point(_mm512_set1_epi32(z)) {}
   QL_MEMBER Floats operator()(const char* codes) const {
-    return same_bits<Floats>(upper_halves(sixteen(codes), sixteen(codes + 16)));
+    const auto low = bits_of(sixteen(codes)) >> 16, high = bits_of(sixteen(codes + 16));
+    return same_bits<Floats>(_mm512_mask_blend_epi16(0xaaaaaaaa, same_bits<__m512i>(low), same_bits<__m512i>(high)));
   }
 
  private:
@@ -50,10 +59,12 @@ constexpr bool in_pairs = [] {
   } else return F::fraction_bits <= 7 && F::bias + F::fraction_bits <= 21 && F::max < uint32_t(127 + 20) << 23;
 }();
 
-// Two codes a byte: looked up. The instruction takes the five lowest bits of a word, so the table holds all twice.
+// Two codes a byte: looked up. 16 bytes hold every fourth code in the lowest bits of a word, and so they do shifted by
+// 4, 8 and 12. The instruction takes the five lowest bits of a word, so the table holds all twice.
 template <class F>
 struct NibblePairs {
-  __m512i value;
+  static constexpr int order(int p) { return p % 8 * 4 + p / 8; }
+  __m512i value, shift;
 
   QL_MEMBER explicit NibblePairs(int32_t z) {
     Ints<Floats> q;
@@ -62,17 +73,20 @@ struct NibblePairs {
     if constexpr (F::is_float) values = decode_float<F, Floats>(same_bits<Bits<Floats>>(q));
     else values = Lanes<Floats>::of(q - z);
     value = upper_halves(values, values);
+    uint16_t shifts[32];
+    for (int p = 0; p < 32; ++p) shifts[p] = uint16_t(p / 8 * 4);
+    shift = load_words(shifts);
   }
   QL_MEMBER Floats operator()(const char* codes) const {
-    const __m512i bytes = _mm512_maskz_cvtepu8_epi32(0xffff, load<__m128i>(codes));
-    const __m512i nibbles = _mm512_or_si512(bytes, _mm512_maskz_slli_epi32(0xffff, bytes, 12));
+    const __m512i four_times = _mm512_maskz_broadcast_i32x4(0xffff, load<__m128i>(codes));
+    const __m512i nibbles = _mm512_srlv_epi16(four_times, shift);
     return same_bits<Floats>(_mm512_maskz_permutexvar_epi16(0xffffffff, nibbles, value));
   }
 };
 
 // Floats of a byte: the exponent is moved to BF16's bias; subnormals, infinity and NaN are looked up by five bits.
 template <class F>
-struct FloatPairs {
+struct FloatPairs : NaturalOrder {
   static constexpr int first = 1 << F::fraction_bits;  // normal
   // No two of what is looked up share five bits, and it has the sign of its code.
   static constexpr bool serves = F::max_code >= uint32_t(96 + first) && F::has_negative_zero;
@@ -100,7 +114,7 @@ struct FloatPairs {
 
 // Codes of any format, by FP32.
 template <class F>
-struct DecodedPairs {
+struct DecodedPairs : NaturalOrder {
   Ints<Floats> zero_point;
 
   QL_MEMBER explicit DecodedPairs(int32_t z) : zero_point(splat<Ints<Floats>>(z)) {}

@@ -27,17 +27,15 @@ struct Blocking {
   int64_t padded(int64_t codes) const { return round_up(codes, depth) * code_bytes; }
 };
 
-Blocking blocking_of(int64_t M) {
+Blocking blocking_of() {
 #ifdef QL_AMX
-  if (has_amx()) return {Unit::tiles, 256, M <= 64 ? 32 : 128, 4096, 32, 1, 64};
+  if (has_amx()) return {Unit::tiles, 256, 128, 4096, 32, 1, 64};
 #endif
 #ifdef QL_BYTES
 #ifndef __AVX512VNNI__
   if (has_avx_vnni())
 #endif
     return {Unit::bytes, 256, 4 * kSums, 1024, kSums, 1, 4};
-#else
-  (void)M;
 #endif
   return {Unit::pairs, 256, 4 * kSums, 512, kSums, 2, 2};
 }
@@ -253,6 +251,16 @@ class PackedX {
   }
 };
 
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
+// Not made anew for each row: a load of what was just stored in parts waits for all stores before it.
+constexpr Store kAsIs = {false, false};
+
 // ---- a block --------------------------------------------------------------------------------------------------------
 
 // Blocks of NC rows of w by MC rows of x, one after the other, with the memory that they take.
@@ -268,10 +276,10 @@ class BlockOfSums {
         span_blocks_(blocks_ == 1 ? 1 : most(1, least(b.KC / g_.bk, blocks_))),
         span_(blocks_ == 1 ? b.KC : span_blocks_ * g_.bk),
         w_stride_((blocks_ == 1 ? b.padded(least(b.KC, g_.K)) : span_blocks_ * b.padded(g_.bk)) + 64),
-        d_stride_(least(b.MC, x.padded)),
+        rows_of_d_(least(b.MC, x.padded)),
         w_(b.NR * w_stride_ + 64),
-        d_(b.NC * d_stride_ * 4),
-        total_(blocks_ == 1 ? 0 : b.NC * d_stride_ * 4),
+        d_((blocks_ == 1 ? b.NC * rows_of_d_ : 2 * kPanels * b.NR * kLanes) * 4),
+        total_(blocks_ == 1 ? 0 : b.NC * rows_of_d_ * 4),
         scale_(b.NC * span_blocks_ * 4),
         zero_point_(b.NC * span_blocks_ * 4),
         w_sum_(b.NC * span_blocks_ * 4) {}
@@ -283,8 +291,9 @@ class BlockOfSums {
     for (int64_t k0 = 0; k0 < g_.K; k0 += span_)
       for (int64_t n = n0; n < n1; n += b_.NR) {
         const RowsOfW w = take(n, n - n0, n1, k0);
-        if (blocks_ == 1) multiply_span(w, n - n0, k0);
-        else multiply_blocks(w, n - n0, k0);
+        const Ahead ahead = after(n, n1, k0);
+        if (blocks_ == 1) multiply_span(w, n - n0, k0, ahead);
+        else multiply_blocks(w, n - n0, k0, ahead);
       }
     if (blocks_ == 1) scale_sums(n1 - n0);
     finish(n0, n1);
@@ -300,59 +309,77 @@ class BlockOfSums {
   const Row format_ = row_of(p_.weight.format), y_format_ = row_of(p_.y_type);
   const Encode encode_ = encoder(p_.y_type, false, false);
   const int64_t blocks_, span_blocks_, span_;  // of a row of w, of them at a time, and columns at a time
-  const int64_t w_stride_, d_stride_;
+  const int64_t w_stride_, rows_of_d_;
   const Scratch w_, d_, total_, scale_, zero_point_, w_sum_;
   const bool is_signed_ = row_of(p_.x_format).is_signed;
   int64_t m0_, rows_;
 
-  uint32_t* d(int64_t r) const { return static_cast<uint32_t*>(d_.data()) + r * d_stride_; }
-  float* total(int64_t r) const { return static_cast<float*>(total_.data()) + r * d_stride_; }
+  // Row r of w and the panel of x whose first row is m
+  int64_t at(int64_t r, int64_t m) const { return m * b_.NC + r * kLanes; }
+  uint32_t* d(int64_t r, int64_t m) const { return static_cast<uint32_t*>(d_.data()) + at(r, m); }
+  // Where a row of w has several blocks: the sums of one with a group of panels, beside those of the block before it
+  uint32_t* part(int64_t i) const { return static_cast<uint32_t*>(d_.data()) + i % 2 * kPanels * b_.NR * kLanes; }
+  float* total(int64_t r, int64_t m) const { return static_cast<float*>(total_.data()) + at(r, m); }
   float* scale(int64_t r) const { return static_cast<float*>(scale_.data()) + r * span_blocks_; }
   uint32_t* zero_point(int64_t r) const { return static_cast<uint32_t*>(zero_point_.data()) + r * span_blocks_; }
   uint32_t* w_sum(int64_t r) const { return static_cast<uint32_t*>(w_sum_.data()) + r * span_blocks_; }
 
-  // Rows n .. n + NR of w, columns k0 .. k0 + span: where they lie, or unpacked. Those below n1 are what is fetched
-  // next. r0 is n within the block.
+  // Rows n .. n + NR of w, columns k0 .. k0 + span: where they lie, or unpacked. r0 is n within the block.
   RowsOfW take(int64_t n, int64_t r0, int64_t n1, int64_t k0) {
     const int64_t columns = least(span_, g_.K - k0), count = least(b_.NR, n1 - n), J0 = k0 / g_.bk;
-    const auto* codes = static_cast<const char*>(p_.weight.codes);
-    RowsOfW w = {};
-    if (n + b_.NR < g_.M) {
-      w.next = codes + byte_offset(format_, g_.K, n + b_.NR, k0 - k0 % format_.per_byte);
-      w.next_stride = row_bytes(format_, g_.K), w.next_rows = least(b_.NR, g_.M - n - b_.NR);
-    }
-    const bool whole = columns % b_.depth == 0 && (blocks_ == 1 || g_.bk % b_.depth == 0);
+    const int64_t parts = blocks_ == 1 ? 1 : (columns + g_.bk - 1) / g_.bk;
+    const bool whole = columns % b_.depth == 0 && (blocks_ == 1 || g_.bk % b_.depth == 0);  // no zeros between blocks
     const bool in_place = codes_.ready && whole && count == b_.NR;
-    if (in_place) {
-      w.data = codes + byte_offset(format_, g_.K, n, k0), w.stride = g_.K;
-    } else {
-      w.data = static_cast<const char*>(w_.data()), w.stride = w_stride_;
-    }
+    const auto* codes = static_cast<const uint8_t*>(p_.weight.codes);
+    RowsOfW w = {static_cast<const char*>(w_.data()), w_stride_};
+    if (in_place) w = {reinterpret_cast<const char*>(codes) + n * g_.K + k0, g_.K};
     for (int64_t r = 0; r < count; ++r) {
-      const auto* row = reinterpret_cast<const uint8_t*>(codes + byte_offset(format_, g_.K, n + r, 0));
-      for (int64_t k = 0, i = 0; k < columns; ++i) {
-        const int64_t J = J0 + i, length = blocks_ == 1 ? columns : least(g_.bk, columns - k);
-        const int64_t at = (n + r) / g_.br * blocks_ + J;
-        const int32_t z = p_.weight.zero_point ? clamp_zero_point(p_.weight.zero_point[at], format_) : 0;
-        const int64_t offset = i * b_.padded(g_.bk), bytes = b_.padded(length);
-        if (!in_place) {
-          char* to = static_cast<char*>(w_.data()) + r * w_stride_ + offset;
-          codes_.unpack(b_.unit, row, k0 + k, length, z, to);
-          __builtin_memset(to + length * b_.code_bytes, 0, size_t(bytes - length * b_.code_bytes));
-        }
-        zero_point(r0 + r)[i] = uint32_t(z) + codes_.moved;
-        if (x_.sums_w) {
-          const uint32_t sum = sum_of_bytes(b_.unit, w.data + r * w.stride + offset, bytes);
-          w_sum(r0 + r)[i] = sum + (blocks_ == 1 && k0 ? w_sum(r0 + r)[i] : 0);
-        }
-        k += length;
+      const int64_t at = (n + r) / g_.br * blocks_ + J0;
+      const float* s = p_.weight.scale + at;
+      const int32_t* z = p_.weight.zero_point ? p_.weight.zero_point + at : nullptr;
+      for (int64_t i = 0; i < parts; ++i) scale(r0 + r)[i] = effective_scale(s[i], float_of(format_.scale_max));
+      for (int64_t i = 0; i < parts; ++i)
+        zero_point(r0 + r)[i] = uint32_t(z ? clamp_zero_point(z[i], format_) : 0) + codes_.moved;
+      if (!in_place) {
+        char* to = static_cast<char*>(w_.data()) + r * w_stride_;
+        unpack(codes + byte_offset(format_, g_.K, n + r, 0), k0, columns, whole && !z, zero_point(r0 + r), to);
       }
-      const float* s = p_.weight.scale + (n + r) / g_.br * blocks_ + J0;
-      float* to = scale(r0 + r);
-      const int64_t J_count = blocks_ == 1 ? 1 : (columns + g_.bk - 1) / g_.bk;
-      for (int64_t i = 0; i < J_count; ++i) to[i] = effective_scale(s[i], float_of(format_.scale_max));
+      for (int64_t i = 0, k = 0; x_.sums_w && i < parts; ++i, k += g_.bk) {
+        const int64_t bytes = b_.padded(blocks_ == 1 ? columns : least(g_.bk, columns - k));
+        const uint32_t before = blocks_ == 1 && k0 ? w_sum(r0 + r)[i] : 0;
+        w_sum(r0 + r)[i] = before + sum_of_bytes(b_.unit, w.data + r * w.stride + i * b_.padded(g_.bk), bytes);
+      }
     }
     return w;
+  }
+
+  // Columns k0 .. k0 + columns of a row as they are multiplied: at once, or block by block with zeros behind each
+  void unpack(const uint8_t* row, int64_t k0, int64_t columns, bool at_once, const uint32_t* zero_point,
+              char* to) const {
+    if (at_once) return codes_.unpack(b_.unit, row, k0, columns, 0, to);
+    for (int64_t k = 0, i = 0; k < columns; ++i) {
+      const int64_t length = blocks_ == 1 ? columns : least(g_.bk, columns - k);
+      char* out = to + i * b_.padded(g_.bk);
+      codes_.unpack(b_.unit, row, k0 + k, length, int32_t(zero_point[i]), out);
+      __builtin_memset(out + length * b_.code_bytes, 0, size_t(b_.padded(length) - length * b_.code_bytes));
+      k += length;
+    }
+  }
+
+  // The rows of w below those at n, and y where this span is the last
+  Ahead after(int64_t n, int64_t n1, int64_t k0) const {
+    Ahead ahead = {};
+    if (n + b_.NR < g_.M) {
+      ahead.w =
+          static_cast<const char*>(p_.weight.codes) + byte_offset(format_, g_.K, n + b_.NR, k0 - k0 % format_.per_byte);
+      ahead.w_stride = row_bytes(format_, g_.K), ahead.w_rows = least(b_.NR, g_.M - n - b_.NR);
+    }
+    if (k0 + span_ >= g_.K) {
+      ahead.y = static_cast<const char*>(p_.y) + byte_offset(y_format_, g_.M, m_first_ + m0_, n);
+      ahead.y_stride = row_bytes(y_format_, g_.M), ahead.y_rows = least(rows_, x_.M - m0_);
+      ahead.y_bytes = row_bytes(y_format_, least(b_.NR, n1 - n));
+    }
+    return ahead;
   }
 
   // Calls body(m, panels) for all panels of x in groups of about the same size.
@@ -367,79 +394,103 @@ class BlockOfSums {
     }
   }
 
-  void multiply(int64_t panels, RowsOfW w, PanelsOfX x, int64_t bytes, Sums to) const {
+  void multiply(int64_t panels, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) const {
 #ifdef QL_AMX
     if (b_.unit == Unit::tiles) {
-      if (panels == 2) (is_signed_ ? multiply_tiles<2, true> : multiply_tiles<2, false>)(w, x, bytes, to);
-      else (is_signed_ ? multiply_tiles<1, true> : multiply_tiles<1, false>)(w, x, bytes, to);
+      if (panels == 2) (is_signed_ ? multiply_tiles<2, true> : multiply_tiles<2, false>)(w, x, bytes, ahead, to);
+      else (is_signed_ ? multiply_tiles<1, true> : multiply_tiles<1, false>)(w, x, bytes, ahead, to);
       return;
     }
 #endif
 #ifdef QL_BYTES
-    if (b_.unit == Unit::bytes) return multiply_registers<Bytes>(panels, b_.NR, w, x, bytes, to);
+    if (b_.unit == Unit::bytes) return multiply_registers<Bytes>(panels, b_.NR, w, x, bytes, ahead, to);
 #endif
-    multiply_registers<Pairs>(panels, b_.NR, w, x, bytes, to);
+    multiply_registers<Pairs>(panels, b_.NR, w, x, bytes, ahead, to);
   }
 
-  // The group of panels at m has its share of the next rows fetched.
-  RowsOfW sharing(RowsOfW w, int64_t m, int64_t panels, int64_t k, int64_t columns) const {
-    const int64_t begin = w.next_rows * m / rows_, end = w.next_rows * (m + panels * kLanes) / rows_;
-    w.next += begin * w.next_stride + (k >> format_.log_per_byte);
-    w.next_rows = end - begin, w.lines = ((columns >> format_.log_per_byte) + 63) / 64;
-    return w;
+  // The share of the group of panels at m, which multiplies the columns from k on
+  Ahead share(Ahead all, int64_t m, int64_t panels, int64_t k, int64_t columns) const {
+    const int64_t begin = all.w_rows * m / rows_, end = all.w_rows * (m + panels * kLanes) / rows_;
+    all.w += begin * all.w_stride + (k >> format_.log_per_byte);
+    all.w_rows = end - begin, all.w_lines = ((columns >> format_.log_per_byte) + 63) / 64;
+    all.y += m * all.y_stride, all.y_rows = k ? 0 : least(panels * kLanes, all.y_rows - m);
+    return all;
   }
 
-  void multiply_span(const RowsOfW& w, int64_t r0, int64_t k0) const {
+  void multiply_span(const RowsOfW& w, int64_t r0, int64_t k0, const Ahead& ahead) const {
     const int64_t columns = least(span_, g_.K - k0);
     groups([&](int64_t m, int64_t panels) {
-      multiply(panels, sharing(w, m, panels, 0, columns), x_.panels(m0_ + m, k0 * b_.code_bytes), b_.padded(columns),
-               {d(r0) + m, d_stride_, k0 > 0});
+      multiply(panels, w, x_.panels(m0_ + m, k0 * b_.code_bytes), b_.padded(columns),
+               share(ahead, m, panels, 0, columns), {d(r0, m), b_.NC * kLanes, k0 > 0});
     });
   }
 
-  void multiply_blocks(const RowsOfW& w, int64_t r0, int64_t k0) const {
+  // The sums of a block are added up while the next block is multiplied.
+  void multiply_blocks(const RowsOfW& w, int64_t r0, int64_t k0, const Ahead& ahead) const {
     const int64_t columns = least(span_, g_.K - k0), J0 = k0 / g_.bk, block = b_.padded(g_.bk);
     groups([&](int64_t m, int64_t panels) {
-      for (int64_t k = 0, i = 0; k < columns; k += g_.bk, ++i) {
+      int64_t i = 0;
+      for (int64_t k = 0; k < columns; k += g_.bk, ++i) {
         const int64_t length = least(g_.bk, columns - k);
-        RowsOfW part = sharing(w, m, panels, k, length);
-        part.data += i * block;
-        multiply(panels, part, x_.panels(m0_ + m, (J0 + i) * block), b_.padded(length), {d(r0) + m, d_stride_, false});
-        add_block(r0, m, panels * kLanes, J0, i);
+        multiply(panels, {w.data + i * block, w.stride}, x_.panels(m0_ + m, (J0 + i) * block), b_.padded(length),
+                 share(ahead, m, panels, k, length), {part(i), b_.NR * kLanes, false});
+        if (i) add_block(r0, m, panels, J0, i - 1);
       }
+      add_block(r0, m, panels, J0, i - 1);
     });
   }
 
-  // The integer d of row r of w and the rows of x from m on
-  QL_MEMBER Ints<Floats> exact(int64_t r, int64_t m, int64_t J, int64_t i) const {
-    using U = Bits<Floats>;
-    U sum = load<U>(d(r) + m);
-    if (x_.sums_w) sum -= splat<U>(w_sum(r)[i]) * load<U>(x_.zero_point() + m0_ + m);
-    if (x_.sums_x) sum -= splat<U>(zero_point(r)[i]) * load<U>(x_.sums(J) + m0_ + m);
-    return same_bits<Ints<Floats>>(sum);
+  // d of a row of w and one panel of x, exact: what the registers summed, less what the zero points stand for
+  template <bool SUMS_W, bool SUMS_X>
+  static QL_MEMBER Floats exact(const uint32_t* d, uint32_t w_sum, uint32_t zero_point, Bits<Floats> x_zero_point,
+                                Bits<Floats> x_sum) {
+    auto sum = load<Bits<Floats>>(d);
+    if constexpr (SUMS_W) sum -= w_sum * x_zero_point;
+    if constexpr (SUMS_X) sum -= zero_point * x_sum;
+    return Lanes<Floats>::of(same_bits<Ints<Floats>>(sum));
   }
 
-  // total += fl(d * scale) of block J0 + i
-  void add_block(int64_t r0, int64_t m0, int64_t count, int64_t J0, int64_t i) const {
-    const bool first = J0 + i == 0;
-    for (int64_t r = r0; r < r0 + b_.NR; ++r) {
-      const Floats s = splat<Floats>(scale(r)[i]);
-      for (int64_t m = m0; m < m0 + count; m += kLanes) {
-        const Floats before = first ? Floats{} : load<Floats>(total(r) + m);
-        store(total(r) + m, add(before, mul(Lanes<Floats>::of(exact(r, m, J0 + i, i)), s)));
+  template <class Run>
+  void with_sums(const Run& run) const {
+    if (x_.sums_w && x_.sums_x) run(Yes{}, Yes{});
+    else if (x_.sums_w) run(Yes{}, No{});
+    else if (x_.sums_x) run(No{}, Yes{});
+    else run(No{}, No{});
+  }
+
+  // total = or += fl(d * scale) of block i of the span, J0 + i of the row
+  void add_block(int64_t r0, int64_t m0, int64_t panels, int64_t J0, int64_t i) const {
+    const float* s = scale(r0) + i;
+    const uint32_t *z = zero_point(r0) + i, *w = w_sum(r0) + i;
+    const int64_t rows = b_.NR, step = span_blocks_;
+    with_sums([&](auto sums_w, auto sums_x) {
+      for (int64_t m = m0, v = 0; v < panels; m += kLanes, ++v) {
+        const auto x_z = sums_w.value ? load<Bits<Floats>>(x_.zero_point() + m0_ + m) : Bits<Floats>{};
+        const auto x_s = sums_x.value ? load<Bits<Floats>>(x_.sums(J0 + i) + m0_ + m) : Bits<Floats>{};
+        const uint32_t* from = part(i) + v * rows * kLanes;
+        float* to = total(r0, m);
+        for (int64_t r = 0; r < rows; ++r, from += kLanes, to += kLanes) {
+          const Floats f = exact<sums_w.value, sums_x.value>(from, w[r * step], z[r * step], x_z, x_s) * s[r * step];
+          store(to, J0 + i ? add(load<Floats>(to), f) : add(Floats{}, f));
+        }
       }
-    }
+    });
   }
 
   // d becomes fl(fl(d * x_scale) * scale), in its place.
   void scale_sums(int64_t count) const {
-    for (int64_t r = 0; r < count; ++r) {
-      const Floats s = splat<Floats>(scale(r)[0]);
+    const float* s = scale(0);
+    const uint32_t *z = zero_point(0), *w = w_sum(0);
+    with_sums([&](auto sums_w, auto sums_x) {
       for (int64_t m = 0; m < rows_; m += kLanes) {
-        const Floats f = Lanes<Floats>::of(exact(r, m, 0, 0));
-        store(d(r) + m, mul(mul(f, load<Floats>(x_.scale() + m0_ + m)), s));
+        const Floats s_x = load<Floats>(x_.scale() + m0_ + m);
+        const auto x_z = sums_w.value ? load<Bits<Floats>>(x_.zero_point() + m0_ + m) : Bits<Floats>{};
+        const auto x_s = sums_x.value ? load<Bits<Floats>>(x_.sums(0) + m0_ + m) : Bits<Floats>{};
+        uint32_t* to = d(0, m);
+        for (int64_t r = 0; r < count; ++r, to += kLanes)
+          store(to, exact<sums_w.value, sums_x.value>(to, w[r], z[r], x_z, x_s) * s_x * s[r]);
       }
-    }
+    });
   }
 
   // y = activation(total + bias), total times x_scale first where that is still to come
@@ -454,8 +505,8 @@ class BlockOfSums {
         Bits<Floats> v[kLanes];
 #pragma GCC unroll 16
         for (int l = 0; l < kLanes; ++l) {
-          if (blocks_ == 1) v[l] = load<Bits<Floats>>(d(c + l) + m);
-          else v[l] = bits_of(mul(load<Floats>(total(c + l) + m), s_x));
+          if (blocks_ == 1) v[l] = load<Bits<Floats>>(d(c + l, m));
+          else v[l] = bits_of(mul(load<Floats>(total(c + l, m)), s_x));
         }
         transpose(v);
 #pragma GCC unroll 16
@@ -467,7 +518,7 @@ class BlockOfSums {
           if (p_.epilogue.bias) v = add(v, load<Floats>(bias + c));
           store(y[r] + c, activate(v, p_.epilogue.activation));
         }
-        encode_(y[r], nullptr, nullptr, {false, false},
+        encode_(y[r], nullptr, nullptr, kAsIs,
                 static_cast<char*>(p_.y) + byte_offset(y_format_, g_.M, m_first_ + m0_ + m + r, n0), cols);
       }
     }
@@ -478,7 +529,7 @@ class BlockOfSums {
 bool fits_blocks(const ScaledMatmul& p) { return p.weight.grid.bk >= 16 && p.weight.grid.K >= 16; }
 
 void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
-  const Blocking b = blocking_of(p.M);
+  const Blocking b = blocking_of();
   const Grid& g = p.weight.grid;
   const WeightCodes codes(p.weight.format, b.unit);
   constexpr int64_t bytes = int64_t(16) << 20;  // of x that are packed at a time
@@ -492,11 +543,11 @@ void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
 #ifdef QL_AMX
       if (b.unit == Unit::tiles) {
         const Tiles tiles;
-        for (int64_t piece = begin; piece < end; ++piece) block(piece % down * b.MC, piece / down * b.NC);
+        for (int64_t piece = begin; piece < end; ++piece) block(piece / across * b.MC, piece % across * b.NC);
         return;
       }
 #endif
-      for (int64_t piece = begin; piece < end; ++piece) block(piece % down * b.MC, piece / down * b.NC);
+      for (int64_t piece = begin; piece < end; ++piece) block(piece / across * b.MC, piece % across * b.NC);
     });
   }
 }

@@ -17,7 +17,7 @@ namespace quantlib {
 class Backend : private cuda::Torch {
  public:
   static constexpr bool reads_values = false;  // looking at a zero point would make the host wait
-  static constexpr bool takes_tiles = true;
+  static constexpr bool takes_tiles = true, takes_narrow_scales = false;
 
   explicit Backend(Device device) : guard_(device.index), device_(device) {
     void* stream = nullptr;

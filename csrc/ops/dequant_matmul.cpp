@@ -15,6 +15,7 @@ static void dequant_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   WeightArguments w(in, TILED ? "tiles" : "codes");
   const int64_t size = TILED ? in.size() : 0;
   w.zero_point = in.optional_tensor("zero_point");
+  w.keeps_narrow_scales = Backend::takes_narrow_scales;
   EpilogueArguments e(in);
   const bool batch_invariant = in.flag();
   auto out = in.out("out");

@@ -21,6 +21,7 @@ struct WeightArguments {
   const Sizes block;
   std::optional<Tensor> zero_point;  // elsewhere in the schema
   const Format* format = nullptr;
+  bool keeps_narrow_scales = false;  // whether the kernels that are called take them
 
   explicit WeightArguments(Arguments& in, const char* name_of_codes = "codes")
       : codes(in.tensor(name_of_codes)), scale(in.tensor("scale")), format_name(in.text()), block(in.sizes()) {}
@@ -45,11 +46,19 @@ struct WeightArguments {
     const Sizes shape = {N, K};
     Grid grid = check_block(op, shape, block);
     check_scale(op, scale, zero_point, *format, scale_sizes(grid), device);
-    const float* s = scales(op, scale);
+    const bool narrow = keeps_narrow_scales && scale.dtype() != aoti_torch_dtype_float32();
+    const float* s = narrow ? nullptr : scales(op, scale);
     const int32_t* z = zero_points(op, zero_point, *format);
     grid.br = std::min(grid.br, std::max<int64_t>(N, 1)), grid.bk = std::min(grid.bk, std::max<int64_t>(K, 1));
     codes.make_contiguous();
-    return {.grid = grid, .codes = codes.data(), .format = format->type, .scale = s, .zero_point = z};
+    Weight weight = {.grid = grid, .codes = codes.data(), .format = format->type, .scale = s, .zero_point = z};
+    if (narrow) {
+      scale.make_contiguous();
+      weight.narrow_type = check_dtype(op, "scale", scale.dtype(), inputs).type;
+      weight.narrow_scale = static_cast<const uint16_t*>(scale.data());
+      check_not_negative(op, scale, weight.narrow_type);
+    }
+    return weight;
   }
 };
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quantlib.checkpoint.files import NAMES, Reader, Slot, checked_shape, some_words
-from quantlib.nn.functional import Weight, dequantize_weight
+from quantlib.nn.functional import Weight, dequantize_weight, scale_dtype
 from quantlib.ops.check import dtype_of
 from quantlib.spec import QuantSpec, stored_shape
 
@@ -51,7 +51,7 @@ class Stored:
         """Codes, scale, zero point: the tensors of the file that hold weight ``name``."""
         spec = QuantSpec.parse(self.spec)
         codes = Slot(name, dtype_of(spec.row), stored_shape(spec, self.shape))
-        scale = Slot(f"{name}_scale", torch.float32, spec.scale_shape(self.matrix))
+        scale = Slot(f"{name}_scale", scale_dtype(spec), spec.scale_shape(self.matrix))
         zero_point = Slot(f"{name}_zero_point", torch.int32, scale.shape)
         return [codes, scale, zero_point][: 1 if not spec.scaled else 2 if spec.symmetric else 3]
 

@@ -63,7 +63,7 @@ class QuantlibConfig(QuantizationConfigMixin):
     Examples
     --------
     >>> QuantlibConfig("W4A16", skip=["model.layers.0.*"]).spec
-    'int4:group:128'
+    'nf4_bf16:group:64:bfloat16'
     """
 
     def __init__(

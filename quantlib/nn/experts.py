@@ -24,10 +24,11 @@ from quantlib.nn.functional import (
     integer_matmul,
     project,
     quantize_weight,
+    scale_dtype,
 )
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
-from quantlib.nn.module import rebind_hooks, stored_dtype, taken_over
+from quantlib.nn.module import rebind_hooks, taken_over, zero_codes
 from quantlib.nn.weight import DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, least_negative
 from quantlib.spec import QuantSpec
@@ -107,7 +108,7 @@ class QuantExperts(Leaf):
         The weights by name, and how the float module has them.
     <name>_codes : QuantParameter [E, N, K] or [E, N, ceil(K / codes a byte)]
         Frozen, in the dtype in which `QuantLinear` keeps codes.
-    <name>_scale : QuantParameter [E, ceil(N / br), ceil(K / bk)] float32
+    <name>_scale : QuantParameter [E, ceil(N / br), ceil(K / bk)] float32 or what the spec says
     <name>_zero_point : QuantParameter, int32 of the shape of the scale, or None
     spec : QuantSpec
     dtype : torch.dtype
@@ -280,8 +281,8 @@ class QuantExperts(Leaf):
     def _allocate(self, stack: Stack, device: Any = "meta") -> Weight:
         E, N, K, _ = stack
         spec, blocks = self.spec, self.spec.scale_shape((N, K))
-        codes = torch.zeros(E, *spec.codes_shape((N, K)), dtype=stored_dtype(spec), device=device)
-        scale = torch.ones(E, *blocks, dtype=torch.float32, device=device) if spec.scaled else None
+        codes = zero_codes(spec, (E, *spec.codes_shape((N, K))), device)
+        scale = torch.ones(E, *blocks, dtype=scale_dtype(spec), device=device) if spec.scaled else None
         zero_point = None if spec.symmetric else torch.zeros(E, *blocks, dtype=torch.int32, device=device)
         return Weight(codes, scale, zero_point)
 

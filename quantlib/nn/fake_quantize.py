@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from quantlib import ops
 from quantlib.formats import IntFormat
-from quantlib.nn.functional import Scale, Weight, project, quantize_weight
+from quantlib.nn.functional import Scale, Weight, kept_scale, project, quantize_weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
+from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class FakeQuantize(Leaf, KeepsDtype):
             base = base.clone()  # DDP writes buffers before the backward of now
         scale, zero_point = self._learned(base, zero_point)
         block, z = self.spec.block(x.shape), None if zero_point is None else zero_point.view(self.blocks)
-        scale = scale.view(self.blocks)
+        scale = as_kept(scale, self.spec).view(self.blocks)
         return ops.fake_quantize(x, scale, self.spec.format, block=block, zero_point=z, mask=self.mask)
 
     @torch.no_grad()
@@ -245,6 +246,7 @@ class FakeQuantize(Leaf, KeepsDtype):
         if self.base is None:
             return quantize_weight(x, self.spec)
         (scale, zero_point), x, block = self.static(), x.detach(), self.spec.block(x.shape)
+        scale = kept_scale(scale, self.spec)
         return Weight(ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point), scale, zero_point)
 
     @torch.no_grad()
@@ -385,6 +387,18 @@ class FakeQuantize(Leaf, KeepsDtype):
 
 MODULES: WeakValueDictionary[int, FakeQuantize] = WeakValueDictionary()  # by the number that stands in `_handle`
 NUMBERS = itertools.count()
+
+
+class _Kept(StraightThrough):
+    """The values of scales in the dtype that they are kept in, float32; the derivative passes straight through."""
+
+    @staticmethod
+    def forward(scale: Tensor, spec: QuantSpec) -> Tensor:
+        return kept_scale(scale, spec).float()
+
+
+def as_kept(scale: Tensor, spec: QuantSpec) -> Tensor:
+    return scale if spec.scale == "float32" else apply(_Kept, scale, spec)
 
 
 def handle_of(module: FakeQuantize) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantlib import formats, ops
 from quantlib.backends.weight import QuantizedWeight
+from quantlib.formats import FloatFormat
 from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.ops.check import dtype_of
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
@@ -24,7 +25,7 @@ class Weight(NamedTuple):
     """A weight as it is kept: codes, and what turns them back into values."""
 
     codes: Tensor  # [..., K] of the format's dtype; [..., ceil(K / 2)] uint8 where it is packed
-    scale: Tensor | None = None  # [ceil(M / br), ceil(K / bk)] float32
+    scale: Tensor | None = None  # [ceil(M / br), ceil(K / bk)] float32, or of 16 bits
     zero_point: Tensor | None = None  # int32 of scale's shape
 
 
@@ -46,7 +47,31 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
         return _quantize_rows(x, spec, seen)
     if not spec.scaled:
         return Weight(ops.cast(x, spec.format))
-    return Weight(*ops.quantize_dynamic(x, spec.format, block=spec.block(x.shape), symmetric=spec.symmetric is True))
+    block, symmetric = spec.block(x.shape), spec.symmetric is True
+    if spec.scale == "float32":
+        return Weight(*ops.quantize_dynamic(x, spec.format, block=block, symmetric=symmetric))
+    found = ops.compute_scale(x, spec.format, block=block, symmetric=symmetric)
+    scale, zero_point = (found, None) if isinstance(found, Tensor) else found
+    scale = kept_scale(scale, spec)
+    return Weight(ops.quantize(x, scale, spec.format, block=block, zero_point=zero_point), scale, zero_point)
+
+
+def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """float32 scales in the dtype that ``spec`` keeps them in, rounded to nearest, ties to even.
+
+    What is too large becomes the largest finite value of that dtype, what is too small the smallest above 0.
+    """
+    f = formats.get(spec.scale)
+    assert isinstance(f, FloatFormat)
+    if f.bits == 32:
+        return scale
+    # cast of quantlib, not of torch: subnormals are kept whatever the thread is set to
+    return ops.cast(scale.clamp(f.smallest, f.max), f.name)
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """Of the scales that ``spec`` keeps."""
+    return dtype_of(formats.get(spec.scale))
 
 
 def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
@@ -58,14 +83,19 @@ def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
             seen(x[rows], rows_of(weight, rows, br), spec)
         return weight
     codes = torch.empty(spec.codes_shape(x.shape), dtype=dtype_of(spec.row), device=device)
-    scale = torch.empty(size, dtype=torch.float32, device=device)
+    scale = torch.empty(size, dtype=scale_dtype(spec), device=device)
     zero_point = None if spec.symmetric else torch.empty(size, dtype=torch.int32, device=device)
     weight = Weight(codes, scale, zero_point)
     for rows in slabs_of(x):
         part = rows_of(weight, rows, 1)
         outs = tuple(t for t in part if t is not None)
         block, symmetric = spec.block(x[rows].shape), zero_point is None
-        ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=symmetric, out=outs)
+        if spec.scale == "float32":
+            ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=symmetric, out=outs)
+        else:
+            made = (t for t in quantize_weight(x[rows], spec) if t is not None)
+            for out, values in zip(outs, made, strict=True):
+                out.copy_(values)
         seen(x[rows], part, spec)
     return weight
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantlib import backends, ops
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project
 from quantlib.nn.leaf import check_inside
-from quantlib.nn.module import PARTS, QuantModule, stored_dtype
+from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of
 from quantlib.ops.scaled_matmul import X_FORMATS
@@ -69,8 +69,8 @@ class QuantLinear(QuantModule, nn.Linear):
     - Codes without a scale, and a float64 input, for which there is no kernel: ``F.linear`` with the whole weight in
       the dtype of the input.
 
-    Gradients reach the input, the bias and, where it is made to require one, ``weight_scale``. Through the projection
-    of an input they pass straight, and stop where it is out of the range of a static scale.
+    Gradients reach the input, the bias and, where it is float32 and made to require one, ``weight_scale``. Through the
+    projection of an input they pass straight, and stop where it is out of the range of a static scale.
 
     For `quantlib.dequant_matmul` on a GPU, a layer in evaluation mode reorders its codes the first time it multiplies
     without gradients: `tile_` says how. ``weight_codes`` is another parameter then. ``state_dict``, copies, pickles,
@@ -195,6 +195,7 @@ class QuantLinear(QuantModule, nn.Linear):
         parameters = self._parameters  # to ask a module for one by its name takes half a microsecond
         codes, scale, zero_point = self.codes, parameters["weight_scale"], parameters["weight_zero_point"]
         bias: Tensor | None = self.bias
+        check_kept(scale, spec)
         if self.batch_invariant:
             self._check_batch_invariant(x)
         if scale is None or x.dtype == torch.float64:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from quantlib.nn.functional import SOURCES, Seen, Weight, dequantize_weight, quantize_weight
+from quantlib.nn.functional import SOURCES, Seen, Weight, dequantize_weight, quantize_weight, scale_dtype
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, least_negative
 from quantlib.ops.flops import register_if_counting
-from quantlib.spec import QuantSpec, check_dynamic, stored_shape
+from quantlib.spec import SCALES, QuantSpec, check_dynamic, stored_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,7 +37,7 @@ class QuantModule(Leaf):
         What the codes stand for, read-only: a tensor without storage that is decoded by the operation which takes it.
     weight_codes : QuantParameter [N, K] or [N, ceil(K / 2)]
         The codes, frozen: int8, uint8 for unsigned and packed formats and for the bytes of FP8, or a 16-bit float.
-    weight_scale : QuantParameter [ceil(N / br), ceil(K / bk)] float32, or None
+    weight_scale : QuantParameter [ceil(N / br), ceil(K / bk)] float32 or what the spec says, or None
         What codes are multiplied by, frozen. None for a 16-bit float format without a scale.
     weight_zero_point : QuantParameter, int32 of weight_scale's shape, or None
         The code of zero, frozen; None unless the spec is affine.
@@ -198,6 +198,7 @@ class QuantModule(Leaf):
     @property
     def plain(self) -> Weight:
         """The codes as [N, K], their scales and zero points."""
+        check_kept(self.weight_scale, self.spec)
         return Weight(self.codes, self.weight_scale, self.weight_zero_point)
 
     @property
@@ -252,8 +253,8 @@ class QuantModule(Leaf):
     def reset_parameters(self) -> None:
         """All zeros: a module of codes has nothing to draw at random."""
         with torch.no_grad():
-            for parameter in self.parameters(recurse=False):
-                parameter.zero_()
+            for name, parameter in self.named_parameters(recurse=False):
+                parameter.fill_(self.spec.row.zero_byte if name == "weight_codes" else 0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, spec={self.spec}"
@@ -298,8 +299,8 @@ class QuantModule(Leaf):
         self._viewed = dtype_of(spec.row) if is_fp8(spec) else None
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         blocks = spec.scale_shape(self._matrix)
-        codes = torch.zeros(spec.codes_shape(self._matrix), dtype=stored_dtype(spec), device=device)
-        scale = torch.ones(blocks, dtype=torch.float32, device=device) if spec.scaled else None
+        codes = zero_codes(spec, spec.codes_shape(self._matrix), device)
+        scale = torch.ones(blocks, dtype=scale_dtype(spec), device=device) if spec.scaled else None
         zero_point = None if spec.symmetric else torch.zeros(blocks, dtype=torch.int32, device=device)
         self._freeze(Weight(codes, scale, zero_point))
 
@@ -452,6 +453,26 @@ def is_fp8(spec: QuantSpec) -> bool:
 def stored_dtype(spec: QuantSpec) -> torch.dtype:
     """Of ``weight_codes``."""
     return torch.uint8 if is_fp8(spec) else dtype_of(spec.row)
+
+
+def check_kept(scale: Tensor | None, spec: QuantSpec) -> None:
+    """A scale is of the dtype that ``spec`` keeps it in: a policy of mixed precision may have cast it.
+
+    Raises
+    ------
+    RuntimeError
+        For another dtype.
+    """
+    if scale is not None and scale.dtype != SCALE_DTYPES[spec.scale]:
+        raise RuntimeError(f"weight_scale must be {spec.scale} for {spec}, got {dtype_name(scale.dtype)}")
+
+
+SCALE_DTYPES = {name: getattr(torch, name) for name in SCALES}
+
+
+def zero_codes(spec: QuantSpec, shape: Sequence[int], device: Any) -> Tensor:
+    """Codes of 0, of the shape that they are stored in."""
+    return torch.zeros(tuple(shape), dtype=stored_dtype(spec), device=device).fill_(spec.row.zero_byte)
 
 
 def is_sharded(t: Tensor) -> bool:

@@ -45,7 +45,9 @@ class QuantParameter(nn.Parameter):
 
     @property
     def _what(self) -> str:
-        return "a scale" if self.dtype == torch.float32 else "codes or zero points"
+        if self.dtype == torch.float32:
+            return "a scale"
+        return "codes or a scale" if self.dtype.is_floating_point else "codes or zero points"
 
     def is_floating_point(self) -> bool:
         return False

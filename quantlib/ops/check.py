@@ -124,8 +124,9 @@ def check_block(op: str, shape: Sequence[int], block: Block) -> Result:
 
 
 def check_scale(op: str, scale: Tensor, zero_point: Tensor | None, f: Format, expected: Result, like: Tensor) -> None:
-    """scale is as expected; zero_point has its shape and is int32, inside an integer format's range."""
-    check_tensor(op, "scale", scale, expected, like.device)
+    """scale is as expected, or in 16 bits; zero_point has its shape and is int32, inside an integer format's range."""
+    dtype = scale.dtype if dtype_name(scale.dtype) in INPUTS else torch.float32
+    check_tensor(op, "scale", scale, (expected[0], dtype), like.device)
     check_not_negative(op, "scale", scale)
     if zero_point is None:
         return

@@ -96,7 +96,7 @@ def scaled_matmul(
         What x_codes are multiplied by, not negative.
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for int4.
-    scale : Tensor [ceil(N / br), ceil(K / bk)] float32
+    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
         What codes are multiplied by, not negative.
     format : {"int8", "uint8", "int4"} or a torch.dtype
         Of the weight.

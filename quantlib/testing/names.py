@@ -174,7 +174,9 @@ def _check_book(f: FloatFormat) -> None:
         below = [-quantile(p) for p in np.linspace(PROBABILITY, 0.5, 8)[:-1]]
         want = np.sort([*below, 0.0, *above]) / quantile(PROBABILITY)
         # they were published as float32 numbers that were computed in float32
-        assert np.abs(values - want).max() < 2.0**-22, f"{f.name}: its values are {values}, its name says {want}"
+        assert np.abs(values - want).max() < 2.0**-22, (
+            f"{f.name}: its values are {values.tolist()}, its name says {want.tolist()}"
+        )
     # the nearest value, at a midpoint the lower one; NaN is the highest code (C1, C6)
     narrow = values.astype(np.float32)
     halves = (narrow[1:] + narrow[:-1]) / np.float32(2)

@@ -59,18 +59,36 @@ def compiles(folder: Path, *flags: str) -> bool:
     return subprocess.run(probe, capture_output=True, check=False).returncode == 0
 
 
+def has_tiles() -> bool:
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else False
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", _build.ISAS)
+@pytest.mark.parametrize("isa", [*_build.ISAS, "amx"])
 def test_memory_and_arithmetic(isa: str, tmp_path: Path) -> None:
-    if not runs_here(isa):
-        pytest.skip(f"this machine has no {isa}")
+    amx = isa == "amx"
+    isa = "avx512_bf16" if amx else isa  # whose files hold the kernels with tiles
+    if isa not in _build.ISAS or not runs_here(isa) or (amx and not has_tiles()):
+        pytest.skip(f"this machine has no {'amx' if amx else isa}")
     flags = next((f for f in ((*SANITIZERS, *CALLED), SANITIZERS) if compiles(tmp_path, *f)), None)
     if flags is None:
         pytest.skip("the compiler has no sanitizers")
     kernels = compile_kernels(tmp_path, isa, "-Og", *flags)
     program = tmp_path / "cpu_kernels"
     driver = NATIVE / "cpu_kernels.cpp"
-    run(*CXX, *FLAGS, "-O1", *SANITIZERS, f"-DTESTED_ISA={isa}", driver, kernels, "-pthread", "-o", program)
+    run(
+        *CXX,
+        *FLAGS,
+        "-O1",
+        *SANITIZERS,
+        f"-DTESTED_ISA={isa}",
+        *["-DWITH_AMX"] * amx,
+        driver,
+        kernels,
+        "-pthread",
+        "-o",
+        program,
+    )
     assert re.fullmatch(r"\d{8} values, 0 wrong\n", run(program, isa, LD_PRELOAD=""))
 
 

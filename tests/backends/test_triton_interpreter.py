@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantlib import formats, reference
+from quantlib import formats, ops, reference, use_backend
 from quantlib.backends import triton as backend
 from quantlib.backends.weight import QuantizedWeight
 from quantlib.testing import assert_same_bytes, poisoned, tensor, values
@@ -47,6 +47,23 @@ def test_cast_where_rounding_is_decided(source: str, to: str, saturate: bool) ->
     out = poisoned(want.shape, getattr(torch, to))
     backend.KERNELS["cast"](tensor(x, source), formats.get(source), formats.get(to), saturate, out)
     assert_same_bytes(out, want, f"cast {source} to {to}", widened)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("format", "affine"), [("nf4_bf16", False), ("int4", True), ("int8", False)])
+def test_scales_of_16_bits_give_the_bytes_of_float32(format: str, affine: bool, dtype: torch.dtype) -> None:
+    w = torch.randn(24, 160, generator=torch.Generator().manual_seed(0))
+    codes, found, *rest = ops.quantize_dynamic(w, format, block=(1, 32), symmetric=not affine)
+    scale, zero_point = found.to(dtype), rest[0] if rest else None
+    x = torch.randn(5, 160, generator=torch.Generator().manual_seed(1)).bfloat16()
+    results = []
+    with use_backend("triton"):
+        for s in (scale, scale.float()):
+            given: dict[str, Any] = {"block": (1, 32), "zero_point": zero_point}
+            y = ops.dequant_matmul(x, codes, s, format, **given)
+            results.append((y, ops.dequantize(codes, s, format, **given), ops.quantize(w, s, format, **given)))
+    for got, want in zip(*results, strict=True):
+        assert_same_bytes(got, want.contiguous(), f"{format} {dtype}")
 
 
 @pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])

@@ -1,5 +1,10 @@
 // Every op of csrc/cpu against the same functions of numerics.h called one element at a time, over awkward sizes and
 // buffers that end where the data ends. Linked with kernels that tests/test_cpu_sanitizers.py compiles; no torch.
+#ifdef WITH_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -42,6 +47,15 @@ namespace TESTED_ISA {
 QL_KERNELS(QL_DECLARE)
 #undef QL_DECLARE
 }  // namespace TESTED_ISA
+}  // namespace quantlib
+
+namespace quantlib {
+#ifdef WITH_AMX
+bool has_amx() { return true; }
+#else
+bool has_amx() { return false; }
+#endif
+bool has_avx_vnni() { return __builtin_cpu_supports("avxvnni"); }
 }  // namespace quantlib
 
 using namespace quantlib;
@@ -362,6 +376,10 @@ void check_dequant_matmul(const Ops& ops, Type x_type, Type format, bool affine,
 }  // namespace
 
 int main(int argc, char** argv) {
+#ifdef WITH_AMX
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  if (syscall(SYS_arch_prctl, request_permission, tile_data) != 0) return 2;
+#endif
   const Ops all[] = {
 #define QL_ROW(OP, PROBLEM) TESTED_ISA::OP,
       {argc > 1 ? argv[1] : "", QL_KERNELS(QL_ROW)},
@@ -375,6 +393,7 @@ int main(int argc, char** argv) {
   };
   const Grid weights[] = {{1, 1, 1, 1},    {7, 13, 7, 13},  {9, 35, 1, 5},
                           {37, 64, 1, 64}, {6, 131, 4, 64}, {5, 2081, 1, 32}};
+  const Grid blocked[] = {{70, 1100, 1, 1100}, {39, 1350, 1, 128}};  // several blocks of every axis
   const Grid shared[] = {{2, 300001, 2, 300001}, {150001, 4, 150001, 2}};
   for (const Ops& ops : all) {
     const auto is_cast = [](Type type) { return !is_int(type) && row_of(type).bits >= 8; };
@@ -405,6 +424,11 @@ int main(int argc, char** argv) {
             for (const Grid& grid : weights)
               for (int64_t M : {1, 6, grid.K < 100 ? 131 : 7})
                 check_dequant_matmul(ops, x_type, format, affine, M, grid);
+    for (Type format : kTypes)
+      for (Type x_type : {Type::float32, Type::float16, Type::bfloat16})
+        for (const Grid& grid : blocked)
+          for (int64_t M : {3, 20, 70})
+            if (format != Type::float32) check_dequant_matmul(ops, x_type, format, is_int(format) && M > 3, M, grid);
     for (const Grid& grid : shared) {
       check_block(ops, Type::bfloat16, Type::int4, true, grid);
       check_fake(ops, Type::bfloat16, Type::int4, true, grid);

@@ -147,7 +147,7 @@ def test_a_scale_that_is_not_float32_is_refused(words: str) -> None:
     with pytest.raises(TypeError, match="data of a scale must be float32, got bfloat16"):
         q.weight_scale.data = q.weight_scale.data.bfloat16()  # what a mixed-precision policy does
     q._parameters["weight_scale"] = nn.Parameter(q.weight_scale.data.bfloat16())
-    with pytest.raises(RuntimeError, match=r"scale must be float32.*got bfloat16"):
+    with pytest.raises(RuntimeError, match=r"weight_scale must be float32 for .*, got bfloat16"):
         q(torch.randn(2, K))
 
 
@@ -290,7 +290,7 @@ def test_from_float_refuses(layer: object) -> None:
 
 def test_the_words_of_a_layer() -> None:
     q = QuantLinear(K, N, spec="W4A16")
-    assert repr(q) == f"QuantLinear(in_features={K}, out_features={N}, bias=True, spec=int4:group:128)"
+    assert repr(q) == f"QuantLinear(in_features={K}, out_features={N}, bias=True, spec=nf4_bf16:group:64:bfloat16)"
     q.bias.data.fill_(3)
     q.reset_parameters()
     assert torch.equal(q(torch.randn(2, K)), torch.zeros(2, N))

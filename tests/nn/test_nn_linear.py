@@ -93,7 +93,7 @@ def test_a_layer_gives_the_bytes_of_its_op(dtype: torch.dtype) -> None:
         assert same(q(x), expected), words
 
 
-@pytest.mark.parametrize("words", ["W8A16", "W4A16", "W8A8", "int8@uint8:tensor", "int8@int8:row:affine"])
+@pytest.mark.parametrize("words", ["W8A16", "int4:group:128", "W8A8", "int8@uint8:tensor", "int8@int8:row:affine"])
 def test_gradients_of_input_bias_and_scale(words: str) -> None:
     q = quantized(words)
     assert q.weight_scale is not None

@@ -103,8 +103,8 @@ QUANTIZING = [
         lambda: quant.quantize(ones(), ones(1), "int8", [1, 1]),
     ),
     (
-        "scale must be float32 [6, 5] on cpu, got bfloat16 [6, 5] on cpu",
-        lambda: quant.quantize(X, S.bfloat16(), "int8", B),
+        "scale must be float32 [6, 5] on cpu, got float64 [6, 5] on cpu",
+        lambda: quant.quantize(X, S.double(), "int8", B),
     ),
     (
         "scale must be float32 [6, 5] on cpu, got float64 [6, 5] on cpu",

@@ -96,5 +96,5 @@ def test_a_table_that_is_none_is_refused(values: tuple[float, ...], said: str) -
 def test_another_value_is_seen(place: int) -> None:
     values = list(formats.NF4)
     values[place] += 2.0**-20
-    with pytest.raises(AssertionError, match=r"nf4: its values are (.|\n)* its name says"):
+    with pytest.raises(AssertionError, match=r"nf4: its values are .* its name says"):
         names.check(book("nf4", tuple(values)))

@@ -76,8 +76,8 @@ def encode_book(x: Tensor, f: FloatFormat) -> Tensor:
 
 
 def effective_scale(s: Tensor, f: Format) -> Tensor:
-    """[...] float32 -> s clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
-    return canonical(s.clamp(SCALE_MIN, f.scale_max))
+    """[...] of any float dtype -> float32, clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
+    return canonical(s.float().clamp(SCALE_MIN, f.scale_max))
 
 
 def canonical(x: Tensor) -> Tensor:

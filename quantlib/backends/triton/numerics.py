@@ -230,7 +230,8 @@ def range_scale(lowest, highest, X: tl.constexpr, F: tl.constexpr, AFFINE: tl.co
 
 @triton.jit
 def effective_scale(s, F: tl.constexpr):
-    """[...] float32 -> s clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
+    """[...] float -> float32, clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
+    s = s.to(tl.float32)
     clamped = tl.minimum(tl.maximum(s, SCALE_MIN), F.scale_max)
     return tl.where(s == s, clamped, float_of(tl.full(s.shape, NAN, tl.uint32)))
 

@@ -1,0 +1,308 @@
+// sums[m, n] = sum over k of x[m, k] * w[n, k] for few rows m of x: lanes lie along k
+//
+// Every sum is made in one order, whatever the other rows are: lane l of a register takes each k with its place in a
+// step, a block of kBlock columns at a time; the lanes of a block are added up by a tree, the blocks in order.
+#pragma once
+#include "matmul.h"
+#include "packed.h"
+#include "pairs.h"
+
+namespace quantlib {
+namespace QL_ISA {
+
+constexpr int64_t kSlab = 4;      // rows of the weight that are multiplied together
+constexpr int64_t kPanel = 32;    // rows of the weight whose sums are kept while x stays in the cache
+constexpr int64_t kHeight = 264;  // rows of x that meet one slab: the more, the less is decoded again
+
+template <class E>
+constexpr int64_t kBlock = 8192 / int64_t(sizeof(E));  // columns of a slab: the more, the fewer lanes are added up
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// (sum of the lanes of a, of b, of c, of d), each by the same tree
+QL_FN Quad add_lanes(Floats a, Floats b, Floats c, Floats d) {
+  using I = Ints<Floats>;
+  I low, high, low_pairs, high_pairs;
+  for (int l = 0; l < kLanes; ++l) {
+    const int group = l & ~3, place = l & 3;
+    low[l] = group + place / 2 + place % 2 * kLanes;
+    high[l] = low[l] + 2;
+    low_pairs[l] = group + place % 2 + place / 2 * kLanes;
+    high_pairs[l] = low_pairs[l] + 2;
+  }
+  const Floats ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  const Floats cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+  Floats sums = __builtin_shuffle(ab, cd, low_pairs) + __builtin_shuffle(ab, cd, high_pairs);
+  for (int distance = kLanes / 2; distance >= 4; distance /= 2) {
+    I other;
+    for (int l = 0; l < kLanes; ++l) other[l] = l ^ distance;
+    sums = sums + __builtin_shuffle(sums, other);
+  }
+  Quad out;
+  __builtin_memcpy(&out, &sums, sizeof out);
+  return out;
+}
+
+// Where scales are for sums: parts of the columns of a slab, and the scale of each row there
+struct Parts {
+  int64_t count = 0, end[kBlock<uint16_t> / 32];
+  float scale[kSlab][kBlock<uint16_t> / 32];
+};
+
+// sum[r, n] += sum over k of x[r, k] * w(n, k) for R rows; k counts units of 32 bits
+template <int R, class E, class Part>
+QL_FN void multiply_part(const float* x, int64_t stride, const Part& w, int64_t begin, int64_t end,
+                         Floats (&sum)[R][kSlab]) {
+  for (int64_t k = begin; k < end; k += kLanes) {
+    Floats row[kSlab];
+#pragma GCC unroll 4
+    for (int n = 0; n < kSlab; ++n) row[n] = w(n, k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Floats at = load<Floats>(x + r * stride + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < kSlab; ++n) sum[r][n] = multiply_add<E>(at, row[n], sum[r][n]);
+    }
+  }
+}
+
+// sums[r, n] += sum over k < count of x[r, k] * w[n, k] for R rows. Where scales change along a row, each lane is
+// total = fma(sum of a part, its scale, total).
+template <int R, class E, class From>
+QL_FN void multiply(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts, float* sums) {
+  Floats total[R][kSlab] = {};
+  if (!parts.count) multiply_part<R, E>(x, stride, w.part(0), 0, count, total);
+  for (int64_t p = 0, begin = 0; p < parts.count; begin = parts.end[p++]) {
+    Floats sum[R][kSlab] = {};
+    multiply_part<R, E>(x, stride, w.part(p), begin, parts.end[p], sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < kSlab; ++n) total[r][n] = fma(sum[r][n], splat<Floats>(parts.scale[n][p]), total[r][n]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    float* to = sums + r * kPanel;
+    store(to, load<Quad>(to) + add_lanes(total[r][0], total[r][1], total[r][2], total[r][3]));
+  }
+}
+
+// The same for any number of rows, at most MOST at once
+template <int MOST, class E, class From>
+QL_FN void multiply_rows(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts, float* sums,
+                         int64_t rows) {
+  for (; rows >= MOST; rows -= MOST, x += MOST * stride, sums += MOST * kPanel)
+    multiply<MOST, E>(x, stride, w, count, parts, sums);
+  if constexpr (MOST > 1) {
+    if (rows) multiply_rows<MOST - 1, E>(x, stride, w, count, parts, sums, rows);
+  }
+}
+
+// A piece of the weight in FP32: zeros behind its columns up to a whole register.
+struct Slab {
+  alignas(64) float w[kSlab][kBlock<float>];
+
+  struct Part {
+    const Slab& slab;
+    QL_MEMBER Floats operator()(int n, int64_t k) const { return load<Floats>(slab.w[n] + k); }
+  };
+  QL_MEMBER Part part(int64_t) const { return {*this}; }
+};
+
+static void multiply_slab(const float* x, int64_t stride, const Slab& slab, int64_t count, float* sums, int64_t rows) {
+  multiply_rows<kTile, float>(x, stride, slab, count, Parts(), sums, rows);
+}
+
+#ifdef __AVX512BF16__
+// Codes that are decoded where they are multiplied.
+template <class F, bool AFFINE>
+struct Direct {
+  using Pairs = decltype(pairs_of<F, AFFINE>(0));
+  const char* codes[kSlab];
+  const int32_t (*zero_point)[kSlab];  // of each part
+  int64_t ahead;                       // bytes to the same columns of the rows that come next
+  const Pairs symmetric = pairs_of<F, AFFINE>(0);
+
+  template <int COUNT>
+  struct Part {
+    const Direct& direct;
+    Pairs pairs[COUNT];
+    QL_MEMBER Floats operator()(int n, int64_t k) const {
+      const char* codes = direct.codes[n] + bytes_of<F>(2 * k);
+      __builtin_prefetch(codes + direct.ahead);
+      return pairs[COUNT == 1 ? 0 : n](codes);
+    }
+  };
+  QL_MEMBER auto part(int64_t p) const {
+    if constexpr (AFFINE) {
+      const int32_t* z = zero_point[p];
+      return Part<kSlab>{*this, {Pairs(z[0]), Pairs(z[1]), Pairs(z[2]), Pairs(z[3])}};
+    } else {
+      return Part<1>{*this, {symmetric}};
+    }
+  }
+};
+
+template <class F, bool AFFINE>
+void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[kSlab], int64_t ahead,
+                    const int32_t (*zero_point)[kSlab], int64_t count, const Parts& parts, float* sums, int64_t rows) {
+  const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point, ahead};
+  if (parts.count) multiply_rows<3, uint16_t>(x, stride, direct, count, parts, sums, rows);
+  else multiply_rows<kTile, uint16_t>(x, stride, direct, count, parts, sums, rows);
+}
+
+static inline decltype(&multiply_codes<int8, false>) dot_kernel(Type format, bool affine) {
+  return visit(format, [&](auto f) -> decltype(&multiply_codes<int8, false>) {
+    using F = decltype(f);
+    if constexpr (!in_pairs<F>) return nullptr;
+    else if constexpr (F::is_float) return multiply_codes<F, false>;
+    else return affine ? multiply_codes<F, true> : multiply_codes<F, false>;
+  });
+}
+#endif
+
+// ---- the product ----------------------------------------------------------------------------------------------------
+
+// Rows m0 .. m0 + count of y, or those of a list
+template <class E>
+class Dots {
+ public:
+  Dots(const DequantMatmul& p, const int64_t* list, int64_t m0, int64_t count, const Plan& plan)
+      : p_(p), plan_(plan), x_{p.x, p.x_type, p.weight.grid.K, list}, m0_(m0), count_(count) {}
+
+  // odd[r] of each row: whether it is to be multiplied in FP32 instead
+  void operator()(ParallelFor run, uint8_t* odd) const {
+    const bool in_place = sizeof(E) == 4 && p_.x_type == Type::float32 && K_ % kLanes == 0 && !x_.list;
+    const int64_t stride = round_up(K_, kStepColumns<E>) * int64_t(sizeof(E)) / 4, rows = count_ * plan_.parts;
+    const Scratch packed(in_place ? 0 : rows * stride * 4);
+    auto* data = static_cast<float*>(packed.data());
+    if (!in_place)
+      parallel(run, count_, most(1, kGrain / most(1, K_)), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+#ifdef __AVX512BF16__
+          if constexpr (sizeof(E) == 2) {
+            odd[r] = pack_row(x_, m0_ + r, plan_.pairs.order, data + r * stride, data + (count_ + r) * stride);
+            continue;
+          }
+#endif
+          x_.floats(m0_ + r, 0, K_, stride, data + r * stride);
+        }
+      });
+    const float* x = in_place ? static_cast<const float*>(p_.x) + m0_ * K_ : data;
+    const int64_t x_stride = in_place ? K_ : stride;
+    const int64_t panel = rows <= 16 ? kSlab : kPanel;  // few rows: the weight is read as it lies
+    const int64_t height = kHeight / plan_.parts;
+    const int64_t across = (N_ + panel - 1) / panel, down = (count_ + height - 1) / height;
+    const int64_t work = panel * least(rows, kHeight) * most(1, K_);
+    parallel(run, across * down, most(1, 4 * kGrain / work), [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t r = piece / across * height, n = piece % across * panel;
+        multiply_piece(x, x_stride, r, least(r + height, count_), n, least(n + panel, N_));
+      }
+    });
+  }
+
+ private:
+  const DequantMatmul& p_;
+  const Plan& plan_;
+  const Source x_;
+  const int64_t m0_, count_;
+  const WeightRows weight_ = WeightRows(p_.weight);
+  const int64_t N_ = p_.weight.grid.M, K_ = p_.weight.grid.K;
+  const Row y_row_ = row_of(p_.x_type);
+  const Encode encode_ = encoder(p_.x_type, false, false);
+  static constexpr bool scales_sums = sizeof(E) == 2;
+  const bool scales_parts_ = scales_sums && weight_.cols > 1;
+
+  // Rows r0 .. r1 and columns n0 .. n1 of y, at most kPanel
+  void multiply_piece(const float* x, int64_t stride, int64_t r0, int64_t r1, int64_t n0, int64_t n1) const {
+    alignas(64) float sums[kHeight * kPanel];
+    const int64_t rows = r1 - r0;
+    for (int64_t at = 0; at < rows * plan_.parts * kPanel; ++at) sums[at] = 0.0f;
+    for (int64_t k = 0; k < K_; k += kBlock<E>)
+      for (int64_t n = n0; n < n1; n += kSlab)
+        for (int64_t part = 0; part < plan_.parts; ++part)
+          multiply_block(x + (part * count_ + r0) * stride + k * int64_t(sizeof(E)) / 4, stride, n, k,
+                         least(kBlock<E>, K_ - k), sums + part * rows * kPanel + (n - n0), rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* sum = sums + r * kPanel;
+      if (plan_.parts == 2)
+        for (int64_t n = 0; n < kPanel; ++n) sum[n] = add(sum[n], sum[rows * kPanel + n]);
+      const int64_t m = m0_ + r0 + r;
+      finish(sum, x_.list ? x_.list[m] : m, n0, n1);
+    }
+  }
+
+  // The last row stands in for those below it: their sums are not used.
+  int64_t row_at(int64_t n) const { return least(n, N_ - 1); }
+
+#ifdef __AVX512BF16__
+  const decltype(dot_kernel(Type::int8, false)) kernel_ = dot_kernel(p_.weight.format, p_.weight.zero_point);
+#endif
+
+  // sums += of rows n .. n + kSlab of the weight, columns k .. k + columns
+  void multiply_block(const float* x, int64_t stride, int64_t n0, int64_t k, int64_t columns, float* sums,
+                      int64_t rows) const {
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(E) == 2) {
+      const char* codes[kSlab];
+      for (int64_t n = 0; n < kSlab; ++n) codes[n] = codes_at(row_at(n0 + n), k);
+      const int64_t whole = columns / 32 * 32, rest = columns - whole, ahead = codes_at(kSlab, 0) - codes_at(0, 0);
+      if (whole) multiply_direct(x, stride, codes, ahead, n0, k, whole, sums, rows);
+      if (!rest) return;
+      char last[kSlab][32] = {};
+      for (int64_t n = 0; n < kSlab; ++n) {
+        __builtin_memcpy(last[n], codes_at(row_at(n0 + n), k + whole), size_t(row_bytes(weight_.format, rest)));
+        codes[n] = last[n];
+      }
+      return multiply_direct(x + whole / 2, stride, codes, 0, n0, k + whole, rest, sums, rows);
+    }
+#endif
+    Slab slab;
+    for (int64_t n = 0; n < kSlab; ++n) {
+      weight_.row(row_at(n0 + n), k, columns, slab.w[n]);
+      for (int64_t j = columns; j % kLanes; ++j) slab.w[n][j] = 0.0f;
+    }
+    multiply_slab(x, stride, slab, round_up(columns, kLanes), sums, rows);
+  }
+
+#ifdef __AVX512BF16__
+  const char* codes_at(int64_t n, int64_t k) const {
+    return static_cast<const char*>(weight_.w.codes) + byte_offset(weight_.format, K_, n, k);
+  }
+
+  void multiply_direct(const float* x, int64_t stride, const char* const (&codes)[kSlab], int64_t ahead, int64_t n0,
+                       int64_t k, int64_t columns, float* sums, int64_t rows) const {
+    Parts parts;
+    int32_t zero_point[kBlock<uint16_t> / 32][kSlab];
+    const int64_t J = k / weight_.bk, count = (k + columns - 1) / weight_.bk + 1 - J;
+    if (scales_parts_) {
+      parts.count = count;
+      for (int64_t n = 0; n < kSlab; ++n) weight_.row_scales(row_at(n0 + n), J, count, parts.scale[n]);
+      for (int64_t p = 0; p < count; ++p) parts.end[p] = round_up(least(columns, (J + p + 1) * weight_.bk - k), 32) / 2;
+    }
+    if (weight_.w.zero_point)
+      for (int64_t n = 0; n < kSlab; ++n)
+        for (int64_t p = 0; p < count; ++p) zero_point[p][n] = weight_.zero_point(row_at(n0 + n), J + p);
+    kernel_(x, stride, codes, ahead, zero_point, round_up(columns, 32) / 2, parts, sums, rows);
+  }
+#endif
+
+  // y[m, n0 .. n1) from the sums of a row
+  void finish(float* sums, int64_t m, int64_t n0, int64_t n1) const {
+    alignas(64) float total[kPanel] = {};
+    for (int64_t n = n0; n < n1; ++n) {
+      float sum = sums[n - n0];
+      if (scales_sums && !scales_parts_) sum = mul(sum, weight_.scale(n, 0));
+      sum = add(sum, 0.0f);  // a product that underflows may be -0, a sum from +0 never is
+      total[n - n0] = p_.epilogue.bias ? add(sum, p_.epilogue.bias[n]) : sum;
+    }
+    for (int64_t n = 0; n < n1 - n0; n += kLanes)
+      store(total + n, activate(load<Floats>(total + n), p_.epilogue.activation));
+    encode_(total, nullptr, nullptr, {false, false}, static_cast<char*>(p_.y) + byte_offset(y_row_, N_, m, n0),
+            n1 - n0);
+  }
+};
+
+}  // namespace QL_ISA
+}  // namespace quantlib

@@ -1,0 +1,156 @@
+// What the products with a float x share: x as it is multiplied, how codes are decoded, which kernel multiplies.
+//
+// All 32 bits of what is multiplied are one unit: a float, or two BF16 that are multiplied and added together.
+#pragma once
+#include "../ops/dequant_matmul.h"
+#include "matmul.h"
+#include "pairs.h"
+
+namespace quantlib {
+namespace QL_ISA {
+
+constexpr int64_t kUnits = 16;  // of a row of the weight in a step: 64 bytes
+constexpr int64_t kGroup = 16;  // rows of the weight whose steps lie together, a step of each in turn: a tile
+constexpr int64_t kTileFloats = kUnits * kGroup;
+template <class E>
+constexpr int64_t kStepColumns = kUnits * 4 / int64_t(sizeof(E));
+
+template <class E>
+QL_FN Floats multiply_add(Floats x, Floats w, Floats sum) {
+#ifdef __AVX512BF16__
+  // The instruction takes subnormals for zeros: what it is given has none, nor have its sums.
+  if constexpr (sizeof(E) == 2) return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(x), same_bits<__m512bh>(w));
+#endif
+  return fma(x, w, sum);
+}
+
+// ---- x --------------------------------------------------------------------------------------------------------------
+
+// Where rows of x come from: row r of a chunk is row `list[m0 + r]` of x, or m0 + r.
+struct Source {
+  const void* x;
+  Type type;
+  int64_t K;
+  const int64_t* list;
+  const Decode decode = decoder(type);
+  const Row row = row_of(type);
+
+  const char* at(int64_t m, int64_t k) const {
+    return static_cast<const char*>(x) + byte_offset(row, K, list ? list[m] : m, k);
+  }
+  // out[j] = x[m, k + j] for j < n, zeros up to `whole`
+  void floats(int64_t m, int64_t k, int64_t n, int64_t whole, float* out) const {
+    if (decode) decode(at(m, k), false, out, n);
+    else __builtin_memcpy(out, at(m, k), size_t(n) * 4);
+    for (int64_t j = n; j < whole; ++j) out[j] = 0.0f;
+  }
+};
+
+#ifdef __AVX512BF16__
+// Whether a value of x is no zero and not within [2^-80, 2^80): a product or sum might underflow or overflow.
+template <class U>
+bool is_odd(const U* x, int64_t K) {
+  constexpr int shift = sizeof(U) == 2 ? 7 : 23;
+  U odd = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    const U magnitude = x[k] & U(U(~U(0)) >> 1);
+    odd |= U(magnitude != 0) & U(U(magnitude - (U(127 - 80) << shift)) >= (U(160) << shift));
+  }
+  return odd;
+}
+
+// 32 floats of x as BF16, or what is left of them
+QL_FN __m512i part_of(const float* x, int part) {
+  Floats a = load<Floats>(x), b = load<Floats>(x + 16);
+  const auto rounded = [](Floats a, Floats b) {
+    return same_bits<__m512i>(_mm512_cvtne2ps_pbh(same_bits<__m512>(b), same_bits<__m512>(a)));
+  };
+  const __m512i high = rounded(a, b);
+  if (!part) return high;
+  const auto widened = [](__m256i words) {
+    return same_bits<Floats>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, words), 16));
+  };
+  a = a - widened(_mm512_maskz_extracti64x4_epi64(0xf, high, 0));
+  b = b - widened(_mm512_maskz_extracti64x4_epi64(0xf, high, 1));
+  return rounded(a, b);
+}
+
+// Row m of x in BF16, `order` for each 32 columns, and what it lacks where x has more bits; whether it is odd
+static inline bool pack_row(const Source& from, int64_t m, const uint16_t (&order)[32], float* high, float* low) {
+  const __m512i places = load_words(order);
+  const bool direct = from.type == Type::bfloat16;
+  bool odd = false;
+  for (int64_t k = 0; k < from.K; k += 32) {
+    const int64_t n = least(32, from.K - k);
+    alignas(64) float x[32] = {};
+    if (direct) {
+      __builtin_memcpy(x, from.at(m, k), size_t(n) * 2);
+      odd |= is_odd(reinterpret_cast<const uint16_t*>(x), n);
+    } else {
+      from.floats(m, k, n, 32, x);
+      odd |= is_odd(reinterpret_cast<const uint32_t*>(x), n);
+      store(low + k / 2, _mm512_maskz_permutexvar_epi16(0xffffffff, places, part_of(x, 1)));
+    }
+    store(high + k / 2, _mm512_maskz_permutexvar_epi16(0xffffffff, places, direct ? load<__m512i>(x) : part_of(x, 0)));
+  }
+  return odd;
+}
+#endif
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
+
+#ifdef __AVX512BF16__
+// out = the values of `columns` codes of a row less z, a step of kTileFloats after the other; whole steps. What lies
+// `ahead` bytes behind the codes is fetched into the second-level cache.
+template <class F, bool AFFINE>
+void decode_pairs(const char* codes, int64_t ahead, int32_t z, int64_t columns, float* out) {
+  const auto pairs = pairs_of<F, AFFINE>(z);
+  for (; columns >= 32; columns -= 32, codes += bytes_of<F>(32), out += kTileFloats) {
+    __builtin_prefetch(codes + ahead, 0, 2);
+    store(out, pairs(codes));
+  }
+  if (!columns) return;
+  char rest[32] = {};
+  __builtin_memcpy(rest, codes, size_t(bytes_of<F>(columns)));
+  store(out, pairs(rest));
+}
+
+struct PairKernels {
+  decltype(&decode_pairs<int8, false>) decode;
+  uint16_t order[32];
+};
+
+// What decodes codes of a format whose values are pairs; null for others.
+static inline PairKernels pair_kernels(Type format, bool affine) {
+  return visit(format, [&](auto f) -> PairKernels {
+    using F = decltype(f);
+    if constexpr (!in_pairs<F>) return {};
+    else {
+      PairKernels kernels = {decode_pairs<F, false>, {}};
+      if constexpr (!F::is_float)
+        if (affine) kernels.decode = decode_pairs<F, true>;
+      for (int p = 0; p < 32; ++p) kernels.order[p] = uint16_t(decltype(pairs_of<F, true>(0))::order(p));
+      return kernels;
+    }
+  });
+}
+#else
+struct PairKernels {};
+#endif
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kLeastSplit = 64;  // columns from which on two parts of BF16 stand for a float: docs/contract.md, C11
+constexpr int64_t kFew = 6;          // rows of x, at most, whose products are made by dots
+
+struct Plan {
+  bool in_pairs;       // of BF16, or in FP32
+  bool blocked;        // or by dots
+  int64_t parts;       // of BF16 that add up to a value of x
+  int64_t MC, NC, KC;  // rows of x, of the weight, columns
+  bool tiles;          // AMX
+  PairKernels pairs;
+};
+
+}  // namespace QL_ISA
+}  // namespace quantlib
