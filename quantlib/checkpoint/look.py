@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -247,7 +248,7 @@ def log_probabilities(path: Path, ids: Tensor) -> Tensor:
     try:
         import transformers
 
-        import quantlib.hf  # noqa: F401  # which has transformers load codes of quantlib
+        importlib.import_module("quantlib.hf")  # which has transformers load codes of quantlib
     except ImportError as error:
         raise ImportError(f"{IDS} need transformers to load {path}: {error}") from None
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(path)

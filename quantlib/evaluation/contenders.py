@@ -17,6 +17,7 @@ from quantlib.evaluation.subjects import Subject, quiet
 from quantlib.spec import SCHEMES, QuantSpec
 
 GROUPS = (128, 64, 32)
+NARROW = (64, 32, 16)  # of scales in 16 bits: 4.25, 4.5 and 5 bits a weight
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,16 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
-    """Every named spec, then every 4-bit format in groups of 128, 64 and 32: equal ones once, in this order."""
+    """Every named spec, then every 4-bit format in groups of 128, 64 and 32, and in fewer with scales of 16 bits.
+
+    Equal ones come once, in this order.
+    """
     named = [str(QuantSpec.parse(text)) for text in SCHEMES.values()]
     named = [text for text in named if QuantSpec.parse(text).scaled]
     four = [row for row in formats.TABLE if row.bits == 4]
     grouped = [f"{row.name}:group:{g}" for row in four for g in GROUPS if row.is_float or row.signed]
     grouped += [f"{row.name}:group:{g}:affine" for row in four if not row.is_float for g in GROUPS]
+    grouped += [f"{row.name}:group:{g}:bfloat16" for row in four for g in NARROW if row.is_float or row.signed]
     return list(dict.fromkeys(str(QuantSpec.parse(text)) for text in [*named, *grouped]))
 
 

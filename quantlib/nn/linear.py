@@ -117,8 +117,8 @@ class QuantLinear(QuantModule, nn.Linear):
         ----------
         codes : Tensor [N, K]
             One code an element: integers in the range of an integer format (-8..7 for int4, -128..127 for int8, 0..255
-            for uint8), the bits 0..15 of float4_e2m1fn, or float8 of the dtype of the format. Or packed already,
-            [N, ceil(K / 2)] uint8 as `quantlib.pack` gives them, with ``in_features``. Copied.
+            for uint8), the bits 0..15 of float4_e2m1fn, nf4 and nf4_bf16, or float8 of the dtype of the format. Or
+            packed already, [N, ceil(K / 2)] uint8 as `quantlib.pack` gives them, with ``in_features``. Copied.
         scale : Tensor [ceil(N / br), ceil(K / bk)]
             Floats that the dtype of the scales of the spec holds, float32 by default; [N] where each row has one, and a
             single one where all weights share it.
@@ -395,7 +395,7 @@ def checked_codes(codes: Tensor, spec: QuantSpec, in_features: int | None) -> Te
 
 
 def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
-    """A scale as float32, a zero point as int32, one for each block of a weight of ``shape``."""
+    """A scale in the dtype of ``spec``, a zero point as int32, one for each block of a weight of ``shape``."""
     expected, floats = spec.scale_shape(shape), name == "scale"
     given = t.detach()
     if given.is_floating_point() != floats or given.is_complex():
