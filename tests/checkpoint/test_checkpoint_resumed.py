@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from quantlib.checkpoint import check_checkpoint, dequantize_file, publish, quantize_file
 from quantlib.checkpoint.publish import Scratch, replacing
@@ -105,6 +105,24 @@ def test_other_work_begins_anew(change: str, tmp_path: Path, monkeypatch: pytest
     assert len(stop.names) == 3
     quantize_file(src, tmp_path / "whole", "int4" if change == "spec" else "int8")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_an_old_output_is_not_taken_for_new_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the exchange and the end leaves the old output, with the same headers, where work is kept."""
+    src, out = shards(tmp_path / "in", 2), tmp_path / "out"
+    quantize_file(src, out, "int8")
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        save_file({key: tensor * 3 for key, tensor in load_file(src / name).items()}, src / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scratch, "leave", lambda self, keep: [os.close(d) for d in self.descriptors])
+        quantize_file(src, out, "int8", overwrite=True)
+    expected = contents(out)
+    assert (tmp_path / ".out.quantlib" / "journal").exists()
+    stop = StopAfter(100)
+    quantize_file(src, out, "int8", overwrite=True, progress=stop)
+    assert len(stop.names) == 6
+    assert contents(out) == expected
+    assert not (tmp_path / ".out.quantlib").exists()
 
 
 def test_a_line_that_was_cut_off(tmp_path: Path) -> None:
