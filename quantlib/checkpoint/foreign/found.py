@@ -73,7 +73,9 @@ class Found:
         assert self.codes is not None
         assert self.spec is not None
         weight = self.codes(rows)
-        if weight.scale is None or not weight.scale.numel() or self.method == "quantlib":
+        if weight.scale is None or not weight.scale.numel():
+            return weight
+        if self.method == "quantlib" and not bool((weight.scale < 0).any()):  # NaN may have been carried through
             return weight
         least, most = (float(value) for value in weight.scale.aminmax())
         if not 0 <= least <= most < math.inf:

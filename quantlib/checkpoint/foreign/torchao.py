@@ -40,6 +40,8 @@ def weight_of(tensors: Tensors, name: str, text: str) -> Found:
         told: dict[str, Any] = json.loads(text)
         kind, data, parts = told["_type"], told["_data"], told["_tensor_data_names"]
         block = data.get("block_size")
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"metadata {name} must describe a tensor of torchao, got {text[:80]!r}") from None
     if kind not in (*INTEGERS, FLOAT):
@@ -53,6 +55,7 @@ def weight_of(tensors: Tensors, name: str, text: str) -> Found:
     if (
         not isinstance(block, list)
         or len(block) != 2
+        or not all(type(size) is int and size > 0 for size in block)
         or block[0] not in (1, N)
         or (block[0] == N > 1 and block[1] != K)
     ):
