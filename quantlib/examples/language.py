@@ -1,4 +1,4 @@
-"""A real language model that goes on with a sentence, in floats and from codes: SmolLM2-135M, where its package is there."""
+"""SmolLM2-135M, a real language model, goes on with a sentence, in floats and from codes; needs its package."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def lines() -> Iterator[Line]:
 
         where = {"gguf_file": file, "local_files_only": True}
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+        model.eval()  # type: ignore[no-untyped-call]
     model.generation_config.pad_token_id = model.generation_config.eos_token_id
     prompt = tokenizer(PROMPT, return_tensors="pt")
     for spec in (None, *SPECS):
