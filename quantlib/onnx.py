@@ -221,7 +221,8 @@ def integer(name: str, format: str) -> IntFormat:
 
 def effective(op: Any, scale: Value, f: Format) -> Value:
     """The scale within the bounds of C4."""
-    return op.Clip(scale, number(op, SCALE_MIN), number(op, f.scale_max))
+    wide = scale if scale.dtype is None or int(scale.dtype) == FLOAT else op.Cast(scale, to=FLOAT)
+    return op.Clip(wide, number(op, SCALE_MIN), number(op, f.scale_max))
 
 
 def weight_of(op: Any, codes: Value, scale: Value, f: Format, block: Block, zero_point: Value, K: int) -> Value:

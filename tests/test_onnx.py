@@ -30,6 +30,8 @@ SPECS = {
     "int4:group:32:affine": "INT4",
     "float8_e4m3fn:row": "UINT8",
     "float4_e2m1fn:group:32": "UINT8",
+    "nf4_bf16:group:64:bfloat16": "UINT8",
+    "int4:group:32:float16": "INT4",
     "int8:row@int8:row": "INT8",
     "int4:group:32@int8:row": "INT4",
 }

@@ -144,7 +144,10 @@ class Reader:
     def _fill(self, data: memoryview, start: int) -> None:
         done = 0
         while done < len(data):
-            got = os.preadv(self._file, [data[done:]], start + done)
+            try:
+                got = os.preadv(self._file, [data[done:]], start + done)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror} while reading {self.path.name}") from error
             if not got:
                 raise ValueError(f"{self.path} must be a whole safetensors file, got cut off while it was read")
             done += got
@@ -393,6 +396,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if " while reading " in str(error.strerror):
+            raise
         raise OSError(error.errno, f"{error.strerror or error} while writing {path.name}") from error
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import backends, ops
-from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project
+from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project, scale_dtype
 from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
 from quantlib.nn.weight import QuantParameter
@@ -117,10 +117,11 @@ class QuantLinear(QuantModule, nn.Linear):
         ----------
         codes : Tensor [N, K]
             One code an element: integers in the range of an integer format (-8..7 for int4, -128..127 for int8, 0..255
-            for uint8), the bits 0..15 of float4_e2m1fn, or float8 of the dtype of the format. Or packed already,
-            [N, ceil(K / 2)] uint8 as `quantlib.pack` gives them, with ``in_features``. Copied.
+            for uint8), the bits 0..15 of float4_e2m1fn, nf4 and nf4_bf16, or float8 of the dtype of the format. Or
+            packed already, [N, ceil(K / 2)] uint8 as `quantlib.pack` gives them, with ``in_features``. Copied.
         scale : Tensor [ceil(N / br), ceil(K / bk)]
-            Floats, kept as float32; [N] where each row has one, and a single one where all weights share it.
+            Floats that the dtype of the scales of the spec holds, float32 by default; [N] where each row has one, and a
+            single one where all weights share it.
         spec : QuantSpec or what `QuantSpec.parse` takes
             The format and its blocks, and how inputs are quantized; not static ones.
         zero_point : Tensor of the shape of ``scale``, optional
@@ -394,7 +395,7 @@ def checked_codes(codes: Tensor, spec: QuantSpec, in_features: int | None) -> Te
 
 
 def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
-    """A scale as float32, a zero point as int32, one for each block of a weight of ``shape``."""
+    """A scale in the dtype of ``spec``, a zero point as int32, one for each block of a weight of ``shape``."""
     expected, floats = spec.scale_shape(shape), name == "scale"
     given = t.detach()
     if given.is_floating_point() != floats or given.is_complex():
@@ -403,7 +404,12 @@ def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> 
         given = given.reshape(expected)
     if tuple(given.shape) != expected:
         raise ValueError(f"{name} must be {list(expected)} for {spec} of {list(shape)}, got {list(t.shape)}")
-    return given.to(torch.float32 if floats else torch.int32, copy=True).contiguous()
+    kept = given.to(scale_dtype(spec) if floats else torch.int32, copy=True).contiguous()
+    if floats and not kept.is_meta and not torch.equal(kept.double(), given.double()):
+        raise ValueError(
+            f"{name} must be what {spec.scale} holds for {spec}, got {dtype_name(t.dtype)} that it does not"
+        )
+    return kept
 
 
 def kernel_of(spec: QuantSpec, K: int) -> Kernel:

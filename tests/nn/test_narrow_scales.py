@@ -173,6 +173,17 @@ def test_a_file_keeps_narrow_scales(tmp_path: Path) -> None:
     assert torch.equal(state["1.weight_scale"], quantized[1].weight_scale)
 
 
+def test_codes_from_elsewhere_keep_narrow_scales() -> None:
+    spec = QuantSpec.parse("nf4_bf16:group:32:bfloat16")
+    weight = quantize_weight(matrix(), spec)
+    assert weight.scale is not None
+    codes = ops.unpack(weight.codes, spec.format, K)
+    layer = QuantLinear.from_codes(codes, weight.scale.float(), spec)
+    assert layer.weight_scale is not None
+    assert layer.weight_scale.dtype == torch.bfloat16
+    assert torch.equal(layer.values(), dequantize_weight(weight, spec, K, torch.float32))
+
+
 def test_a_state_of_other_scales_is_refused() -> None:
     narrow, other = (QuantLinear(K, N, spec=spec) for spec in ("int4:group:32:bfloat16", "int4:group:32"))
     with pytest.raises(RuntimeError, match="must be codes of int4:group:32:bfloat16, got int4:group:32"):
