@@ -78,6 +78,16 @@ class LoRALinear(nn.Module):
         update = F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
         return y + (update * (self.alpha / self.rank)).to(y.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base, for code that asks a linear layer for its dtype, device or shape."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the base."""
+        return self.base.bias
+
     def update(self) -> Tensor:
         """[N, K] float32: what the adapter adds to the weight."""
         return (self.b.float() @ self.a.float()) * (self.alpha / self.rank)

@@ -142,21 +142,13 @@ def training_step(
     return run
 
 
-class Adapted(LoRALinear):
-    """A `LoRALinear` that has a weight to look at, as the layers of peft have."""
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-
 def lora_skeleton(model: nn.Module, spec: QuantSpec, rank: int) -> nn.Module:
     """``model`` on meta, its linear layers of codes and frozen with everything else, and an adapter beside each."""
     new = quantized_skeleton(model, spec)
     new.requires_grad_(False)
     places = places_of(new)
     for layer in [m for m in new.modules() if isinstance(m, QuantLinear)]:
-        put(Adapted(layer, min(rank, *layer.weight_shape)), layer, places)
+        put(LoRALinear(layer, min(rank, *layer.weight_shape)), layer, places)
     return new
 
 

@@ -96,6 +96,16 @@ def test_compiled_it_trains_the_same() -> None:
             torch.testing.assert_close(p.grad, q.grad)
 
 
+def test_it_reads_as_a_linear_layer() -> None:
+    """T5 of transformers casts its input to ``self.wo.weight.dtype``."""
+    base = QuantLinear.from_float(nn.Linear(16, 8, dtype=torch.bfloat16), "int8")
+    layer = LoRALinear(base, rank=2)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight.shape == (8, 16)
+    assert layer.bias is base.bias
+    assert set(layer.state_dict()) == {"a", "b", *(f"base.{name}" for name in base.state_dict())}
+
+
 def test_bad_input() -> None:
     with pytest.raises(TypeError, match="base must be a QuantLinear, got Linear"):
         LoRALinear(nn.Linear(K, N))  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 import quantlib
 from quantlib.api import places_of, put
 from quantlib.checkpoint import quantize_file, save_quantized
-from quantlib.nn import QuantLinear
+from quantlib.nn import LoRALinear, QuantLinear
 from quantlib.plan import Plan, plan
-from quantlib.plan.runs import Adapted, training_step
+from quantlib.plan.runs import training_step
 from quantlib.plan.sizes import of_files
 from quantlib.plan.source import source_of
 from quantlib.spec import QuantSpec
@@ -123,7 +123,7 @@ def prepared(model: nn.Module, train: str) -> nn.Module:
         ran.requires_grad_(False)
         places = places_of(ran)
         for layer in [m for m in ran.modules() if isinstance(m, QuantLinear)]:
-            put(Adapted(layer, 8), layer, places)
+            put(LoRALinear(layer, 8), layer, places)
     return ran.train()
 
 
