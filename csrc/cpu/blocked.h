@@ -6,6 +6,7 @@
 // that are multiplied and added together.
 #pragma once
 #include "../activation.h"
+#include "amx.h"
 #include "packed.h"
 
 namespace quantlib {
@@ -34,13 +35,14 @@ QL_FN void transpose(Floats (&v)[kLanes]) {
 // Where steps have one scale a row: sums = fma(sum of the steps, scale, sums). Otherwise the steps are added to sums.
 struct Segment {
   int64_t begin, end;  // steps of the block
-  const float* scale;  // of each row of the weight; or null
+  const float* scale;  // of row n of the weight: scale[n * stride]; or null
+  int64_t stride;
 };
 
 constexpr int64_t NR = 2 * kGroup;
 constexpr int64_t kSquare = kGroup * kLanes;  // sums of kGroup rows of the weight with a panel of x
 
-struct Tiles {
+struct Panels {
   const float* w;    // [NR / kGroup, steps, kGroup, kUnits]
   const float* x;    // [panels, depth, kLanes]
   float* sums;       // [NR / kGroup, panels, kGroup, kLanes]
@@ -51,7 +53,7 @@ struct Tiles {
 
 // NRV rows from r0 on of the group of w, MV panels of x
 template <class E, int NRV, int MV>
-QL_FN void multiply_registers(const Tiles& t, int64_t r0, const Segment& segment, bool first) {
+QL_FN void multiply_registers(const Panels& t, int64_t r0, const Segment& segment, bool first) {
   float* to = t.sums + r0 * kLanes;
   Floats sum[NRV][MV] = {};
   if (!segment.scale && !first) {
@@ -83,7 +85,7 @@ QL_FN void multiply_registers(const Tiles& t, int64_t r0, const Segment& segment
       Floats total = sum[r][v];
       if (segment.scale) {
         const Floats before = first ? Floats{} : load<Floats>(out);
-        total = fma(total, splat<Floats>(segment.scale[r0 + r]), before);
+        total = fma(total, splat<Floats>(segment.scale[(r0 + r) * segment.stride]), before);
       }
       store(out, total);
     }
@@ -97,27 +99,27 @@ constexpr int kWide = 3, kTall = 4;  // 12, 3 and 1 of 16
 
 // kGroup rows of w, MV panels of x
 template <class E, int MV>
-static void multiply_group(const Tiles& t, const Segment& segment, bool first) {
+static void multiply_group(const Panels& t, const Segment& segment, bool first) {
   constexpr int rows = MV == 1 ? 2 * kTall : kTall;
   for (int64_t r = 0; r < kGroup; r += rows) multiply_registers<E, rows, MV>(t, r, segment, first);
 }
 
 // NR rows of w, `panels` of x, by vectors
 template <class E>
-static void multiply_vectors(const Tiles& t, int64_t panels, const Segment& segment, bool first) {
+static void multiply_vectors(const Panels& t, int64_t panels, const Segment& segment, bool first) {
   for (int64_t v = 0; v < panels; v += kWide)
     for (int64_t g = 0; g < NR / kGroup; ++g) {
-      Tiles at = t;
+      Panels at = t;
       at.w += g * t.w_stride, at.x += v * t.x_stride, at.sums += g * t.stride + v * kSquare;
       Segment of = segment;
-      if (of.scale) of.scale += g * kGroup;
+      if (of.scale) of.scale += g * kGroup * of.stride;
       constexpr decltype(&multiply_group<E, 1>) some[] = {multiply_group<E, 1>, multiply_group<E, 2>,
                                                           multiply_group<E, 3>};
       some[least(kWide, panels - v) - 1](at, of, first);
     }
 }
 
-#ifdef __AVX512BF16__
+#ifdef QL_AMX
 // ---- the same by AMX ------------------------------------------------------------------------------------------------
 
 // In assembly: a compiler does not know that the intrinsics of g++ 12 read memory.
@@ -127,25 +129,6 @@ static void multiply_vectors(const Tiles& t, int64_t panels, const Segment& segm
   asm volatile("tilestored %%tmm" #TILE ", (%0,%1,1)" ::"r"(TO), "r"(int64_t(STRIDE)) : "memory")
 #define QL_ZERO_TILE(TILE) asm volatile("tilezero %tmm" #TILE)
 #define QL_MULTIPLY_TILES(SUM, W, X) asm volatile("tdpbf16ps %tmm" #X ", %tmm" #W ", %tmm" #SUM)
-
-// While it lives, a thread that wants them has eight tiles of 16 rows of 64 bytes.
-class TileRegisters {
- public:
-  explicit TileRegisters(bool wanted) : wanted_(wanted) {
-    if (!wanted) return;
-    alignas(64) uint8_t config[64] = {1};  // palette
-    for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~TileRegisters() {
-    if (wanted_) asm volatile("tilerelease");
-  }
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-
- private:
-  const bool wanted_;
-};
 
 // Two groups of w by MT panels of x, at most two: tiles 0 .. 3 are sums, 4 and 5 of w, 6 and 7 of x
 template <int MT>
@@ -173,7 +156,7 @@ QL_FN void store_tiles(float* top, float* below) {
 }
 
 template <int MT>
-QL_FN void multiply_step(const Tiles& t, int64_t step) {
+QL_FN void multiply_step(const Panels& t, int64_t step) {
   const float *w = t.w + step * kTileFloats, *x = t.x + step * kTileFloats;
   QL_LOAD_TILE(6, x, 64);
   QL_LOAD_TILE(4, w, 64);
@@ -187,38 +170,69 @@ QL_FN void multiply_step(const Tiles& t, int64_t step) {
   }
 }
 
-// sums = fma(what the tiles hold, scale of each row, sums)
-template <int MT>
-QL_FN void add_scaled_tiles(const Tiles& t, const float* scale, bool first) {
-  alignas(64) float part[4 * kSquare];
-  store_tiles<MT>(part, part + 2 * kSquare);
-  for (int64_t n = 0; n < 2; ++n)
-    for (int64_t v = 0; v < MT; ++v) {
-      const float* from = part + (2 * n + v) * kSquare;
-      float* out = t.sums + n * t.stride + v * kSquare;
-      for (int64_t r = 0; r < kGroup; ++r, from += kLanes, out += kLanes) {
-        const Floats before = first ? Floats{} : load<Floats>(out);
-        store(out, fma(load<Floats>(from), splat<Floats>(scale[n * kGroup + r]), before));
-      }
-    }
-}
+// Sums of a part that tiles have stored. They are added while the tiles make the next: a vector that is loaded right
+// behind the tile that it is in would wait for it.
+struct StoredPart {
+  float* sums;  // to which they are added
+  int64_t stride;
+  const float* scale;
+  int64_t scale_stride;
+  bool first;  // nothing is there
+};
 
 template <int MT>
-static void multiply_tiles(const Tiles& t, const Segment& segment, bool first) {
+class ScaledParts {
+ public:
+  // What the tiles hold, times the scale of each row, is for the sums of t.
+  QL_MEMBER void take(const Panels& t, const float* scale, int64_t scale_stride, bool first) {
+    float* part = parts_[turn_];
+    store_tiles<MT>(part, part + 2 * kSquare);
+    add();
+    stored_ = {t.sums, t.stride, scale, scale_stride, first};
+    turn_ ^= 1;
+  }
+  // Adds what is still to be added.
+  QL_MEMBER void add() {
+    if (!stored_.sums) return;
+    for (int64_t n = 0; n < 2; ++n)
+      for (int64_t v = 0; v < MT; ++v) {
+        const float* from = parts_[turn_ ^ 1] + (2 * n + v) * kSquare;
+        const float* scale = stored_.scale + n * kGroup * stored_.scale_stride;
+        float* out = stored_.sums + n * stored_.stride + v * kSquare;
+        for (int64_t r = 0; r < kGroup; ++r, from += kLanes, out += kLanes, scale += stored_.scale_stride) {
+          const Floats before = stored_.first ? Floats{} : load<Floats>(out);
+          store(out, fma(load<Floats>(from), splat<Floats>(*scale), before));
+        }
+      }
+    stored_.sums = nullptr;
+  }
+
+ private:
+  alignas(64) float parts_[2][4 * kSquare];
+  StoredPart stored_ = {};
+  int turn_ = 0;
+};
+
+template <int MT>
+QL_FN void multiply_tiles(const Panels& t, const Segment& segment, bool first, ScaledParts<MT>& parts) {
   if (segment.scale || first) zero_tiles<MT>();
   else load_tiles<MT>(t.sums, t.sums + t.stride);
   for (int64_t step = segment.begin; step < segment.end; ++step) multiply_step<MT>(t, step);
-  if (segment.scale) add_scaled_tiles<MT>(t, segment.scale, first);
+  if (segment.scale) parts.take(t, segment.scale, segment.stride, first);
   else store_tiles<MT>(t.sums, t.sums + t.stride);
 }
 
 // NR rows of w, `panels` of x, by tiles
-static inline void multiply_all_tiles(const Tiles& t, int64_t panels, const Segment& segment, bool first) {
-  for (int64_t v = 0; v < panels; v += 2) {
-    Tiles at = t;
-    at.x += v * t.x_stride, at.sums += v * kSquare;
-    panels - v > 1 ? multiply_tiles<2>(at, segment, first) : multiply_tiles<1>(at, segment, first);
-  }
+static inline void multiply_all_tiles(const Panels& t, int64_t panels, const Segment& segment, bool first) {
+  ScaledParts<2> pairs;
+  Panels at = t;
+  for (; panels >= 2; panels -= 2, at.x += 2 * at.x_stride, at.sums += 2 * kSquare)
+    multiply_tiles<2>(at, segment, first, pairs);
+  pairs.add();
+  if (!panels) return;
+  ScaledParts<1> rest;
+  multiply_tiles<1>(at, segment, first, rest);
+  rest.add();
 }
 #endif
 
@@ -351,20 +365,27 @@ class Blocked {
   // Columns n0 .. n1 of the rows of chunk c
   void rows(int64_t c, int64_t n0, int64_t n1) const {
     const PackedRows x = chunk(c);
+#ifdef QL_AMX
+    if constexpr (scales_sums) {
+      if (plan_.tiles) {
+        const Tiles tiles;
+        return x.panels() == 1   ? few_rows<1>(x, c, n0, n1)
+               : x.panels() == 2 ? few_rows<2>(x, c, n0, n1)
+                                 : many_rows(x, c, n0, n1);
+      }
+    }
+#endif
+    many_rows(x, c, n0, n1);
+  }
+
+  void many_rows(const PackedRows& x, int64_t c, int64_t n0, int64_t n1) const {
     const int64_t NC = least(plan_.NC, round_up(n1 - n0, NR)), KC = least(plan_.KC, round_up(x_.K, kStepColumns<E>));
     const int64_t steps = round_up(KC, kStepColumns<E>) / kStepColumns<E>;
     const Scratch w(NR * steps * kUnits * 4), sums((NC / kGroup * x.panels() * kSquare + kLanes) * 4);
-    const Scratch finished((kLanes + 2) * NC * 4), scales(NR * (scales_sums ? 2 * (KC / weight_.bk + 1) : 1) * 4);
-    Tiles t = {};
+    const Scratch finished((kLanes + 2) * NC * 4), scales(NR * (KC / weight_.bk + 1) * 4);
+    Panels t = {};
     t.w = static_cast<float*>(w.data()), t.w_stride = steps * kTileFloats, t.x_stride = depth_ * kLanes;
     t.stride = x.panels() * kSquare;
-#ifdef __AVX512BF16__
-    const TileRegisters tiles(scales_sums && plan_.tiles);
-    if constexpr (scales_sums) {
-      if (plan_.tiles && x.panels() <= 2)
-        return x.panels() == 2 ? few_rows<2>(x, c, n0, n1) : few_rows<1>(x, c, n0, n1);
-    }
-#endif
     for (int64_t n = n0; n < n1; n += NC) {
       const int64_t end = least(n1, n + NC);
       for (int64_t k = 0; k < x_.K; k += KC) {
@@ -386,11 +407,11 @@ class Blocked {
     }
   }
 
-#ifdef __AVX512BF16__
+#ifdef QL_AMX
   // A block whose weight is decoded
   struct Decoded {
-    Tiles t;
-    const float* scales;  // [parts, NR], or null
+    Panels t;
+    const float* scales;  // of its first part, or null: that of row n in part j is scales[n * columns of scales + j]
     int64_t steps, part;  // in a part
     int64_t n;
     bool first, last;  // of its rows
@@ -398,17 +419,16 @@ class Blocked {
 
   // Its steps from `begin` to `end`
   template <int MT>
-  static void multiply_steps(const Decoded& block, int64_t begin, int64_t end) {
+  void multiply_steps(const Decoded& block, int64_t begin, int64_t end, ScaledParts<MT>& parts) const {
     for (int64_t s = begin; s < end; ++s) {
+      const bool is_last = s + 1 == block.steps;
       const bool begins = block.scales ? s % block.part == 0 : block.first && s == 0;
-      const bool ends =
-          block.scales ? (s + 1) % block.part == 0 || s + 1 == block.steps : block.last && s + 1 == block.steps;
+      const bool ends = block.scales ? is_last || (s + 1) % block.part == 0 : block.last && is_last;
       if (begins) zero_tiles<MT>();
       multiply_step<MT>(block.t, s);
       if (!ends) continue;
-      if (block.scales)
-        add_scaled_tiles<MT>(block.t, block.scales + s / block.part * NR, block.first && s < block.part);
-      else store_tiles<MT>(block.t.sums, block.t.sums + block.t.stride);
+      if (!block.scales) store_tiles<MT>(block.t.sums, block.t.sums + block.t.stride);
+      else parts.take(block.t, block.scales + s / block.part, weight_.cols, block.first && s < block.part);
     }
   }
 
@@ -416,10 +436,12 @@ class Blocked {
   template <int MT>
   void few_rows(const PackedRows& x, int64_t c, int64_t n0, int64_t n1) const {
     const int64_t KC = least(plan_.KC, round_up(x_.K, 32)), whole = round_up(KC, 32) / 32 * kTileFloats;
-    const int64_t parts = weight_.cols > 1 ? KC / weight_.bk + 1 : 0;
+    const int64_t scales_of_rows = weight_.cols > 1 ? NR * weight_.cols : 0;
     const Scratch w(2 * 2 * whole * 4), sums((2 * MT * kSquare + kLanes) * 4), finished((kLanes + 2) * NR * 4);
-    const Scratch scales(2 * NR * (parts + 1) * 4);
+    const Scratch scales(2 * scales_of_rows * 4);
+    ScaledParts<MT> parts;
     Decoded before = {};
+    int scales_turn = 0;
     for (int64_t n = n0, k = 0, turn = 0;; turn ^= 1) {
       const bool more = n < n1;
       Decoded block = {};
@@ -430,41 +452,39 @@ class Blocked {
         block.t.w = static_cast<float*>(w.data()) + turn * 2 * whole, block.t.w_stride = whole;
         block.t.x = x.data + k / 32 * kTileFloats, block.t.x_stride = depth_ * kLanes;
         block.t.sums = static_cast<float*>(sums.data()), block.t.stride = MT * kSquare;
-        if (parts) {
-          auto* s = static_cast<float*>(scales.data());
-          block.scales = s + turn * (parts + 1) * NR;
-          find_scales(n, k, k_end, s + turn * (parts + 1) * NR);
+        if (scales_of_rows) {
+          if (block.first) scales_turn ^= 1;
+          float* of_rows = static_cast<float*>(scales.data()) + scales_turn * scales_of_rows;
+          if (block.first) find_scales(n, 0, x_.K, of_rows);
+          block.scales = of_rows + k / weight_.bk;
         }
-        // The same columns of the rows that come next, where these are the last.
-        const int64_t ahead =
-            block.last ? byte_offset(weight_.format, x_.K, n + NR, 0) - byte_offset(weight_.format, x_.K, n, k)
-                       : byte_offset(weight_.format, x_.K, 0, k_end - k);
+        // The next columns, or the first of the rows that come next.
+        const int64_t from = byte_offset(weight_.format, x_.K, n, k);
+        const int64_t ahead = byte_offset(weight_.format, x_.K, block.last ? n + NR : n, block.last ? 0 : k_end) - from;
         for (int64_t r = 0; r < NR; ++r) {
           auto* to = static_cast<float*>(w.data()) + (turn * 2 + r / kGroup) * whole + r % kGroup * kUnits;
           decode_row(least(n + r, N_ - 1), k, k_end, ahead, to);
-          multiply_steps<MT>(before, before.steps * r / NR, before.steps * (r + 1) / NR);
+          multiply_steps<MT>(before, before.steps * r / NR, before.steps * (r + 1) / NR, parts);
         }
         k = block.last ? 0 : k_end;
         if (block.last) n += NR;
       } else {
-        multiply_steps<MT>(before, 0, before.steps);
+        multiply_steps<MT>(before, 0, before.steps, parts);
       }
-      if (before.last) finish(before.t, x, c, before.n, least(n1, before.n + NR), static_cast<float*>(finished.data()));
+      if (before.last) {
+        parts.add();
+        finish(before.t, x, c, before.n, least(n1, before.n + NR), static_cast<float*>(finished.data()));
+      }
       if (!more) return;
       before = block;
     }
   }
 #endif
 
-  // scales[j, n] = scale of row n0 + n in the j-th of the blocks that share columns k .. k_end; their number. Room for
-  // one row more.
+  // scales[n, j] = scale of row n0 + n in the j-th of the blocks that share columns k .. k_end; their number
   int64_t find_scales(int64_t n0, int64_t k, int64_t k_end, float* scales) const {
     const int64_t J = k / weight_.bk, count = (k_end - 1) / weight_.bk + 1 - J;
-    float* row = scales + count * NR;
-    for (int64_t n = 0; n < NR; ++n) {
-      weight_.row_scales(least(n0 + n, N_ - 1), J, count, row);
-      for (int64_t j = 0; j < count; ++j) scales[j * NR + n] = row[j];
-    }
+    for (int64_t n = 0; n < NR; ++n) weight_.row_scales(least(n0 + n, N_ - 1), J, count, scales + n * count);
     return count;
   }
 
@@ -497,20 +517,20 @@ class Blocked {
   }
 
   // sums += the block's product
-  void multiply(const Tiles& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales) const {
+  void multiply(const Panels& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales) const {
     const int64_t steps = round_up(k_end - k, kStepColumns<E>) / kStepColumns<E>;
-    if (!scales_sums || weight_.cols == 1) return multiply(t, panels, {0, steps, nullptr}, k == 0);
+    if (!scales_sums || weight_.cols == 1) return multiply(t, panels, {0, steps, nullptr, 0}, k == 0);
     const int64_t J = k / weight_.bk, count = find_scales(n0, k, k_end, scales);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t end = least((J + j + 1) * weight_.bk, k_end) - k;
       const Segment segment = {((J + j) * weight_.bk - k) / kStepColumns<E>,
-                               round_up(end, kStepColumns<E>) / kStepColumns<E>, scales + j * NR};
+                               round_up(end, kStepColumns<E>) / kStepColumns<E>, scales + j, count};
       multiply(t, panels, segment, k == 0 && j == 0);
     }
   }
 
-  void multiply(const Tiles& t, int64_t panels, const Segment& segment, bool first) const {
-#ifdef __AVX512BF16__
+  void multiply(const Panels& t, int64_t panels, const Segment& segment, bool first) const {
+#ifdef QL_AMX
     if constexpr (sizeof(E) == 2) {
       if (plan_.tiles) return multiply_all_tiles(t, panels, segment, first);
     }
@@ -519,7 +539,7 @@ class Blocked {
   }
 
   // y = activation(sums * scale + bias) for columns n0 .. n1 of the rows of chunk c
-  void finish(const Tiles& t, const PackedRows& x, int64_t c, int64_t n0, int64_t n1, float* finished) const {
+  void finish(const Panels& t, const PackedRows& x, int64_t c, int64_t n0, int64_t n1, float* finished) const {
     const int64_t width = round_up(n1 - n0, kLanes);
     const int64_t apart = x.apart < kLanes ? x.apart : x.apart * kGroup;  // floats between the sums of two parts
     float *scale = finished + kLanes * width, *bias = scale + width;

@@ -17,7 +17,10 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
   const bool whole = g.bk >= g.K || g.bk % 32 == 0, is_float = p.x_type == Type::float32;
   plan.pairs = pair_kernels(p.weight.format, p.weight.zero_point);
   plan.in_pairs = !floats && plan.pairs.decode && whole && g.K >= (is_float ? kLeastSplit : 1);
-  if (plan.in_pairs) plan.parts = p.x_type == Type::bfloat16 ? 1 : 2, plan.tiles = has_amx();
+  if (plan.in_pairs) plan.parts = p.x_type == Type::bfloat16 ? 1 : 2;
+#ifdef QL_AMX
+  plan.tiles = plan.in_pairs && has_amx();
+#endif
 #endif
   const int64_t rows = count * plan.parts, few = plan.tiles ? 2 : kFew;
   plan.blocked = g.K > 0 && (plan.tiles && p.batch_invariant ? true : !p.batch_invariant && rows > few);

@@ -83,7 +83,7 @@ struct WeightRows {
   }
   // out[j] = scale(n, J + j) for j < count
   void row_scales(int64_t n, int64_t J, int64_t count, float* __restrict__ out) const {
-    const int64_t at = n / br * cols + J;
+    const int64_t at = (br == 1 ? n : n / br) * cols + J;
     const float largest = float_of(format.scale_max);
     if (!w.narrow_scale) {
       for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(w.scale[at + j], largest);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from quantlib.spec import QuantSpec
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
-EXPONENTS = 256  # bins of a histogram of magnitudes: floor(log2 |x|) + 128, and 0 for zero
+EXPONENTS = 256  # bins of a histogram of magnitudes, one for each exponent of float32
 
 
 @dataclass
@@ -48,7 +49,7 @@ class TensorReport:
         Of the values, those aside.
     histogram : list of int
         How often each code comes, the lowest first; of floats, how often each exponent does: entry e counts
-        magnitudes in [2^(e - 128), 2^(e - 127)), the first one zeros too.
+        magnitudes in [2^(e - 127), 2^(e - 126)), the first one all that are smaller.
     """
 
     name: str
@@ -247,7 +248,7 @@ def log_probabilities(path: Path, ids: Tensor) -> Tensor:
     try:
         import transformers
 
-        import quantlib.hf  # noqa: F401  # which has transformers load codes of quantlib
+        importlib.import_module("quantlib.hf")  # which has transformers load codes of quantlib
     except ImportError as error:
         raise ImportError(f"{IDS} need transformers to load {path}: {error}") from None
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(path)
@@ -343,12 +344,14 @@ def report_of(entry: Found) -> TensorReport:
         counts = torch.zeros(1 << spec.row.bits, dtype=torch.int64)
     for rows in rows_of(entry) if size else ():
         y = entry.decoded(rows, torch.float32)
-        finite = y.isfinite()
-        if not bool(finite.all()):
+        least, most = (float(value) for value in y.aminmax())
+        if not math.isfinite(most - least):  # an infinity, or NaN, which spreads
+            finite = y.isfinite()
             found.nonfinite += int((~finite).sum())
             y = torch.where(finite, y, 0)
-        found.least, found.most = min(found.least, float(y.min())), max(found.most, float(y.max()))
-        zeros += int((y == 0).sum())
+            least, most = (float(value) for value in y.aminmax())
+        found.least, found.most = min(found.least, least), max(found.most, most)
+        zeros += y.numel() - int(y.count_nonzero())
         if spec is not None and entry.codes is not None and len(counts) < 1 << 16 and spec.row.bits <= 8:
             weight = entry.codes(rows)
             counts += histogram_of(weight.codes, spec.format, entry.shape[1], low, len(counts))
@@ -384,42 +387,44 @@ def histogram_of(codes: Tensor, format: str, K: int, low: int, bins: int) -> Ten
     """How often each code comes, the lowest first; codes of floats by their bits."""
     if codes.dtype == torch.uint8 and bins < 256:
         codes = ops.unpack(codes, format, K)
-    codes = codes.view(torch.uint8) if codes.is_floating_point() else codes
-    index = codes.flatten().to(torch.int64) - (low if codes.dtype == torch.int8 else 0)
-    return torch.bincount(index, minlength=bins)
+    counts = torch.bincount(codes.view(torch.uint8).flatten(), minlength=256)
+    return torch.roll(counts, -low)[:bins]  # a negative code is that much below 256 as a byte
 
 
 def exponents_of(y: Tensor) -> Tensor:
     """How often each exponent comes: see `TensorReport.histogram`."""
-    _, exponent = torch.frexp(y.flatten())
-    index = torch.where(y.flatten() == 0, 0, (exponent.to(torch.int64) - 1 + 128).clamp(0, EXPONENTS - 1))
-    return torch.bincount(index, minlength=EXPONENTS)
+    exponents = (y.contiguous().flatten().view(torch.int32) >> 23).to(torch.uint8)  # whose ninth bit is the sign
+    return torch.bincount(exponents, minlength=EXPONENTS)
 
 
 def difference_of(pair: tuple[Found, Found, Tensor | None]) -> Difference:
     a, b, x = pair
     dtype = a.dtype if a.dtype == b.dtype and a.dtype in FLOATS else torch.float32
+    wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     signal = noise = other = product = largest = 0.0
     out_signal = out_noise = 0.0
     ulp = differ = 0
     counts = torch.zeros(EXPONENTS, dtype=torch.int64)
     for rows in rows_of(a, b) if math.prod(a.shape) else ():
-        p, q = a.decoded(rows), b.decoded(rows)
-        wide_p, wide_q = p.double(), q.double()
+        p, q = (entry.decoded(rows) for entry in (a, b))
+        wide_p, wide_q = p.to(wide), q.to(wide)
         error = wide_p - wide_q
-        error[wide_p == wide_q] = 0  # infinities that are equal
-        error[wide_p.isnan() & wide_q.isnan()] = 0
-        signal += float(wide_p.square().sum())
-        other += float(wide_q.square().sum())
-        product += float((wide_p * wide_q).sum())
-        noise += float(error.square().sum())
-        differ += int((error != 0).sum())
-        worst = float(error.abs().max())
+        worst = max((abs(float(value)) for value in error.aminmax()), key=lambda v: math.inf if math.isnan(v) else v)
+        if not worst < math.inf:
+            error[wide_p == wide_q] = 0  # infinities that are equal
+            error[wide_p.isnan() & wide_q.isnan()] = 0
+            worst = float(error.abs().max())
+        signal += dot(wide_p, wide_p)
+        other += dot(wide_q, wide_q)
+        product += dot(wide_p, wide_q)
+        differ += int(error.count_nonzero())
         largest = math.nan if math.isnan(worst) or math.isnan(largest) else max(largest, worst)
-        ulp = max(ulp, steps_between(p.to(dtype), q.to(dtype)))
         counts += exponents_of(torch.nan_to_num(error).float())
+        if worst != 0:
+            noise += dot(error, error)
+            ulp = max(ulp, steps_between(p.to(dtype), q.to(dtype)))
         if x is not None:
-            out_signal += float((x @ p.float().T).double().square().sum())
+            out_signal += float((x @ wide_p.float().T).double().square().sum())
             out_noise += float((x @ error.float().T).double().square().sum())
     for entry in (a, b):
         entry.forget()
@@ -436,6 +441,13 @@ def difference_of(pair: tuple[Found, Found, Tensor | None]) -> Difference:
         None if x is None else decibels(out_signal, out_noise),
         counts.tolist(),
     )
+
+
+def dot(p: Tensor, q: Tensor) -> float:
+    """The sum of p * q, in float32 where that keeps its range."""
+    p, q = p.flatten(), q.flatten()
+    found = float(torch.dot(p, q))
+    return found if 1e-20 < abs(found) < 1e30 else float(torch.dot(p.double(), q.double()))
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -68,12 +68,10 @@ def replacing(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} must be a folder to write {path.name} in, got none")
     with Signals() as signals:
-        scratch = Scratch(path, job, resume, join)
+        scratch = Scratch(path, folder, job, resume, join)
         keep = scratch.resumed  # until the work begins
         try:
             check(path, overwrite, folder)
-            if folder:
-                scratch.new.mkdir(exist_ok=True)
             try:
                 signals.let()
                 yield scratch
@@ -240,8 +238,8 @@ class Scratch:
     PARTS = ("new", "old", "job", "lock", "publish", "journal")
     PATIENCE = 10.0  # seconds that a process waits for one that tidies up before they share the work
 
-    def __init__(self, path: Path, job: str | None, resume: bool, join: bool) -> None:
-        self.path, self.job, self.join = path, job, join
+    def __init__(self, path: Path, folder: bool, job: str | None, resume: bool, join: bool) -> None:
+        self.path, self.is_folder, self.job, self.join = path, folder, job, join
         self.folder = path.with_name(f".{path.name}.quantlib")
         self.resumed, self.leads, self.descriptors = False, not join, list[int]()
         deadline = time.monotonic() + self.PATIENCE
@@ -308,9 +306,9 @@ class Scratch:
     def _enter(self, resume: bool) -> bool:
         """Hold the folder; False where that has to be tried again, as another process removes it or tidies it up."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        if self.folder.is_symlink() or not set(os.listdir(self.folder)) <= set(self.PARTS):
-            raise FileExistsError(f"{self.folder} must be free for the work on {self.path.name}: move it away")
         try:
+            if self.folder.is_symlink() or not set(os.listdir(self.folder)) <= set(self.PARTS):
+                raise FileExistsError(f"{self.folder} must be free for the work on {self.path.name}: move it away")
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(self.folder / "lock", flags, 0o600)
         except FileNotFoundError:
@@ -328,7 +326,7 @@ class Scratch:
                 if self.join and not flock(descriptor, fcntl.LOCK_SH):
                     os.close(descriptor)
                     return False
-            if self.join and read(self.folder / "job") != self.job:
+            if self.join and self._told() != self.job:
                 raise self._busy()
         except BaseException:
             with contextlib.suppress(OSError):
@@ -344,7 +342,7 @@ class Scratch:
         """Put back what a killed process had just moved away; keep its work if it is the same, or else remove it."""
         self._put_back()
         left = sorted(set(os.listdir(self.folder)) - {"lock"})
-        known = self.job is not None and read(self.folder / "job") == self.job
+        known = self.job is not None and self._told(whole=True) == self.job
         self.resumed = resume and known and os.path.lexists(self.new)
         if self.resumed:
             return
@@ -352,7 +350,20 @@ class Scratch:
             log.warning("removed %s, which an earlier run had left", self.folder)
         for name in left:
             remove(self.folder / name)
-        (self.folder / "job").write_text(self.job or "")
+        if self.is_folder:
+            self.new.mkdir()
+        (self.folder / "job").write_text(f"{self._identity()}\n{self.job or ''}")
+
+    def _identity(self) -> int:
+        """Names the folder of the output: after an exchange the old output is in its place."""
+        return os.stat(self.new).st_ino if self.is_folder else 0
+
+    def _told(self, whole: bool = False) -> str | None:
+        """What is being made here, where the output is still the one that is; for ``whole`` that is looked at."""
+        identity, _, job = (read(self.folder / "job") or "").partition("\n")
+        if whole and (not os.path.lexists(self.new) or identity != str(self._identity())):
+            return None
+        return job
 
     def _begun(self) -> bool:
         """Whether a batch of any file is written."""

@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inputs",
         metavar="FILE",
-        help="a .safetensors file with inputs [..., K] under names of layers, or input_ids [B, T] for KL of next tokens",
+        help="a .safetensors file with inputs [..., K] under names of layers, or input_ids [B, T] for the KL of tokens",
     )
     parser.add_argument(
         "--tolerance",

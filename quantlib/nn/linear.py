@@ -120,8 +120,8 @@ class QuantLinear(QuantModule, nn.Linear):
             for uint8), the bits 0..15 of float4_e2m1fn, nf4 and nf4_bf16, or float8 of the dtype of the format. Or
             packed already, [N, ceil(K / 2)] uint8 as `quantlib.pack` gives them, with ``in_features``. Copied.
         scale : Tensor [ceil(N / br), ceil(K / bk)]
-            Floats, kept in the dtype that the spec says; [N] where each row has one, and a single one where all weights
-            share it.
+            Floats that the dtype of the scales of the spec holds, float32 by default; [N] where each row has one, and a
+            single one where all weights share it.
         spec : QuantSpec or what `QuantSpec.parse` takes
             The format and its blocks, and how inputs are quantized; not static ones.
         zero_point : Tensor of the shape of ``scale``, optional
@@ -404,7 +404,12 @@ def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> 
         given = given.reshape(expected)
     if tuple(given.shape) != expected:
         raise ValueError(f"{name} must be {list(expected)} for {spec} of {list(shape)}, got {list(t.shape)}")
-    return given.to(scale_dtype(spec) if floats else torch.int32, copy=True).contiguous()
+    kept = given.to(scale_dtype(spec) if floats else torch.int32, copy=True).contiguous()
+    if floats and not kept.is_meta and not torch.equal(kept.double(), given.double()):
+        raise ValueError(
+            f"{name} must be what {spec.scale} holds for {spec}, got {dtype_name(t.dtype)} that it does not"
+        )
+    return kept
 
 
 def kernel_of(spec: QuantSpec, K: int) -> Kernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from quantlib.checkpoint import check_checkpoint, dequantize_file, publish, quantize_file
 from quantlib.checkpoint.publish import Scratch, replacing
@@ -103,6 +105,24 @@ def test_other_work_begins_anew(change: str, tmp_path: Path, monkeypatch: pytest
     assert len(stop.names) == 3
     quantize_file(src, tmp_path / "whole", "int4" if change == "spec" else "int8")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_an_old_output_is_not_taken_for_new_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the exchange and the end leaves the old output, with the same headers, where work is kept."""
+    src, out = shards(tmp_path / "in", 2), tmp_path / "out"
+    quantize_file(src, out, "int8")
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        save_file({key: tensor * 3 for key, tensor in load_file(src / name).items()}, src / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scratch, "leave", lambda self, keep: [os.close(d) for d in self.descriptors])
+        quantize_file(src, out, "int8", overwrite=True)
+    expected = contents(out)
+    assert (tmp_path / ".out.quantlib" / "journal").exists()
+    stop = StopAfter(100)
+    quantize_file(src, out, "int8", overwrite=True, progress=stop)
+    assert len(stop.names) == 6
+    assert contents(out) == expected
+    assert not (tmp_path / ".out.quantlib").exists()
 
 
 def test_a_line_that_was_cut_off(tmp_path: Path) -> None:
@@ -217,3 +237,41 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "checksums.sha256").write_text(f"{'0' * 64}  ../in/config.json\n")
     assert any("a name of the folder a line" in line for line in check_checkpoint(out).problems)
     assert main(["check", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_read_that_fails_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src, out = shards(tmp_path / "in"), tmp_path / "out"
+    quantize_file(src, tmp_path / "whole", "int8")
+    before, read, count = contents(src), os.preadv, iter(range(10**6))
+
+    def failing(*arguments: Any) -> int:
+        if next(count) == 14:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        assert main(["quantize", str(src), str(out), "--to", "int8"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("quantlib quantize: Input/output error while reading model-0000")
+    assert not out.exists()
+    assert contents(src) == before
+    assert main(["quantize", str(src), str(out), "--to", "int8"]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    """Ranks find each other, share the files, and none of them is too late."""
+    src = shards(tmp_path / "in", 4)
+    quantize_file(src, tmp_path / "whole", "int8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "quantlib", "quantize", str(src), str(tmp_path / "out"), "--to", "int8"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / ".out.quantlib").exists()

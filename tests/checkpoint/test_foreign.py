@@ -164,13 +164,13 @@ def float_quantized() -> tuple[State, dict[str, Any], Tensor]:
 
 
 CASES: dict[str, tuple[Callable[[], tuple[State, dict[str, Any], Tensor]], str | None]] = {
-    "gptq 4 bits": (lambda: gptq(4), "int4:group:16:affine"),
-    "gptq 4 bits, version 2": (lambda: gptq(4, 2), "int4:group:16:affine"),
-    "gptq 8 bits": (lambda: gptq(8), "int8:group:16:affine"),
-    "gptq 2 bits": (lambda: gptq(2, 2), "int4:group:16:affine"),
-    "gptq symmetric": (gptq_symmetric, "int4:group:16"),
+    "gptq 4 bits": (lambda: gptq(4), "int4:group:16:affine:float16"),
+    "gptq 4 bits, version 2": (lambda: gptq(4, 2), "int4:group:16:affine:float16"),
+    "gptq 8 bits": (lambda: gptq(8), "int8:group:16:affine:float16"),
+    "gptq 2 bits": (lambda: gptq(2, 2), "int4:group:16:affine:float16"),
+    "gptq symmetric": (gptq_symmetric, "int4:group:16:float16"),
     "gptq act-order": (gptq_act_order, None),
-    "awq": (awq, "int4:group:16:affine"),
+    "awq": (awq, "int4:group:16:affine:float16"),
     "fp8 blocks": (fp8_blocks, "float8_e4m3fn:tile:16"),
     "bitsandbytes int8": (bnb_int8, "int8:row"),
     "bitsandbytes nf4": (lambda: bnb_4bit("nf4", False), "nf4:group:64"),
@@ -179,10 +179,10 @@ CASES: dict[str, tuple[Callable[[], tuple[State, dict[str, Any], Tensor]], str |
     "bitsandbytes fp4": (lambda: bnb_4bit("fp4", False), None),
     "bitsandbytes fp4, nested": (lambda: bnb_4bit("fp4", True), None),
     "hqq": (hqq, None),
-    "pack-quantized": (packed, "int4:group:16"),
-    "pack-quantized, affine": (lambda: packed(False), "int4:group:16:affine"),
-    "int-quantized": (int_quantized, "int8:row@int8:row"),
-    "float-quantized": (float_quantized, "float8_e4m3fn:tensor"),
+    "pack-quantized": (packed, "int4:group:16:float16"),
+    "pack-quantized, affine": (lambda: packed(False), "int4:group:16:affine:float16"),
+    "int-quantized": (int_quantized, "int8:row:bfloat16@int8:row"),
+    "float-quantized": (float_quantized, "float8_e4m3fn:tensor:bfloat16"),
 }
 
 
@@ -224,7 +224,7 @@ def test_values_are_those_of_the_library(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["pack-quantized, affine", "int-quantized", "fp8 blocks"])
 def test_there_and_back(case: str, tmp_path: Path) -> None:
-    """compressed-tensors of ours is read as the same codes."""
+    """compressed-tensors of ours is read as the same codes; the scales are float32 then."""
     state, config, _ = CASES[case][0]()
     src = put(tmp_path / "in", state, config)
     convert_file(src, tmp_path / "ours", "quantlib")
@@ -314,7 +314,7 @@ def test_torchao(tmp_path: Path) -> None:
     metadata = {"model.layer.weight": json.dumps({**told, "_data": data}), "tensor_names": "[]"}
     src = put(tmp_path / "in", state, {}, metadata)
     report = convert_file(src, tmp_path / "out", "quantlib")
-    assert report.layers[0].spec == "int4:group:16:affine"
+    assert report.layers[0].spec == "int4:group:16:affine:bfloat16"
     dequantize_file(tmp_path / "out", tmp_path / "float", dtype="bfloat16")
     wide = [t.repeat_interleave(16, 1) for t in (z, s)]
     assert torch.equal(weight_of(tmp_path / "float"), (q - wide[0]).bfloat16() * wide[1])

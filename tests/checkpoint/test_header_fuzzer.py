@@ -26,11 +26,26 @@ WORDS = ["", ".", "..", "../../etc/passwd", "/etc/passwd", "a\0b", "é", "weight
 DTYPES = ["F32", "BF16", "F16", "F64", "I8", "U8", "I32", "I64", "F8_E4M3", "BOOL", "F4", "", "f32"]
 
 
+def nf4_of() -> dict[str, torch.Tensor]:
+    """A weight of bitsandbytes, with double quantization."""
+    told = {"quant_type": "nf4", "blocksize": 16, "dtype": "float16", "shape": [8, 16], "nested_blocksize": 4}
+    text = json.dumps({**told, "nested_dtype": "float32", "nested_offset": 0.5})
+    return {
+        "l.weight": torch.zeros(64, 1, dtype=torch.uint8),
+        "l.weight.absmax": torch.zeros(8, dtype=torch.uint8),
+        "l.weight.quant_map": torch.linspace(-1, 1, 16),
+        "l.weight.nested_absmax": torch.ones(2),
+        "l.weight.nested_quant_map": torch.ones(256),
+        "l.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text.encode()), dtype=torch.uint8),
+    }
+
+
 def seeds() -> list[tuple[dict[str, Any], bytes]]:
     """(header, data) of files in use."""
     torch.manual_seed(0)
     w, q = torch.randn(8, 16), torch.randint(-8, 8, (8, 16), dtype=torch.int8)
     entry = {"version": 1, "weights": {"l.weight": {"spec": "int8:row", "shape": [8, 16]}}, "tied": {}}
+    torchao = {"_type": "Int8Tensor", "_data": {"block_size": [1, 16]}, "_tensor_data_names": ["qdata", "scale"]}
     states: list[tuple[dict[str, torch.Tensor], dict[str, str] | None]] = [
         ({"l.weight": w, "m.weight": w.bfloat16(), "l.bias": w[0].clone()}, {"format": "pt"}),
         ({"l.weight": q[..., None], "l.weight_scale": torch.ones(8, 1)}, {"quantlib": json.dumps(entry)}),
@@ -54,6 +69,27 @@ def seeds() -> list[tuple[dict[str, Any], bytes]]:
             None,
         ),
         ({"l.weight": q, "l.SCB": torch.ones(8)}, None),
+        (nf4_of(), None),
+        (
+            {
+                "l.W_q": torch.zeros(8, 8, dtype=torch.uint8),
+                "l.scale": torch.ones(16, 1),
+                "l.zero": torch.ones(16, 1),
+                "l.nbits": torch.tensor(4),
+                "l.axis": torch.tensor(1),
+                "l.shape": torch.tensor([8, 16]),
+            },
+            None,
+        ),
+        ({"l._weight_qdata": q, "l._weight_scale": torch.ones(8, 1)}, {"l.weight": json.dumps(torchao)}),
+        (
+            {
+                "l.qweight": torch.zeros(16, 1).int(),
+                "l.qzeros": torch.zeros(1, 1).int(),
+                "l.scales": torch.ones(1, 8),
+            },
+            None,
+        ),
     ]
     found = []
     for state, metadata in states:
@@ -102,10 +138,10 @@ def file_of(rng: random.Random, header: dict[str, Any], data: bytes) -> bytes:
     if kind < 0.1:
         size = rng.choice([0, 1, size - 1, size + 1, 2**32, 2**63, 2**64 - 1])
     raw = bytearray(size.to_bytes(8, "little") + text + data)
-    if 0.1 < kind < 0.25:
+    if 0.1 < kind < 0.3:
         for _ in range(rng.randint(1, 4)):
-            raw[rng.randrange(8, len(raw))] = rng.randrange(256)
-    if 0.25 < kind < 0.35:
+            raw[rng.randrange(8 if kind < 0.2 else 8 + len(text), len(raw))] = rng.randrange(256)
+    if 0.3 < kind < 0.35:
         del raw[rng.randrange(len(raw)) :]
     if 0.35 < kind < 0.4:
         raw += bytes(rng.randrange(1, 9))

@@ -14,7 +14,9 @@ from quantlib.nn import QuantLinear
 SPECS = ["int8:row", "int8:row:affine", "uint8:group:16", "int4:group:16", "int4:group:16:affine", "int8:tile:8", "fp8"]
 
 
-@pytest.mark.parametrize("spec", [*SPECS, "float4_e2m1fn:group:16", "int8:tensor", "W8A8"])
+@pytest.mark.parametrize(
+    "spec", [*SPECS, "float4_e2m1fn:group:16", "int8:tensor", "W8A8", "W4A16", "int4:group:16:float16"]
+)
 def test_the_layer_that_quantizing_gives(spec: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(33, 24)
@@ -60,6 +62,11 @@ def test_the_lowest_code(spec: str) -> None:
         ({"spec": "bfloat16"}, ValueError, "spec must have a scale, got bfloat16"),
         ({"in_features": 4}, ValueError, r"codes must be uint8 \[N, 2\] for 4 columns, got int64 \[2, 4\]"),
         ({"spec": "fp8"}, TypeError, "codes must be float8_e4m3fn, got int64"),
+        (
+            {"spec": "int4:row:bfloat16", "scale": torch.tensor([0.1, 1])},
+            ValueError,
+            "scale must be what bfloat16 holds",
+        ),
         ({"spec": "int8@int8:tensor:static"}, ValueError, "spec must have activations whose scales follow"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +16,7 @@ from conftest import Served, forced, serving
 from torch import Tensor
 
 import quantlib
-from quantlib import backends, formats, ops, reference
+from quantlib import _build, backends, formats, ops, reference
 from quantlib.reference.matmul import bound
 from quantlib.reference.numerics import Array, decode_float
 from quantlib.testing import assert_same_bytes, bits
@@ -98,6 +101,54 @@ def test_exact_sums_have_the_bytes_of_the_reference(
         assert_same_bytes(quantlib.dequant_matmul(x, codes, scale, format, **given), want, str(dtype))
         given["batch_invariant"] = True
         assert_same_bytes(quantlib.dequant_matmul(x, codes, scale, format, **given), want, "batch invariant")
+
+
+LARGE = [((1, -1), "int8", False), ((1, 128), "int4", False), ((1, 64), "uint8", True), ((1, 32), "nf4_bf16", False)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("block", "format", "affine"), LARGE, ids=str)
+def test_several_blocks_of_every_axis(
+    backend: Served, block: tuple[int, int], format: str, affine: bool, dtype: torch.dtype
+) -> None:
+    """Few rows of x and many: exact sums, and rows beside one of values that BF16 pairs cannot multiply."""
+    if backend.interpreted:
+        pytest.skip("the interpreter takes minutes")
+    N, K = 70, 1100
+    codes, scale, z = quantized(N, K, format, block, affine, exact=format != "nf4_bf16")
+    w = values(codes, scale, z, format, block, K)
+    x = small_integers(600, K).to(dtype)
+    for M in (1, 2, 3, 9, 17, 33, 600) if backend.device == "cpu" else (3, 33):
+        some = x[:M].clone()
+        some[M // 2, 5] = torch.finfo(dtype).max
+        some[M // 3, 7] = torch.finfo(dtype).smallest_normal / 2
+        y = quantlib.dequant_matmul(some, codes, scale, format, block=block, zero_point=z)
+        ordinary = [m for m in range(M) if m not in (M // 2, M // 3)]
+        if format == "nf4_bf16":
+            within(y[ordinary], some[ordinary], w)
+        else:
+            want = expected(some[ordinary], (codes, scale, z), format, block, None, None)
+            assert_same_bytes(y[ordinary], want, f"{M} rows")
+        within(y[[M // 3]], some[[M // 3]], w)
+        assert_same_bytes(quantlib.dequant_matmul(some, codes, scale, format, block=block, zero_point=z), y, "again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", _build.LEVELS)
+def test_every_instruction_set(level: str) -> None:
+    if backends.refuses("cpp", "cpu"):
+        pytest.skip("there is no compiled library")
+    chosen = "cpp and (blocks or exact or bound or special or batches)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        env={**os.environ, "QUANTLIB_ISA": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "on this machine" in done.stdout:
+        pytest.skip(f"this machine has no {level}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

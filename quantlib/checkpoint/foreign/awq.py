@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantlib.checkpoint.foreign.found import FLOATS, Found, Once, Tensors, bits_of, integer_weight, per
 from quantlib.nn.functional import Weight
+from quantlib.ops.check import dtype_name
 from quantlib.spec import QuantSpec
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of an int32 is column ORDER[i] of its eight
@@ -41,7 +42,7 @@ def weight_of(tensors: Tensors, prefix: str, parts: tuple[str, ...], shape: tupl
         return integer_weight(of_q.T, s[:, rows].T, of_z.T, 4, symmetric=False)
 
     dtype = tensors.slot(parts[2]).dtype
-    spec = QuantSpec("int4", per(group, shape[1]), False)
+    spec = QuantSpec("int4", per(group, shape[1]), False, scale=dtype_name(dtype))
     return Found(f"{prefix}weight", "AWQ", shape, dtype, parts, spec, codes, forget=whole.forget)
 
 

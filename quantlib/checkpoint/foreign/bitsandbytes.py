@@ -59,6 +59,9 @@ def blocks_of(tensors: Tensors, name: str, kind: str, state: str) -> Found:
         (N, K), nested = shape, "nested_offset" in told
         if not (type(block) is type(N) is type(K) is int and block > 0 and min(N, K) > 0 and N * K % 2 == 0):
             raise ValueError
+        if nested and not (type(told["nested_blocksize"]) is int and told["nested_blocksize"] > 0):
+            raise ValueError
+        float(told.get("nested_offset", 0.0))
         assert dtype in FLOATS
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
         raise ValueError(f"{state} must be JSON with blocksize, dtype and a shape [N, K], got something else") from None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantlib.checkpoint.foreign.found import FLOATS, Found, Tensors, bits_of, integer_weight, per
 from quantlib.nn.functional import Weight
+from quantlib.ops.check import dtype_name
 from quantlib.spec import QuantSpec
 
 METHOD = "compressed-tensors"
@@ -127,11 +128,12 @@ def plain(tensors: Tensors, prefix: str, scheme: Mapping[str, Any]) -> Found:
     def codes(rows: slice) -> Weight:
         q, s = tensors.rows(name, rows), scales(rows)
         if is_float:
-            return Weight(q, s.float().contiguous())
+            return Weight(q, s.contiguous())
         z = scales(rows, tensors.read(zero)) if affine else torch.zeros_like(s)
         return integer_weight(q, s, z, bits, not affine, unsigned=False)
 
-    spec = QuantSpec("float8_e4m3fn" if is_float else f"int{bits}", scales.per, None if is_float else not affine)
+    format, symmetric = ("float8_e4m3fn", None) if is_float else (f"int{bits}", not affine)
+    spec = QuantSpec(format, scales.per, symmetric, scale=dtype_name(scales.dtype))
     return described(tensors, prefix, scheme, Found(name, METHOD, (N, K), scales.dtype, tuple(parts), spec, codes))
 
 
@@ -173,7 +175,9 @@ def packed(tensors: Tensors, prefix: str, scheme: Mapping[str, Any]) -> Found:
         return integer_weight(q, s, z, bits, not affine, unsigned=False)
 
     dtype = scales.dtype
-    spec: QuantSpec | None = QuantSpec("int4" if bits <= 4 else "int8", scales.per, not affine)
+    spec: QuantSpec | None = QuantSpec(
+        "int4" if bits <= 4 else "int8", scales.per, not affine, scale=dtype_name(scales.dtype)
+    )
     weight = f"{prefix}weight"
     if g_idx in tensors:
         parts.append(g_idx)

@@ -73,7 +73,9 @@ class Found:
         assert self.codes is not None
         assert self.spec is not None
         weight = self.codes(rows)
-        if weight.scale is None or not weight.scale.numel() or self.method == "quantlib":
+        if weight.scale is None or not weight.scale.numel():
+            return weight
+        if self.method == "quantlib" and not bool((weight.scale < 0).any()):  # NaN may have been carried through
             return weight
         least, most = (float(value) for value in weight.scale.aminmax())
         if not 0 <= least <= most < math.inf:
@@ -146,6 +148,18 @@ class Tensors:
             raise ValueError(f"{name} must be {' or '.join(NAMES[d] for d in dtypes)} [{sizes}], got {words}")
         return got
 
+    def get_float(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that must be a float.
+
+        Raises
+        ------
+        ValueError
+            For another one.
+        """
+        if (dtype := self.slot(name).dtype) not in FLOATS:
+            raise ValueError(f"{name} must be {', '.join(NAMES[d] for d in FLOATS)}, got {NAMES[dtype]}")
+        return dtype
+
     def quantization(self, method: str) -> Mapping[str, Any]:
         """The entry of config.json that ``method`` wrote; empty where there is none."""
         waiting: list[Mapping[str, Any]] = [self.config]
@@ -195,7 +209,11 @@ def without_zero_scales(weight: Weight, spec: QuantSpec, K: int) -> Weight:
         of_zero = torch.tensor(values.index(0.0))
     bytes_of_codes = codes.view(torch.uint8) if codes.is_floating_point() else codes
     plain = torch.where(zeros[rows][:, columns], of_zero.to(bytes_of_codes.dtype), bytes_of_codes).view(codes.dtype)
-    return Weight(ops.pack(plain, spec.format) if packed else plain, torch.where(zeros, 1.0, scale), weight.zero_point)
+    return Weight(
+        ops.pack(plain, spec.format) if packed else plain,
+        torch.where(zeros, 1.0, scale).to(scale.dtype),
+        weight.zero_point,
+    )
 
 
 def bits_of(packed: Tensor, bits: int) -> Tensor:
@@ -224,4 +242,4 @@ def integer_weight(
     half = 1 << (bits - 1) if unsigned and bits >= 4 else 0
     moved = (codes.to(torch.int16) - half).to(torch.int8)
     z = None if symmetric else (zero_point.to(torch.int32) - half).contiguous()
-    return Weight(as_int4(moved) if bits <= 4 else moved.contiguous(), scale.float().contiguous(), z)
+    return Weight(as_int4(moved) if bits <= 4 else moved.contiguous(), scale.contiguous(), z)

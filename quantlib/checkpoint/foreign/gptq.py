@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlib.checkpoint.foreign.found import FLOATS, Found, Once, Tensors, bits_of, integer_weight, per
 from quantlib.nn.functional import Weight
+from quantlib.ops.check import dtype_name
 from quantlib.spec import QuantSpec
 
 INT = (torch.int32,)
@@ -75,5 +76,5 @@ def weight_of(
     if not ordered:
         why = "act-order: g_idx gives neighbouring columns scales of different groups"
         return Found(name, f"{method}, act-order", shape, dtype, parts, values=values, why=why, forget=whole.forget)
-    spec = QuantSpec("int4" if bits <= 4 else "int8", per(group, K), symmetric)
+    spec = QuantSpec("int4" if bits <= 4 else "int8", per(group, K), symmetric, scale=dtype_name(dtype))
     return Found(name, method, shape, dtype, parts, spec, codes, forget=whole.forget)

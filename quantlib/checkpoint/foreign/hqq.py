@@ -28,8 +28,11 @@ def find(tensors: Tensors) -> Iterator[Found]:
         if absent:
             raise ValueError(f"{prefix}W_q must have {', '.join(absent)} beside it, got none (zero points in codes?)")
         told = {part: tensors.read(f"{prefix}{part}").flatten().tolist() for part in ("nbits", "shape", "axis")}
-        bits, axis = int(told["nbits"][0]), int(told["axis"][0])
-        shape = tuple(int(size) for size in told["shape"])
+        try:
+            bits, axis = int(told["nbits"][0]), int(told["axis"][0])
+            shape = tuple(int(size) for size in told["shape"])
+        except (IndexError, OverflowError, TypeError):
+            raise ValueError(f"{prefix}W_q must have nbits, axis and shape as numbers, got {told}") from None
         if bits not in (8, 4, 2) or axis != 1 or len(shape) != 2:
             raise ValueError(f"{prefix}W_q must be of 8, 4 or 2 bits along axis 1, got {bits} bits, axis {axis}")
         yield weight_of(tensors, prefix, tuple(f"{prefix}{part}" for part in parts), bits, (shape[0], shape[1]))

@@ -14,6 +14,7 @@ import torch
 
 from quantlib.checkpoint.foreign.found import FLOATS, Found, Tensors, integer_weight, per
 from quantlib.nn.functional import Weight
+from quantlib.ops.check import dtype_name
 from quantlib.spec import QuantSpec
 
 INTEGERS = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
@@ -39,6 +40,8 @@ def weight_of(tensors: Tensors, name: str, text: str) -> Found:
         told: dict[str, Any] = json.loads(text)
         kind, data, parts = told["_type"], told["_data"], told["_tensor_data_names"]
         block = data.get("block_size")
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"metadata {name} must describe a tensor of torchao, got {text[:80]!r}") from None
     if kind not in (*INTEGERS, FLOAT):
@@ -52,6 +55,7 @@ def weight_of(tensors: Tensors, name: str, text: str) -> Found:
     if (
         not isinstance(block, list)
         or len(block) != 2
+        or not all(type(size) is int and size > 0 for size in block)
         or block[0] not in (1, N)
         or (block[0] == N > 1 and block[1] != K)
     ):
@@ -65,16 +69,15 @@ def weight_of(tensors: Tensors, name: str, text: str) -> Found:
     granularity = "tensor" if whole else per(block[1], K)
     narrow = kind == INTEGERS[1] and str(data.get("target_dtype", {})).find("int8") < 0
     bits = 4 if narrow and bool(str(data.get("target_dtype", "")).find("int4") >= 0) else 8
-    spec = QuantSpec(
-        "float8_e4m3fn" if kind == FLOAT else f"int{bits}", granularity, None if kind == FLOAT else not has_zero
-    )
+    symmetric, scales = None if kind == FLOAT else not has_zero, dtype_name(slot.dtype)
+    spec = QuantSpec("float8_e4m3fn" if kind == FLOAT else f"int{bits}", granularity, symmetric, scale=scales)
 
     def codes(rows: slice) -> Weight:
         q = tensors.rows(qdata, rows)
         s = tensors.read(scale).reshape(rows_of_scale, G)
         s = s if whole else s[rows]
         if kind == FLOAT:
-            return Weight(q, s.float().contiguous())
+            return Weight(q, s.contiguous())
         z = tensors.read(zero).reshape(rows_of_scale, G) if has_zero else torch.zeros_like(s)
         z = z if whole or not has_zero else z[rows]
         return integer_weight(q, s, z, bits, not has_zero, unsigned=False)
