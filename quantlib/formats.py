@@ -328,8 +328,8 @@ TABLE: tuple[Format, ...] = (
     IntFormat("int4",   4,   True,  2),
 )  # fmt: skip
 
-WITHOUT_BOOKS = tuple(f for f in TABLE if isinstance(f, IntFormat) or not f.is_book)  # what has fields
 FORMATS: dict[str, Format] = {f.name: f for f in (FLOAT32, *TABLE)}
+WITHOUT_BOOKS = tuple(f for f in TABLE if isinstance(f, IntFormat) or not f.is_book)  # what has fields
 
 
 def get(format: Any) -> Format:

@@ -39,7 +39,12 @@ class QuantParameter(nn.Parameter):
         if name == "requires_grad":
             self.requires_grad_(value)
         elif name == "data" and value.dtype != self.dtype:
-            raise TypeError(f"data of {self._what} must be {dtype_name(self.dtype)}, got {dtype_name(value.dtype)}")
+            narrow = value.to(self.dtype)
+            # `prepare_model_for_kbit_training` of PEFT widens all floats of 16 bits: these stay as they are
+            widened = value.dtype == torch.float32 and self.dtype in (torch.float16, torch.bfloat16)
+            if not widened or not (value.is_meta or torch.equal(narrow.float(), value)):
+                raise TypeError(f"data of {self._what} must be {dtype_name(self.dtype)}, got {dtype_name(value.dtype)}")
+            super().__setattr__(name, narrow)
         else:
             super().__setattr__(name, value)
 

@@ -206,3 +206,15 @@ def test_training_lands_on_the_kept_scales() -> None:
     quantlib.convert_(trained)
     assert trained[0].weight_scale.dtype == torch.bfloat16
     torch.testing.assert_close(trained(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_that_is_widened_stays_as_it_is() -> None:
+    layer = QuantLinear(K, N, spec="int4:group:32:bfloat16")
+    scale = layer.weight_scale
+    assert scale is not None
+    before = scale.data.clone()
+    scale.data = scale.data.float()
+    assert scale.dtype == torch.bfloat16
+    assert torch.equal(scale.data, before)
+    with pytest.raises(TypeError, match="data of codes or a scale must be bfloat16, got float32"):
+        scale.data = before.float() + 2.0**-20
