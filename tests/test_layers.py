@@ -26,7 +26,7 @@ FLOORS = [
     {"api"},
     {"qat"},
     {"checkpoint"},
-    {"hf", "onnx"},
+    {"hf", "onnx", "plan"},
     {"calibration"},
     {"evaluation"},
     {"cli", "examples"},

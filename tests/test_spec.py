@@ -20,7 +20,7 @@ from quantlib.spec import SCHEMES, TARGETS, QuantSpec
         ("int8", "int8:row", (1, 300), (200, 1)),
         ("W8A16", "int8:row", (1, 300), (200, 1)),
         ("w8a8", "int8:row@int8:row", (1, 300), (200, 1)),
-        ("W4A16", "nf4_bf16:group:64:bfloat16", (1, 64), (200, 5)),
+        ("W4A16", "nf4_bf16:group:128:bfloat16", (1, 128), (200, 3)),
         ("nf4", "nf4:group:64", (1, 64), (200, 5)),
         ("W4A8", "int4:group:128@int8:row", (1, 128), (200, 3)),
         ("int4", "int4:group:128", (1, 128), (200, 3)),
@@ -58,7 +58,7 @@ def test_the_words_of_the_field() -> None:
     assert QuantSpec("int4", per="group", group_size=32) == QuantSpec("int4", group_size=32)
     assert str(QuantSpec("int4", group_size=32).weight_only) == "int4:group:32"
     assert repr(quantlib.W4A16) == (
-        "QuantSpec(format='nf4_bf16', per='group:64', symmetric=True, activation=None, static=False, scale='bfloat16')"
+        "QuantSpec(format='nf4_bf16', per='group:128', symmetric=True, activation=None, static=False, scale='bfloat16')"
     )
     assert [str(s) for s in (quantlib.W8A16, quantlib.W4A16)] == [SCHEMES["w8a16"], SCHEMES["w4a16"]]
     assert QuantSpec.parse("W4A8") == quantlib.W4A8

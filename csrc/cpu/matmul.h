@@ -77,8 +77,9 @@ struct WeightRows {
   explicit WeightRows(const Weight& w) : w(w) {}
 
   float scale(int64_t n, int64_t J) const {
-    const int64_t at = n / br * cols + J;
-    return effective_scale(w.narrow_scale ? widened(w.narrow_scale[at]) : w.scale[at], float_of(format.scale_max));
+    float s;
+    row_scales(n, J, 1, &s);
+    return s;
   }
   // out[j] = scale(n, J + j) for j < count
   void row_scales(int64_t n, int64_t J, int64_t count, float* __restrict__ out) const {
@@ -86,20 +87,16 @@ struct WeightRows {
     const float largest = float_of(format.scale_max);
     if (!w.narrow_scale) {
       for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(w.scale[at + j], largest);
-    } else if (w.narrow_type == Type::bfloat16) {
-      for (int64_t j = 0; j < count; ++j)
-        out[j] = effective_scale(decode_float<bfloat16>(w.narrow_scale[at + j]), largest);
-    } else {
-      for (int64_t j = 0; j < count; ++j)
-        out[j] = effective_scale(decode_float<float16>(w.narrow_scale[at + j]), largest);
+      return;
     }
+    const uint16_t* narrow = w.narrow_scale + at;
+    if (w.narrow_type == Type::bfloat16)
+      for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(float_of(uint32_t(narrow[j]) << 16), largest);
+    else
+      for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(decode_float<float16>(narrow[j]), largest);
   }
   int32_t zero_point(int64_t n, int64_t J) const {
     return w.zero_point ? clamp_zero_point(w.zero_point[n / br * cols + J], format) : 0;
-  }
-
-  float widened(uint16_t narrow) const {
-    return w.narrow_type == Type::bfloat16 ? decode_float<bfloat16>(narrow) : decode_float<float16>(narrow);
   }
 
   // Calls body(begin, end, J) for the parts of columns k0 .. k0 + n that have one scale, counted from k0.

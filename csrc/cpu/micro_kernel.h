@@ -51,11 +51,12 @@ struct Sums {
 // ---- registers ------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
-constexpr int kSums = 24;  // of 32 registers
+constexpr int kSums = 24;   // of 32 registers
+constexpr int kPanels = 3;  // of x at once, at most
 #else
 constexpr int kSums = 12;  // of 16
+constexpr int kPanels = 2;
 #endif
-constexpr int kPanels = 4;  // of x at once, at most
 
 // sum + x * w of the two int16 of a lane
 struct Pairs {
@@ -122,8 +123,8 @@ static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, con
 template <class Dot>
 static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead,
                                Sums to) {
-  constexpr decltype(&multiply_registers<Dot, 1>) kernels[kPanels] = {
-      multiply_registers<Dot, 1>, multiply_registers<Dot, 2>, multiply_registers<Dot, 3>, multiply_registers<Dot, 4>};
+  constexpr decltype(&multiply_registers<Dot, 1>) kernels[] = {multiply_registers<Dot, 1>, multiply_registers<Dot, 2>,
+                                                               multiply_registers<Dot, 3>};
   const int64_t step = kSums / panels;
   for (int64_t r = 0; r < rows; r += step) {
     kernels[panels - 1](w, x, bytes, r == 0 ? ahead : Ahead{}, to);

@@ -54,25 +54,9 @@ constexpr bool lies_ready(Unit unit) {
 
 typedef uint16_t __attribute__((may_alias, aligned(1))) TwoBytes;
 
-// out[k] = code k0 + k of a row, less z where pairs are multiplied, moved into an unsigned or signed byte elsewhere
+// out[k] = code k0 + k of a row, moved into an unsigned byte or less its excess in a signed one
 template <class F>
-void unpack_row(Unit unit, const uint8_t* __restrict__ row, int64_t k0, int64_t n, int32_t z, char* __restrict__ out) {
-  const auto code = [=](int64_t k) { return unpack<F>(row[k / F::per_byte], int(k % F::per_byte)); };
-  if (unit == Unit::pairs) {
-    auto* to = reinterpret_cast<int16_t*>(out);
-    if constexpr (F::per_byte == 2) {
-      int64_t k = 0;
-      for (; k0 % 2 == 0 && k + 2 <= n; k += 2) {
-        const uint8_t two = row[(k0 + k) / 2];
-        to[k] = int16_t(unpack<F>(two, 0) - z), to[k + 1] = int16_t(unpack<F>(two, 1) - z);
-      }
-      for (; k < n; ++k) to[k] = int16_t(code(k0 + k) - z);
-    } else {
-      for (int64_t k = 0; k < n; ++k) to[k] = int16_t(code(k0 + k) - z);
-    }
-    return;
-  }
-  const bool is_unsigned = unit == Unit::bytes;
+void unpack_bytes(bool is_unsigned, const uint8_t* __restrict__ row, int64_t k0, int64_t n, char* __restrict__ out) {
   int64_t k = 0;
   if constexpr (is_whole<F>) {
     const uint8_t flip = F::is_signed == is_unsigned ? 128 : 0;
@@ -91,7 +75,25 @@ void unpack_row(Unit unit, const uint8_t* __restrict__ row, int64_t k0, int64_t 
     }
     k = 2 * bytes;
   }
-  for (; k < n; ++k) out[k] = char(code(k0 + k) + (is_unsigned ? lift<F> : -excess<F>));
+  for (; k < n; ++k) {
+    const int32_t code = unpack<F>(row[(k0 + k) / F::per_byte], int((k0 + k) % F::per_byte));
+    out[k] = char(code + (is_unsigned ? lift<F> : -excess<F>));
+  }
+}
+
+// What is multiplied of codes k0 .. k0 + n of a row; z counts where pairs are
+template <class F>
+void unpack_row(Unit unit, const uint8_t* row, int64_t k0, int64_t n, int32_t z, char* out) {
+  if (unit != Unit::pairs) return unpack_bytes<F>(unit == Unit::bytes, row, k0, n, out);
+  constexpr int64_t part = 256;
+  char bytes[part];
+  auto* to = reinterpret_cast<int16_t*>(out);
+  const auto moved = int16_t(excess<F> - z);
+  for (int64_t k = 0; k < n; k += part) {
+    const int64_t count = least(part, n - k);
+    unpack_bytes<F>(false, row, k0 + k, count, bytes);
+    for (int64_t j = 0; j < count; ++j) to[k + j] = int16_t(int8_t(bytes[j]) + moved);
+  }
 }
 
 struct WeightCodes {
@@ -525,8 +527,15 @@ class BlockOfSums {
   }
 };
 
-// Whether columns of one scale are enough to be multiplied in blocks.
-bool fits_blocks(const ScaledMatmul& p) { return p.weight.grid.bk >= 16 && p.weight.grid.K >= 16; }
+// Whether blocks are worth packing x for them. A panel of x is multiplied whole, however few rows it has: few rows with
+// codes that need no unpacking and no sums of blocks are dot products of rows as they lie, in dot.h.
+bool in_blocks(const ScaledMatmul& p) {
+  const Grid& g = p.weight.grid;
+  if (g.bk < 16) return false;
+  const bool packed = row_of(p.weight.format).per_byte > 1 || g.scale_cols() > 1;
+  const bool faster = has_amx() || has_avx_vnni();  // than the instructions of dot.h
+  return packed || p.M >= (faster ? 4 : kLanes);
+}
 
 void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
   const Blocking b = blocking_of();

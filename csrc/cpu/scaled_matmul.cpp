@@ -1,7 +1,8 @@
 // y[m, n] = epilogue(sum over k of (x_codes[m, k] - x_zero_point[m]) * x_scale[m] * w[n, k]), the integer sum exact
 //
-// Instructions that multiply bytes want x unsigned and w signed. So x is x_codes + 128 where those are signed, w is
-// codes - 128 where no signed byte holds those, and the zero points x_z and z move along:
+// By one of three ways: scaled_nibbles.h, scaled_blocks.h, or, in this file, few rows of x and a weight of bytes, as
+// they lie. Instructions that multiply bytes want x unsigned and w signed. So x is x_codes + 128 where those are
+// signed, w is codes - 128 where no signed byte holds those, and the zero points x_z and z move along:
 //   d = sum of (x - x_z) * (w - z) = sum of x * w  -  x_z * sum of w  -  z * (sum of x  -  K * x_z)
 // modulo 2^32, which is d itself, as it fits. Where a row of w has several scales, each of its blocks has such a d.
 #include "../ops/scaled_matmul.h"
@@ -9,12 +10,12 @@
 #include "dot.h"
 #include "matmul.h"
 #include "scaled_blocks.h"
+#include "scaled_nibbles.h"
 
 namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 3;          // of x, which are multiplied as they lie
 constexpr int64_t kSumCols = 64;         // rows of w whose sums with kRows rows of x are kept together
 constexpr int64_t kSumDepth = 4096;      // codes of a row that are multiplied before lanes are added up
 constexpr int64_t kFlipGrain = 1 << 20;  // bytes to copy that a thread is worth waking for
@@ -201,7 +202,8 @@ class ExactSums {
 }  // namespace
 
 void scaled_matmul(const ScaledMatmul& p, ParallelFor run) {
-  if (p.M > kFewRows && fits_blocks(p)) return multiply_in_blocks(p, run);
+  if (in_nibbles(p)) return multiply_nibbles(p, run);
+  if (in_blocks(p)) return multiply_in_blocks(p, run);
   const int64_t down = round_up(p.M, kRows) / kRows, across = round_up(p.weight.grid.M, kSumCols) / kSumCols;
   const int64_t products = least(p.M, kRows) * kSumCols * most(p.weight.grid.K, 1);
   visit(p.weight.format, [&](auto f) {

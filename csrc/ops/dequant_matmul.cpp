@@ -7,6 +7,8 @@ namespace quantlib {
 
 QL_KERNEL(dequant_matmul, DequantMatmul)
 
+constexpr int64_t kFewRows = 2;  // meet every scale once; for more, scales are widened once before
+
 template <bool TILED>
 static void dequant_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   const char* op = "dequant_matmul";
@@ -15,7 +17,6 @@ static void dequant_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   WeightArguments w(in, TILED ? "tiles" : "codes");
   const int64_t size = TILED ? in.size() : 0;
   w.zero_point = in.optional_tensor("zero_point");
-  w.keeps_narrow_scales = Backend::takes_narrow_scales;
   EpilogueArguments e(in);
   const bool batch_invariant = in.flag();
   auto out = in.out("out");
@@ -23,6 +24,7 @@ static void dequant_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
   if (TILED) check_format(op, w.format_name, in_tiles);
   const int64_t K = check_last_size(op, "x", x), M = rows_of(x);
+  w.keeps_narrow_scales = Backend::takes_narrow_scales && M <= kFewRows;
   const Weight weight = TILED ? w.check_tiles(op, size, K, x.device()) : w.check(op, K, x.device(), targets);
   const int64_t N = weight.grid.M;
   e.check(op, N, x.device());

@@ -1,6 +1,6 @@
 """Codes, scales and formats chosen by what a model is given: `calibrate`, and a spec for each layer: `assign`."""
 
 from quantlib.calibration.assignment import Assignment, Choice, assign
-from quantlib.calibration.model import CalibrationReport, LayerCalibration, calibrate
+from quantlib.calibration.model import METHODS, CalibrationReport, LayerCalibration, calibrate
 
-__all__ = ["Assignment", "CalibrationReport", "Choice", "LayerCalibration", "assign", "calibrate"]
+__all__ = ["METHODS", "Assignment", "CalibrationReport", "Choice", "LayerCalibration", "assign", "calibrate"]

@@ -22,6 +22,9 @@ from quantlib.nn.functional import dequantize_weight, quantize_weight
 from quantlib.report import Report, aligned
 from quantlib.spec import QuantSpec, check_dynamic
 
+# 4.25 bits, 4.25, 4.5 and 8, before what short rows add
+CANDIDATES = ("nf4:group:128", "nf4:group:64:bfloat16", "nf4:group:32:bfloat16", "int8:row")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -117,7 +120,7 @@ class Assignment(dict[str, str]):
 def assign(
     model: nn.Module,
     bits: float = 4.5,
-    candidates: Sequence[Any] = ("float4_e2m1fn:group:128", "float4_e2m1fn:group:32", "int8:row"),
+    candidates: Sequence[Any] = CANDIDATES,
     inputs: Iterable[Any] | None = None,
     *,
     filter_fn: Filter | None = None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantlib import ops
-from quantlib.nn.functional import Weight, quantize_weight
+from quantlib.nn.functional import Weight, kept_scale, quantize_weight
 from quantlib.spec import QuantSpec
 
 COLUMNS = 128  # of a block whose errors stay inside it until it is done
@@ -86,10 +86,10 @@ def searched(w: Tensor, plain: Weight, spec: QuantSpec, energy: Tensor) -> tuple
     _, base, zero_point = plain
     assert base is not None
     block = spec.block(w.shape)
-    best = torch.full_like(base, math.inf)
+    best = torch.full(base.shape, math.inf, device=base.device)
     scale = base
     for share in RANGES:
-        s = base * share
+        s = kept_scale(base.float() * share, spec)
         codes = ops.quantize(w, s, spec.format, block=block, zero_point=zero_point)
         error = (decoded(Weight(codes, s, zero_point), spec, w) - w).square_().mul_(energy)
         total = block_sums(error, block)

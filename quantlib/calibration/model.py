@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,14 +26,20 @@ from quantlib.api import (
     stacks_of,
     weight_of,
 )
-from quantlib.calibration.gptq import Rounded, gptq
+from quantlib.calibration.finished import Finished, key_of
+from quantlib.calibration.fold import fold_
+from quantlib.calibration.gptq import gptq
 from quantlib.calibration.stages import Gram, calls_of, run
 from quantlib.measure import check_weight, describe, describe_experts
 from quantlib.nn.experts import QuantExperts
+from quantlib.nn.functional import Weight
 from quantlib.nn.module import QuantModule
+from quantlib.ops.check import one_of
 from quantlib.record import record_
 from quantlib.report import Report, aligned
 from quantlib.spec import QuantSpec, check_dynamic
+
+METHODS = ("gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,14 @@ class CalibrationReport:
         The layers with codes that suit their inputs.
     data_free : dict
         Name of a layer that has the codes of `quantize_` -> why.
+    scaled : list of str
+        The layers whose input channels were scaled.
     """
 
     report: Report
     layers: list[LayerCalibration] = field(default_factory=list)
     data_free: dict[str, str] = field(default_factory=dict)
+    scaled: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [("layer", "format", "tokens", "loss", "of rounding", "damping")]
@@ -87,6 +97,7 @@ def calibrate(
     filter_fn: Filter | None = None,
     damping: float = 0.01,
     search: bool = True,
+    folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> CalibrationReport:
     """Quantize the ``nn.Linear`` layers of ``model`` in place, with codes that suit the inputs that it is given.
@@ -104,8 +115,11 @@ def calibrate(
         of text like that of later use do for a language model.
     spec : QuantSpec, what `QuantSpec.parse` takes, or a mapping of names of layers to these
         A mapping, as `assign` gives it, leaves layers that it does not name as they are.
-    method : {"gptq"}
-        Columns of a weight are rounded one by one, and the error of each is moved into those that are left.
+    method : {"gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq"}
+        gptq: columns of a weight are rounded one by one, and the error of each is moved into those that are left. awq
+        and smoothquant: channels of the inputs are scaled, and the scales folded into the norm or the layer before,
+        for the least error of the weights, or for activations that are easier to quantize; then weights are rounded.
+        They need a model whose norms and layers have the names of Llama's.
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
     damping : float
@@ -113,6 +127,9 @@ def calibrate(
         definite more is added, and the report says how much.
     search : bool
         Look for the scale that leaves the least error, weighted by the energy of each input; else that of `quantize_`.
+    folder : path, optional
+        Where finished layers are kept. A run that was interrupted and is called once more, with the same model, inputs
+        and options, goes on from there to the same bytes. The folder may be deleted afterwards.
     progress : bool, optional
         A bar on stderr with the loss of each layer; by default on a terminal.
 
@@ -128,15 +145,15 @@ def calibrate(
         For a model that is not a module, or inputs that are no batches.
     ValueError
         For inputs that are empty, of another float dtype or not finite, an unknown spec, method or layer, one with
-        static activations, or a weight that is not finite.
+        static activations, a weight that is not finite, or a model that a method cannot scale.
 
     Notes
     -----
-    Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2023. Sums are
-    made by torch's matrix products, so that codes may differ between machines, but not between runs on one.
+    Frantar et al., GPTQ, 2023; Lin et al., AWQ, 2024; Xiao et al., SmoothQuant, 2023. Sums are made by torch's matrix
+    products, so that codes may differ between machines, but not between runs on one.
     """
-    if method != "gptq":
-        raise ValueError(f"method must be gptq, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be {one_of(METHODS)}, got {method!r}")
     if not 0 < damping < math.inf:
         raise ValueError(f"damping must be a number > 0, got {damping}")
     check_root(model)
@@ -165,49 +182,69 @@ def calibrate(
     calls = calls_of(inputs, model)
 
     done = CalibrationReport(Report(skipped=skipped))
+    finished = None
+    if folder is not None:
+        options = (method, damping, search, {name: str(s) for name, s in specs.items()})
+        finished = Finished(Path(folder), key_of(model, calls, *options))
+    scaling = method.partition("+")[0]
+    if scaling != "gptq":
+        done.scaled = fold_(model, calls, specs, scaling)
     places = places_of(model)
     first: dict[int, QuantModule] = {}  # id of a float weight -> what it became
     originals = {name: weight_of(layer) for name, layer in layers.items()}
-    with tqdm(
-        total=len(layers), unit="layer", file=sys.stderr, disable=None if progress is None else not progress
-    ) as bar:
+    kept: list[nn.Parameter] = []  # so that no id is used twice
+    shown = None if progress is None else not progress
+    with tqdm(total=len(layers), unit="layer", file=sys.stderr, disable=shown) as bar:
 
-        def quantize(name: str, gram: Gram | None) -> None:
-            layer, s, weight = layers.pop(name), specs[name], originals.pop(name)
+        def replace(name: str, weight: Weight | None, told: LayerCalibration | None, why: str = "") -> None:
+            layer, s, original = layers.pop(name), specs[name], originals.pop(name)
             new: QuantModule
-            if id(weight) in first:
-                new = share_weight(first[id(weight)], layer, s)
-            elif gram is None or not s.scaled:
-                done.data_free[name] = "no token reached it" if gram is None else f"{s} has no scale"
-                new = quantized_type(layer).from_float(layer, s)
+            if id(original) in first:
+                new = share_weight(first[id(original)], layer, s)
             else:
-                try:
-                    found: Rounded = gptq(weight.detach().float(), gram.H, s, damping, search)
-                except ValueError as error:
-                    raise ValueError(f"layer {name}: {error}") from None
-                new = quantized_type(layer).like(layer, s)
-                new._freeze(found.weight)
-                new.weight_codes.requires_grad_(weight.requires_grad)  # which they only remember
-                done.layers.append(
-                    LayerCalibration(name, str(s), gram.tokens, found.loss, found.rounding, found.damping)
-                )
-                bar.set_postfix_str(f"{name[-40:]} {found.loss:.4f}", refresh=False)
-            if id(weight) not in first:
-                first[id(weight)] = new
-                done.report.layers.append(describe(name, weight, new.plain, new.spec))
-                kept.append(weight)
+                if weight is None:
+                    new = quantized_type(layer).from_float(layer, s)
+                else:
+                    new = quantized_type(layer).like(layer, s)
+                    new._freeze(weight)
+                    new.weight_codes.requires_grad_(original.requires_grad)  # which they only remember
+                first[id(original)] = new
+                kept.append(original)
+                done.report.layers.append(describe(name, original, new.plain, new.spec))
+                if told is None:
+                    done.data_free[name] = why
+                else:
+                    done.layers.append(told)
+                    bar.set_postfix_str(f"{name[-40:]} {told.loss:.4f}", refresh=False)
             put(new, layer, places)
             bar.update()
 
-        kept: list[nn.Parameter] = []  # so that no id is used twice
-
         def finish(grams: dict[str, Gram]) -> None:
+            stage: dict[str, tuple[Weight, dict[str, Any]]] = {}
             for name, gram in grams.items():
-                quantize(name, gram)
+                s = specs[name]
+                if not s.scaled or id(originals[name]) in first:
+                    replace(name, None, None, f"{s} has no scale")
+                    continue
+                try:
+                    found = gptq(originals[name].detach().float(), gram.H, s, damping, search)
+                except ValueError as error:
+                    raise ValueError(f"layer {name}: {error}") from None
+                told = LayerCalibration(name, str(s), gram.tokens, found.loss, found.rounding, found.damping)
+                stage[name] = found.weight, asdict(told)
+                replace(name, found.weight, told)
+            if finished is not None:
+                finished.write(stage)
 
-        run(model, calls, list(layers), finish)
+        for name, weight, told in finished.read() if finished is not None else ():
+            device = originals[name].device
+            values, *parts = (None if t is None else t.to(device) for t in weight)
+            assert values is not None
+            replace(name, Weight(values, *parts), LayerCalibration(**told))
+        if method.endswith("gptq"):
+            run(model, calls, list(layers), finish)
         for name in list(layers):
-            quantize(name, None)
+            replace(name, None, None, "no token reached it" if method.endswith("gptq") else "it was rounded")
     for name, module in experts.items():
         assert common is not None
         codes = QuantExperts.from_float(module, common)

@@ -20,9 +20,10 @@ from quantlib.ops.check import dtype_name
 
 @dataclass
 class Gram:
-    """What a layer was given: H [K, K] float32 as a sum, and the number of tokens."""
+    """What a layer was given: H [K, K] float32 as a sum, the largest magnitudes [K], and the number of tokens."""
 
     H: Tensor
+    peak: Tensor
     tokens: int = 0
 
 
@@ -115,8 +116,10 @@ def grams(module: nn.Module, calls: Sequence[Call], layers: Mapping[str, str]) -
             x: Tensor = args[0] if args else kwargs["input"]
             x = x.detach().reshape(-1, x.shape[-1]).float()
             if name not in found:
-                found[name] = Gram(torch.zeros(x.shape[1], x.shape[1], device=x.device))
+                K = x.shape[1]
+                found[name] = Gram(x.new_zeros(K, K), x.new_zeros(K))
             found[name].H.addmm_(x.T, x)
+            torch.maximum(found[name].peak, x.abs().amax(0), out=found[name].peak)
             found[name].tokens += len(x)
 
         return hook

@@ -235,6 +235,25 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
+def header_of(slots: Iterable[Slot], metadata: dict[str, str], file: str) -> tuple[bytes, dict[str, int]]:
+    """What a file of ``slots`` begins with, and where after it the values of each start.
+
+    Wide dtypes come first, as safetensors itself orders them: every tensor is then aligned to its dtype.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    offsets: dict[str, int] = {}
+    end = 0
+    for slot in sorted(slots, key=lambda slot: (-slot.dtype.itemsize, slot.name)):
+        if slot.name in offsets:
+            raise ValueError(f"{file} must have one tensor of each name, got {slot.name} twice")
+        offsets[slot.name] = end
+        start, end = end, end + slot.nbytes
+        header[slot.name] = {"dtype": NAMES[slot.dtype], "shape": slot.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
 def write(
     path: Path,
     batches: Sequence[Batch],
@@ -244,8 +263,7 @@ def write(
 ) -> str:
     """Write a safetensors file, a few pieces in memory at a time.
 
-    Wide dtypes come first, as safetensors itself orders them: every tensor is then aligned to its dtype. The jobs of
-    all batches run in a few threads.
+    The jobs of all batches run in a few threads.
 
     Parameters
     ----------
@@ -259,19 +277,7 @@ def write(
     str
         The SHA-256 of the file, which is on the disk then.
     """
-    slots = [slot for batch in batches for slot in batch.slots]
-    header: dict[str, object] = {"__metadata__": metadata}
-    offsets: dict[str, int] = {}
-    end = 0
-    for slot in sorted(slots, key=lambda slot: (-slot.dtype.itemsize, slot.name)):
-        if slot.name in offsets:
-            raise ValueError(f"{path.name} must have one tensor of each name, got {slot.name} twice")
-        offsets[slot.name] = end
-        start, end = end, end + slot.nbytes
-        header[slot.name] = {"dtype": NAMES[slot.dtype], "shape": slot.shape, "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    text = len(text).to_bytes(8, "little") + text
+    text, offsets = header_of([slot for batch in batches for slot in batch.slots], metadata, path.name)
     data = len(text)
     with naming(path):
         if journal is not None and journal.notes and not begins_with(path, text):

@@ -24,7 +24,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a folder, a GGUF file, a model in transformers' cache, smollm2 or minilm"
     )
     parser.add_argument(
-        "--to", nargs="+", default=[], metavar="SPEC", help=f"{GRAMMAR}; by default every named spec and 4-bit format"
+        "--to",
+        nargs="+",
+        default=[],
+        metavar="SPEC",
+        help=f"{GRAMMAR}; SPEC+gptq, SPEC+awq and SPEC+smoothquant calibrate, a number of bits assigns a spec a layer",
     )
     parser.add_argument(
         "--text",

@@ -13,11 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import api, formats
+from quantlib.calibration import METHODS, assign, calibrate
 from quantlib.evaluation.subjects import Subject, quiet
 from quantlib.spec import SCHEMES, QuantSpec
 
-GROUPS = (128, 64, 32)
-NARROW = (64, 32, 16)  # of scales in 16 bits: 4.25, 4.5 and 5 bits a weight
+GROUPS = ("group:128", "group:64:bfloat16", "group:32:bfloat16")  # 4.25, 4.25 and 4.5 bits
+AFFINE = "group:128:affine"  # 4.5 bits
+CALIBRATED = (
+    "W4A16+gptq",
+    "W4A16+awq+gptq",
+    "int4:group:128+gptq",
+    "int4:group:128:affine+gptq",
+    "nf4:group:32:bfloat16+gptq",
+    "4.5+gptq",
+    "W8A8+smoothquant",
+)
 
 
 @dataclass(frozen=True)
@@ -43,23 +53,47 @@ class Contender:
 
 
 def ours(text: str) -> Contender:
-    """The spec ``text``.
+    """The spec ``text``, or a number of bits a weight to be assigned; calibrated with a method, as ``+gptq``, after it.
 
     Raises
     ------
     ValueError
-        For text that is no spec.
+        For text that is none of these.
     """
-    spec = QuantSpec.parse(text)
+    name, plus, method = text.partition("+")
+    if plus and method not in METHODS:
+        raise ValueError(f"--to must be a spec, or one with a method behind it, +{' or +'.join(METHODS)}, got {text!r}")
+    budget = number(name)
+    spec = QuantSpec.parse(name) if budget is None else None
 
     def apply(model: nn.Module, subject: Subject) -> float:
-        with quiet():
-            report = api.quantize_(model, spec, lambda module, name: name not in subject.kept)
-        if spec.activation is None:
-            api.dequantize_(model)  # the values of the codes: what is measured is their loss, and floats are faster
-        return 8 * report.bytes_after / sum(math.prod(layer.shape) for layer in report.layers)
+        def chosen(module: nn.Module, name: str) -> bool:
+            return name not in subject.kept
 
-    return Contender(titled(spec), apply)
+        with quiet():
+            if budget is not None:
+                found = assign(model, budget, inputs=subject.calibration, filter_fn=chosen, progress=False)
+                reports = [] if plus else found.apply_(model)
+            else:
+                found = None
+                reports = [] if plus else [api.quantize_(model, spec, chosen)]
+            if plus:
+                to = spec if found is None else found
+                reports = [calibrate(model, subject.calibration, to, method, filter_fn=chosen, progress=False).report]
+        if spec is None or spec.activation is None:
+            api.dequantize_(model)  # the values of the codes: what is measured is their loss, and floats are faster
+        layers = [layer for report in reports for layer in report.layers]
+        return 8 * sum(layer.bytes_after for layer in layers) / sum(math.prod(layer.shape) for layer in layers)
+
+    title = f"assigned, {budget:g} bits" if spec is None else titled(spec)
+    return Contender(f"{title}, {method.upper()}" if plus else title, apply)
+
+
+def number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def titled(spec: QuantSpec) -> str:
@@ -69,16 +103,16 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
-    """Every named spec, then every 4-bit format in groups of 128, 64 and 32, and in fewer with scales of 16 bits.
+    """What is measured by itself: `plain_specs`, then what is calibrated."""
+    return [*plain_specs(), *CALIBRATED]
 
-    Equal ones come once, in this order.
-    """
-    named = [str(QuantSpec.parse(text)) for text in SCHEMES.values()]
-    named = [text for text in named if QuantSpec.parse(text).scaled]
+
+def plain_specs() -> list[str]:
+    """Every named spec, then every 4-bit format in `GROUPS`: equal ones once, in this order."""
+    named = [text for text in SCHEMES.values() if QuantSpec.parse(text).scaled]
     four = [row for row in formats.TABLE if row.bits == 4]
-    grouped = [f"{row.name}:group:{g}" for row in four for g in GROUPS if row.is_float or row.signed]
-    grouped += [f"{row.name}:group:{g}:affine" for row in four if not row.is_float for g in GROUPS]
-    grouped += [f"{row.name}:group:{g}:bfloat16" for row in four for g in NARROW if row.is_float or row.signed]
+    grouped = [f"{row.name}:{group}" for row in four for group in GROUPS if row.is_float or row.signed]
+    grouped += [f"{row.name}:{AFFINE}" for row in four if not row.is_float]
     return list(dict.fromkeys(str(QuantSpec.parse(text)) for text in [*named, *grouped]))
 
 
@@ -188,6 +222,6 @@ def bitsandbytes(double: bool) -> Callable[[Tensor], Tensor]:
 
 
 def made(contender: Contender, subject: Subject) -> tuple[nn.Module, float]:
-    """A copy of the subject's model that ``contender`` quantized, and its bits a weight. What stays float is shared."""
-    model = copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
+    """A copy of the subject's model that ``contender`` quantized, and its bits a weight."""
+    model = copy.deepcopy(subject.model)
     return model, contender.apply(model, subject)

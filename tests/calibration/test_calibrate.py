@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import quantlib
+from quantlib.calibration import model as model_module
 from quantlib.calibration import stages
+from quantlib.calibration.gptq import gptq
 from quantlib.nn import QuantLinear
 
 K = 48
@@ -158,6 +161,54 @@ def test_weights_without_a_scale_and_activations() -> None:
     assert model[1].kernel == "dynamic_matmul"
 
 
+class InterruptError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stages_done", [0, 1, 2, 3])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    stages_done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Model()
+    expected = quantlib.calibrate(whole, inputs(1), "int4:group:16:affine")
+    rounded: list[int] = []
+
+    def stops(*args: Any) -> Any:
+        if len(rounded) == 2 * stages_done + 1:
+            raise InterruptError
+        rounded.append(1)
+        return gptq(*args)
+
+    monkeypatch.setattr(model_module, "gptq", stops)
+    with pytest.raises(InterruptError):
+        quantlib.calibrate(Model(), inputs(1), "int4:group:16:affine", folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == stages_done
+
+    def counts(*args: Any) -> Any:
+        rounded.append(1)
+        return gptq(*args)
+
+    monkeypatch.setattr(model_module, "gptq", counts)
+    rounded.clear()
+    model = Model()
+    report = quantlib.calibrate(model, inputs(1), "int4:group:16:affine", folder=tmp_path)
+    assert len(rounded) == 2 * (4 - stages_done)
+    assert report.layers == expected.layers
+    state = whole.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_the_layers_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    quantlib.calibrate(Model(), inputs(1), "int4:group:16", folder=tmp_path)
+    (tmp_path / "0001.safetensors").write_bytes(b"not whole")
+    for batches, spec in ((inputs(1, seed=3), "int4:group:16"), (inputs(1), "float4_e2m1fn:group:16")):
+        model, alone = Model(), Model()
+        quantlib.calibrate(model, batches, spec, folder=tmp_path)
+        quantlib.calibrate(alone, batches, spec)
+        state = alone.state_dict()
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
 def test_the_mode_and_what_a_hook_sees_stay() -> None:
     model, seen = Model().train(), []
     model.blocks[0].up.register_forward_hook(lambda *_: seen.append(1))
@@ -194,7 +245,7 @@ def test_inputs_that_are_refused_leave_the_model_as_it_was(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "rounding"}, "method must be gptq, got 'rounding'"),
+        ({"method": "rounding"}, "method must be gptq, awq, smoothquant, .* got 'rounding'"),
         ({"damping": 0}, "damping must be a number > 0, got 0"),
         ({"spec": "int5"}, "spec must be"),
         ({"spec": "int8@int8:tensor:static"}, "spec must have activations whose scales follow the input"),

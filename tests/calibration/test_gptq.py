@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from quantlib import ops
+from quantlib.calibration import gptq as module
 from quantlib.calibration.gptq import block_sums, decoded, gptq, inverse_factor, searched, spread
 from quantlib.nn.functional import quantize_weight
 from quantlib.spec import QuantSpec
 
 SPECS = ["int4:group:32", "float4_e2m1fn:group:32", "int4:group:32:affine", "int8:row", "int4:tile:16", "int4:tensor"]
+SPECS += ["nf4:group:32", "W4A16", "int4:group:32:affine:float16"]
 
 
 def weight(N: int = 24, K: int = 80) -> Tensor:
@@ -51,6 +53,14 @@ def test_less_error_than_rounding(text: str, search: bool) -> None:
     whole = error(torch.zeros_like(w), w, H)
     assert found.loss == pytest.approx(error(decoded(found.weight, spec, w), w, H) / whole, rel=1e-3)
     assert found.rounding == pytest.approx(error(decoded(quantize_weight(w, spec), spec, w), w, H) / whole, rel=1e-3)
+
+
+def test_errors_reach_the_columns_of_later_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, w, H, losses = QuantSpec.parse("int4:group:32"), weight(24, 300), gram(300), []
+    for columns in (32, 512):
+        monkeypatch.setattr(module, "COLUMNS", columns)
+        losses.append(gptq(w, H, spec).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_two_columns_by_hand() -> None:

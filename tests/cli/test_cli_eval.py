@@ -57,6 +57,10 @@ def test_a_language_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [row["scores"]["tokens"] for row in rows] == [256, 256]
     losses = [row["scores"]["kl"]["mean"] for row in rows]
     assert 0 < losses[0] < losses[1]
+    calibrated = told(capsys, folder, "--to", "int4:group:32+gptq", "W8A8+smoothquant", "--tokens", 256, "--length", 64)
+    names = [row["name"] for row in calibrated["rows"][1:]]
+    assert names == ["int4:group:32, GPTQ", "int8:row@int8:row (W8A8), SMOOTHQUANT"]
+    assert calibrated["rows"][1]["scores"]["kl"]["mean"] < losses[1]
     assert list(rows[0]["scores"]["parts"]) == list(subjects.TEXTS)
     assert main(["eval", str(folder), "--to", "int8:row", "--tokens", "256", "--length", "64"]) == 0
     out = capsys.readouterr().out
@@ -66,10 +70,13 @@ def test_a_language_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_encoder_and_a_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, text = saved(tmp_path / "encoder", transformers.BertModel), tmp_path / "own.txt"
-    text.write_text("The pier was closed for two summers. Nobody knew what to do with it; the boats did not care.")
-    found = told(capsys, folder, "--to", "int8:row", "int4:row", "--text", text)
+    text.write_text(
+        "The pier was closed for two summers. " * 3 + "Nobody knew what to do with it; the boats did not care."
+    )
+    found = told(capsys, folder, "--to", "int8:row", "int4:row", "int4:row+gptq", "--text", text)
     losses = [row["loss"]["mean"] for row in found["rows"]]
     assert 0 < losses[0] < losses[1] < 1
+    assert 0 < losses[2] < 1
     assert all(row["scores"] is None for row in found["rows"])
 
 
@@ -77,9 +84,9 @@ def test_calibration_is_apart_from_what_is_measured(folder: Path) -> None:
     subject = subjects.load(str(folder), tokens=256, length=64)
     measured = [window for windows in subject.texts.values() for window in windows]
     assert [len(windows) for windows in subject.texts.values()] == [2, 2]
-    assert len(subject.calibration) > 4
-    assert all(len(window) == 64 for window in [*measured, *subject.calibration])
-    assert not any(torch.equal(a, b) for a in measured for b in subject.calibration)
+    assert sum(window.numel() for window in subject.calibration) == subjects.CALIBRATION
+    assert all(window.shape[-1] == 64 for window in [*measured, *subject.calibration])
+    assert not any(torch.equal(a, b[0]) for a in measured for b in subject.calibration)
     assert subject.kept == {"lm_head"}
 
 
@@ -120,6 +127,7 @@ def test_peers_that_are_not_installed_are_named(
     [
         (["no/such/model"], "MODEL must be smollm2, minilm, a folder, or a model in the cache of transformers, got"),
         (["FOLDER", "--to", "int5"], "spec must be format"),
+        (["FOLDER", "--to", "int4+awk"], "--to must be a spec, or one with a method behind it, +gptq or +awq or "),
         (["FOLDER", "--tokens", "0"], "--tokens must be an integer >= 1, got '0'"),
         (["FOLDER", "--length", "1"], "--length must be an integer >= 2, got 1"),
         (["FOLDER", "--tokens", "9999999"], "--tokens must be at most "),

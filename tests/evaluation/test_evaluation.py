@@ -109,15 +109,15 @@ def test_an_encoder_by_cosines() -> None:
 
 
 def test_what_is_compared_by_itself_has_every_named_spec_and_four_bit_format() -> None:
-    specs = [QuantSpec.parse(text) for text in contenders.specs()]
+    specs = [QuantSpec.parse(text) for text in contenders.plain_specs()]
     assert len(set(specs)) == len(specs)
     for text in SCHEMES.values():
         assert QuantSpec.parse(text) in specs or not QuantSpec.parse(text).scaled
-    for spec in ("float4_e2m1fn:group:64", "int4:group:32", "int4:group:32:affine"):
+    for spec in ("float4_e2m1fn:group:128", "int4:group:32:bfloat16", "int4:group:128:affine"):
         assert QuantSpec.parse(spec) in specs
 
 
-@pytest.mark.parametrize("text", contenders.specs())
+@pytest.mark.parametrize("text", contenders.plain_specs())
 def test_a_contender_is_quantize(text: str) -> None:
     model, expected = language(), language()
     subject = subjects.Subject("tiny", model, kept=frozenset({"3"}))
@@ -126,8 +126,21 @@ def test_a_contender_is_quantize(text: str) -> None:
     assert bits == 8 * report.bytes_after / model[1].weight.numel()
     assert torch.equal(made[1].weight + 0, expected[1].weight + 0)
     assert made[3] is not model[3]
-    assert made[3].weight is model[3].weight
+    assert torch.equal(made[3].weight, model[3].weight)
     assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("text", ["int4:group:128+gptq", "9.5", "9.5+gptq"])
+def test_a_contender_that_needs_inputs(text: str) -> None:
+    subject = subjects.Subject("tiny", language(), kept=frozenset({"3"}), calibration=[w[None] for w in tokens(4)])
+    contender = contenders.ours(text)
+    made, bits = contenders.made(contender, subject)
+    assert ("GPTQ" in contender.name) == text.endswith("+gptq")
+    assert bits <= 9.5
+    plain, _ = contenders.made(contenders.ours("int4:group:128"), subject)
+    known = LanguageReference(subject.model, {"": list(tokens(8, 5))})
+    assert known.score(made).kl.mean < known.score(plain).kl.mean
+    assert torch.equal(made[3].weight, subject.model[3].weight)
 
 
 def test_moving_off_the_grid_keeps_the_function() -> None:

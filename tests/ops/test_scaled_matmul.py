@@ -129,6 +129,46 @@ def test_larger_than_what_stays_in_a_cache(backend: Served, format: str, affine:
         Case(261, 131, 5301, x_format, affine, format, affine, block, bias=torch.float16).check()
 
 
+# M, N, K, block: where the C++ kernels of the CPU change their way
+EDGES = {
+    "whole rows of whole lines, read where they lie": (49, 70, 256, (1, -1)),
+    "more columns than are multiplied at a time": (16, 33, 5120, (1, -1)),
+    "blocks that fill lines": (33, 40, 384, (1, 128)),
+    "more blocks than are multiplied at a time": (5, 40, 4224, (1, 128)),
+    "a block longer than what is multiplied at a time": (4, 34, 9500, (3, 4700)),
+    "blocks with zeros behind them": (20, 25, 300, (1, 50)),
+    "few rows, and lines of two nibbles": (3, 37, 2432, (1, 128)),
+    "the same in blocks of several lines": (1, 21, 640, (2, 256)),
+    "blocks that begin within a byte": (7, 33, 90, (2, 17)),
+    "more rows than stay in a cache": (300, 20, 192, (1, 64)),
+    "more rows than are packed at a time": (514, 3, 33000, (1, -1)),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(("format", "affine"), WEIGHTS, ids=str)
+def test_edges_of_blocks(backend: Served, edge: str, format: str, affine: bool) -> None:
+    M, N, K, block = EDGES[edge]
+    if backend.interpreted or (backend.backend != "cpp" and M * N * K > 1 << 22):
+        pytest.skip("slow, and made for the C++ kernels")
+    for x_format in ("int8", "uint8")[: 2 if M < 500 else 1]:
+        Case(M, N, K, x_format, affine, format, affine, block, dtype=torch.bfloat16).check()
+
+
+def test_threads(backend: Served) -> None:
+    """Sums are exact: who makes which part of them does not matter."""
+    if backend.interpreted:
+        pytest.skip("runs in one thread")
+    case = Case(70, 300, 256, "int8", False, "int4", True, (1, 64), bias=torch.float32)
+    before, y = torch.get_num_threads(), case.call()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert_same_bytes(case.call(), y, f"{threads} threads")
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("affine", [False, True])
 def test_the_largest_sums(backend: Served, affine: bool) -> None:
     """At the largest K an int32 holds the sum, of either sign; one more is an error that says so."""
@@ -257,7 +297,7 @@ def test_public_defaults(backend: Served) -> None:
 def test_every_instruction_set(isa: str) -> None:
     if backends.refuses("cpp", "cpu"):
         pytest.skip("there is no compiled library")
-    chosen = "cpp and (bytes or larger or largest or dynamic)"
+    chosen = "cpp and (bytes or larger or edges or threads or largest or dynamic)"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env={**os.environ, "QUANTLIB_ISA": isa},

@@ -1,0 +1,159 @@
+// scaled_matmul of few rows of int8 with int4 of several scales a row: rows of w are read once, from beginning to end
+//
+// A line of 64 bytes holds 128 codes. The low nibbles are those of even columns, the high ones those of odd columns, so
+// x is kept as its even and its odd columns, and no nibble has to move to another byte. w' = codes + 8 is unsigned:
+//   d = sum of x * (w - z) = sum of x * w'  -  (z + 8) * sum of x
+#pragma once
+#include "scaled_blocks.h"
+
+namespace quantlib {
+namespace QL_ISA {
+namespace {
+
+// Tiles multiply two rows and more in less time.
+bool in_nibbles([[maybe_unused]] const ScaledMatmul& p) {
+#ifdef __AVX512VNNI__
+  const Grid& g = p.weight.grid;
+  return p.M < (has_amx() ? 2 : 4) && p.weight.format == Type::int4 && p.x_format == Type::int8 && !p.x_zero_point &&
+         g.bk < g.K && g.bk % 128 == 0 && g.K % 128 == 0;
+#else
+  return false;
+#endif
+}
+
+#ifdef __AVX512VNNI__
+class NibbleRows {
+  static constexpr int64_t kFetchAhead = 4096;  // bytes: processors fetch by themselves only to the end of a page
+
+ public:
+  NibbleRows(const ScaledMatmul& p)
+      : p_(p), blocks_(g_.scale_cols()), padded_(round_up(blocks_, kLanes)), x_(p.M * g_.K), sums_(p.M * padded_ * 4) {
+    for (int64_t m = 0; m < p.M; ++m) {
+      const int8_t* from = static_cast<const int8_t*>(p.x_codes) + m * g_.K;
+      for (int64_t k = 0; k < g_.K; k += 128)
+        for (int64_t i = 0; i < 64; ++i) x(m)[k + i] = from[k + 2 * i], x(m)[k + 64 + i] = from[k + 2 * i + 1];
+      for (int64_t J = 0; J < padded_; ++J) {
+        int32_t sum = 0;
+        for (int64_t k = J * g_.bk; k < least((J + 1) * g_.bk, g_.K); ++k) sum += from[k];
+        sums(m)[J] = uint32_t(sum);
+      }
+    }
+  }
+
+  // Columns n0 .. n0 + kLanes of y
+  void operator()(int64_t n0) const {
+    const int64_t count = least(kLanes, g_.M - n0);
+    Floats total[3] = {};
+    for (int64_t J0 = 0; J0 < blocks_; J0 += kLanes) {
+      Bits<Floats> terms[3][kLanes] = {};
+      for (int64_t r = 0; r < count; ++r) {
+        const Floats s = scales(n0 + r, J0);
+        const Bits<Floats> z = zero_points(n0 + r, J0);
+        for (int64_t m = 0; m < p_.M; ++m) {
+          const Bits<Floats> d = sums_of_blocks(n0 + r, m, J0) - z * load<Bits<Floats>>(sums(m) + J0);
+          terms[m][r] = bits_of(mul(Lanes<Floats>::of(same_bits<Ints<Floats>>(d)), s));
+        }
+      }
+      for (int64_t m = 0; m < p_.M; ++m) {
+        transpose(terms[m]);
+        for (int64_t i = 0; i < least(kLanes, blocks_ - J0); ++i)
+          total[m] = add(total[m], same_bits<Floats>(terms[m][i]));
+      }
+    }
+    for (int64_t m = 0; m < p_.M; ++m) finish(m, n0, count, total[m]);
+  }
+
+ private:
+  const ScaledMatmul& p_;
+  const Grid& g_ = p_.weight.grid;
+  const Row format_ = row_of(p_.weight.format), x_format_ = row_of(p_.x_format), y_format_ = row_of(p_.y_type);
+  const Encode encode_ = encoder(p_.y_type, false, false);
+  const int64_t blocks_, padded_;
+  const Scratch x_, sums_;
+
+  int8_t* x(int64_t m) const { return static_cast<int8_t*>(x_.data()) + m * g_.K; }
+  uint32_t* sums(int64_t m) const { return static_cast<uint32_t*>(sums_.data()) + m * padded_; }
+
+  // Lane i: the sum of x * w' over block J0 + i of row n
+  QL_MEMBER Bits<Floats> sums_of_blocks(int64_t n, int64_t m, int64_t J0) const {
+    const auto* row = static_cast<const uint8_t*>(p_.weight.codes) + n * (g_.K / 2);
+    const __m512i low = _mm512_set1_epi8(15), lift = _mm512_set1_epi8(int8_t(0x88));
+    __m512i d[kLanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) {
+      d[i] = _mm512_setzero_si512();
+      const int64_t k0 = (J0 + i) * g_.bk, k1 = least(k0 + g_.bk, g_.K);
+      for (int64_t k = k0; k < k1; k += 128) {
+        __builtin_prefetch(row + k / 2 + kFetchAhead, 0, 3);
+        const __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(row + k / 2), lift);
+        const __m512i even = _mm512_and_si512(codes, low);
+        const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi16(0xffffffff, codes, 4), low);
+        d[i] = _mm512_dpbusd_epi32(d[i], even, _mm512_loadu_si512(x(m) + k));
+        d[i] = _mm512_dpbusd_epi32(d[i], odd, _mm512_loadu_si512(x(m) + k + 64));
+      }
+    }
+    return lane_totals(d);
+  }
+
+  // Lane i: the sum of the lanes of register i
+  static QL_MEMBER Bits<Floats> lane_totals(__m512i (&v)[kLanes]) {
+    using U = Bits<Floats>;
+#pragma GCC unroll 4
+    for (int s = 1; s < kLanes; s *= 2) {
+      U low, high;
+      for (int l = 0; l < kLanes; ++l) {
+        low[l] = l & s ? uint32_t(kLanes + l - s) : uint32_t(l);
+        high[l] = l & s ? uint32_t(kLanes + l) : uint32_t(l + s);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; r += 2 * s) {
+        const U a = U(v[r]), b = U(v[r + s]);
+        v[r] = __m512i(__builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high));
+      }
+    }
+    return U(v[0]);
+  }
+
+  // Of blocks J0 .. J0 + kLanes of row n, 0 where there are none
+  QL_MEMBER Floats scales(int64_t n, int64_t J0) const {
+    alignas(64) float s[kLanes] = {};
+    const float* from = p_.weight.scale + n / g_.br * blocks_ + J0;
+    for (int64_t i = 0; i < least(kLanes, blocks_ - J0); ++i)
+      s[i] = effective_scale(from[i], float_of(format_.scale_max));
+    return load<Floats>(s);
+  }
+  QL_MEMBER Bits<Floats> zero_points(int64_t n, int64_t J0) const {
+    if (!p_.weight.zero_point) return splat<Bits<Floats>>(8u);
+    alignas(64) uint32_t z[kLanes] = {};
+    const int32_t* from = p_.weight.zero_point + n / g_.br * blocks_ + J0;
+    for (int64_t i = 0; i < least(kLanes, blocks_ - J0); ++i) z[i] = uint32_t(clamp_zero_point(from[i], format_)) + 8;
+    return load<Bits<Floats>>(z);
+  }
+
+  // y = activation(total * x_scale + bias)
+  void finish(int64_t m, int64_t n0, int64_t count, Floats total) const {
+    alignas(64) float y[kLanes], bias[kLanes] = {};
+    for (int64_t c = 0; p_.epilogue.bias && c < count; ++c) bias[c] = p_.epilogue.bias[n0 + c];
+    const float s_x = effective_scale(p_.x_scale[p_.x_per_row ? m : 0], float_of(x_format_.scale_max));
+    Floats v = mul(total, splat<Floats>(s_x));
+    if (p_.epilogue.bias) v = add(v, load<Floats>(bias));
+    store(y, activate(v, p_.epilogue.activation));
+    encode_(y, nullptr, nullptr, kAsIs, static_cast<char*>(p_.y) + byte_offset(y_format_, g_.M, m, n0), count);
+  }
+};
+#endif
+
+void multiply_nibbles([[maybe_unused]] const ScaledMatmul& p, [[maybe_unused]] ParallelFor run) {
+#ifdef __AVX512VNNI__
+  const NibbleRows rows(p);
+  const int64_t N = p.weight.grid.M;
+  parallel(run, (N + kLanes - 1) / kLanes, most(1, 8 * kGrain / (kLanes * p.weight.grid.K)),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t piece = begin; piece < end; ++piece) rows(piece * kLanes);
+           });
+#endif
+}
+
+}  // namespace
+}  // namespace QL_ISA
+}  // namespace quantlib

@@ -1,0 +1,6 @@
+"""Will it fit: what a model takes, known from its headers and its configuration before anything is loaded."""
+
+from quantlib.plan.lines import Line, Plan, Section
+from quantlib.plan.planner import plan
+
+__all__ = ["Line", "Plan", "Section", "plan"]

@@ -1,0 +1,207 @@
+"""Bytes of a model in a format, exactly as `quantize_file` or `save_quantized` write them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from quantlib.api import quantize_
+from quantlib.checkpoint import choose
+from quantlib.checkpoint.files import Slot, header_of
+from quantlib.checkpoint.model import cut, state_of
+from quantlib.checkpoint.stored import KEY, Contents, Stored
+from quantlib.nn.experts import QuantExperts
+from quantlib.plan.lines import Line, Section
+from quantlib.plan.parameters import KINDS, Parameters, kind_of
+from quantlib.plan.source import Source, on_meta
+from quantlib.spec import QuantSpec
+
+SHARD = 5_000_000_000  # bytes of a file that `save_quantized` writes, unless told otherwise
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model.
+
+    Attributes
+    ----------
+    codes, scales, zero_points : int
+        Of the weights that are quantized.
+    floats : int
+        Of everything else.
+    headers : int
+        Of the files, beside the tensors.
+    quantized, parameters : int
+        Of how many parameters how many are quantized.
+    """
+
+    codes: int = 0
+    scales: int = 0
+    zero_points: int = 0
+    floats: int = 0
+    headers: int = 0
+    quantized: int = 0
+    parameters: int = 0
+    kinds: Mapping[str, int] = field(default_factory=dict)  # bytes of each of `KINDS`, where they are known
+
+    @property
+    def weights(self) -> int:
+        """Of the tensors: what a loaded model takes."""
+        return self.codes + self.scales + self.zero_points + self.floats
+
+    @property
+    def files(self) -> int:
+        """Of the safetensors files."""
+        return self.weights + self.headers
+
+    def read_a_step(self, found: Parameters) -> int:
+        """Bytes that one step of decoding reads: all but tables that are looked up, and experts that are not chosen."""
+        if not self.kinds:
+            return self.weights * found.multiplied // max(found.total, 1)
+        idle = self.kinds.get("experts", 0) * (found.experts - found.chosen) // found.experts
+        return self.weights - idle - (0 if found.tied else self.kinds.get("embedding", 0))
+
+    @property
+    def coverage(self) -> float:
+        """The share of the parameters that are quantized."""
+        return self.quantized / self.parameters if self.parameters else math.nan
+
+
+def add(contents: Contents, slots: Iterable[Slot], headers: int, parameters: int) -> Sizes:
+    """`Sizes` of the tensors of files."""
+    parts: dict[str, str] = {}  # name of a tensor -> what it is
+    for name, stored in contents.weights.items():
+        for slot, part in zip(stored.slots(name), ("codes", "scales", "zero_points"), strict=False):
+            parts[slot.name] = part
+    total = dict.fromkeys(("codes", "scales", "zero_points", "floats"), 0)
+    kinds = dict.fromkeys(KINDS, 0)
+    for slot in slots:
+        total[parts.get(slot.name, "floats")] += slot.nbytes
+        kinds[kind_of(re.sub(r"_(codes|scale|zero_point)$", "", slot.name), slot.shape)] += slot.nbytes
+    quantized = sum(math.prod(stored.shape) for stored in contents.weights.values())
+    return Sizes(**total, headers=headers, quantized=quantized, parameters=parameters, kinds=kinds)
+
+
+def of_files(source: Source, spec: QuantSpec, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Sizes:
+    """What `quantize_file` makes of the files of ``source``.
+
+    Raises
+    ------
+    ValueError
+        For files that hold codes already, and where no tensor would be quantized.
+    """
+    if source.quantized:
+        raise ValueError(f"model must hold float weights to be planned as {spec}, got {source.quantized}")
+    everything = {name: slot for file in source.files for name, slot in file.slots.items()}
+    reasons = choose.reasons(everything, source.config, include, exclude)
+    if None not in reasons.values():
+        raise ValueError(f"model must hold weights to quantize, got none among {len(reasons)} tensors")
+    headers, weights, slots = 0, dict[str, Stored](), list[Slot]()
+    for file in source.files:
+        chosen = {n: Stored(str(spec), s.shape) for n, s in file.slots.items() if reasons.get(n, "no float") is None}
+        made = [part for n, slot in file.slots.items() for part in (chosen[n].slots(n) if n in chosen else [slot])]
+        kept = {key: value for key, value in file.metadata.items() if key != KEY}
+        headers += len(header_of(made, {"format": "pt", **kept, **Contents(chosen).metadata()}, file.name)[0])
+        weights |= chosen
+        slots += made
+    return add(Contents(weights), slots, headers, sum(math.prod(shape) for shape in source.shapes.values()))
+
+
+def quantized_skeleton(model: nn.Module, spec: QuantSpec) -> nn.Module:
+    """A copy of a model on meta with modules of codes."""
+    new = on_meta(model)
+    with unheard("quantlib.report"):  # that few of the parameters are quantized is a number of the plan
+        quantize_(new, spec)
+    return new
+
+
+@contextlib.contextmanager
+def unheard(logger: str) -> Iterator[None]:
+    """What ``logger`` is told inside the block goes nowhere."""
+    log, silent = logging.getLogger(logger), lambda record: False
+    log.addFilter(silent)
+    try:
+        yield
+    finally:
+        log.removeFilter(silent)
+
+
+def of_state(skeleton: nn.Module, parameters: int) -> Sizes:
+    """What `save_quantized` writes of a `faked` model with modules of codes."""
+    batches, contents = state_of(skeleton)
+    headers = 0
+    for shard in cut(batches, SHARD):
+        slots = [slot for batch in shard for slot in batch.slots]
+        names = {slot.name for slot in slots}
+        part = Contents(
+            {name: stored for name, stored in contents.weights.items() if name in names},
+            {alias: name for alias, name in contents.tied.items() if name in names},
+        )
+        headers += len(header_of(slots, {"format": "pt", **part.metadata()}, "the model")[0])
+    return experts_apart(
+        skeleton, add(contents, [slot for batch in batches for slot in batch.slots], headers, parameters)
+    )
+
+
+def experts_apart(skeleton: nn.Module, sizes: Sizes) -> Sizes:
+    """``sizes`` with the codes of stacks of experts, which lie in files as they do in the module, counted as codes."""
+    found = dict.fromkeys(("codes", "scales", "zero_points"), 0)
+    quantized = 0
+    for module in skeleton.modules():
+        if isinstance(module, QuantExperts):
+            quantized += sum(math.prod(stack.shape) for stack in module.stacks.values())
+            for name, p in module._parameters.items():
+                for end, part in (("_codes", "codes"), ("_scale", "scales"), ("_zero_point", "zero_points")):
+                    if p is not None and name.endswith(end):
+                        found[part] += p.nbytes
+    return replace(
+        sizes,
+        codes=sizes.codes + found["codes"],
+        scales=sizes.scales + found["scales"],
+        zero_points=sizes.zero_points + found["zero_points"],
+        floats=sizes.floats - sum(found.values()),
+        quantized=sizes.quantized + quantized,
+    )
+
+
+def of_count(parameters: int, spec: QuantSpec) -> Sizes:
+    """Of so many parameters that all are quantized, whose shapes are not known: rows of one group each."""
+    kind, _, size = (spec.per or "").partition(":")
+    columns = int(size) ** (2 if kind == "tile" else 1) if kind in ("group", "tile") else 0
+    codes = parameters * max(spec.row.bits, 8) // 8 // spec.row.per_byte
+    if not columns:
+        return Sizes(codes, quantized=parameters, parameters=parameters)
+    blocks = -(-parameters // columns)
+    block = (columns,) if kind == "group" else (int(size), int(size))
+    scale = Stored(str(spec), (1, *block) if len(block) == 1 else block).slots("w")
+    scales, zero_points = (sum(s.nbytes for s in scale[i : i + 1]) for i in (1, 2))
+    return Sizes(codes, blocks * scales, blocks * zero_points, quantized=parameters, parameters=parameters)
+
+
+def cast(parameters: int, dtype: torch.dtype) -> Sizes:
+    """Of so many parameters of ``dtype``, of which none is quantized."""
+    return Sizes(floats=parameters * dtype.itemsize, parameters=parameters)
+
+
+def section(sizes: Mapping[str, Sizes], of_files: bool, shapeless: bool) -> Section:
+    """The bytes in each format."""
+    where = "quantize_file writes of these headers" if of_files else "save_quantized writes after quantize_"
+    lines = []
+    for name, s in sizes.items():
+        if not s.quantized:
+            formula = "parameters x bytes of one, buffers and headers aside"
+        elif shapeless:
+            formula = "parameters x bits / 8, and the scales of groups; scales of rows need shapes and are left out"
+        else:
+            formula = f"codes, scales, zero points and floats exactly as {where}; headers are {s.headers:,} bytes more"
+        parts = {"codes": s.codes, "scales": s.scales, "zero points": s.zero_points, "floats": s.floats}
+        covered = f"{name} ({s.coverage:.1%})" if s.quantized and not shapeless else name
+        lines.append(Line(covered, s.weights, "bytes", formula, {k: v for k, v in parts.items() if s.quantized}))
+    return Section("weights", lines)
