@@ -185,18 +185,16 @@ class ScaledParts {
  public:
   // What the tiles hold, times the scale of each row, is for the sums of t.
   QL_MEMBER void take(const Panels& t, const float* scale, int64_t scale_stride, bool first) {
-    float* part = parts_[turn_];
-    store_tiles<MT>(part, part + 2 * kSquare);
     add();
+    store_tiles<MT>(part_, part_ + 2 * kSquare);
     stored_ = {t.sums, t.stride, scale, scale_stride, first};
-    turn_ ^= 1;
   }
   // Adds what is still to be added.
   QL_MEMBER void add() {
     if (!stored_.sums) return;
     for (int64_t n = 0; n < 2; ++n)
       for (int64_t v = 0; v < MT; ++v) {
-        const float* from = parts_[turn_ ^ 1] + (2 * n + v) * kSquare;
+        const float* from = part_ + (2 * n + v) * kSquare;
         const float* scale = stored_.scale + n * kGroup * stored_.scale_stride;
         float* out = stored_.sums + n * stored_.stride + v * kSquare;
         for (int64_t r = 0; r < kGroup; ++r, from += kLanes, out += kLanes, scale += stored_.scale_stride) {
@@ -208,9 +206,8 @@ class ScaledParts {
   }
 
  private:
-  alignas(64) float parts_[2][4 * kSquare];
+  alignas(64) float part_[4 * kSquare];
   StoredPart stored_ = {};
-  int turn_ = 0;
 };
 
 template <int MT>
@@ -222,16 +219,17 @@ QL_FN void multiply_tiles(const Panels& t, const Segment& segment, bool first, S
   else store_tiles<MT>(t.sums, t.sums + t.stride);
 }
 
-// NR rows of w, `panels` of x, by tiles
-static inline void multiply_all_tiles(const Panels& t, int64_t panels, const Segment& segment, bool first) {
+// NR rows of w, `panels` of x, by tiles: all segments with two panels, then with the next
+static inline void multiply_all_tiles(const Panels& t, int64_t panels, const Segment* segments, int64_t count,
+                                      bool first) {
   ScaledParts<2> pairs;
   Panels at = t;
   for (; panels >= 2; panels -= 2, at.x += 2 * at.x_stride, at.sums += 2 * kSquare)
-    multiply_tiles<2>(at, segment, first, pairs);
+    for (int64_t s = 0; s < count; ++s) multiply_tiles<2>(at, segments[s], first && s == 0, pairs);
   pairs.add();
   if (!panels) return;
   ScaledParts<1> rest;
-  multiply_tiles<1>(at, segment, first, rest);
+  for (int64_t s = 0; s < count; ++s) multiply_tiles<1>(at, segments[s], first && s == 0, rest);
   rest.add();
 }
 #endif
@@ -383,6 +381,7 @@ class Blocked {
     const int64_t steps = round_up(KC, kStepColumns<E>) / kStepColumns<E>;
     const Scratch w(NR * steps * kUnits * 4), sums((NC / kGroup * x.panels() * kSquare + kLanes) * 4);
     const Scratch finished((kLanes + 2) * NC * 4), scales(NR * (KC / weight_.bk + 1) * 4);
+    const Scratch segments((KC / weight_.bk + 1) * int64_t(sizeof(Segment)));
     Panels t = {};
     t.w = static_cast<float*>(w.data()), t.w_stride = steps * kTileFloats, t.x_stride = depth_ * kLanes;
     t.stride = x.panels() * kSquare;
@@ -399,7 +398,8 @@ class Blocked {
           const int64_t ahead =
               byte_offset(weight_.format, x_.K, row, column) - byte_offset(weight_.format, x_.K, j, k);
           decode(j, k, k_end, ahead, static_cast<float*>(w.data()), t.w_stride);
-          multiply(t, j, x.panels(), k, k_end, static_cast<float*>(scales.data()));
+          multiply(t, j, x.panels(), k, k_end, static_cast<float*>(scales.data()),
+                   static_cast<Segment*>(segments.data()));
         }
       }
       t.sums = static_cast<float*>(sums.data());
@@ -517,25 +517,23 @@ class Blocked {
   }
 
   // sums += the block's product
-  void multiply(const Panels& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales) const {
-    const int64_t steps = round_up(k_end - k, kStepColumns<E>) / kStepColumns<E>;
-    if (!scales_sums || weight_.cols == 1) return multiply(t, panels, {0, steps, nullptr, 0}, k == 0);
-    const int64_t J = k / weight_.bk, count = find_scales(n0, k, k_end, scales);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t end = least((J + j + 1) * weight_.bk, k_end) - k;
-      const Segment segment = {((J + j) * weight_.bk - k) / kStepColumns<E>,
-                               round_up(end, kStepColumns<E>) / kStepColumns<E>, scales + j, count};
-      multiply(t, panels, segment, k == 0 && j == 0);
+  void multiply(const Panels& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales,
+                Segment* segments) const {
+    int64_t count = 1;
+    segments[0] = {0, round_up(k_end - k, kStepColumns<E>) / kStepColumns<E>, nullptr, 0};
+    if (scales_sums && weight_.cols > 1) {
+      count = find_scales(n0, k, k_end, scales);
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t begin = (k / weight_.bk + j) * weight_.bk - k, end = least(begin + weight_.bk, k_end - k);
+        segments[j] = {begin / kStepColumns<E>, round_up(end, kStepColumns<E>) / kStepColumns<E>, scales + j, count};
+      }
     }
-  }
-
-  void multiply(const Panels& t, int64_t panels, const Segment& segment, bool first) const {
 #ifdef QL_AMX
     if constexpr (sizeof(E) == 2) {
-      if (plan_.tiles) return multiply_all_tiles(t, panels, segment, first);
+      if (plan_.tiles) return multiply_all_tiles(t, panels, segments, count, k == 0);
     }
 #endif
-    multiply_vectors<E>(t, panels, segment, first);
+    for (int64_t j = 0; j < count; ++j) multiply_vectors<E>(t, panels, segments[j], k == 0 && j == 0);
   }
 
   // y = activation(sums * scale + bias) for columns n0 .. n1 of the rows of chunk c
