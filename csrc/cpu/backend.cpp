@@ -77,6 +77,11 @@ int level() {
 int isa() { return kLevels[level()].kernels; }
 bool has_avx_vnni() { return level() == kAvxVnni; }
 bool has_amx() { return level() == kAmx; }
+#ifdef __x86_64__
+bool has_fast_pairs() { return __builtin_cpu_is("amd"); }
+#else
+bool has_fast_pairs() { return false; }
+#endif
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (end - begin <= grain) return body(begin, end, context);

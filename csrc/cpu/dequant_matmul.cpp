@@ -16,7 +16,8 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 #ifdef __AVX512BF16__
   const bool whole = g.bk >= g.K || g.bk % 32 == 0, is_float = p.x_type == Type::float32;
   plan.pairs = pair_kernels(p.weight.format, p.weight.zero_point);
-  plan.in_pairs = !floats && plan.pairs.decode && whole && g.K >= (is_float ? kLeastSplit : 1);
+  const bool fast = !is_float || has_amx() || has_fast_pairs();
+  plan.in_pairs = !floats && fast && plan.pairs.decode && whole && g.K >= (is_float ? kLeastSplit : 1);
   if (plan.in_pairs) plan.parts = p.x_type == Type::bfloat16 ? 1 : 2;
 #ifdef QL_AMX
   plan.tiles = plan.in_pairs && has_amx();

@@ -12,6 +12,8 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*b
 // Whether the kernels of avx2 may multiply bytes by AVX-VNNI, those of avx512_bf16 by the tiles of AMX.
 bool has_avx_vnni();
 bool has_amx();
+// Whether two dot products of bfloat16 take no longer than one fused multiply-add of float32: on AMD, not on Intel.
+bool has_fast_pairs();
 
 // least = the least scale[n] that is negative, or 0: no op, but the one check that reads much memory
 struct LeastScale {

@@ -58,17 +58,23 @@ constexpr int kSums = 12;  // of 16
 constexpr int kPanels = 2;
 #endif
 
+// a + b modulo 2^32
+QL_FN Int32s wrapping_add(Int32s a, Int32s b) {
+  using U = Bits<Floats>;
+  return same_bits<Int32s>(same_bits<U>(a) + same_bits<U>(b));
+}
+
 // sum + x * w of the two int16 of a lane
 struct Pairs {
   static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
 #if defined(__AVX512BW__)
-    return sum + Int32s(_mm512_madd_epi16(__m512i(x), __m512i(w)));
+    return wrapping_add(sum, Int32s(_mm512_madd_epi16(__m512i(x), __m512i(w))));
 #elif defined(__AVX2__)
-    return sum + Int32s(_mm256_madd_epi16(__m256i(x), __m256i(w)));
+    return wrapping_add(sum, Int32s(_mm256_madd_epi16(__m256i(x), __m256i(w))));
 #elif defined(__x86_64__)
-    return sum + Int32s(_mm_madd_epi16(__m128i(x), __m128i(w)));
+    return wrapping_add(sum, Int32s(_mm_madd_epi16(__m128i(x), __m128i(w))));
 #else
-    return sum + (x << 16 >> 16) * (w << 16 >> 16) + (x >> 16) * (w >> 16);
+    return wrapping_add(sum, wrapping_add((x << 16 >> 16) * (w << 16 >> 16), (x >> 16) * (w >> 16)));
 #endif
   }
 };

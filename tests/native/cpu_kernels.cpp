@@ -55,6 +55,7 @@ bool has_amx() { return true; }
 #else
 bool has_amx() { return false; }
 #endif
+bool has_fast_pairs() { return true; }
 bool has_avx_vnni() { return __builtin_cpu_supports("avxvnni"); }
 }  // namespace quantlib
 
