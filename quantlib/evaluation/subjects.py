@@ -224,7 +224,6 @@ def read(path: Path) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings and progress bars of transformers, and of what it imports."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.disable(logging.WARNING)
     try:
         yield

@@ -164,8 +164,9 @@ OTHER_ROWS = r" \\\n  X\((?!int8,).*?\)(?= \\$|$)"  # of formats.h
 def planted(fault: Fault, folder: Path) -> Path:
     csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
     header = csrc / "formats.h"
+    rows = header.read_text().count("\n  X(")
     text, n = re.subn(OTHER_ROWS, "", header.read_text(), flags=re.MULTILINE)
-    assert n == len(formats.TABLE) - 1
+    assert n == rows - 1
     header.write_text(text)
     if fault.right:
         path = csrc / fault.file

@@ -75,6 +75,12 @@ KNOWN: tuple[Known, ...] = (
         (90,),
     ),
     Known(
+        r"^cuda (dequant_matmul|decode_slab)_kernel nf4",
+        "spills 8 bytes",
+        "the table of a code book takes eight registers of the 128 that two blocks on a multiprocessor leave",
+        (90,),
+    ),
+    Known(
         r"^cuda ",
         "above the ceiling",
         "C++ rounds 16-bit and 8-bit floats in portable integer steps; Triton comes first where it is installed",
