@@ -28,7 +28,7 @@ CANDIDATES = ("nf4:group:128", "nf4:group:64:bfloat16", "nf4:group:32:bfloat16",
 
 @dataclass(frozen=True)
 class Choice:
-    """What a spec costs a layer."""
+    """The loss and the bits of one spec for one layer."""
 
     spec: str
     bits: int  # of all its codes, scales and zero points
@@ -214,7 +214,7 @@ def error_of(w: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def hull(choices: Sequence[Choice]) -> list[Choice]:
-    """Those that are best for some price of a bit, by rising bits: the lower convex hull of loss over bits."""
+    """Return the lower convex hull of loss over bits, by rising bits: each point is best for some price of a bit."""
     best: list[Choice] = []
     for choice in sorted(choices, key=lambda c: (c.bits, c.loss)):
         if best and choice.loss >= best[-1].loss:

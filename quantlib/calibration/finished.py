@@ -38,7 +38,7 @@ def key_of(model: nn.Module, calls: Sequence[Call], *options: object) -> str:
 
 
 class Finished:
-    """What lies in ``folder`` for the calibration ``key``; files of another are passed over, and written over."""
+    """The finished layers of the calibration ``key`` in ``folder``; files of another calibration are replaced."""
 
     def __init__(self, folder: Path, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ SAME = 1e-3  # the most that an output may differ, of its norm, after what shoul
 
 
 class Pair(NamedTuple):
-    """What makes x, and the layers that are given it."""
+    """A module that makes x, and the layers that are given x."""
 
     source: nn.Module
     targets: list[nn.Linear]

@@ -23,7 +23,7 @@ GROWTH, MOST = 10.0, 1e4  # of the damping where H is not positive definite, as 
 
 @dataclass(frozen=True)
 class Rounded:
-    """What became of a weight."""
+    """The codes and scales of a weight, and their error."""
 
     weight: Weight
     loss: float  # of |w x|^2, the share that the error of the codes has

@@ -44,7 +44,7 @@ METHODS = ("gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """What calibration did for a layer: shares of the energy of its output that the error of the codes has."""
+    """The errors of a layer before and after calibration, as shares of the energy of its output."""
 
     name: str
     spec: str
@@ -56,7 +56,7 @@ class LayerCalibration:
 
 @dataclass
 class CalibrationReport:
-    """What `calibrate` did.
+    """The report of `calibrate`.
 
     Attributes
     ----------

@@ -20,7 +20,7 @@ from quantlib.ops.check import dtype_name
 
 @dataclass
 class Gram:
-    """What a layer was given: H [K, K] float32 as a sum, the largest magnitudes [K], and the number of tokens."""
+    """Sums over the inputs of a layer: H [K, K] float32, the largest magnitudes [K], and the number of tokens."""
 
     H: Tensor
     peak: Tensor

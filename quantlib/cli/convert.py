@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 
 from quantlib.cli.progress import Progress
-from quantlib.cli.quantize import finite, ranks, size, stopping
+from quantlib.cli.quantize import check_paths, finite, ranks, size, stopping
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not os.path.exists(args.input):
-        raise FileNotFoundError(f"IN must be a safetensors file or a model folder, got {args.input!r}, not there")
-    if os.path.lexists(args.output) and not args.force:
-        raise FileExistsError(f"OUT must not be there yet, or --force be given, got {args.output!r}")
+    check_paths(args)
 
     from quantlib import checkpoint
 

@@ -60,12 +60,17 @@ def stopping(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    spec = read_spec(args.to, args.per, args.affine)
+def check_paths(args: argparse.Namespace) -> None:
+    """Refuse an IN that is not there, and an OUT that is, before anything else is imported."""
     if not os.path.exists(args.input):
         raise FileNotFoundError(f"IN must be a safetensors file or a model folder, got {args.input!r}, not there")
     if os.path.lexists(args.output) and not args.force:
         raise FileExistsError(f"OUT must not be there yet, or --force be given, got {args.output!r}")
+
+
+def run(args: argparse.Namespace) -> int:
+    spec = read_spec(args.to, args.per, args.affine)
+    check_paths(args)
 
     from quantlib import checkpoint
 
