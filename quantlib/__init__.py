@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantlib.backends import library_path, use_backend
     from quantlib.calibration import assign, calibrate
     from quantlib.evaluation import evaluate
+    from quantlib.ops.adamw_step import adamw_step
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
     from quantlib.ops.dequant_matmul import dequant_matmul
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from quantlib.spec import W4A8, W4A16, W8A8, W8A16, QuantSpec
 
 _HOME = {
+    "adamw_step": "ops",
     "assign": "calibration",
     "calibrate": "calibration",
     "cast": "ops",
@@ -71,6 +73,7 @@ __all__ = [
     "W8A8",
     "W8A16",
     "QuantSpec",
+    "adamw_step",
     "assign",
     "calibrate",
     "cast",

@@ -8,6 +8,7 @@ import importlib
 
 from quantlib import backends
 from quantlib.ops import flops
+from quantlib.ops.adamw_step import adamw_step
 from quantlib.ops.cast import cast
 from quantlib.ops.compute_scale import compute_scale
 from quantlib.ops.dequant_matmul import dequant_matmul
@@ -38,6 +39,7 @@ backends.start()
 flops.register_where_cheap()
 
 __all__ = [
+    "adamw_step",
     "cast",
     "compute_scale",
     "dequant_matmul",

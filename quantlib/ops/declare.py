@@ -176,12 +176,12 @@ def declare(
             results = [outs[name] for name in names]
             if not results[0].numel():
                 return
-            read = [a for a in args if isinstance(a, Tensor)]
+            read = [(n, a) for n, a in zip(bound.names, args, strict=False) if isinstance(a, Tensor)]
             dense = [
-                torch.empty_like(out, memory_format=DENSE)
-                if not out.is_contiguous() or any(overlap(out, a) for a in read)
-                else out
-                for out in results
+                out
+                if out.is_contiguous() and not any(overlap(out, a) and not in_place(name, out, n, a) for n, a in read)
+                else torch.empty_like(out, memory_format=DENSE)
+                for name, out in zip(names, results, strict=True)
             ]
             launch(kernel, dense, **arguments)
             for out, written in zip(results, dense, strict=True):
@@ -244,6 +244,13 @@ def declare(
 
     backends.vmap(overload, each)
     return function, out_function
+
+
+def in_place(name: str, out: Tensor, argument: str, value: Tensor) -> bool:
+    """Whether the result ``m_out`` is the argument ``m`` itself: a kernel reads what lies there before it writes it."""
+    if name != f"{argument}_out":
+        return False
+    return (out.data_ptr(), out.shape, out.stride()) == (value.data_ptr(), value.shape, value.stride())
 
 
 DENSE = torch.contiguous_format
