@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantlib import nn, plan, reference
+    from quantlib import nn, optim, plan, reference
     from quantlib.api import dequantize_, quantize_
     from quantlib.backends import library_path, use_backend
     from quantlib.calibration import assign, calibrate
@@ -65,7 +65,7 @@ _HOME = {
     "unpack": "ops",
     "use_backend": "backends",
 }  # name -> the module it lives in
-_MODULES = ("nn", "plan", "reference")
+_MODULES = ("nn", "optim", "plan", "reference")
 
 __all__ = [
     "W4A8",
@@ -87,6 +87,7 @@ __all__ = [
     "fake_quantize",
     "library_path",
     "nn",
+    "optim",
     "pack",
     "plan",
     "prepare_qat_",

@@ -129,9 +129,10 @@ def adamw_step(
     Regularization"; blocks of states: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization".
     """
     try:
-        for name, value in (("parameter", parameter), ("gradient", gradient)):
+        read = {"parameter": parameter, "gradient": gradient, "m": m, "v": v, "m_scale": m_scale, "v_scale": v_scale}
+        for name, value in {**read, "constants": constants}.items():
             no_gradient(OP, name, value)
-        given = (parameter, gradient, m, v, m_scale, v_scale, constants, block, key, origin)
+        given = (*read.values(), constants, block, key, origin)
         if out is None:
             result: tuple[Tensor, ...] = _step(*given)
             return result

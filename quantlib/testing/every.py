@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Iterator
 
 from quantlib import backends, formats
-from quantlib.testing import compare, learned, product, table
+from quantlib.testing import compare, learned, product, steps, table
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Block, Case
 
-AnyCase = Case | Product | Learned
-OPS = (*table.OPS, *product.OPS, *learned.OPS)
+AnyCase = Case | Product | Learned | Step
+OPS = (*table.OPS, *product.OPS, *learned.OPS, *steps.OPS)
 Way = tuple[tuple[int, int], Block, str]
 
 # Three ways of a projection on a GPU: blocks that some lanes of a warp share, blocks that a thread block holds in its
@@ -40,7 +41,12 @@ LARGE: tuple[Way, ...] = (
 
 def every(op: str | None = None, format: str | None = None, *, large: bool = False) -> tuple[AnyCase, ...]:
     """The tables; ``large`` adds the products for which a GPU has ways of its own."""
-    return (*table.cases(op, format), *product.products(op, format, large), *learned.learned(op, format))
+    return (
+        *table.cases(op, format),
+        *product.products(op, format, large),
+        *learned.learned(op, format),
+        *steps.steps(op, format),
+    )
 
 
 def launches(op: str | None = None, format: str | None = None) -> tuple[AnyCase, ...]:
@@ -62,6 +68,7 @@ def _launches() -> Iterator[AnyCase]:
                 yield Case(op, f.name, dtype, shape, block, layout, symmetric)
             n += 1
     yield from learned.learned()
+    yield from steps.steps()
     for op in product.OPS:  # of each weight, tiled or not, and dtype: few rows, and more
         kinds: dict[object, list[Product]] = {}
         for p in product.products(op):
@@ -86,5 +93,7 @@ def check(case: AnyCase, device: str = "cpu") -> None:
         product.check(case, device)
     elif isinstance(case, Learned):
         learned.check(case, device)
+    elif isinstance(case, Step):
+        steps.check(case, device)
     else:
         compare.check(case, device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from quantlib import backends, formats, ops  # noqa: F401 (the ops have to be there)
+from quantlib.ops.adamw_step import states_of
 from quantlib.testing.bytes import poisoned
 
 COLUMNS = tuple(reversed(backends.BACKENDS))
@@ -157,7 +158,17 @@ def _argument(argument: Any, row: Row, device: str) -> Any:
     given |= {"x_codes": given["x"].to(torch.int8), "x_scale": torch.ones(M, 1, device=device)}
     given |= {"dy": given["x"][:, :M] if "matmul" in row.overload else given["x"]}
     given |= {"format": row.format, "block": list(BLOCK), "saturate": True}
+    if row.overload.startswith("adamw_step"):  # whose formats are those of its states
+        given |= _step(row, device)
     return given.get(argument.name, argument.default_value)
+
+
+def _step(row: Row, device: str) -> dict[str, Any]:
+    block = {"float32": 0, "int8": 32}.get(row.format, -1)
+    shapes = states_of(*SHAPE, max(block, 0))
+    states = {name: torch.ones(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+    x = torch.ones(SHAPE, device=device)
+    return {"parameter": x, "gradient": x, **states, "constants": x[0, :9].contiguous(), "block": block}
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from torch import Tensor
 from quantlib import backends, formats, ops, reference
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
-from quantlib.testing import compare, learned, product, table
+from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
+from quantlib.testing import compare, learned, product, steps, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
 from quantlib.testing.generate import matrix_shape, resolved
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
 
 Rng = np.random.Generator
@@ -29,7 +31,7 @@ BLOCKS = (-1, 1, 2, 3, 8, 16, 32, 100)
 LAYOUTS = ("contiguous", "offset", "strided", "transposed", "expanded")
 HELPERS = ("pack", "unpack", "tile", "untile", "fake_cast")
 PER_AXIS = ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine")
-OPS = (*table.OPS, *learned.OPS, *product.OPS, "dequant_matmul_backward_scale", *HELPERS, *PER_AXIS)
+OPS = (*table.OPS, *learned.OPS, *product.OPS, *steps.OPS, "dequant_matmul_backward_scale", *HELPERS, *PER_AXIS)
 
 
 @dataclass
@@ -93,6 +95,8 @@ def valid(rng: Rng, op: str | None = None) -> Call:
         overload, arguments, want = _table(rng, op)
     elif op in learned.OPS:
         overload, arguments, want = _learned(rng, op)
+    elif op in steps.OPS:
+        overload, arguments, want = _step(rng, op)
     elif op in HELPERS:
         return _helper(rng, op)
     elif op in PER_AXIS:
@@ -136,6 +140,16 @@ def _learned(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array | Sum,
     given |= {"format": f.name, "block": list(case.resolved), "limits": None, "lsq_mask": case.lsq, "grad_factor": 1.0}
     overload = f"{op}.affine" if op.endswith("backward") and not symmetric else op
     return overload, named(overload, given), learned.expected(case)
+
+
+def _step(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
+    dtype, shape = pick(rng, DTYPES), (int(rng.integers(1, 20)), pick(rng, SIZES[1:]))
+    random = dtype == "bfloat16" and rng.random() < 0.5
+    flags = bool(rng.integers(2)), bool(rng.integers(2)), pick(rng, ("contiguous", "offset"))
+    case = Step(dtype, shape, pick(rng, STATE_BLOCKS), random, *flags)
+    given: dict[str, Any] = dict(steps.tensors(case))
+    given |= {"block": case.block, "origin": None if case.origin is None else list(case.origin)}
+    return op, named(op, given), steps.expected(case)
 
 
 def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
@@ -265,6 +279,8 @@ def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
         return getattr(torch, formats.get(given["format"]).dtype_name), torch.float32, torch.int32
     if call.op == "compute_scale":
         return torch.float32, torch.int32
+    if call.op == "adamw_step":
+        return tuple(given[name].dtype for name in ("parameter", *steps.STATES))
     if call.op in ("dequantize", "scaled_matmul"):
         return (given["dtype"],)
     if call.op == "dequant_matmul_backward_scale":
