@@ -125,7 +125,7 @@ def adamw_step(
 
     Notes
     -----
-    Contract C8 and C9, ``docs/contract.md``. The method: Loshchilov and Hutter 2019, "Decoupled Weight Decay
+    Contract C13 and C9, ``docs/contract.md``. The method: Loshchilov and Hutter 2019, "Decoupled Weight Decay
     Regularization"; blocks of states: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization".
     """
     try:

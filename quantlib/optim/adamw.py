@@ -1,4 +1,4 @@
-"""AdamW and Adam with states in 8 bits, by the op `adamw_step` (contract C8, C9)."""
+"""AdamW and Adam with states in 8 bits, by the op `adamw_step` (contract C13, C9)."""
 
 from __future__ import annotations
 

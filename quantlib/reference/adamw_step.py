@@ -1,4 +1,4 @@
-"""parameter -= rate * m / (sqrt(v) * correction + eps), m and v moving averages in 8 bits, in NumPy (contract C8, C9).
+"""parameter -= rate * m / (sqrt(v) * correction + eps), m and v moving averages in 8 bits, in NumPy (contract C13, C9).
 
 Code q of m stands for q * |q| * scale, and code q of v for the square of q * q * scale, each ``block`` columns of a row
 under one scale. Arithmetic is binary32, one rounding an operation.

@@ -1,4 +1,4 @@
-"""The table of steps of an optimizer: parameters, states in 8 bits and in 32, at random and to nearest, in place too."""
+"""The table of steps of an optimizer: states in 8 bits and in 32, rounded at random and to nearest, in place too."""
 
 from __future__ import annotations
 

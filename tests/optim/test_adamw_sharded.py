@@ -92,7 +92,7 @@ def rank(number: int, world: int, folder: str) -> None:
 
     path = Path(folder, "checkpoint")
     state = get_optimizer_state_dict(model, optimizer)
-    parameters = {n: p for n, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     if world == 2:
         dcp.save({"model": parameters, "optimizer": state}, checkpoint_id=path)
     else:  # which was written by two

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from quantlib import backends, formats, ops, reference
+from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
-from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
 from quantlib.testing import compare, learned, product, steps, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
