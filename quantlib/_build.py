@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,10 @@ COMMON = ("-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # r
 HOST = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off")  # C0: no contraction to FMA
 CPU = (*COMMON, "-Wall", "-fno-math-errno", "-fno-trapping-math")
 CUDA = (*COMMON, "-DUSE_CUDA", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")  # C0
-CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
+# Compute capabilities that get machine code of their own, as far as nvcc knows them; the newest also gets PTX, which a
+# driver compiles for what comes later. Older devices lack bfloat16 products.
+CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+TARGETS = "quantlib compiled for "  # in the library, before the names of what it was compiled for
 
 # csrc/cpu/<op>.cpp is compiled once for each of these; csrc/cpu/backend.cpp picks one when an op is first called.
 ISAS: dict[str, tuple[str, ...]] = {"plain": ()}
@@ -340,14 +343,47 @@ def _words(variable: str) -> list[str]:
 
 
 def cuda_units() -> list[Unit]:
-    """Every kernel for all of CUDA_TARGETS, and the glue, which is plain C++."""
+    """Every kernel for all of `cuda_archs`, and the glue, which is plain C++ and names them."""
     compiler, folder = nvcc(), CSRC / "cuda"
     if compiler is None:
         raise BuildError("no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin")
-    targets = (flag for target in CUDA_TARGETS for flag in ("-gencode", target))
-    flags = (*CUDA, "-Xcompiler", ",".join(HOST), *targets)
+    archs = cuda_archs(compiler)
+    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    flags = (*CUDA, "-Xcompiler", ",".join(HOST), *(word for target in targets for word in ("-gencode", target)))
     kernels = [Unit(p, (compiler,), flags) for p in sorted(folder.glob("*.cu"))]
-    return [*kernels, *glue_units(folder, (*cxxflags(), *COMMON, "-DUSE_CUDA", *HOST))]
+    names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"])
+    glue = (*cxxflags(), *COMMON, "-DUSE_CUDA", f'-DQL_TARGETS="{TARGETS}{names}"', *HOST)
+    return [*kernels, *glue_units(folder, glue)]
+
+
+@functools.cache
+def cuda_archs(compiler: str) -> tuple[int, ...]:
+    """Those of CUDA_ARCHS that ``compiler`` knows; of one that does not say, 80 and 90."""
+    try:
+        asked = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError):  # the build then says why
+        return (80, 90)
+    known = set(asked.stdout.split())
+    return tuple(arch for arch in CUDA_ARCHS if f"sm_{arch}" in known) or (80, 90)
+
+
+def targets(library: Path) -> tuple[str, ...]:
+    """Return what a CUDA library was compiled for: "sm_90", and "compute_120" for PTX."""
+    found = re.search(TARGETS.encode() + rb"([\w ]+)", library.read_bytes())
+    return tuple(found[1].decode().split()) if found else ()
+
+
+def runs_on(targets: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Return whether one of ``targets`` runs on a device of that compute capability.
+
+    Machine code runs on its own major version from its minor version on; PTX on whatever is not older.
+    """
+    device = 10 * capability[0] + capability[1]
+    for kind, arch in (target.split("_") for target in targets):
+        if int(arch) <= device and (kind == "compute" or int(arch) // 10 == capability[0]):
+            return True
+    return False
 
 
 def nvcc() -> str | None:

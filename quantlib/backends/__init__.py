@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantlib import _build
 from quantlib.backends import compiled
 from quantlib.backends.backend import OPS, SCHEMAS, Backend, Kernel, Kernels
 
@@ -181,7 +182,8 @@ def start() -> None:
     _blocks = (_Block(os.environ.get("QUANTLIB_BACKEND", "auto")),)
     for overload, device in itertools.product(_binders, DEVICES):
         usual = _usual(overload, device)
-        if usual != LAST and not BACKENDS[usual].compiled:
+        over = usual != LAST or (overload, DEVICES[device]) in _compiled  # a library without code for this device
+        if over and not BACKENDS[usual].compiled:
             _compiled_kernel(overload, device)  # before it is covered
             _cover(_library, overload, device, _kernel(usual, overload, device))
     _install()
@@ -288,16 +290,15 @@ def _op(overload: str) -> str:
     return overload.partition(".")[0]
 
 
-# nvcc takes minutes: an import calls it only where the GPU kernels would otherwise be pure torch.
-compiled.load(
-    "cuda",
-    build=torch.cuda.is_available()
-    and all(
-        BACKENDS[name].compiled or BACKENDS[name].refuses(torch.device("cuda"))
-        for name in order("cuda")
-        if name != LAST
-    ),
-)
+def _needs_nvcc() -> bool:
+    """Whether the GPU kernels would be pure torch without a call of nvcc, which takes minutes, and not with it."""
+    device = torch.device("cuda")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < divmod(_build.CUDA_ARCHS[0], 10):
+        return False
+    return all(BACKENDS[name].compiled or BACKENDS[name].refuses(device) for name in order("cuda") if name != LAST)
+
+
+compiled.load("cuda", build=_needs_nvcc())
 
 
 class _Own(threading.local):
