@@ -24,7 +24,7 @@ from .targets import verdicts
 
 FAMILIES: dict[str, ModuleType] = {name: importlib.import_module(f".{name}", __package__) for name in bench.FAMILIES}
 FULL, QUICK = (8192, 4096), (4096, 4096)  # 32 and 16 Mi elements, several times the last cache
-SECONDS = {False: 0.4, True: 0.15}  # of timed runs for a contender, by whether the run is quick
+SECONDS = {False: 0.8, True: 0.3}  # for a contender that wavers until the end, by whether the run is quick
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs/benchmarks.md"
@@ -59,8 +59,10 @@ def main(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     shape = shape_of(args.shape, args.quick)
     about = machine.describe(args.device)
+    about["noise"] = machine.noise(args.device)
     limits = machine.limits(shape_of(None, args.quick), args.device)  # of what no cache holds, however small the cases
     about["copy_gb_per_s"] = (limits.copy or 0.0) / 1e9
+    about["read_gb_per_s"] = (limits.read or 0.0) / 1e9
     about["peak_tflop_per_s"] = {dtype: rate / 1e12 for dtype, rate in limits.products.items()}
     cases = chosen(args.quick, args.family, shape, args.device, args.backend)
     try:
@@ -139,7 +141,12 @@ def publish(args: argparse.Namespace, about: dict[str, Any], rows: list[Row], co
             chart.draw_roofline(about, rows, path)
     except ImportError as error:
         print(f"no chart: {error}", file=sys.stderr)
-    tables = (report.table(rows), report.line_table(rows), report.bars(rows), report.target_table(verdicts(rows)))
+    tables = (
+        report.table(rows),
+        report.line_table(rows),
+        report.bars(rows),
+        report.target_table(verdicts(rows, about)),
+    )
     print("\n\n".join(filter(None, (report.headline(about), *tables))))
 
 

@@ -10,19 +10,22 @@ import torch
 
 import quantlib
 
-from . import peer_models
+from . import peer_models, peer_runtimes
 from .case import Call, Case, Contender, Tensors
 from .formulas import load
 from .matmul import ROWS, W4A16, W8A16, Product, sizes, turns
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    rows = ROWS[common.get("device", "cpu")]
-    eight, four = ((1, 16), (1,)) if quick else (rows, rows[:3:2] if rows is ROWS["cpu"] else rows)
+    """The first weight with every number of rows; of four bits the others, on a CPU, with one row of x alone."""
+    rows = (1, 16) if quick else ROWS[common.get("device", "cpu")]
+    eight, four = sizes(quick, rows, common), sizes(quick, (1,) if quick else rows, common)
+    if common.get("device", "cpu") == "cpu":
+        four = [shape for shape in four if shape[0] == 1 or shape[1:] == four[0][1:]]
     return [
         DequantMatmul(**{**common, "shape": shape, "spec": spec, "dtype": "bfloat16"})
-        for spec, M in ((W8A16, eight), (W4A16, four))
-        for shape in sizes(quick, M, common)
+        for spec, shapes in ((W8A16, eight), (W4A16, four))
+        for shape in shapes
     ]
 
 
@@ -31,7 +34,8 @@ class DequantMatmul(Product):
 
     def contenders(self) -> list[Contender]:
         own = [Contender("quantlib W8A16", self.our_int8)] if self.spec.row.packed else []
-        return [*self.ours(self.our_op), *self.floats(), *self.of_torch(), *own, *self.of_models()]
+        others = [*self.floats(), *self.of_torch(), *own, *self.of_models(), *peer_runtimes.of(self)]
+        return [*self.plain_read(), *self.in_dtypes(), *others]
 
     def our_op(self, inputs: Tensors, outs: Tensors) -> Call:
         x, codes, scale = inputs

@@ -173,7 +173,7 @@ PEERS = {W8A16: (TORCHAO, QUANTO), W8A8: (TORCH, TORCHAO, INT8), W4A16: (QUANTO,
 
 def of(model: Model) -> tuple[Quantizer, ...]:
     """Who quantizes as ``model.spec`` says, on its device."""
-    peers = PEERS[model.spec]
+    peers = PEERS.get(model.spec, ())
     return peers if model.device == "cpu" else (*(p for p in peers if p is not TORCH), GEMLITE)
 
 
