@@ -66,7 +66,7 @@ if not _loaded:
 
 
 def refuses(backend: str, device: str, overload: str | None = None) -> str | None:
-    """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or run ``overload`` there; None if it can."""
+    """Return why ``backend`` cannot serve ``device`` ("cpu", "cuda") or run ``overload`` there; None if it can."""
     found = BACKENDS[backend]
     why = found.refuses(torch.device(device))
     if why is not None or overload is None:

@@ -55,7 +55,7 @@ class TileLayout:
         return (pack(tiles, f) if f.packed else tiles).contiguous()
 
     def unpack(self, tiles: Tensor, N: int, K: int) -> Tensor:
-        """What `pack` took."""
+        """Undo `pack`: return the codes [N, K], packed where the format is packed."""
         (rows, columns, _), f = tiles.shape, self.format
         code = unpack(tiles, f, self.BYTES * f.per_byte).view(torch.uint8) if f.packed else tiles
         axes = {a: 2 + n for n, a in enumerate(TILE)}

@@ -1,4 +1,4 @@
-"""What the matmuls share: codes of a weight as operands of a dot, where they lie, and what follows the sum.
+"""Shared parts of the matmuls: codes of a weight as operands of a dot, their addresses, and the steps after the sum.
 
 A dot takes values of type D: float32, or x's own 16-bit type where that holds every q - z exactly, as it does of the
 usual formats of at most eight bits. Integers are read as signed bytes, uint8 less 128, its zero point too.

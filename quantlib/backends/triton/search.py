@@ -44,7 +44,7 @@ def keys(families: Iterable[str], shapes: Iterable[tuple[int, int]], rows: Itera
 
 @dataclass(frozen=True)
 class Machine:
-    """What the search must know of a device."""
+    """The properties of a device that the search uses."""
 
     device: torch.device
     name: str
@@ -118,7 +118,7 @@ def neighbours(key: Key, tile: MatmulTile, shared: int) -> Iterator[MatmulTile]:
 
 
 def gives(matmul: Matmul, tile: MatmulTile, want: torch.Tensor) -> bool:
-    """Whether a tile compiles, starts and gives the bytes of the default."""
+    """True if a tile compiles, starts and gives the bytes of the default tile."""
     try:
         same = torch.equal(matmul.exact(tile), want)
     except (triton.TritonError, RuntimeError):  # the compiler's, and the device's that lacks what the tile needs

@@ -1,4 +1,4 @@
-"""What was fastest on a device: one JSON file a device, written by ``quantlib tune``, read when a matmul first asks.
+"""The fastest tiles of a device: one JSON file a device, written by ``quantlib tune``, read when a matmul first asks.
 
 The tables of the package are read first, then the user's, which win: those in ``QUANTLIB_TUNED``, by default ``tuned``
 in the cache. Nothing here is trusted: an entry that is not sound is left out with one warning, and its matmuls run
@@ -31,7 +31,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 @dataclass(frozen=True)
 class MatmulTile:
-    """What one program multiplies: tile_n rows of the weight by tile_m rows of x, tile_k columns at a time."""
+    """The work of one program: tile_n rows of the weight by tile_m rows of x, tile_k columns at a time."""
 
     tile_n: int
     tile_m: int
@@ -45,7 +45,7 @@ class MatmulTile:
 
 @dataclass(frozen=True)
 class Key:
-    """Which matmuls an entry serves: those of a weight [N, K] with up to M rows of x."""
+    """The matmuls that an entry serves: those of a weight [N, K] with up to M rows of x."""
 
     op: str
     N: int
@@ -110,7 +110,7 @@ def bucket(M: int) -> int:
 
 
 def lookup(device: str, key: Key) -> MatmulTile | None:
-    """What was fastest for ``key`` on the device of that name, or None."""
+    """Return the fastest tile for ``key`` on the device of that name, or None."""
     entry = of_device(device).get(key)
     return entry.tile if entry else None
 
