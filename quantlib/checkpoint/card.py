@@ -27,7 +27,7 @@ OURS = "quantlib"  # the tag of our own cards
 
 @dataclass
 class Card:
-    """What a card tells.
+    """The facts that a model card states.
 
     Attributes
     ----------
@@ -183,7 +183,7 @@ def cell(text: str) -> str:
 
 
 def base_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model folder tells of itself: front matter, text and name on the hub, for `Card`."""
+    """Read the card of a model folder: front matter, text and name on the hub, for `Card`."""
     front, text = read_card(path / NAME)
     tags = front.get("tags")
     ours = isinstance(tags, list) and OURS in tags

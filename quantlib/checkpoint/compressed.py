@@ -29,7 +29,7 @@ WORD = 8  # codes of int4 in an int32
 
 
 def refuses(weight: Found) -> str:
-    """Why compressed-tensors cannot hold a weight; empty where it can."""
+    """Return why compressed-tensors cannot hold a weight; empty if it can."""
     spec = weight.spec
     assert spec is not None
     if spec.format not in FORMATS:
@@ -63,7 +63,7 @@ def slots_of(name: str, shape: tuple[int, int], spec: QuantSpec) -> list[Slot]:
 
 
 def batch(weight: Found, cost: int) -> Batch:
-    """What writes a weight that `refuses` does not."""
+    """Return the batch that writes a weight, which `refuses` has accepted."""
     spec, (N, K) = weight.spec, weight.shape
     assert spec is not None
     slots = slots_of(weight.name, weight.shape, spec)

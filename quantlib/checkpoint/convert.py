@@ -1,4 +1,4 @@
-"""From a float model on disk to a quantized one and back, without building the model."""
+"""Convert a float model on disk to a quantized one and back, without building the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What one safetensors file becomes, known from its header alone."""
+    """The output for one safetensors file, known from its header alone."""
 
     reader: Reader
     batches: list[Batch]
@@ -338,7 +338,7 @@ def values(reader: Reader, name: str, stored: Stored, dtype: torch.dtype) -> lis
 
 @dataclass(frozen=True)
 class Call:
-    """What `quantize_file` and the like are called with.
+    """The arguments of `quantize_file` and the like.
 
     Attributes
     ----------

@@ -146,7 +146,7 @@ model = AutoModel.from_pretrained("PATH OR NAME OF THIS")"""
 
 @dataclass(frozen=True)
 class Target:
-    """What is written."""
+    """The format to write."""
 
     to: str
     dtype: torch.dtype | None = None
@@ -173,12 +173,12 @@ class Target:
         return None if self.dtype is None else dtype_name(self.dtype)
 
     def word(self, written: dict[str, QuantSpec]) -> str:
-        """What a card calls it."""
+        """Return the name of the target on a card."""
         specs = sorted({str(spec) for spec in written.values()})
         return f"{', '.join(specs)}{' (compressed-tensors)' if self.to == THEIRS else ''}"
 
     def batch(self, weight: Found, cost: int) -> tuple[Batch, QuantSpec | None, str]:
-        """What makes ``weight``, what it is quantized to (None for a float), and what is lost."""
+        """Return the batch that writes ``weight``, its spec (None for a float), and what is lost."""
         if self.spec is not None:
             return requantized(weight, self.spec, cost), self.spec, ""
         if self.dtype is not None:
@@ -206,7 +206,7 @@ def check(src: object, model: Model, found: list[Found], target: Target) -> None
 
 @contextmanager
 def forgetting(weight: Found) -> Iterator[None]:
-    """What was read of a weight is let go of when a block ends badly."""
+    """Free the data that was read of a weight if the block raises."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""What of a path is the model, and what comes with it: looked at before any work, so that nothing surprises it later.
+"""Find the model at a path and the files that come with it, and check them before any work starts.
 
 A model is a safetensors file or a folder. In a folder the index says which files and tensors are the model; without
 one it is ``model.safetensors``, and where that is absent every safetensors file, none of which may hold what another
@@ -96,7 +96,7 @@ class Model:
         return {name: slot for reader in self.readers for name, slot in reader.slots.items()}
 
     def identity(self, rest: list[tuple[Path, Path]]) -> list[Any]:
-        """What tells whether any file of the model, or of the ``rest`` that comes with it, has changed."""
+        """Return sizes and times, which change if a file of the model or of the ``rest`` that comes with it changes."""
         found: list[Any] = []
         for path in [*(reader.path for reader in self.readers), *(path for path, _ in rest if path.is_file())]:
             status = path.stat()
@@ -208,7 +208,7 @@ def tree(path: Path, target: Path, allowed: list[Path], inside: tuple[Path, ...]
 
 
 def check_link(path: Path, allowed: list[Path]) -> Path:
-    """Where ``path`` really is, which must be below one of ``allowed``."""
+    """Return the real place of ``path``, which must be below one of ``allowed``."""
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError):  # a loop
@@ -233,7 +233,7 @@ def blobs_of(path: Path) -> list[Path]:
 
 
 def copy_of(path: Path, held: Any) -> str | None:
-    """Why a safetensors file that is not of the model stays behind; None for one that has other tensors."""
+    """Return why a safetensors file that is not part of the model stays behind; None if it has other tensors."""
     try:
         with Reader(path) as reader:
             again = sorted(held & reader.slots.keys())

@@ -39,7 +39,7 @@ def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
 
 @dataclass
 class Check:
-    """What `check_checkpoint` found.
+    """The result of `check_checkpoint`.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class Check:
 
 
 def check_checkpoint(path: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Check:
-    """Whether a checkpoint is whole: its files as they were written, and its tensors as it says.
+    """Check that a checkpoint is whole: its files against their checksums, its tensors against its description.
 
     Parameters
     ----------

@@ -88,7 +88,7 @@ def replacing(
 
 
 def publish(scratch: Scratch, overwrite: bool, folder: bool) -> None:
-    """What is whole in the scratch folder takes its place."""
+    """Move the complete output from the scratch folder to its place."""
     path = scratch.path
     if folder:
         sync(scratch.new)
@@ -101,7 +101,7 @@ def publish(scratch: Scratch, overwrite: bool, folder: bool) -> None:
 
 
 def stopped(error: BaseException) -> bool:
-    """Whether the same work may go on later: after an interrupt, or when there is room on the disk again."""
+    """True if the same work may go on later: after an interrupt, or when there is room on the disk again."""
     if isinstance(error, (OSError, MemoryError)):
         return not isinstance(error, (FileExistsError, FileNotFoundError))
     return not isinstance(error, Exception)
@@ -211,7 +211,7 @@ def renameat2(source: Path, target: Path, flag: int) -> bool:
 
 
 def sync(folder: Path) -> None:
-    """What is in ``folder`` is on the disk under its name."""
+    """Flush the entries of ``folder`` to the disk, so that its files keep their names."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -257,7 +257,7 @@ class Scratch:
         return self.folder / "old"
 
     def last(self) -> bool:
-        """Whether this process is to complete the output, once every file of it is whole: one of them is.
+        """Return True in the one process that is to complete the output, once every file of it is whole.
 
         The others wait until that is done.
         """
@@ -288,7 +288,7 @@ class Scratch:
 
     @property
     def done(self) -> bool:
-        """Whether another process has completed the output."""
+        """True if another process has completed the output."""
         return not (self.folder / "job").exists()
 
     def leave(self, keep: bool) -> None:
@@ -359,14 +359,14 @@ class Scratch:
         return os.stat(self.new).st_ino if self.is_folder else 0
 
     def _told(self, whole: bool = False) -> str | None:
-        """What is being made here, where the output is still the one that is; for ``whole`` that is looked at."""
+        """Return the job of the output being made here; with ``whole``, None if that output is gone or replaced."""
         identity, _, job = (read(self.folder / "job") or "").partition("\n")
         if whole and (not os.path.lexists(self.new) or identity != str(self._identity())):
             return None
         return job
 
     def _begun(self) -> bool:
-        """Whether a batch of any file is written."""
+        """True if a batch of any file is written."""
         return any((read(path) or "").count("\n") > 1 for path in (self.folder / "journal").glob("*"))
 
     def _put_back(self) -> None:
@@ -390,7 +390,7 @@ class Scratch:
 
 
 class Journal:
-    """What of a file is written: a line of JSON for each batch, then its checksum once all is on the disk.
+    """The record of a file being written: a line of JSON for each batch, then its checksum once all is on the disk.
 
     The file is held by one process. Lines of a machine that was started anew since do not count unless the file was
     whole: what they tell of may never have reached the disk.
@@ -496,7 +496,7 @@ def flock(descriptor: int, how: int) -> bool:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at ``path``."""
+    """True if an open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

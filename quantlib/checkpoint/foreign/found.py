@@ -1,4 +1,4 @@
-"""What is known of a foreign weight before its values are read, and how they are read, some rows at a time."""
+"""A foreign weight: its description before its values are read, and the reading of its values, some rows at a time."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Tensors:
         return self.owner[name]
 
     def named(self, last: str) -> Iterator[str]:
-        """What comes before ``.last`` in each name that ends so; empty for a tensor of that name alone."""
+        """Yield the text before ``.last`` in each name that ends so; empty for a tensor of that name alone."""
         for name in self.owner:
             if name == last or name.endswith(f".{last}"):
                 yield name.removesuffix(last)
@@ -228,7 +228,7 @@ def as_int4(codes: Tensor) -> Tensor:
 
 
 def per(group: int, K: int) -> str:
-    """Which weights share a scale where each ``group`` of a row does."""
+    """Return the ``per`` of a spec whose scales each serve ``group`` weights of a row of K."""
     return "row" if group >= K else f"group:{group}"
 
 
