@@ -1,4 +1,4 @@
-"""What a decoder keeps of each token that it has seen: keys and values, latents, or a state of fixed size."""
+"""The cache of a decoder for each token that it has seen: keys and values, latents, or a state of fixed size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EIGHT = QuantSpec.parse("int8:row")  # a scale for the keys, and one for the val
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer keeps of a sequence.
+    """The cache of one layer for a sequence.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ def layers_of(config: Mapping[str, Any], context: int, source: int | None = None
 
 
 def kinds_of(text: Mapping[str, Any], layers: int) -> list[str]:
-    """What attends in each layer, in the words of ``layer_types``."""
+    """Return the kind of attention of each layer, in the words of ``layer_types``."""
     told = text.get("layer_types") or text.get("layers_block_type")
     if isinstance(told, list) and told:
         return [str(told[i % len(told)]) for i in range(layers)]

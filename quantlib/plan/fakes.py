@@ -88,7 +88,7 @@ class Tracker(TorchDispatchMode):
 
 
 def one(tensor: Tensor) -> float | int | bool:
-    """What is read of a tensor without values."""
+    """Return the value that is read from a tensor without values."""
     return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
 
 
@@ -168,7 +168,7 @@ def as_if_real() -> Iterator[None]:
 
 
 def peak_of(run: Callable[[nn.Module], Any], model: nn.Module) -> Peak:
-    """What ``run(model)`` takes beside the parameters of ``model``, which is `faked`."""
+    """Return the peak memory of ``run(model)`` beside the parameters of ``model``, which is `faked`."""
     with as_if_real(), MODE, Tracker(tensors_of(model)) as tracker, Even():
         kept = run(model)
         del kept

@@ -1,4 +1,4 @@
-"""What a plan says: lines of a quantity and its formula, in sections."""
+"""The lines of a plan: a quantity and its formula each, in sections."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model needs, as `quantlib.plan.plan` found it; prints as a table.
+    """The needs of a model, as `quantlib.plan.plan` found them; prints as a table.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class Plan:
         return any(section.title == title for section in self.sections)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return {
             "title": self.title,
             "options": self.options,

@@ -29,7 +29,7 @@ CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters there are.
+    """The number of parameters, by kind.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class Parameters:
 
     @property
     def active(self) -> int:
-        """Those that one token meets."""
+        """The number of parameters that one token uses."""
         idle = self.kinds.get("experts", 0) * (self.experts - self.chosen) // self.experts
         return self.total - idle
 
@@ -79,7 +79,7 @@ class Parameters:
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
-    """Which of `KINDS` the tensor ``name`` is."""
+    """Return the kind, one of `KINDS`, of the tensor ``name``."""
     words = name.split(".")
     if "experts" in words[:-1] or words[-1].startswith("experts_"):
         return "experts"
@@ -125,6 +125,6 @@ def count(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> P
 
 
 def generates(config: Mapping[str, Any]) -> bool:
-    """Whether the model has a head over the vocabulary, by the name of its class."""
+    """True if the model has a head over the vocabulary, by the name of its class."""
     names = config.get("architectures") or ()
     return any(re.search(r"CausalLM|LMHead|ConditionalGeneration|MaskedLM", str(name)) for name in names)

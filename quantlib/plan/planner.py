@@ -36,7 +36,7 @@ CONTEXT, RANK, UTILIZATION = 2048, 8, 0.4
 
 @dataclass(frozen=True)
 class Options:
-    """What a plan is made for; `plan` says what each means."""
+    """The options of a plan; `plan` describes each."""
 
     to: tuple[QuantSpec, ...]
     context: int = CONTEXT
@@ -54,7 +54,7 @@ class Options:
     activations: bool = True
 
     def told(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         device = None if self.device is None else self.device.name
         words = {"to": [str(spec) for spec in self.to], "parallel": str(self.parallel), "device": device}
         return {**vars(self), **words}
@@ -80,7 +80,7 @@ def plan(
     inputs: Inputs | None = None,
     activations: bool = True,
 ) -> Plan:
-    """What a model takes: parameters, bytes in each format, cache, the peaks of a forward and of training, compute.
+    """Plan what a model takes: parameters, bytes in each format, cache, peaks of a forward and of training, compute.
 
     No weight is read and nothing is fetched. Bytes of weights are those that `quantize_file` or `save_quantized`
     write; peaks come of running the model on tensors without memory, by its own code.
@@ -224,7 +224,7 @@ def on_gpu(device: Device | None) -> bool:
 
 
 def verdict(device: Device, needs: Mapping[str, int], memory: Memory | None) -> list[str]:
-    """Whether each need fits the device, and training."""
+    """Say of each need, and of training, if it fits the device."""
     room = device.memory - device.context
     lines = []
     for name, need in [*needs.items(), *([(training_of(memory), memory.total)] if memory else [])]:
@@ -407,7 +407,7 @@ class Planner:
             return None
 
     def quantizing(self) -> Section:
-        """What it takes to quantize the model."""
+        """The memory it takes to quantize the model."""
         largest = max((math.prod(shape) for shape in self.source.shapes.values() if len(shape) > 1), default=0)
         itemsize = self.source.dtype.itemsize
         lines = []
@@ -492,7 +492,7 @@ class Planner:
         return f"does not fit {device.name} with checkpointing, 8-bit states, sharding or adapters{least}"
 
     def changes(self) -> Sequence[tuple[str, Options]]:
-        """What may be changed, from what costs nothing to what trains less."""
+        """The changes to try, from one that costs nothing to one that trains less."""
         now = self.options
         steps: list[tuple[str, dict[str, Any]]] = []
         if now.gpus > 1 and now.parallel.data > 1:

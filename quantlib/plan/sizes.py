@@ -53,12 +53,12 @@ class Sizes:
 
     @property
     def weights(self) -> int:
-        """Of the tensors: what a loaded model takes."""
+        """Bytes of the tensors, which a loaded model takes."""
         return self.codes + self.scales + self.zero_points + self.floats
 
     @property
     def files(self) -> int:
-        """Of the safetensors files."""
+        """Bytes of the safetensors files."""
         return self.weights + self.headers
 
     def read_a_step(self, found: Parameters) -> int:
@@ -90,7 +90,7 @@ def add(contents: Contents, slots: Iterable[Slot], headers: int, parameters: int
 
 
 def of_files(source: Source, spec: QuantSpec, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Sizes:
-    """What `quantize_file` makes of the files of ``source``.
+    """Return the sizes of what `quantize_file` makes of the files of ``source``.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def quantized_skeleton(model: nn.Module, spec: QuantSpec) -> nn.Module:
 
 @contextlib.contextmanager
 def unheard(logger: str) -> Iterator[None]:
-    """What ``logger`` is told inside the block goes nowhere."""
+    """Drop what is logged to ``logger`` inside the block."""
     log, silent = logging.getLogger(logger), lambda record: False
     log.addFilter(silent)
     try:
@@ -134,7 +134,7 @@ def unheard(logger: str) -> Iterator[None]:
 
 
 def of_state(skeleton: nn.Module, parameters: int) -> Sizes:
-    """What `save_quantized` writes of a `faked` model with modules of codes."""
+    """Return the sizes of what `save_quantized` writes for a `faked` model with modules of codes."""
     batches, contents = state_of(skeleton)
     headers = 0
     for shard in cut(batches, SHARD):
@@ -172,7 +172,7 @@ def experts_apart(skeleton: nn.Module, sizes: Sizes) -> Sizes:
 
 
 def of_count(parameters: int, spec: QuantSpec) -> Sizes:
-    """Of so many parameters that all are quantized, whose shapes are not known: rows of one group each."""
+    """Sizes of so many parameters, all quantized, whose shapes are not known: rows of one group each."""
     kind, _, size = (spec.per or "").partition(":")
     columns = int(size) ** (2 if kind == "tile" else 1) if kind in ("group", "tile") else 0
     codes = parameters * max(spec.row.bits, 8) // 8 // spec.row.per_byte
@@ -186,7 +186,7 @@ def of_count(parameters: int, spec: QuantSpec) -> Sizes:
 
 
 def cast(parameters: int, dtype: torch.dtype) -> Sizes:
-    """Of so many parameters of ``dtype``, of which none is quantized."""
+    """Sizes of so many parameters of ``dtype``, none of them quantized."""
     return Sizes(floats=parameters * dtype.itemsize, parameters=parameters)
 
 

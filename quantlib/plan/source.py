@@ -1,4 +1,4 @@
-"""Where a model is read from: the headers of its files, config.json, or a module on meta. No weight is read."""
+"""The source of a model: the headers of its files, config.json, or a module on meta. No weight is read."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Source:
 
 
 def source_of(model: Any) -> Source:
-    """What there is to know of ``model``: an ``nn.Module``, a folder, a safetensors file, or a config.json.
+    """Describe ``model``: an ``nn.Module``, a folder, a safetensors file, or a config.json.
 
     Raises
     ------
