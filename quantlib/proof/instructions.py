@@ -219,7 +219,7 @@ def upper_halves(shift: int = 16) -> Case:
 
 
 def exact_in_bfloat16(name: str, language: str) -> Case:
-    """What csrc/cpu/pairs.h builds on: the lower half of the float32 is empty."""
+    """Claim the assumption of csrc/cpu/pairs.h: the lower half of the float32 is zero."""
     f = formats.get(name)
 
     def build(run: Run) -> Claim:

@@ -1,4 +1,4 @@
-"""What a theorem is made of: the functions it is about, its claim in each case, and the faults it must find."""
+"""The parts of a theorem: the functions it is about, its claim in each case, and the faults it must find."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Claim:
-    """For all values of the variables for which ``assume`` holds, ``goal`` holds."""
+    """assume => goal, for all values of the variables."""
 
     assume: Term
     goal: Term
@@ -87,7 +87,7 @@ class Claim:
     open_products: bool = False
 
     def negated(self, calls: Iterable[Call] = ()) -> list[Term]:
-        """What a solver is asked to satisfy; of ``calls`` nothing that an op would refuse."""
+        """Return the terms that a solver is asked to satisfy, for inputs of ``calls`` that the ops accept."""
         accepted = [call.function.accepts(**call.inputs) for call in calls]
         return [self.assume, *accepted, terms.not_(self.goal)]
 
@@ -114,7 +114,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Theorem:
-    """What is claimed, of which inputs, case by case."""
+    """A statement, its domain, and its cases."""
 
     name: str
     clause: str
