@@ -85,7 +85,7 @@ def _dtype(values: torch.Tensor | Array) -> str:
 
 
 def _format(values: torch.Tensor | Array) -> Format | None:
-    """What the bits of ``values`` mean, where its dtype says so."""
+    """Return the format of the bits of ``values``, if its dtype says so."""
     f = formats.FORMATS.get(_dtype(values))
     return f if isinstance(values, torch.Tensor) or _dtype(values) != "uint8" else None
 

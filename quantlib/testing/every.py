@@ -76,7 +76,7 @@ def overload(case: AnyCase) -> str:
 
 
 def refuses(case: AnyCase, backend: str, device: str) -> str | None:
-    """Why ``backend`` cannot run ``case``; "auto" can."""
+    """Return why ``backend`` cannot run ``case``, or None; "auto" can."""
     return None if backend == "auto" else backends.refuses(backend, device, overload(case))
 
 

@@ -91,7 +91,7 @@ def _encoded(x: Array, dtype: str) -> Array:
 
 
 def expected(case: Learned) -> tuple[Array | Sum, ...]:
-    """What ``case`` gives: y, or dx and the sums of the scales and the zero points."""
+    """Return the results of ``case``: y, or dx and the sums of the scales and the zero points."""
     given, options = inputs(case), {"block": case.resolved}
     x, scale, z = given["x"], given["scale"], given.get("zero_point")
     if case.op == "fake_quantize":

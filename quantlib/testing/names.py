@@ -1,4 +1,4 @@
-"""What the name of a format says, without the table of formats: an independent description of every row.
+"""The meaning of the name of a format, without the table of formats: an independent description of every row.
 
 The names are those of ml_dtypes, ``float<bits>_e<exponent bits>m<fraction bits>[b<bias>][f][n][uz]``. Without more a
 format is as IEEE 754 has it: the top exponent is infinity at a fraction of 0 and NaN otherwise, the bias is
@@ -91,7 +91,7 @@ class FloatName:
 
 
 def float_name(name: str) -> FloatName:
-    """What the name of a float format says.
+    """Parse the name of a float format.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def _halves(named: FloatName) -> Array:
 
 
 def _check_place(f: Format) -> None:
-    """Where several codes share a byte, the first is in its lowest bits."""
+    """Check that the first of several codes in a byte is in its lowest bits."""
     if not f.packed:
         return
     lowest, highest = f.code_range

@@ -129,7 +129,7 @@ def _int(name: str) -> IntFormat:
 
 @functools.lru_cache(64)
 def expected(case: Product) -> Array:
-    """What ``case`` gives, bit for bit, by :mod:`quantlib.reference`."""
+    """Return the result of ``case``, bit for bit, by :mod:`quantlib.reference`."""
     given: dict[str, Any] = {**inputs(case), "block": case.resolved, "format": case.format, "dtype": case.dtype}
     if case.op == "dequant_matmul_backward":
         return reference.dequant_matmul_backward(given.pop("x"), size=case.shape[2], **given)

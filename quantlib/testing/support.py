@@ -44,7 +44,7 @@ def device_of(backend: str) -> str:
 
 
 def refusal(backend: str) -> str | None:
-    """Why nothing can be said of ``backend`` on this machine."""
+    """Return why ``backend`` cannot be tested on this machine, or None."""
     return _refusal(backend, device_of(backend))
 
 
@@ -61,7 +61,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def serves(backend: str, row: Row) -> bool:
-    """Whether ``backend``, forced, runs the call; one it refuses it must refuse with NotImplementedError."""
+    """True if ``backend``, forced, runs the call; it must refuse others with NotImplementedError."""
     with backends.use_backend(backend):
         try:
             _call(row, device_of(backend))

@@ -46,7 +46,7 @@ class Case:
 
     @property
     def inputs(self) -> int:
-        """How many inputs there are; codes of fewer than eight bits come as bytes, every one."""
+        """The number of inputs; codes of fewer than eight bits come as bytes, every one."""
         return 1 << max(formats.get(self.source).bits, 8)
 
     @property
@@ -182,11 +182,11 @@ class Implementation(Protocol):
 
     @property
     def missing(self) -> str | None:
-        """Why it is not here, or None."""
+        """Why it cannot be used here, or None."""
         ...
 
     def refuses(self, case: Case) -> str | None:
-        """Why it cannot, or None."""
+        """Return why it cannot run ``case``, or None."""
         ...
 
     def __call__(self, case: Case, codes: Array) -> Array:
@@ -211,7 +211,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Result:
-    """What a sweep found."""
+    """The result of a sweep."""
 
     inputs: int
     mismatches: int
@@ -262,7 +262,7 @@ def sweep(
 
 
 def compare_codes(case: Case, codes: Array, expected: Array, got: Array) -> tuple[int, Mismatch | None]:
-    """How many results differ, and the first; packed results are looked at one by one."""
+    """Count the results that differ, and return the first; packed results are compared one by one."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         sides = (f"{a.dtype} {list(a.shape)}" for a in (expected, got))
         raise RuntimeError("{}: result must be {}, got {}".format(case, *sides))

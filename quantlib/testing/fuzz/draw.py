@@ -259,7 +259,7 @@ def _with_outs(call: Call, overload: str) -> None:
 
 
 def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
-    """Of the results that ``call`` may have."""
+    """The dtypes of the results that ``call`` may have."""
     given = call.arguments
     if call.op in ("cast", "quantize", "quantize_dynamic"):
         return getattr(torch, formats.get(given["format"]).dtype_name), torch.float32, torch.int32

@@ -1,4 +1,4 @@
-"""What is done to a valid call: things that change nothing, things that may be refused, and things that are wrong."""
+"""Changes to a valid call: some change nothing, some may be refused, and some are wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantlib.testing.fuzz.draw import Call, Rng, pick
 
 
 class After(enum.Enum):
-    """What may happen to a call after something has been done to it."""
+    """The outcomes that a call may have after a change."""
 
     SERVED = "the right bytes"
     SAME = "the right bytes, or an error"

@@ -1,4 +1,4 @@
-"""What came of a call: nothing, or one of the classes of fault that a caller must never see."""
+"""The outcome of a call: nothing, or one of the classes of fault that a caller must never see."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def make(seed: int, op: str | None = None, kept: Sequence[int] | None = None) ->
 
 
 def count_of(seed: int) -> int:
-    """How many things are done to the call of ``seed``."""
+    """The number of changes to the call of ``seed``."""
     return (0, 1, 1, 2)[seed % 4] if seed % 20 else 3
 
 
