@@ -67,7 +67,7 @@ if len(ISAS) > 1:
 
 
 class BuildError(RuntimeError):
-    """Why there is no library; ``log`` is what the compiler said."""
+    """Raised if there is no library; ``log`` is the output of the compiler."""
 
     def __init__(self, why: str, log: str = "") -> None:
         super().__init__(why)
@@ -105,7 +105,7 @@ def library(name: str, build: bool = True) -> Path:
 
 
 def find_or_build(name: str, build: bool = True) -> Path:
-    """What `library` gives."""
+    """Return the path that `library` returns."""
     shipped = PACKAGE / FILES[name]
     if CSRC.parent == PACKAGE and shipped.exists():
         return shipped
@@ -191,7 +191,7 @@ class Unit:
 
 
 class Recipe:
-    """How one library is made of its sources."""
+    """The command, the flags and the sources that make one library."""
 
     def __init__(self, name: str) -> None:
         if not sys.platform.startswith("linux"):
@@ -373,7 +373,7 @@ def find_torch() -> Path:
 
 
 def jobs() -> int:
-    """How many compilers run at once."""
+    """Return the number of compilers that run at once: MAX_JOBS, or one a core."""
     text = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     try:
         count = int(text)

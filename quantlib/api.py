@@ -198,7 +198,7 @@ def reasons_to_skip(
 
 
 def reason_to_skip(layer: nn.Module, form: Callable[[type[nn.Module]], type[nn.Module] | None] = form_of) -> str | None:
-    """What about a layer itself keeps it from being replaced."""
+    """Return the reason in a layer itself that keeps it from being replaced, or None."""
     if isinstance(layer, QuantModule):
         return f"already quantized to {layer.spec}"
     if isinstance(layer._parameters.get("weight"), UninitializedParameter):
@@ -329,7 +329,7 @@ def by_reason(skipped: dict[str, str]) -> str:
 
 
 def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
-    """Why ``parameter``, which no rule of `reasons_to_skip` has met, stays what it is."""
+    """Return why ``parameter``, which no rule of `reasons_to_skip` covers, stays as it is."""
     if not parameter.is_floating_point():
         return f"it is of {dtype_name(parameter.dtype)}"
     if form_of(type(module)) is not None and key == "weight":

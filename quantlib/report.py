@@ -1,4 +1,4 @@
-"""What quantizing a model did, layer by layer: a value that prints as a table."""
+"""The report of quantizing a model, layer by layer: a value that prints as a table."""
 
 from __future__ import annotations
 
@@ -98,12 +98,12 @@ class Report:
         return min(self.layers, key=lambda layer: -math.inf if math.isnan(layer.snr_db) else layer.snr_db, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return asdict(self) | {"coverage": self.coverage}
 
     @property
     def warning(self) -> str | None:
-        """What to know before the sizes are believed: that less than `ENOUGH` of the parameters are quantized."""
+        """Return a warning if less than `ENOUGH` of the parameters are quantized, so that the sizes are not misread."""
         if not self.coverage < ENOUGH:
             return None
         largest = sorted(self.sizes, key=lambda name: self.sizes[name], reverse=True)[:3]

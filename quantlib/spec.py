@@ -1,4 +1,4 @@
-"""What a weight is projected to: a format, how many weights share a scale, symmetric or affine; and the activations.
+"""The spec of a weight: a format, how many weights share a scale, symmetric or affine; and that of the activations.
 
 As text, ``format[:per][:affine][:scale][@activation[:static]]``, where a weight and an activation are written alike::
 
@@ -161,7 +161,7 @@ class QuantSpec:
 
     @property
     def scaled(self) -> bool:
-        """Whether codes are multiplied by a scale; if not, a weight is its own cast."""
+        """True if codes are multiplied by a scale; if not, a weight is its own cast."""
         return self.per is not None
 
     @property
@@ -209,14 +209,14 @@ class QuantSpec:
 
 
 def default_per(row: Format) -> str | None:
-    """What shares a scale unless told otherwise: the fewer bits, the fewer weights. Others ship code books so."""
+    """The default ``per`` of a format: fewer bits, fewer weights a scale. Other libraries have this for code books."""
     if isinstance(row, formats.FloatFormat) and row.is_book:
         return "group:64"
     return {16: None, 8: "row"}.get(row.bits, "group:128")
 
 
 def per_group(per: str | None, group_size: object) -> str:
-    """What ``per`` and ``group_size`` say together."""
+    """Combine ``per`` and ``group_size``."""
     if per not in (None, "group"):
         raise ValueError(f'per must be "group" where group_size is given, got {per!r}')
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:

@@ -101,7 +101,7 @@ def library(device: str) -> str:
 
 
 def instruction_set() -> str:
-    """What the C++ library chose on this machine."""
+    """Return the instruction set that the C++ library chose on this machine."""
     from quantlib.backends import compiled
 
     path = compiled.path_of("cpu")
@@ -141,7 +141,7 @@ def serving() -> dict[str, Any]:
 
 
 def lacks(backend: str, device: str, op: str) -> str | None:
-    """Why ``backend``, which serves ``device``, does not run ``op`` there."""
+    """Return why ``backend``, which serves ``device``, does not run ``op`` there, or None."""
     from quantlib import backends
 
     return None if backends.refuses(backend, device) else backends.refuses(backend, device, op)
@@ -158,7 +158,7 @@ def server(op: str, device: str) -> str:
 
 
 def tuning() -> dict[str, Any]:
-    """Of each GPU here the files whose tiles its matmuls take, and of each what was read or is wrong."""
+    """Return, for each GPU here, the files whose tiles its matmuls take, and what was read or is wrong in each."""
     import torch
 
     from quantlib.backends.triton import tables

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: format, scales, codes and values of every tensor, whoever quantized it."""
+"""Show what is in a checkpoint of any origin: format, scales, codes and values of every tensor."""
 
 from __future__ import annotations
 

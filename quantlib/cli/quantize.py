@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def ranks() -> Iterator[bool]:
-    """Whether torchrun started this process beside others, which begin together."""
+    """Yield True if torchrun started this process beside others; all of them then begin together."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield False
         return

@@ -1,4 +1,4 @@
-"""What a model can become: the specs of quantlib, and beside them the packages that users would take instead."""
+"""The contenders for a model: the specs of quantlib, and the packages that users would take instead."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
-    """What is measured by itself: `plain_specs`, then what is calibrated."""
+    """Return the specs that are measured by default: `plain_specs`, then the calibrated ones."""
     return [*plain_specs(), *CALIBRATED]
 
 

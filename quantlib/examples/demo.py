@@ -170,7 +170,7 @@ def sentences_per_second(encoder: encoders.Encoder, models: Mapping[str, nn.Modu
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two models hold the same bytes under the same names."""
+    """True if two models hold the same bytes under the same names."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(
         left[n].dtype == right[n].dtype and torch.equal(left[n].view(torch.uint8), right[n].view(torch.uint8))

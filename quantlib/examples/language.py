@@ -21,7 +21,7 @@ SPECS = {"W8A16": True, "W8A8": True, "W4A16": False}  # spec -> whether the flo
 
 @dataclass(frozen=True)
 class Line:
-    """What the model in one format wrote."""
+    """The sentence that the model in one format wrote, its size and its speed."""
 
     format: str
     megabytes: float  # of all parameters

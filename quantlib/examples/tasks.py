@@ -14,7 +14,7 @@ CONTEXT = 48  # characters that the language model sees
 
 @dataclass(frozen=True)
 class Task:
-    """What to learn, and from what.
+    """A task to learn, and its data.
 
     Parameters
     ----------

@@ -25,12 +25,12 @@ TYPES = tuple(QUANTIZED)
 
 
 class MismatchError(Exception):
-    """What was deployed is not what was trained."""
+    """The deployed model is not the trained one."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how often to train."""
+    """The number of steps and of runs."""
 
     steps: int  # in FP32, before the ways part
     tuning: int  # steps more, in FP32 or with fake quantization: as many, on the same batches
@@ -146,6 +146,6 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def share_of(group: Sequence[Run]) -> float:
-    """What training regains of the nats lost without it, means over the seeds; NaN where nothing is lost."""
+    """Return the share of the lost nats that training regains, means over the seeds; NaN where nothing is lost."""
     lost = fmean(run.lost for run in group)
     return fmean(run.regained for run in group) / lost if lost >= NOTHING else math.nan

@@ -1,4 +1,4 @@
-"""What a ``quantization_config`` of quantlib says: the spec of the layers, what stays a float, what was quantized."""
+"""The ``quantization_config`` of quantlib: the spec, the layers that stay floats, the weights that were quantized."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Method(str, enum.Enum):
 
 @register_quantization_config(LIBRARY)
 class QuantlibConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` of transformers and diffusers quantizes a model.
+    """The way ``from_pretrained`` of transformers and diffusers quantizes a model.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How diffusers loads, keeps and saves a model whose weights are codes."""
+"""Load, keep and save a model whose weights are codes in diffusers."""
 
 from __future__ import annotations
 

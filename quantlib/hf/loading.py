@@ -1,4 +1,4 @@
-"""Which layers of a model that is being loaded become codes, and how: what the doors to several libraries share."""
+"""The choice and the replacement of layers while a model is loaded, shared by transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Loading:
             raise ValueError(f"model must have a layer to quantize, got {skipped or 'none'}")
 
     def _unwanted(self, name: str, is_head: bool) -> str | None:
-        """Why a layer stays a float, though it could be quantized."""
+        """Return why a layer stays a float though it could be quantized, or None."""
         config, names = self.quantization_config, (name, f"{name}.weight")
         if pattern := next((p for p in config.skip if any(fnmatch.fnmatchcase(n, p) for n in names)), None):
             return f"matches {pattern}"
@@ -131,7 +131,7 @@ class Loading:
         return new
 
     def _share(self, model: Any, name: str, source: str, spec: Any) -> None:
-        """For the layer of weight ``name`` the codes of the one of weight ``source``."""
+        """Give the layer of weight ``name`` the codes of the layer of weight ``source``."""
         layer, first = (model.get_submodule(n.removesuffix(".weight")) for n in (name, source))
         put(share_weight(first, layer, QuantSpec.parse(spec)), layer, self.places)
         tied = tied_keys(model)

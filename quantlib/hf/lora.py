@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Merging:
-    """What a LoRA layer of peft does differently over a quantized layer."""
+    """The methods of a LoRA layer of peft that differ over a quantized layer."""
 
     get_base_layer: Callable[[], Any]
     merged_adapters: list[str]

@@ -25,7 +25,7 @@ GRADIENT_OF_X = {1: conv1d_input, 2: conv2d_input}
 
 
 class QuantConv(QuantModule, nn.modules.conv._ConvNd):
-    """What `QuantConv1d` and `QuantConv2d` have in common.
+    """The common base of `QuantConv1d` and `QuantConv2d`.
 
     Parameters
     ----------

@@ -175,7 +175,7 @@ class FakeQuantize(Leaf, KeepsDtype):
 
     @property
     def watching(self) -> bool:
-        """Whether the observer sees the next x."""
+        """True if the observer sees the next x."""
         return self.observer is not None and self.observing and (self.training or self.calibrating)
 
     def train(self, mode: bool = True) -> Self:
@@ -341,7 +341,7 @@ class FakeQuantize(Leaf, KeepsDtype):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the observer says once it has seen x; what it said then, where the forward is a recomputed one."""
+        """Show x to the observer; return its scale and zero point, in a recomputed forward those of the first."""
         assert self.observer is not None
         if transformed():
             raise RuntimeError(
@@ -431,12 +431,12 @@ def flat(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | Non
 
 
 def recomputing() -> bool:
-    """Whether a backward is running: a forward in it is one that ``torch.utils.checkpoint`` repeats."""
+    """True if a backward is running: a forward in it is one that ``torch.utils.checkpoint`` repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is running, in which nothing outside can be written."""
+    """True if a transform of ``torch.func`` is running, in which nothing outside can be written."""
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 

@@ -60,7 +60,7 @@ def words_of(form: type[QuantModule]) -> dict[str, Any]:
 
 
 def reduced(module: QuantModule, protocol: Any) -> Any:
-    """What pickle writes: a class that is made when it is met has no name by which it is found."""
+    """Return what pickle writes for a module; its class is made at run time and cannot be found by name."""
     state = module.__getstate__() if isinstance(module, QuantLinear) else vars(module)
     return remade, (module.FLOAT, state)
 

@@ -70,7 +70,7 @@ def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
-    """Of the scales that ``spec`` keeps."""
+    """The dtype of the scales of ``spec``."""
     return dtype_of(formats.get(spec.scale))
 
 
@@ -177,7 +177,7 @@ def autocast(x: Tensor) -> Tensor:
 
 
 class Scale(NamedTuple):
-    """What a static activation is projected with."""
+    """The scale and the zero point of a static activation."""
 
     scale: Tensor  # [1, 1] float32
     zero_point: Tensor | None = None  # [1, 1] int32

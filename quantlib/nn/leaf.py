@@ -22,7 +22,7 @@ class Leaf(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What ``torch.jit.script`` asks every module of a model for."""
+        """Refuse ``torch.jit.script``, which calls this of every module of a model."""
         raise TypeError(
             f"model must be scripted without quantized layers, got a {type(self).__name__}: "
             "use torch.export.export, or torch.jit.trace once it is converted"

@@ -228,7 +228,7 @@ class QuantLinear(QuantModule, nn.Linear):
         )
 
     def _static(self) -> Scale | None:
-        """What a static activation is quantized with."""
+        """The scale and the zero point of a static activation, or None."""
         return None if self.input_scale is None else Scale(self.input_scale, self.input_zero_point)
 
     @property
@@ -238,7 +238,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     @property
     def tiled(self) -> bool:
-        """Whether ``weight_codes`` is tiles, as `tile_` makes them."""
+        """True if ``weight_codes`` is tiles, as `tile_` makes them."""
         return self.weight_codes.dim() == 3 and self.weight_codes.shape[-1] > 1
 
     def tile_(self) -> Self:
@@ -429,5 +429,5 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether a CUDA graph records what happens to ``x``."""
+    """True if a CUDA graph records operations on ``x``."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

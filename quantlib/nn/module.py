@@ -78,12 +78,12 @@ class QuantModule(Leaf):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of the float weight."""
+        """The shape of the float weight."""
         raise NotImplementedError
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
-        """What about ``layer``, a `FLOAT`, this module cannot do; None if it serves it."""
+        """Return why this module cannot serve ``layer``, a `FLOAT`; None if it can."""
         return None
 
     @classmethod
@@ -271,7 +271,7 @@ class QuantModule(Leaf):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the codes in a file: see `stored_shape`."""
+        """The shape of the codes in a file: see `stored_shape`."""
         return stored_shape(self.spec, self.weight_shape)
 
     @property
@@ -446,7 +446,7 @@ nn.Module._load_from_state_dict = refuse_codes(nn.Module._load_from_state_dict) 
 
 
 def is_fp8(spec: QuantSpec) -> bool:
-    """Whether codes are kept as bytes: gloo, and much else, does not know the dtypes of FP8."""
+    """True if codes are kept as bytes: gloo, and much else, does not know the dtypes of FP8."""
     return spec.row.is_float and spec.row.bits == 8
 
 
@@ -476,7 +476,7 @@ def zero_codes(spec: QuantSpec, shape: Sequence[int], device: Any) -> Tensor:
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
+    """True if ``t`` is a DTensor: this process may hold only a part of its values."""
     return hasattr(t, "device_mesh")
 
 

@@ -1,4 +1,4 @@
-"""What watches tensors go by, and says the scale that their values ask for."""
+"""Observers: they watch tensors and give the scale that their values ask for."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class QATModule(Leaf):
         return y.view(self.weight.shape)
 
     def codes(self) -> Weight:
-        """What the weight becomes: codes [N, K] or their bytes, scales and zero points, of this moment.
+        """Quantize the weight as it is now: codes [N, K] or their bytes, scales and zero points.
 
         Raises
         ------

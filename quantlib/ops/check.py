@@ -1,4 +1,4 @@
-"""What an op accepts. Every check says what was expected and what came, in the words of ``csrc/check.h``.
+"""Checks of the arguments of ops. An error says what was expected and what came, in the words of ``csrc/check.h``.
 
 A result is (shape, dtype): what an op checks and returns is its shape function too.
 """
@@ -82,7 +82,7 @@ def check_outs(op: str, outs: dict[str, Tensor]) -> None:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory of two tensors may have a byte in common."""
+    """True if the memory of two tensors may have a byte in common."""
     (first, end), (other, other_end) = _memory(a), _memory(b)
     return first < other_end and other < end
 
@@ -197,7 +197,7 @@ def check_size(op: str, columns: int, f: Format, size: int | None) -> int:
 
 
 def wants_gradient(op: str, argument: str, x: Any) -> bool:
-    """Whether autograd is to follow what is done to ``x``, which is a tensor: in reverse mode, or in forward mode."""
+    """True if autograd follows operations on ``x``, in reverse or in forward mode; ``x`` must be a tensor."""
     if not isinstance(x, Tensor):
         fail(op, argument, "a tensor", type(x).__name__)
     if x.requires_grad and torch.is_grad_enabled():

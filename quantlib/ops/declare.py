@@ -1,4 +1,4 @@
-"""From two functions, what an op accepts and how a kernel is launched, to every registration the op needs.
+"""Make every registration of an op from two functions: the check of its arguments, and the launch of a kernel.
 
 Both take the arguments of the schema by name, those of a weight and of an epilogue as one record each: `Binder`.
 """

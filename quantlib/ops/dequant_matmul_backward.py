@@ -45,7 +45,7 @@ def _gradients(
     dynamic: bool = False,
     **_: Any,
 ) -> Gradients:
-    """Of dequant_matmul, and of dynamic_matmul, through whose rounding of x the gradient passes straight."""
+    """Gradients of dequant_matmul, and of dynamic_matmul, whose rounding of x passes the gradient straight through."""
     _check_frozen(needs)
     weight, bias = weight.plain(), epilogue.bias
     dy = _through_activation(dy, x, weight, epilogue, dynamic)
@@ -90,7 +90,7 @@ def tangent_of_product(
 
 
 def _second_gradients(g: Tensor, needs: set[str], *, dy: Tensor, weight: QuantizedWeight) -> Gradients:
-    """Of dx, which is linear in dy and in the scale."""
+    """Gradients of dx, which is linear in dy and in the scale."""
     _check_frozen(needs)
     found: Gradients = {}
     if "dy" in needs:
@@ -113,7 +113,7 @@ def _second_tangent(tangents: dict[str, Tensor], *, dy: Tensor, weight: Quantize
 def _second_gradients_of_scale(
     g: Tensor, needs: set[str], *, dy: Tensor, x: Tensor, weight: QuantizedWeight
 ) -> Gradients:
-    """Of dscale, which is linear in dy and in x, and does not depend on the scale."""
+    """Gradients of dscale, which is linear in dy and in x, and does not depend on the scale."""
     _check_frozen(needs)
     values = _values(weight, g)
     found: Gradients = {}
@@ -189,7 +189,7 @@ def _through_activation(dy: Tensor, x: Tensor, weight: QuantizedWeight, epilogue
 
 
 def _followed() -> bool:
-    """Whether a derivative is itself differentiated."""
+    """True if a derivative is itself differentiated."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 

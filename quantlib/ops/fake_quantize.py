@@ -33,7 +33,7 @@ WIDEST = 1 << 16  # codes of a fake quantization: so few that t, clamped to one 
 def check_fake_quantize(
     op: str, x: Tensor, scale: Tensor, f: Format, block: Block, zero_point: Tensor | None, limits: Limits | None
 ) -> Result:
-    """What forward and backward ask alike; the shape and dtype of y."""
+    """Check the arguments that forward and backward share; return the shape and dtype of y."""
     check_dtype(op, "x", x.dtype, INPUTS)
     expected = check_block(op, x.shape, block)
     check_tensor(op, "scale", scale, expected, x.device)
@@ -311,7 +311,7 @@ def _call(
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """Of a result: channels last where ``x`` is."""
+    """The memory format of a result: channels last if ``x`` is."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
         return last
@@ -319,7 +319,7 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def _as_torch(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, limits: Limits) -> bool:
-    """Whether the kernels give torch's bytes, as far as the host can see what is in the tensors."""
+    """True if the kernels give torch's bytes, as far as the host can see what is in the tensors."""
     qmin, qmax = limits
     if x.dtype == torch.float64 or type(qmin) is not int or type(qmax) is not int:
         return False
@@ -334,7 +334,7 @@ def _as_torch(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, limi
 
 
 def _check_as_torch(x: Tensor, limits: Limits, zero_point: Tensor | float | None) -> None:
-    """What torch asks of both: an integer zero point that it looks at is a code."""
+    """Check what torch's two functions check: an integer zero point that torch looks at is a code."""
     check_dtype("fake_quantize", "input", x.dtype, (*INPUTS, "float64"))
     qmin, qmax = limits
     if qmin > qmax:

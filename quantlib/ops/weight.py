@@ -1,4 +1,4 @@
-"""What the matmuls ask of a weight, and of what follows the sum."""
+"""The arguments of a matmul that describe a weight, and those that describe the steps after the sum."""
 
 from __future__ import annotations
 
