@@ -63,7 +63,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine can do at most, measured in the same run."""
+    """The most that this machine can do, measured in the same run."""
 
     copy: float | None = None  # bytes a second that a plain copy of float32 reads and writes
     products: Mapping[str, float] = field(default_factory=dict)  # dtype -> FLOPs a second of torch's own products
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def conversion(self) -> str:
-        """What becomes of what: "float32 -> int8"."""
+        """The dtypes of input and output: "float32 -> int8"."""
         raise NotImplementedError
 
     @property
@@ -106,7 +106,7 @@ class Case:
 
     @property
     def per(self) -> str:
-        """What shares a scale, in the words of QuantSpec."""
+        """The elements that share a scale, in the words of QuantSpec."""
         return ""
 
     @property
@@ -120,7 +120,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of a call, an addition being one and a multiplication another; 0 where nobody would ask."""
+        """FLOPs of a call, additions and multiplications counted apart; 0 where nobody would ask."""
         return 0
 
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
@@ -133,7 +133,7 @@ class Case:
         return 2 * 4 * math.prod(self.shape) if self.streams else 0
 
     def inputs(self) -> Tensors:
-        """What is timed."""
+        """Make the inputs of the timed call."""
         raise NotImplementedError
 
     def outs(self, *inputs: Tensor) -> Tensors:
@@ -141,7 +141,7 @@ class Case:
         raise NotImplementedError
 
     def expected(self, rows: slice, *inputs: Tensor) -> Iterator[tuple[slice, Array]]:
-        """For each result the rows to look at and the reference's bits of them; ``rows`` where they are independent."""
+        """For each result, yield the rows to check and their bits by the reference; ``rows`` if independent."""
         return iter(())
 
     def contenders(self) -> list[Contender]:
@@ -235,7 +235,7 @@ def ready(shape: tuple[int, ...], device: str) -> Tensor:
 
 
 def case_name(family: str, op: str, conversion: str, per: str) -> str:
-    """What a case is called in the targets: "quantize float32 -> int8 row"."""
+    """Return the name of a case in the targets: "quantize float32 -> int8 row"."""
     return " ".join(word for word in (family, op if op != family else "", conversion, per) if word)
 
 
@@ -251,7 +251,7 @@ def numbers(x: Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did in one case; seconds. Without times where it is missing, failed or got a byte wrong."""
+    """The seconds of one contender in one case; None if it is missing, failed or got a byte wrong."""
 
     family: str
     op: str
@@ -302,5 +302,5 @@ def seconds(value: float | None, sign: bool = False) -> str:
 
 
 def described(error: Exception) -> str:
-    """In one line."""
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -45,7 +45,7 @@ class Turns:
 
 
 class Line(NamedTuple):
-    """What the calls of one contender cost over the sizes of one case."""
+    """The cost of the calls of one contender over the sizes of one case."""
 
     case: str
     backend: str
@@ -61,7 +61,7 @@ def shaped(common: dict[str, Any], first: bool) -> list[dict[str, Any]]:
 
 
 def rotation(nbytes: int, cache: int) -> int:
-    """How many copies of ``nbytes`` exceed `CACHES` times the cache; two at least."""
+    """The number of copies of ``nbytes`` that exceed `CACHES` times the cache; at least two."""
     return max(2, CACHES * cache // max(nbytes, 1) + 1)
 
 
@@ -130,7 +130,7 @@ def fit(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
-    """Of every contender that was timed at three sizes of a case or more."""
+    """Fit a line for every contender that was timed at three sizes of a case or more."""
     points = defaultdict(list)
     for row in rows:
         if row.min is not None and row.bytes:

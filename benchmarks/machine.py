@@ -1,4 +1,4 @@
-"""What was measured on: processor, threads, versions, and how fast this machine copies memory."""
+"""The machine of a run: processor, threads, versions, and how fast it copies memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def describe(device: str, backend: str | None = None) -> dict[str, Any]:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """What the GPU is."""
+    """Return the properties of the GPU."""
     facts = torch.cuda.get_device_properties("cuda")
     return {
         "architecture": f"sm_{facts.major}{facts.minor}",
@@ -91,7 +91,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Of the checkout, where this is one; of a wheel its version."""
+    """Return the commit of the checkout, or the version of an installed wheel."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     try:
@@ -103,7 +103,7 @@ def commit() -> str:
 
 
 def limits(shape: tuple[int, ...], device: str) -> Limits:
-    """What every share is of, measured before anything else."""
+    """Measure the limits of which every share is taken, before anything else."""
     return Limits(copy_bandwidth(shape, device), {dtype: peak(dtype, device) for dtype in PRODUCTS})
 
 

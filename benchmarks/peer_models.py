@@ -25,7 +25,7 @@ from .peers import package
 
 
 class Model(Protocol):
-    """How a float model is made; equal ones make equal models."""
+    """A recipe for a float model; equal recipes make equal models."""
 
     @property
     def spec(self) -> QuantSpec: ...
