@@ -1,4 +1,4 @@
-"""What `make gpu` consists of: the pieces, in the order in which they are worth running, and how one is run."""
+"""The pieces of `make gpu`, in the order in which they are worth running, and the running of one."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Piece:
 
     @property
     def digest(self) -> str:
-        """Of all that it runs: a result holds for these sources."""
+        """A hash of all sources that it runs: a result holds for these."""
         return digest(self.sources)
 
 
 def pieces(cores: int = os.cpu_count() or 1) -> Iterator[Piece]:
-    """In the order in which they are worth running."""
+    """Yield the pieces in the order in which they are worth running."""
     python = sys.executable
     yield Piece("build", (python, "quantlib/_build.py", "cpu", "cuda"), 150, alone=True)
     for backend in BACKENDS:
@@ -139,7 +139,7 @@ def families_of_benchmarks() -> list[str]:
 
 
 def has(package: str) -> bool:
-    """Whether `import package` finds something."""
+    """True if `import package` finds something."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -150,7 +150,7 @@ def nvcc() -> str | None:
 
 
 def compute_sanitizer() -> str | None:
-    """On PATH, or beside nvcc."""
+    """Return the path of compute-sanitizer: on PATH, or beside nvcc."""
     compiler = shutil.which(nvcc() or "nvcc")
     beside = shutil.which("compute-sanitizer", path=Path(compiler).resolve().parent) if compiler else None
     return shutil.which("compute-sanitizer") or beside
@@ -158,7 +158,7 @@ def compute_sanitizer() -> str | None:
 
 @cache
 def digest(folders: tuple[str, ...]) -> str:
-    """Of the sources in ``folders``."""
+    """Return a hash of the sources in ``folders``."""
     sha = hashlib.sha256()
     for path in sorted(p for folder in folders for p in (ROOT / folder).rglob("*.*")):
         if path.suffix in (".py", ".def", ".h", ".cuh", ".cu", ".cpp", ".txt"):
@@ -199,7 +199,7 @@ class Running:
         return time.monotonic() - self.started
 
     def finished(self) -> bool:
-        """Whether it is done; one whose time is up is interrupted, then killed."""
+        """True if it is done; a piece whose time is up is interrupted, then killed."""
         if self.process is None or self.process.poll() is not None:
             self._kill()  # what it may have left
             return True
@@ -218,13 +218,13 @@ class Running:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Now."""
+        """Stop it now."""
         self._kill()
         if self.process is not None:
             self.process.wait()
 
     def result(self) -> dict[str, Any]:
-        """What the summary says of it."""
+        """Return its entry in the summary."""
         status = "failed"
         if self.interrupted is not None:
             status = "out of time"
@@ -253,7 +253,7 @@ class Running:
 
 
 def says(line: str) -> bool:
-    """Whether ``line`` can be the last word of a piece."""
+    """True if ``line`` can be the last word of a piece."""
     return "Warning" not in line and not line.startswith(("FAILED ", "ERROR ", "SKIPPED "))
 
 
