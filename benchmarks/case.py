@@ -35,9 +35,9 @@ class Contender:
         that the contender is missing or cannot do the case, which becomes a row that says so.
     role : {"ours", "peer", "limit"}
     read : returned -> results, optional
-        What the timed call returned, as tensors to compare; () where its codes mean something else.
+        The results of the timed call, as tensors to compare; () if its codes mean something else.
     note : str
-        What a reader must know to judge the time.
+        Facts that a reader needs to judge the time.
     moved : int
         Bytes it has to move where those are not the op's, e.g. of a weight in floating point; 0: as the op.
     within : () -> context manager

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     Parameters
     ----------
     args : Namespace
-        What ``quantlib.cli.bench.arguments`` describes.
+        The arguments that ``quantlib.cli.bench.arguments`` describes.
 
     Returns
     -------

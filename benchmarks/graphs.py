@@ -23,7 +23,7 @@ import torch
 
 from .case import Call, Case, Contender, Row, Tensors
 
-SHAPES = ((1, 4096), (64, 8192), (1024, 4096), (16384, 8192))  # that a line is laid through
+SHAPES = ((1, 4096), (64, 8192), (1024, 4096), (16384, 8192))  # sizes that a line is fitted to
 CACHES = 3  # of L2, which the inputs that take turns exceed
 MOST = 1024  # copies of small inputs, which then do fit into it: that is what the intercept is about
 SMALL = 1 << 22  # elements, of a shape that somebody asked for to see that it works

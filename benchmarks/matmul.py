@@ -204,7 +204,7 @@ class LinearModel:
     """A model of one linear layer, whose weight has the values of `exact_weight`."""
 
     shape: tuple[int, int]  # (N, K)
-    spec: QuantSpec  # what the layer is to become
+    spec: QuantSpec  # the spec of the layer
     dtype: str
     device: str = "cpu"
 

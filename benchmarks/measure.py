@@ -47,13 +47,13 @@ def measure(
     Parameters
     ----------
     seconds : float
-        What a contender may take for its timed runs; a slow one still gets ``case.least`` of them.
+        The time that a contender may take for its timed runs; a slow one still gets ``case.least`` of them.
     without : sequence of str
         Peers whose names begin so are left out.
     tick : str -> None
         Told what is going on.
     limits : Limits
-        What shares are of.
+        The limits of which shares are taken.
     """
     peers.forget_compiled()
     inputs = case.inputs()

@@ -60,7 +60,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mprefer-vector-width=512",
     )
     ISAS["avx512_bf16"] = (*ISAS["avx512"], "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
-# What QUANTLIB_ISA may name: the instruction sets, and the kernels of one where they find more instructions.
+# The values of QUANTLIB_ISA: the instruction sets, and the kernels of one where they find more instructions.
 LEVELS = {isa: isa for isa in ISAS}
 if len(ISAS) > 1:
     LEVELS |= {"avx2_vnni": "avx2", "amx": "avx512_bf16"}
@@ -142,7 +142,7 @@ def find_or_build(name: str, build: bool = True) -> Path:
 def caches() -> list[Path]:
     """Return the cache folders for compiled kernels, in order; the first that can be used is used.
 
-    That is ``QUANTLIB_CACHE`` and no other; without it ``$XDG_CACHE_HOME/quantlib`` or ``~/.cache/quantlib``, and where
+    ``QUANTLIB_CACHE`` alone if it is set; otherwise ``$XDG_CACHE_HOME/quantlib`` or ``~/.cache/quantlib``, and where
     there is no home or it cannot be written, ``quantlib-<user id>`` in the folder of temporary files.
     """
     asked = os.environ.get("QUANTLIB_CACHE")
@@ -179,7 +179,7 @@ class Unit:
     def read(self) -> list[Path]:
         """Return the sources and every header of ours that they include, directly or through others.
 
-        A header counts even where an ``#if`` leaves it out. Those of torch and the compiler are not followed.
+        A header counts even where an ``#if`` leaves it out. Headers of torch and of the compiler are not read.
         """
         found, folders = [*self.before, self.source], (self.folder, CSRC, PACKAGE)
         for path in found:  # which grows

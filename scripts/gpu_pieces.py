@@ -27,7 +27,7 @@ PIECE_SECONDS = 540  # none may take longer
 GRACE_SECONDS = 20  # from the interrupt, which lets a piece say what it has, to the end
 RESULTS = "{results}"  # in a command: the file that the piece may leave figures in, as JSON
 
-# What is compiled is compiled for the device: no interpreter, and a build that fails is an error.
+# Kernels are compiled for the device: no interpreter, and a build that fails is an error.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QUANTLIB_BACKEND")} | {
     "QUANTLIB_BUILD": "1",
     "PYTHONPATH": str(ROOT),
@@ -44,7 +44,7 @@ class Piece:
     seconds: int  # about how long; a guess, to see what still fits
     sources: tuple[str, ...] = LIBRARY  # folders that decide what it gives
     alone: bool = False  # nothing may run beside it
-    lacks: str = ""  # why it cannot run here, if it cannot
+    lacks: str = ""  # the reason if it cannot run here
     fine: tuple[int, ...] = (0,)  # exit statuses
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -201,7 +201,7 @@ class Running:
     def finished(self) -> bool:
         """True if it is done; a piece whose time is up is interrupted, then killed."""
         if self.process is None or self.process.poll() is not None:
-            self._kill()  # what it may have left
+            self._kill()  # processes that it may have left
             return True
         if self.interrupted is None and self.age > self.seconds:
             self.interrupted = time.monotonic()

@@ -102,12 +102,12 @@ def library_path(device: str = "cpu") -> Path:
     """The file of the compiled kernels that this process has loaded.
 
     A program without Python opens it with ``dlopen`` before it loads a package of AOTInductor: nothing else tells
-    torch what ``quantlib::dequant_matmul`` is. That of "cuda" needs that of "cpu" before it, which has the schemas.
+    torch what ``quantlib::dequant_matmul`` is. Load "cpu" before "cuda": it has the schemas.
 
     Parameters
     ----------
     device : {"cpu", "cuda"}
-        What the kernels run on.
+        The device that the kernels run on.
 
     Raises
     ------
@@ -308,6 +308,6 @@ class _Own(threading.local):
 
 _own = _Own()
 _lock = threading.RLock()
-_blocks: tuple[_Block, ...] = ()  # that are open in the process, the one entered last at the end
+_blocks: tuple[_Block, ...] = ()  # blocks that are open in the process, the one entered last at the end
 _switch: torch.library.Library | None = None
 _covered: set[tuple[str, str]] = set()  # (overload, device) that `_switch` has a kernel for

@@ -15,7 +15,7 @@ from quantlib.backends.tiles import TileLayout
 from quantlib.formats import Format
 from quantlib.spec import matrix_shape
 
-# How codes lie in memory: as a matrix [N, K], two a byte where the format is packed, or as `TileLayout` orders them.
+# The layout of codes in memory: a matrix [N, K], two a byte where the format is packed, or as `TileLayout` orders them.
 Layout = Literal["plain", "tiles"]
 
 

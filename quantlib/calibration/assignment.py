@@ -45,7 +45,7 @@ class Assignment(dict[str, str]):
     weights : dict
         Name of a layer -> how many weights it has.
     measure : str
-        What a loss is.
+        The measure of the losses.
     """
 
     choices: dict[str, list[Choice]]
@@ -132,7 +132,7 @@ def assign(
     ----------
     model : nn.Module
     bits : float
-        Of all codes, scales and zero points together, a weight of these layers.
+        The budget for codes, scales and zero points together, a weight of these layers.
     candidates : sequence of what `QuantSpec.parse` takes
         Among them one that fits the budget.
     inputs : iterable, optional

@@ -24,7 +24,7 @@ PATTERNS = (
     ("mlp.up_proj", ("mlp.down_proj",)),
 )
 SMOOTH = 0.5  # a of SmoothQuant
-EXPONENTS = tuple(i / 10 for i in range(11))  # that AWQ's search tries
+EXPONENTS = tuple(i / 10 for i in range(11))  # the exponents that AWQ's search tries
 SAME = 1e-3  # the most that an output may differ, of its norm, after what should not change it
 
 

@@ -1,6 +1,6 @@
 """The choice of tensors to quantize: the weights of linear layers, found by name, shape and dtype alone.
 
-What is no float matrix, or lies [in, out], cannot be quantized. The rest of the rules are habits of names: tables that
+A tensor that is not a float matrix, or lies [in, out], cannot be quantized. The other rules go by names: tables that
 are looked up, routers, heads and adapters stay floats unless they are asked for.
 """
 
@@ -36,9 +36,9 @@ class Rule:
     any : str
         The same of any word of the name.
     but : str
-        Of names of layers that are none of these all the same.
+        A regular expression of names that match but are not such layers.
     whole : str
-        Of the whole name.
+        A regular expression of the whole name.
     """
 
     why: str
@@ -167,7 +167,7 @@ def by_shape(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, 
             prefix = prefix.rpartition(".")[0]
             if experts.get(prefix) == rows and "experts" not in name:
                 found[name] = f"a router: a row for each of {rows} experts"
-        if rows in vocabularies and not re.search(r"\.\d+\.\D", name):  # what is in a numbered layer is no head
+        if rows in vocabularies and not re.search(r"\.\d+\.\D", name):  # a tensor in a numbered layer is not a head
             found[name] = f"a head or a table: a row for each of {rows} words"
     return found
 

@@ -207,7 +207,7 @@ def dequantize_file(
     src, dst, overwrite, resume, join, progress
         As for `quantize_file`.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype
-        Of the weights that were codes; other tensors are copied. The ``dtype`` of a ``config.json`` follows.
+        The dtype of the weights that were codes; other tensors are copied. ``config.json`` gets this ``dtype``.
 
     Returns
     -------
@@ -262,7 +262,7 @@ class Projection:
     spec: QuantSpec
     on_nonfinite: OnNonfinite
     rows: Callable[[slice], Tensor]  # values of some of its rows
-    told: str  # what an error calls it
+    told: str  # its name in errors
     size: int  # bytes that it takes where it comes from
     sums: dict[int, Sums] = field(default_factory=dict)  # first row of a slab -> its sums
 
@@ -343,7 +343,7 @@ class Call:
     Attributes
     ----------
     job : dict
-        What decides the bytes of the output, besides the source.
+        Everything that decides the bytes of the output, besides the source.
     """
 
     src: Path

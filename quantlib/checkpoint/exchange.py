@@ -54,7 +54,7 @@ def convert_file(
     src, dst, overwrite, resume, join, progress
         As for `quantize_file`.
     to : "quantlib", "compressed-tensors", a float dtype, or what `QuantSpec.parse` takes
-        What is written. A float dtype gives the values, as their own libraries decode them, rounded to it. A spec
+        The output format. A float dtype gives the values, as their own libraries decode them, rounded to it. A spec
         quantizes these values anew; the report has the error.
 
     Returns

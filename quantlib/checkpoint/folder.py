@@ -25,13 +25,13 @@ from quantlib.checkpoint.publish import INDEX
 
 log = logging.getLogger(__name__)
 
-# What a copy of a model folder leaves out: the same weights in other containers, and what is no part of the model.
+# A copy of a model folder leaves these out: the same weights in other containers, and files that are no part of it.
 LEFT_OUT = (
     *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf"),
     *("consolidated*.safetensors", ".git", ".cache"),
     *("checksums.sha256", "README.md"),  # which are written anew
 )
-SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # what is the model where there is no index
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # the model where there is no index
 CONFIG = "config.json"
 
 
@@ -43,11 +43,11 @@ class Model:
     ----------
     path : Path
     readers : list of Reader
-        Of the files of the model, each with the tensors that are the model's.
+        One for each file of the model, with the tensors that are the model's.
     index : (Path, dict), optional
         The index and what it says.
     config : dict
-        What ``config.json`` says; empty where there is none.
+        The contents of ``config.json``; empty if there is none.
     others : list of Path
         Other safetensors files of the folder.
     """

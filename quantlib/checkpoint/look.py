@@ -34,11 +34,11 @@ class TensorReport:
     Attributes
     ----------
     name, shape, format : str, tuple, str
-        Of the float weight where it is quantized, with the spec or the library and why no spec holds it.
+        Those of the float weight if it is quantized, with the spec, or the library and why no spec holds it.
     bytes : int
         With its scales.
     scale_min, scale_max : float, optional
-        Of the scales of codes.
+        The range of the scales of codes.
     codes_used, codes : int, optional
         How many different codes there are, and how many its format has.
     clipped, zeroed : float, optional
@@ -46,7 +46,7 @@ class TensorReport:
     nonfinite : int
         Values that are infinite or NaN.
     least, most : float
-        Of the values, those aside.
+        The range of the values, those aside.
     histogram : list of int
         How often each code comes, the lowest first; of floats, how often each exponent does: entry e counts
         magnitudes in [2^(e - 127), 2^(e - 126)), the first one all that are smaller.

@@ -48,9 +48,9 @@ class Check:
     tensors, weights : int
         Tensors of the model, and weights of it that quantlib quantized.
     problems : list of str
-        What is wrong, a line each; the checkpoint is whole where there is none.
+        The faults, a line each; the checkpoint is whole if there is none.
     notes : list of str
-        What could not be compared, and files that the manifest does not list.
+        Parts that could not be compared, and files that the manifest does not list.
     """
 
     files: int = 0

@@ -42,7 +42,7 @@ def save_quantized(
     Parameters
     ----------
     model : nn.Module
-        Of which some modules are of codes: `QuantLinear` and the like.
+        A model with modules of codes: `QuantLinear` and the like.
     path : path
         A ``.safetensors`` file, or a folder for ``model.safetensors``, which appears whole or not at all.
     max_shard_bytes : int
@@ -124,7 +124,7 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     Parameters
     ----------
     model : nn.Module
-        Of the same architecture, built with float layers or by `quantize_`; its values do not matter, and it may be on
+        A model of this architecture, with float layers or made by `quantize_`; its values do not matter, it may be on
         ``meta``. Changed in place.
     path : path
         A ``.safetensors`` file, or a folder of them.

@@ -30,8 +30,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-INDEX = ".safetensors.index.json"  # how the name of an index ends
-WEIGHTS = (".safetensors", INDEX)  # what a model folder is replaced by; other files of it stay
+INDEX = ".safetensors.index.json"  # the end of the name of an index
+WEIGHTS = (".safetensors", INDEX)  # endings of the files of a model folder that are replaced; others stay
 NOREPLACE, EXCHANGE = 1, 2  # flags of renameat2
 AT_FDCWD = -100
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)  # EPERM: a filter of system calls
@@ -166,7 +166,7 @@ def put_over(scratch: Scratch, path: Path) -> None:
     carry(path, new)
     if renameat2(new, path, EXCHANGE):
         try:
-            carry(new, path)  # what came into the old folder meanwhile
+            carry(new, path)  # files that came into the old folder meanwhile
         except BaseException:
             renameat2(new, path, EXCHANGE)
             raise

@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are no C++ kernels is a line of this report
+        warnings.simplefilter("ignore")  # this report has a line for missing C++ kernels
         environment = {name: os.environ.get(name) for name in VARIABLES}
         facts = {"versions": versions(), **serving(), "tuning": tuning(), "environment": environment}
     print(json.dumps(facts, indent=2) if args.json else show(facts))

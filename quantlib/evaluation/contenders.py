@@ -40,7 +40,7 @@ class Contender:
     apply : callable (model, subject) -> float
         Quantizes the linear layers of ``model`` in place; bits a weight, with scales and zero points as they are kept.
     package : str
-        What has to be installed; "" for quantlib itself.
+        The package that has to be installed; "" for quantlib itself.
     """
 
     name: str

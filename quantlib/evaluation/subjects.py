@@ -31,13 +31,13 @@ class Subject:
     texts : dict
         Name of a text -> windows of tokens [L] to measure on; a language model's.
     calibration : list
-        What `calibrate` takes: about `CALIBRATION` tokens of the first text that nothing is measured on.
+        The inputs of `calibrate`: about `CALIBRATION` tokens of the first text that nothing is measured on.
     embed : callable (model) -> Tensor [sentences, features], or None
         Unit vectors of the sentences of the texts; an encoder's.
     kept : frozenset of str
         Names of layers that stay floats: the output head.
     note : str
-        What was done to the model before anything was measured.
+        The changes to the model before anything was measured.
     """
 
     name: str

@@ -29,7 +29,7 @@ class QuantlibConfig(QuantizationConfigMixin):
     Parameters
     ----------
     spec : QuantSpec or what `QuantSpec.parse` takes
-        What the weights are quantized to: ``"W8A16"``, ``"W8A8"``, ``"W4A16"``, ``"int4:group:32"`` ...
+        The spec of the weights: ``"W8A16"``, ``"W8A8"``, ``"W4A16"``, ``"int4:group:32"`` ...
     skip : sequence of str
         Shell patterns of names of modules that stay floats, such as ``"model.layers.0.*"``.
     include : sequence of str
@@ -91,7 +91,7 @@ class QuantlibConfig(QuantizationConfigMixin):
             )
         check_on_nonfinite(on_nonfinite)
         parsed = QuantSpec.parse(spec)
-        if not weights:  # what is quantized already may have been calibrated
+        if not weights:  # a model that is quantized already may have been calibrated
             check_dynamic(parsed)
         super().__init__(quant_method=Method.QUANTLIB)  # type: ignore[arg-type] # a method that is not of its enum
         self.spec, self.on_nonfinite = str(parsed), on_nonfinite

@@ -31,7 +31,7 @@ class Loading:
     Attributes
     ----------
     report : Report or None
-        Of a model that was quantized while it was loaded: see `quantlib.quantize_`.
+        The report of a model that was quantized while it was loaded: see `quantlib.quantize_`.
     """
 
     quantization_config: QuantlibConfig

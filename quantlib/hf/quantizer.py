@@ -43,7 +43,7 @@ class QuantlibQuantizer(Loading, HfQuantizer):
     Attributes
     ----------
     report : Report or None
-        Of a model that was quantized while it was loaded: see `quantlib.quantize_`.
+        The report of a model that was quantized while it was loaded: see `quantlib.quantize_`.
     """
 
     quantization_config: QuantlibConfig

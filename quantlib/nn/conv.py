@@ -33,9 +33,9 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
         As for the float module.
     device : torch.device, optional
     dtype : torch.dtype, optional
-        Of the bias, and of the module that `dequantize` gives.
+        The dtype of the bias, and of the module that `dequantize` gives.
     spec : QuantSpec or what `QuantSpec.parse` takes
-        What the weight [out, in / groups, *kernel], viewed as [out, in / groups * kernel], is projected to. An
+        The spec of the weight [out, in / groups, *kernel], viewed as [out, in / groups * kernel]. An
         activation is left out of it: only weights are quantized here.
 
     Attributes

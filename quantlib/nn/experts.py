@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PARTS = ("codes", "scale", "zero_point")
-Way = str  # how a float weight lies: a word of `WAYS`
+Way = str  # the layout of a float weight: a word of `WAYS`
 
 # E matrices [N, K] that are multiplied by from the right after they are transposed, as the weight of nn.Linear is; the
 # same as [E, K, N]; and both with the first two axes as one.
@@ -112,7 +112,7 @@ class QuantExperts(Leaf):
     <name>_zero_point : QuantParameter, int32 of the shape of the scale, or None
     spec : QuantSpec
     dtype : torch.dtype
-        Of the float module that `dequantize` gives.
+        The dtype of the float module that `dequantize` gives.
     """
 
     FLOAT: ClassVar[type[nn.Module]]
@@ -401,7 +401,7 @@ class DecodedStack(DecodedWeight):
     _matrices: Callable[[int], Matrix]
     _stack: Stack
     _one: int | None = None  # the expert that this is the matrix of
-    _turned: bool = False  # that matrix is the other way round than the float module has it
+    _turned: bool = False  # that matrix is the transpose of the float module's
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -43,7 +43,7 @@ class FakeQuantize(Leaf, KeepsDtype):
     Parameters
     ----------
     shape : sequence of int
-        Of what is projected. Where all of a tensor shares a scale, only the last size of an activation is asked for.
+        The shape of x. Where all of a tensor shares a scale, only the last size of an activation is asked for.
     spec : QuantSpec or what `QuantSpec.parse` takes
         The format, and what shares a scale.
     scale : {"learned", "observed", "dynamic"}
@@ -63,9 +63,9 @@ class FakeQuantize(Leaf, KeepsDtype):
     base_zero : Tensor [blocks] float32, or None
         The zero point that was set, kept as ``base`` is; None unless the spec is affine.
     scale_bias : nn.Parameter [blocks] float32, or None where nothing is learned
-        What training adds to a gain of 1: ``scale = base * gain``, see `gain`.
+        The value that training adds to a gain of 1: ``scale = base * gain``, see `gain`.
     zero_point_bias : nn.Parameter [blocks] float32, or None
-        What training adds to the zero point that was set, in codes; None unless it is learned.
+        The value that training adds to the zero point that was set, in codes; None unless it is learned.
     enabled : bool
         Whether anything is projected: if not, y is x.
     observing : bool
@@ -121,7 +121,7 @@ class FakeQuantize(Leaf, KeepsDtype):
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64, device=device))
         self._passes: deque[Pass] = deque(maxlen=64)  # the latest first
         self._handle = handle_of(self)
-        self._provisional = False  # whether the observer saw what it did unasked, as in a validation before training
+        self._provisional = False  # the observer saw its data unasked, as in a validation before training
         n, static, learned = self.blocks[0] * self.blocks[1], self.source != "dynamic", self.source == "learned"
         affine = static and not self.spec.symmetric
         for name, there, trained, value in (
@@ -329,7 +329,7 @@ class FakeQuantize(Leaf, KeepsDtype):
     def _learned(self, base: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The scale and the zero point that training has made of those that were set.
 
-        What was set gets no gradient, also where ``model.requires_grad_(True)`` asks for one: it would be trained as
+        A set scale gets no gradient, also where ``model.requires_grad_(True)`` asks for one: it would be trained as
         the bare scale that it is.
         """
         base, gain = base.detach(), self.gain

@@ -31,7 +31,7 @@ def form_of(cls: type[nn.Module]) -> type[QuantModule] | None:
     """The class of codes for modules of class ``cls``; None where it is not known what they compute.
 
     Layers of the models of transformers that derive from one of torch, such as an embedding that scales its result,
-    compute by the forward of torch's layer or with its weight: both work over codes. Of other subclasses that is not
+    compute by the forward of torch's layer or with its weight: both work over codes. Of other subclasses this is not
     known. Routers, which few of them are, stay floats.
     """
     if cls in QUANTIZED:

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 class Leaf(nn.Module):
     """A module that every ``torch.fx.Tracer`` records as a ``call_module`` node instead of tracing through it.
 
-    What it computes depends on the dtype and the shape of its input, which a tracer does not know. By default a tracer
+    Its result depends on the dtype and the shape of its input, which a tracer does not know. By default a tracer
     does the same with the modules of ``torch.nn``, which it tells by their package.
     """
 

@@ -31,7 +31,7 @@ class LoRALinear(nn.Module):
     alpha : float, optional
         The adapter is multiplied by alpha / rank; by default alpha is the rank.
     dtype : torch.dtype, optional
-        Of the adapter; by default that of ``base``.
+        The dtype of the adapter; by default that of ``base``.
 
     Attributes
     ----------

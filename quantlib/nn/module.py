@@ -34,18 +34,18 @@ class QuantModule(Leaf):
     Attributes
     ----------
     weight : Tensor of the shape of the float weight and of ``dtype``
-        What the codes stand for, read-only: a tensor without storage that is decoded by the operation which takes it.
+        The values of the codes, read-only: a tensor without storage, decoded by the operation that takes it.
     weight_codes : QuantParameter [N, K] or [N, ceil(K / 2)]
         The codes, frozen: int8, uint8 for unsigned and packed formats and for the bytes of FP8, or a 16-bit float.
     weight_scale : QuantParameter [ceil(N / br), ceil(K / bk)] float32 or what the spec says, or None
-        What codes are multiplied by, frozen. None for a 16-bit float format without a scale.
+        The scales of the codes, frozen. None for a 16-bit float format without a scale.
     weight_zero_point : QuantParameter, int32 of weight_scale's shape, or None
         The code of zero, frozen; None unless the spec is affine.
     spec : QuantSpec
     block : (br, bk)
         Rows and columns of [N, K] that share a scale.
     dtype : torch.dtype
-        Of the float parameters, of ``weight``, and of the module that `dequantize` gives.
+        The dtype of the float parameters, of ``weight``, and of the module that `dequantize` gives.
 
     Notes
     -----
@@ -71,7 +71,7 @@ class QuantModule(Leaf):
     block: tuple[int, int]
     dtype: torch.dtype
     _viewed: torch.dtype | None
-    _shared: bool = False  # whether another module has the same parameters, or once had
+    _shared: bool = False  # True if another module has the same parameters, or once had
     weight_codes: Tensor
     weight_scale: nn.Parameter | None
     weight_zero_point: nn.Parameter | None
@@ -213,7 +213,7 @@ class QuantModule(Leaf):
     def weight(self, value: Any) -> None:
         if not isinstance(value, DecodedWeight) or not isinstance(value._owner, QuantModule):
             raise RuntimeError(f"weight must not be assigned, it is decoded from codes: {WAY_OUT}")
-        self.share(value._owner)  # what `tie_weights` of transformers does
+        self.share(value._owner)  # as `tie_weights` of transformers does
 
     @weight.deleter
     def weight(self) -> None:
@@ -225,7 +225,7 @@ class QuantModule(Leaf):
         super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # of which nn.Module would make a parameter
+        if name == "weight":  # nn.Module would make a parameter of it
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

@@ -47,7 +47,7 @@ class Observer(KeepsDtype):
     Parameters
     ----------
     shape : sequence of int
-        Of what is watched. Where all of a tensor shares a scale, only the last size of an activation is asked for.
+        The tensor's shape. Where all of a tensor shares a scale, only the last size of an activation is asked for.
     spec : QuantSpec or what `QuantSpec.parse` takes
         The format, and what shares a scale: tensor, row, group or tile.
     device : torch.device, optional
@@ -148,7 +148,7 @@ class MinMaxObserver(Observer):
     Attributes
     ----------
     lowest, highest : Tensor [I, J] float32
-        Of each block, widened to hold 0.
+        The range of each block, widened to hold 0.
     """
 
     lowest: Tensor
@@ -261,7 +261,7 @@ class PercentileObserver(HistogramObserver):
     Parameters
     ----------
     percentile : float
-        Of the values, inside the range.
+        The share of the values inside the range, in percent.
     """
 
     def __init__(
@@ -327,7 +327,7 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     x : Tensor [..., K]
         float32, float16 or bfloat16.
     how : {"minmax", "mse", "lsq"}
-        That of `quantize_` (C4), the one of least squared error, or LSQ's 2 mean|x| / sqrt(Q).
+        The scale of `quantize_` (C4), that of least squared error, or LSQ's 2 mean|x| / sqrt(Q).
     """
     if how not in ("minmax", "mse", "lsq"):
         raise ValueError(f"initial must be minmax, mse or lsq, got {how!r}")

@@ -69,7 +69,7 @@ def check_dense(op: str, argument: str, got: Any) -> None:
 def check_outs(op: str, outs: dict[str, Tensor]) -> None:
     """Each result is written where no other element and no other result is."""
     for name, out in outs.items():
-        span = 0  # what the axes of smaller strides reach
+        span = 0  # the extent of the axes of smaller strides
         for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
             if size > 1 and stride <= span and out.numel():
                 fail(op, name, "a tensor whose elements do not share memory", f"strides {list(out.stride())}")

@@ -14,7 +14,7 @@ from quantlib.ops.check import check_dense, described, fail, one_of
 # Errors of torch and Python that may say nothing about the call. Others, such as no memory on a GPU, are as clear as
 # they can be, or are meant for somebody else.
 VAGUE = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, OverflowError, NotImplementedError)
-OWN = re.compile(r"quantlib::\w+: |\w+ must ")  # how our messages begin
+OWN = re.compile(r"quantlib::\w+: |\w+ must ")  # the beginning of our messages
 
 
 def _sizes(value: Any) -> bool:
@@ -33,7 +33,7 @@ def _tensors(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value)
 
 
-# What stands in an annotation of a public function -> its name in a message, and whether a value is one.
+# Annotation in a public function -> its name in a message, and a check that a value is one.
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Tensor": ("a tensor", lambda value: isinstance(value, Tensor)),
     "None": ("None", lambda value: value is None),

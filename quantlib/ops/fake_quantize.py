@@ -100,7 +100,7 @@ def fake_quantize(
         For integer formats: int32, a code; or float32, to be learned, which is rounded and clamped to the codes there
         are.
     grad_factor : float
-        What the gradients of scale and zero point are multiplied by: :func:`grad_factor` of LSQ, or 1.
+        The factor of the gradients of scale and zero point: :func:`grad_factor` of LSQ, or 1.
     mask : {"rounded", "lsq"}
         Where x passes its gradient on: where its rounded code is in range, or where x / scale itself is.
     out : Tensor [..., K] of x's dtype, optional
@@ -154,7 +154,7 @@ def fake_quantize_per_tensor_affine(
     quant_min, quant_max : int
         The lowest and the highest code.
     grad_factor : float
-        What the gradients of scale and zero point are multiplied by.
+        The factor of the gradients of scale and zero point.
 
     Returns
     -------
@@ -228,7 +228,7 @@ def fake_quantize_per_channel_affine(
     quant_min, quant_max : int
         The lowest and the highest code.
     grad_factor : float
-        What the gradients of scale and zero point are multiplied by.
+        The factor of the gradients of scale and zero point.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """scale[I, J] of a range lowest[I, J]..highest[I, J], and the ranges and scales that one takes of x[i, j]
 
-What observers are made of. Expressions over whole tensors: nothing here waits for a device.
+Observers are made of these expressions over whole tensors: nothing here waits for a device.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Peak:
     bytes : int
         At the moment with the most.
     largest : int
-        Of the largest one that was made.
+        Bytes of the largest one that was made.
     kept : int
         At the end.
     """
@@ -51,7 +51,7 @@ class Tracker(TorchDispatchMode):
     Parameters
     ----------
     known : iterable of Tensor
-        What is there before, and does not count.
+        Tensors that exist before, and do not count.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -95,7 +95,7 @@ def one(tensor: Tensor) -> float | int | bool:
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:
     """The result of a product of each group of rows with a matrix of its own, of which torch knows bfloat16 only.
 
-    Of a [T, K] and b [E, K, N] it is [T, N]; of a [M, T] and b [T, N], the gradient of b, [E, M, N].
+    [T, N] for a [T, K] and b [E, K, N]; [E, M, N], the gradient of b, for a [M, T] and b [T, N].
     """
     shape = (a.shape[0], b.shape[2]) if b.dim() == 3 else (offs.shape[0], a.shape[0], b.shape[1])
     return a.new_empty(shape, dtype=out_dtype or a.dtype)
@@ -125,7 +125,7 @@ class Even(TorchFunctionMode):
         self._rows: dict[int, tuple[Tensor, int]] = {}  # id of the ends of groups -> they, and how many rows there are
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.unbind and id(args[0]) in self._rows:  # what `tolist` of a fake tensor calls
+        if func is Tensor.unbind and id(args[0]) in self._rows:  # `tolist` of a fake tensor calls it
             ends, rows = self._rows.pop(id(args[0]))
             return tuple(Known(rows * (e + 1) // len(ends)) for e in range(len(ends)))
         out = func(*args, **(kwargs or {}))

@@ -21,7 +21,7 @@ class Line:
     formula : str
         How the value follows from the model, with the assumptions in it.
     parts : mapping of str to float
-        What the value is the sum of, in its unit; empty where it is not a sum.
+        The terms of the value, in its unit; empty if it is not a sum.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Plan:
     ----------
     title : str
     options : dict
-        What the plan was made for.
+        The options of the plan.
     sections : list of Section
     fits : list of str
         The verdict, one sentence a line; empty where no device was named.
     missing : list of str
-        What could not be planned, with the reason.
+        The parts that could not be planned, with the reason.
     """
 
     title: str

@@ -24,7 +24,7 @@ class Parallel:
     Attributes
     ----------
     kind : str
-        Of the copies: "ddp", "zero1", "zero2" or "zero3".
+        The kind of the copies: "ddp", "zero1", "zero2" or "zero3".
     data, tensor, pipeline : int
         How many copies there are, in how many parts each layer is split, in how many stages the layers.
     """

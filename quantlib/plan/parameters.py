@@ -34,11 +34,11 @@ class Parameters:
     Attributes
     ----------
     kinds : dict of str to int
-        Of `KINDS`; what is shared counts once.
+        The number of each of `KINDS`; shared parameters count once.
     chosen, experts : int
-        Of how many experts of a layer a token meets how many; 1 of 1 where there are none.
+        The experts of a layer that a token uses, and all of them; 1 and 1 where there are none.
     tied : int
-        Of a head that shares the table of embeddings: they are counted as embeddings, and multiplied by as a head.
+        Those of a head that shares the embedding table: they are counted as embeddings, and multiplied by as a head.
     """
 
     kinds: Mapping[str, int]

@@ -99,12 +99,12 @@ def plan(
         Plan training: all parameters; `LoRALinear` adapters beside the first format of ``to``; `prepare_qat_` for it.
     optimizer : {"adamw", "adamw8bit", "sgd"}
     precision : {"float32", "bfloat16", "autocast"}, optional
-        Of the parameters that are trained, as the model is stored by default; autocast keeps float32 and multiplies
+        The dtype of what is trained, as the model is stored by default; autocast keeps float32 and multiplies
         in bfloat16.
     checkpointing : bool
         Whether activations of a layer are computed again in the backward pass.
     rank : int
-        Of the adapters.
+        The rank of the adapters.
     gpus : int
         Devices.
     parallel : str, optional

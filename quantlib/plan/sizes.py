@@ -33,13 +33,13 @@ class Sizes:
     Attributes
     ----------
     codes, scales, zero_points : int
-        Of the weights that are quantized.
+        Bytes of the weights that are quantized.
     floats : int
-        Of everything else.
+        Bytes of everything else.
     headers : int
-        Of the files, beside the tensors.
+        Bytes of the files beside the tensors.
     quantized, parameters : int
-        Of how many parameters how many are quantized.
+        The number of quantized parameters, and of all.
     """
 
     codes: int = 0
@@ -117,7 +117,7 @@ def of_files(source: Source, spec: QuantSpec, include: Sequence[str] = (), exclu
 def quantized_skeleton(model: nn.Module, spec: QuantSpec) -> nn.Module:
     """A copy of a model on meta with modules of codes."""
     new = on_meta(model)
-    with unheard("quantlib.report"):  # that few of the parameters are quantized is a number of the plan
+    with unheard("quantlib.report"):  # the plan has the share of the parameters that are quantized
         quantize_(new, spec)
     return new
 

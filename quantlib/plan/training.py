@@ -73,7 +73,7 @@ class Trained:
     Attributes
     ----------
     shapes : dict of str to tuple of int
-        Of the parameters that are trained, by name.
+        The shapes of the parameters that are trained, by name.
     gradients : dict of str to int
         Bytes of their gradients.
     weights : dict of str to int
@@ -124,7 +124,7 @@ class Memory:
     Attributes
     ----------
     parts : dict of str to int
-        What `total` is the sum of.
+        The terms of `total`.
     how : dict of str to str
         The formula of each part.
     """

@@ -1,6 +1,6 @@
 """The small C++ that csrc/numerics.h is written in, read from the file and run on terms.
 
-What is understood: macros, `#ifdef`, `#include` of a file beside it; structs of constants, of members and of static
+It understands: macros, `#ifdef`, `#include` of a file beside it; structs of constants, of members and of static
 functions; templates over types, bools and ints, with overloads, specialisations and `if constexpr`; declarations,
 assignments, `return`; expressions over bool, (u)int8 to 64 and float with C++'s promotions. Integers wrap, as those of
 vectors do. A declaration that is more than this is left out, and whoever uses its name gets a SyntaxError, never a

@@ -50,7 +50,7 @@ class FloatDescription:
             self.largest = all_ones - f.has_inf
             self.nan = 1 << self.size if self.nan_codes == "negative zero" else self.largest
         self.negative_zero = self.nan_codes != "negative zero"
-        self.beyond = self.largest + 1 if f.has_inf else self.nan  # what is too large, unless it saturates
+        self.beyond = self.largest + 1 if f.has_inf else self.nan  # the code if too large and not saturating
 
     def magnitude(self, code: Term) -> Term:
         """A code's bits without the sign."""
@@ -114,7 +114,7 @@ class FloatDescription:
             end = self.midpoint(largest)
             too_large = or_(fp("lt", end, size), fp("eq", end, size) if self.largest % 2 else terms.FALSE)
             right = or_(finite, and_(same(m, bits(self.beyond, WIDTH)), too_large))
-        if not self.negative_zero:  # what rounds to zero is +0, and too large is the one NaN
+        if not self.negative_zero:  # a number that rounds to zero becomes +0, one that is too large the one NaN
             x_sign = and_(x_sign, not_(same(m, bits(0, WIDTH))))
         kept_sign = same(terms.lshr(code, self.size), ite(x_sign, bits(1, WIDTH), bits(0, WIDTH)))
         number = and_(kept_sign, right)

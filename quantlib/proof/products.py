@@ -31,7 +31,7 @@ CHOICES = [
     for xz in (False, True)
     for wz in (False, True)
 ]
-CONTRACT_K = 131071  # what C11 says for int8 without zero points
+CONTRACT_K = 131071  # the limit of C11 for int8 without zero points
 WIDTH = 64
 
 
@@ -286,7 +286,7 @@ def split(count: int, smallest: float = SMALLEST_SPLIT, exact: bool | None = Non
     def build(run: Run) -> Claim:
         x = float_variable("x")
         _, rest = parts(run, x, count)
-        largest = float_const(float.fromhex("0x1.fep127"))  # what does not overflow
+        largest = float_const(float.fromhex("0x1.fep127"))  # numbers that do not overflow
         inside = and_(fp("leq", fp("abs", x), largest), fp("leq", float_const(smallest), fp("abs", x)))
         if exact if exact is not None else count == 3:
             return Claim(inside, fp("isZero", rest))

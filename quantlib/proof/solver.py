@@ -18,7 +18,7 @@ class Answer:
     verdict: str
     seconds: float  # of this process: what else the machine does is not counted
     model: dict[str, int]  # the bits of every declared constant, where it is refuted
-    why: str = ""  # where it is undecided
+    why: str = ""  # the reason if it is undecided
 
 
 def missing(solver: str = "bitwuzla") -> str | None:

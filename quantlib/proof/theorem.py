@@ -30,8 +30,8 @@ class Function:
     header: Callable[..., Any] | None  # (program, **inputs) on Values
     op: Callable[..., Any] | None = None  # (**inputs) as arrays of one element: what the public op gives
     sums: bool = False  # the op adds its results up from +0, so that it has no -0
-    code_bits: int = 32  # how many bits of an integer the op writes
-    accepts: Callable[..., Term] = lambda **inputs: terms.TRUE  # what the op does not refuse
+    code_bits: int = 32  # the number of bits of an integer that the op writes
+    accepts: Callable[..., Term] = lambda **inputs: terms.TRUE  # the inputs that the op does not refuse
 
     def terms(self, sources: Sources, language: str, inputs: Mapping[str, Term]) -> dict[str, Term]:
         """The outputs for any inputs, each of the sort of its type."""

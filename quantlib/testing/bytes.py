@@ -51,7 +51,7 @@ def assert_same_bytes(
     where : str
         Names the call in the message.
     x : Tensor or array [...], optional
-        What the values were made of: the message shows the one behind the first mismatch.
+        The inputs that the values were made of: the message shows the one behind the first mismatch.
 
     Raises
     ------

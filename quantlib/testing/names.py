@@ -65,7 +65,7 @@ class FloatName:
         magnitudes = self.values[: 1 << (self.bits - 1)]
         finite = magnitudes[np.isfinite(magnitudes)]  # in ascending order, code by code
         largest = len(finite) - 1
-        beyond = 2 * finite[-1] - finite[-2]  # what would be the next value
+        beyond = 2 * finite[-1] - finite[-2]  # the value that would be next
         ends = np.append(finite, beyond)
         halves = (ends[:-1] + ends[1:]) / 2
         a = np.abs(x.astype(np.float64))
@@ -79,7 +79,7 @@ class FloatName:
         is_nan = np.isnan(x)
         if self.nan == "negative zero":
             code = np.where(code == 1 << (self.bits - 1), 0, code)  # there is one zero
-        if self.finite and not saturate and self.nan != "none":  # what is too large becomes NaN with its sign
+        if self.finite and not saturate and self.nan != "none":  # a number that is too large becomes NaN with its sign
             too_large = below + (tie & (below % 2 == 1)) > largest
             code = np.where(too_large, self.nan_code | np.where(negative, 1 << (self.bits - 1), 0), code)
         return np.where(is_nan, self.nan_code, code)

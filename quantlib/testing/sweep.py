@@ -233,7 +233,7 @@ def sweep(
     ----------
     case : Case
     candidate, authority : Implementation
-        What is to be proved, and what it should equal.
+        The implementation to check, and the one that it should equal.
     share : Fraction, optional
         The part of 2^32 inputs that is looked at, see `Inputs`; 0 is only those at which the case decides.
     jobs : int, optional

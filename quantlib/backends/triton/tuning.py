@@ -1,6 +1,6 @@
 """The tiles of a matmul: one frozen dataclass, chosen by one function of shapes, formats and device.
 
-What was measured on a device comes first (tables.py); nothing is timed at a call. The rest follows from what the
+Measurements on a device come first (tables.py); nothing is timed at a call. The rest follows from what the
 compiler makes of the kernels, which the static tests say. ``QUANTLIB_SHOW_LAUNCH=1`` prints every choice.
 """
 

@@ -392,7 +392,7 @@ def all_fake(call: Call, rng: Rng) -> After:
     """The shapes alone, as torch.compile and torch.export ask for them."""
     if call.around is not None:  # torch itself cannot make a dual number of a FakeTensor
         raise ValueError("not inside of a transform")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # what is done later may put in an ordinary tensor
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a later change may put in an ordinary tensor
     for name, value in call.arguments.items():
         if isinstance(value, Tensor):
             call.arguments[name] = mode.from_tensor(value)
