@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from quantlib.api import places_of, put
 from quantlib.nn import LoRALinear, QuantLinear
 from quantlib.plan.fakes import MODE, Peak, faked, peak_of
-from quantlib.plan.sizes import quantized_skeleton, unheard
+from quantlib.plan.sizes import quantized_skeleton
 from quantlib.plan.source import on_meta
 from quantlib.qat import prepare_qat_
+from quantlib.report import unwarned
 from quantlib.spec import QuantSpec
 
 Inputs = Mapping[str, Any]
@@ -155,7 +156,7 @@ def lora_skeleton(model: nn.Module, spec: QuantSpec, rank: int) -> nn.Module:
 def qat_skeleton(model: nn.Module, spec: QuantSpec) -> nn.Module:
     """``model`` on meta, its linear layers trained as codes."""
     new = on_meta(model)
-    with unheard("quantlib.report"):
+    with unwarned():
         prepare_qat_(new, spec)
     return new
 

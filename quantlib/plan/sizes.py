@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +19,7 @@ from quantlib.nn.experts import QuantExperts
 from quantlib.plan.lines import Line, Section
 from quantlib.plan.parameters import KINDS, Parameters, kind_of
 from quantlib.plan.source import Source, on_meta
+from quantlib.report import unwarned
 from quantlib.spec import QuantSpec
 
 SHARD = 5_000_000_000  # bytes of a file that `save_quantized` writes, unless told otherwise
@@ -117,20 +116,9 @@ def of_files(source: Source, spec: QuantSpec, include: Sequence[str] = (), exclu
 def quantized_skeleton(model: nn.Module, spec: QuantSpec) -> nn.Module:
     """A copy of a model on meta with modules of codes."""
     new = on_meta(model)
-    with unheard("quantlib.report"):  # the plan has the share of the parameters that are quantized
+    with unwarned():  # the plan has the share of the parameters that are quantized
         quantize_(new, spec)
     return new
-
-
-@contextlib.contextmanager
-def unheard(logger: str) -> Iterator[None]:
-    """Drop what is logged to ``logger`` inside the block."""
-    log, silent = logging.getLogger(logger), lambda record: False
-    log.addFilter(silent)
-    try:
-        yield
-    finally:
-        log.removeFilter(silent)
 
 
 def of_state(skeleton: nn.Module, parameters: int) -> Sizes:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from quantlib import backends, formats
 from quantlib.testing import compare, learned, product, table
+from quantlib.testing.call import Block
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
-from quantlib.testing.table import CASTS, DTYPES, Block, Case
+from quantlib.testing.table import CASTS, DTYPES, Case
 
 AnyCase = Case | Product | Learned
 OPS = (*table.OPS, *product.OPS, *learned.OPS)
@@ -67,7 +68,7 @@ def _launches() -> Iterator[AnyCase]:
         for p in product.products(op):
             kinds.setdefault((p.format, p.symmetric, p.dtype, p.tiled, p.x_format, p.x_symmetric), []).append(p)
         for found in kinds.values():
-            yield from {p.shape[0] > 16: p for p in found}.values()
+            yield from {p.sizes[0] > 16: p for p in found}.values()
 
 
 def overload(case: AnyCase) -> str:

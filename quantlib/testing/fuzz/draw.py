@@ -17,7 +17,6 @@ from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing import compare, learned, product, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
-from quantlib.testing.generate import matrix_shape, resolved
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
 from quantlib.testing.table import CASTS, DTYPES, Case
@@ -118,8 +117,8 @@ def _table(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
     layout = pick(rng, LAYOUTS) if shape else "contiguous"
     case = Case(op, f, dtype, shape, block, layout, symmetric, saturate)
     given: dict[str, Any] = dict(compare.tensors(case))
-    given |= {"format": f, "block": list(resolved(case)), "saturate": saturate, "dtype": getattr(torch, dtype)}
-    given["size"] = matrix_shape(case)[1]
+    given |= {"format": f, "block": list(case.resolved), "saturate": saturate, "dtype": getattr(torch, dtype)}
+    given["size"] = case.matrix[1]
     dynamic = op in ("compute_scale", "quantize_dynamic")
     overload = f"{op}.affine" if dynamic and not symmetric else op
     return overload, named(overload, given), compare.expected(case)
@@ -131,7 +130,7 @@ def _learned(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array | Sum,
     shape = int(rng.integers(1, 20)), pick(rng, SIZES[1:])
     block = pick(rng, BLOCKS), pick(rng, BLOCKS)
     layout = pick(rng, ("contiguous", "offset"))
-    case = Learned(op, f.name, pick(rng, DTYPES), shape, block, symmetric, bool(rng.integers(2)), layout)
+    case = Learned(op, f.name, pick(rng, DTYPES), shape, block, layout, symmetric, bool(rng.integers(2)))
     given: dict[str, Any] = {"zero_point": None, **learned.tensors(case)}
     given |= {"format": f.name, "block": list(case.resolved), "limits": None, "lsq_mask": case.lsq, "grad_factor": 1.0}
     overload = f"{op}.affine" if op.endswith("backward") and not symmetric else op
@@ -146,13 +145,13 @@ def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]
     case = Product(
         "dequant_matmul_backward" if of_scale else op,
         f.name,
+        pick(rng, DTYPES),
         shape,
         (pick(rng, BLOCKS), pick(rng, BLOCKS)),
-        pick(rng, DTYPES),
+        pick(rng, ("contiguous", "offset")),
         f.is_float or rng.random() < 0.5,
         bias=not op.startswith("dequant_matmul_backward") and rng.random() < 0.5,
         activation=pick(rng, (None, *ACTIVATIONS)),
-        layout=pick(rng, ("contiguous", "offset")),
         tiled=op == "dequant_matmul" and f.bits <= 8 and rng.random() < 0.3,
         batch_invariant=bool(rng.integers(2)),
         x_format=pick(rng, X_FORMATS),
