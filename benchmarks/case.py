@@ -24,7 +24,7 @@ OURS, PEER, LIMIT = "ours", "peer", "limit"  # roles; a limit is what no op can 
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who can do a case.
+    """An implementation that can run a case.
 
     Parameters
     ----------

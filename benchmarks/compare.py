@@ -1,4 +1,4 @@
-"""``quantlib bench compare A B``: what changed from one run to another, beyond what either wavers by itself."""
+"""``quantlib bench compare A B``: the changes from one run to another, beyond the spread of each."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def key(row: Row) -> Key:
 
 
 def verdict(before: Row | None, after: Row | None, tolerance: float) -> str:
-    """Changed is what moved its minimum and its median by more than both spreads together, and than ``tolerance``.
+    """A row changed if its minimum and its median moved by more than both spreads together and ``tolerance``.
 
     Either alone can be luck: one undisturbed run in fifty, or a second run on a busier machine.
     """

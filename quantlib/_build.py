@@ -358,7 +358,7 @@ def nvcc() -> str | None:
 
 
 def find_torch() -> Path:
-    """torch's folder: of this interpreter, or of the environment that pip's build isolation hides."""
+    """Return torch's folder: that of this interpreter, or of the environment that pip's build isolation hides."""
     spec = importlib.util.find_spec("torch")
     origin = spec.origin if spec else None
     if origin is None:
@@ -447,7 +447,7 @@ def _sha256(path: Path) -> bytes:
 
 
 def _place(made: Path, path: Path) -> None:
-    """Move ``made`` to ``path``, where after a power cut too it is whole or not there."""
+    """Move ``made`` to ``path``, which is complete or absent even after a power cut."""
     made.chmod(made.stat().st_mode & ~0o022)
     _sync(made)
     os.replace(made, path)
@@ -473,7 +473,7 @@ def _make_private(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Several processes may import at once: one compiles, the others wait for it."""
+    """Lock a folder: of several processes that import at once, one compiles and the others wait for it."""
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -227,7 +227,7 @@ def reason_to_skip(layer: nn.Module, form: Callable[[type[nn.Module]], type[nn.M
 
 
 def experts_of(model: nn.Module, filter_fn: Filter | None, skipped: dict[str, str]) -> dict[str, nn.Module]:
-    """Modules of experts whose matrices can and shall be quantized; what keeps others from it goes into ``skipped``."""
+    """Modules of experts whose matrices are to be quantized; the reasons against others go into ``skipped``."""
     found: dict[str, nn.Module] = {}
     adapters, elsewhere = adapters_of(model), kept_elsewhere(model)
     for name, module in model.named_modules():
@@ -253,7 +253,7 @@ def stacks_of(experts: nn.Module) -> dict[str, Any]:
 
 
 def adapters_of(model: nn.Module) -> dict[int, str]:
-    """id of a module -> why it is no part of the base model: what peft trains beside a layer or before a model."""
+    """id of a module that peft trains beside a layer or before a model -> why it is not part of the base."""
     found: dict[int, str] = {}
     for owner in model.modules():
         names = getattr(owner, "adapter_layer_names", ())
@@ -368,7 +368,7 @@ def names_of(types: tuple[type[nn.Module], ...]) -> str:
 
 
 def check_root(model: nn.Module) -> None:
-    """``model`` is a module whose layers can be replaced."""
+    """Check that ``model`` is a module whose layers can be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, tuple(QUANTIZED)):
@@ -432,7 +432,7 @@ def kept_elsewhere(model: nn.Module) -> dict[int, str]:
 
 
 def put(new: nn.Module, old: nn.Module, places: dict[int, list[Place]]) -> None:
-    """``new`` wherever ``old`` is, with the hooks of ``old`` themselves and not copies."""
+    """Put ``new`` wherever ``old`` is, with the hooks of ``old`` themselves, not copies."""
     for key, value in vars(old).items():
         if "hooks" in key and isinstance(value, dict):
             vars(new)[key] = value  # the same dictionary: a handle still removes its hook

@@ -1,4 +1,4 @@
-"""THE table of number formats: a format is a row, everything else about it is derived.
+"""The table of number formats: a format is a row, and everything else about it is derived.
 
 Imports nothing of torch or NumPy, so that the build can read it to write ``csrc/formats.h``.
 """
@@ -170,7 +170,7 @@ class FloatFormat(Stored):
 
     @cached_property
     def max(self) -> float:
-        """Largest finite magnitude: what ``amax`` is divided by to make a scale (Q of C4)."""
+        """The largest finite magnitude, Q of C4: a scale is ``amax`` / Q."""
         if self.values:
             return max(abs(v) for v in self.values)
         exponent, fraction = divmod(self.max_code, 1 << self.fraction_bits)
@@ -252,7 +252,7 @@ class IntFormat(Stored):
 
     @cached_property
     def max(self) -> int:
-        """Largest code: what ``amax`` is divided by to make a scale (Q of C4)."""
+        """The largest code, Q of C4: a scale is ``amax`` / Q."""
         return (1 << (self.bits - self.signed)) - 1
 
     def range(self, affine: bool) -> tuple[int, int]:

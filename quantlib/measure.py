@@ -131,7 +131,7 @@ def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> L
 
 
 def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:
-    """x [N, K] is of a dtype that can be quantized, and finite; so is its cast where ``spec`` has no scale."""
+    """Check that x [N, K] has a dtype to quantize from and is finite, and its cast too if ``spec`` has no scale."""
     if x.dtype not in SOURCES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {str(x.dtype).removeprefix('torch.')}")
     if on_nonfinite == "propagate" or x.is_meta or x.numel() == 0:

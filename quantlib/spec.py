@@ -225,7 +225,7 @@ def per_group(per: str | None, group_size: object) -> str:
 
 
 def checked_per(per: object) -> str:
-    """``per`` as it is written in `QuantSpec.per`."""
+    """Return ``per`` as it is written in `QuantSpec.per`."""
     if per in ("channel", "token"):  # a row of the weight, a row of the activations
         return "row"
     if isinstance(per, str) and re.fullmatch(r"tensor|row|(group|tile):0*[1-9][0-9]*", per):
@@ -254,7 +254,7 @@ def check_of_weight(spec: QuantSpec) -> None:
 
 
 def check_dynamic(spec: QuantSpec) -> None:
-    """``spec`` is for a weight, and asks for nothing that only training or calibration can find.
+    """Check that ``spec`` is for a weight, and needs nothing that only training or calibration can find.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Who runs an op: the kernel table, the order of preference, and the switch.
+"""The choice of the backend that runs an op: the kernel table, the order of preference, and the switch.
 
 Kernels stack per dispatch key. At the bottom lies ``composite``, pure torch on any device; the C++ library puts ``cpp``
 over it on the CPU and ``cuda`` on CUDA; a Python backend that a device prefers to those lies over them, as ``triton``
@@ -127,7 +127,7 @@ def library_path(device: str = "cpu") -> Path:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the block only the backend ``name`` runs: a key of ``BACKENDS``, or "auto" for the usual order.
+    """Run only the backend ``name`` inside the block: a key of ``BACKENDS``, or "auto" for the usual order.
 
     A call that the backend cannot serve raises NotImplementedError and says why; it never falls back. A thread follows
     the innermost block that it has entered itself. A thread that is in no block, such as those on which torch runs the
@@ -202,7 +202,7 @@ def _keep_own(*entered: _Block) -> None:
 
 
 def _install() -> None:
-    """Cover what some open block has another backend for by kernels that ask `current`."""
+    """Cover the ops for which an open block forces another backend by kernels that ask `current`."""
     global _switch  # noqa: PLW0603
     for device in DEVICES:
         for overload in _binders:

@@ -26,7 +26,7 @@ SIZES = {"r": 2, "g": 8, "s": 2, "h": 2, "t": 4, "e": 4}
 
 @dataclass(frozen=True)
 class TileLayout:
-    """Codes [N, K] of a format to tiles and back; neither changes a code."""
+    """Convert codes [N, K] of a format to tiles and back, without a change of any code."""
 
     format: Format
     FORMATS: ClassVar[tuple[str, ...]] = tuple(f.name for f in formats.TABLE if f.bits <= 8)

@@ -20,7 +20,7 @@ Layout = Literal["plain", "tiles"]
 
 
 class QuantizedWeight(NamedTuple):
-    """Codes, and all that says which values they stand for.
+    """Codes, and everything that defines their values.
 
     A kernel is given contiguous tensors, a block that is clamped to the shape, and codes that are viewed as [N, K].
     """

@@ -1,4 +1,4 @@
-"""`calibrate`: `quantize_` with the codes that suit what the layers of a model are given."""
+"""`calibrate`: `quantize_` with codes that suit the inputs of the layers of a model."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def calls_of(inputs: Any, model: nn.Module) -> list[Call]:
 
 @torch.no_grad()
 def run(model: nn.Module, calls: Sequence[Call], layers: Collection[str], finish: Finish) -> None:
-    """``finish`` for the layers of each stage, in the order of the model, with what they were given."""
+    """Call ``finish`` for the layers of each stage, in the order of the model, with sums over their inputs."""
     left = set(layers)
     with evaluating(model):
         name, chain = chain_of(model, layers)
@@ -107,7 +107,7 @@ def run(model: nn.Module, calls: Sequence[Call], layers: Collection[str], finish
 
 
 def grams(module: nn.Module, calls: Sequence[Call], layers: Mapping[str, str]) -> dict[str, Gram]:
-    """name -> what the layer was given while ``module`` was called; ``layers`` has the names inside ``module``."""
+    """name -> sums over the layer's inputs while ``module`` is called; ``layers`` has the names inside ``module``."""
     found: dict[str, Gram] = {}
     handles = []
 

@@ -1,4 +1,4 @@
-"""Weights as compressed-tensors keeps them: w = (q - z) * s.
+"""Weights in the format of compressed-tensors: w = (q - z) * s.
 
 int8, uint8 and FP8 E4M3 stay codes of their own (int-quantized, float-quantized); int4 is packed eight to an int32,
 q + 8 from the lowest bits (pack-quantized). Scales are float32, as they are, so that the library decodes the same

@@ -285,7 +285,7 @@ class Projection:
         return self._pieces(rows, x, quantize_weight(x, self.spec))
 
     def _with_one_scale(self) -> Iterator[Piece]:
-        """All rows, in two passes over the file: the first finds the extremes, which alone decide the scale."""
+        """Quantize all rows in two passes over the file: the first finds the extremes, which alone decide the scale."""
         parts = list(slabs(*self.shape)) if self.slot.nbytes else []
         extremes = [torch.stack(self.rows(rows).aminmax()) for rows in parts]
         if not extremes:
@@ -356,7 +356,7 @@ class Call:
 
 
 def entry_of_plans(plans: list[Plan]) -> dict[str, Any] | None:
-    """``quantization_config`` of what quantlib quantized."""
+    """The ``quantization_config`` of the weights that quantlib quantized."""
     stored = {name: stored for p in plans for name, stored in p.contents.weights.items()}
     if not any(s.scaled for s in stored.values()):  # a float weight like any other, for every library
         return None
@@ -464,7 +464,7 @@ def copy_the_rest(
     dtype: str | None,
     entry: dict[str, Any] | None,
 ) -> None:
-    """Everything of a model folder that is no weight, its index for the weights that the files hold now."""
+    """Copy everything of a model folder that is not a weight, with an index of the weights that the files hold now."""
     for path, target in rest:
         if path.is_dir():
             (new / target).mkdir()

@@ -1,4 +1,4 @@
-"""Between quantized models on disk of one library and of another, a tensor at a time: `convert_file`."""
+"""Convert quantized models on disk from the format of one library to another, a tensor at a time: `convert_file`."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class Target:
 
 
 def check(src: object, model: Model, found: list[Found], target: Target) -> None:
-    """Everything that is quantized is understood, and there is something."""
+    """Check that every quantized tensor is understood, and that there is one."""
     taken = {part for weight in found for part in weight.parts}
     rest = {name: slot for name, slot in model.slots.items() if name not in taken}
     if (left := choose.codes_of_others(rest, {})) is not None:

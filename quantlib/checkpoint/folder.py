@@ -147,7 +147,7 @@ class Model:
         self._check_apart()
 
     def _check_apart(self) -> None:
-        """No tensor is in two files."""
+        """Check that no tensor is in two files."""
         held: dict[str, Path] = {}
         for reader in self.readers:
             for name in reader.slots:
@@ -158,7 +158,7 @@ class Model:
                 held[name] = reader.path
 
     def rest(self) -> Iterator[tuple[Path, Path]]:
-        """(file or folder, where it goes in a copy): what comes with the model, folders before what is in them.
+        """(file or folder, its place in a copy) of everything that comes with the model, folders before contents.
 
         Raises
         ------

@@ -135,7 +135,7 @@ class TokenDivergence:
 
 @dataclass
 class Comparison:
-    """Two checkpoints: what both have, and the names that only one of them has."""
+    """The comparison of two checkpoints: the tensors of both, and the names that only one of them has."""
 
     tensors: list[Difference] = field(default_factory=list)
     only_a: list[str] = field(default_factory=list)

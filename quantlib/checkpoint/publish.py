@@ -158,7 +158,7 @@ def link_or_claim(new: Path, path: Path) -> None:
 
 
 def put_over(scratch: Scratch, path: Path) -> None:
-    """``scratch.new`` in place of the model at ``path``, whose other files come along."""
+    """Put ``scratch.new`` in place of the model at ``path``, and keep the other files of the old one."""
     new = scratch.new
     if not new.is_dir():
         os.replace(new, path)
@@ -180,7 +180,7 @@ def put_over(scratch: Scratch, path: Path) -> None:
 
 
 def carry(old: Path, new: Path, top: bool = True) -> None:
-    """Files of an old output that are no weights and that the new one does not have, into the new one."""
+    """Move files of an old output that are not weights, and that the new one does not have, into the new one."""
     for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
         target = new / entry.name
         if entry.is_dir(follow_symlinks=False):
@@ -223,7 +223,7 @@ def sync(folder: Path) -> None:
 
 
 class Scratch:
-    """``.NAME.quantlib`` beside an output: what is made of it, and who makes it.
+    """``.NAME.quantlib`` beside an output: its finished part, and the processes that make it.
 
     Attributes
     ----------
@@ -292,7 +292,7 @@ class Scratch:
         return not (self.folder / "job").exists()
 
     def leave(self, keep: bool) -> None:
-        """Let go of the folder, and remove it unless others are at work in it or it is to be gone on with."""
+        """Release the folder, and remove it unless others work in it or its work is to be continued."""
         try:
             if keep and self.job is not None and os.path.lexists(self.new) and self._begun():
                 log.warning("kept %s: the same call goes on with what is done", self.folder)
@@ -304,7 +304,7 @@ class Scratch:
                 os.close(descriptor)
 
     def _enter(self, resume: bool) -> bool:
-        """Hold the folder; False where that has to be tried again, as another process removes it or tidies it up."""
+        """Lock the folder; False if another process removes it or tidies it up, so that the caller tries again."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
         try:
             if self.folder.is_symlink() or not set(os.listdir(self.folder)) <= set(self.PARTS):
@@ -355,7 +355,7 @@ class Scratch:
         (self.folder / "job").write_text(f"{self._identity()}\n{self.job or ''}")
 
     def _identity(self) -> int:
-        """Names the folder of the output: after an exchange the old output is in its place."""
+        """Identify the folder of the output: after an exchange the old output is in its place."""
         return os.stat(self.new).st_ino if self.is_folder else 0
 
     def _told(self, whole: bool = False) -> str | None:
@@ -414,7 +414,7 @@ class Journal:
             raise
 
     def add(self, note: Any) -> None:
-        """Another batch is written."""
+        """Record that another batch is written."""
         self._line({"note": note})
         self.notes.append(note)
 
@@ -424,7 +424,7 @@ class Journal:
         self.checksum = checksum
 
     def begin(self) -> None:
-        """Nothing is written yet."""
+        """Record that nothing is written yet."""
         self.notes, self.checksum = [], None
         os.ftruncate(self._file, 0)
         os.lseek(self._file, 0, os.SEEK_SET)
@@ -464,7 +464,7 @@ class Journal:
 
 
 def boot() -> str:
-    """Names the time since this machine was started."""
+    """Return an id of the boot of this machine."""
     return read(Path("/proc/sys/kernel/random/boot_id")) or ""
 
 
@@ -504,7 +504,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 class Signals:
-    """Inside the block signals that have a handler in Python wait; while `open` they are handled as ever.
+    """Delay signals that have a handler in Python inside the block; while `open` they are handled as usual.
 
     The first one that is handled closes it again: the work that it stops is cleaned up without another interruption.
     """

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def theorems(args: argparse.Namespace) -> int:
-    """Prove what `quantlib.proof` has; the files it reads are the same for every backend."""
+    """Prove the theorems of `quantlib.proof`; the files it reads are the same for every backend."""
     from quantlib.proof.report import report
 
     others = {"--op": args.op, "--backend": args.backend != "auto", "--device": args.device != "cpu"}

@@ -145,7 +145,7 @@ def layers_of(model: nn.Module, kept: Iterable[str]) -> dict[str, nn.Linear]:
 
 
 def weights(project: Callable[[Tensor], Tensor], bits: float) -> Callable[[nn.Module, Subject], float]:
-    """`Contender.apply` of what maps a weight [N, K] float32 to the values of its codes."""
+    """Make a `Contender.apply` of a function from a weight [N, K] float32 to the values of its codes."""
 
     def apply(model: nn.Module, subject: Subject) -> float:
         with quiet():

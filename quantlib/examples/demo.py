@@ -142,7 +142,7 @@ def measure(encoder: encoders.Encoder, spec: str, expected: Tensor, folder: Path
 
 
 def write_sentences() -> list[str]:
-    """Have a language model write a sentence in each format, and print them; what went wrong."""
+    """Have a language model write a sentence in each format, and print them; return the failures."""
     try:
         first, *others = language.lines()
     except ImportError as error:

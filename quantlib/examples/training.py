@@ -54,7 +54,7 @@ class Run:
 
     @property
     def lost(self) -> float:
-        """Nats that quantizing after training costs."""
+        """The nats of loss that quantizing after training costs."""
         return self.post_training.loss - self.fp32.loss
 
     @property
@@ -86,7 +86,7 @@ def experiment(task: Task, seed: int, schedule: Schedule, tick: Callable[[], obj
 def train(
     model: nn.Module, task: Task, steps: int, rate: float, seed: int, tick: Callable[[], object]
 ) -> dict[str, list[float]]:
-    """AdamW with a rate that rises, then falls to 0; what the learned scales did, if there are any."""
+    """Train by AdamW with a rate that rises, then falls to 0; return the history of the learned scales, if any."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(qat_parameters(model), lr=rate)
     rise = max(1, steps // 10)

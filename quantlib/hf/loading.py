@@ -48,7 +48,7 @@ class Loading:
         return weights
 
     def _prepare(self, model: Any, pre_quantized: bool) -> None:
-        """Before the files are read: layers for codes that are in them, or a choice of layers to quantize."""
+        """Before the files are read, make layers for the codes in them, or choose layers to quantize."""
         self.places = places_of(model)
         if pre_quantized:
             self._build(model)
@@ -170,7 +170,7 @@ HEAD = "the output layer"
 
 
 def tied_keys(model: Any) -> dict[str, str]:
-    """Name of a weight -> the one that it shares, of a model of transformers; other libraries tie none."""
+    """Name of a weight -> the weight that it shares, in a model of transformers; other libraries tie none."""
     keys: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     return keys
 

@@ -185,7 +185,7 @@ class QuantExperts(Leaf):
 
     @contextlib.contextmanager
     def adapted(self, name: str, adapters: Sequence[LowRank]) -> Iterator[None]:
-        """Inside the block ``adapters`` are added to the weight ``name``; gradients reach them."""
+        """Add ``adapters`` to the weight ``name`` inside the block; gradients reach them."""
         before = self._adapters.get(name, [])
         self._adapters[name] = [*before, *adapters]
         try:

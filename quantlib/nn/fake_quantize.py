@@ -140,7 +140,7 @@ class FakeQuantize(Leaf, KeepsDtype):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Scales of 1, or none where an observer is to find them; nothing learned, nothing seen."""
+        """Set scales of 1, or none where an observer is to find them; forget everything learned and seen."""
         for tensor in (self.base_zero, self.scale_bias, self.zero_point_bias, self.forwards):
             if tensor is not None:
                 tensor.zero_()
@@ -165,7 +165,7 @@ class FakeQuantize(Leaf, KeepsDtype):
 
     @property
     def scale(self) -> Tensor | None:
-        """[blocks] float32: what codes are multiplied by, base * gain; None where it is dynamic."""
+        """[blocks] float32: the scale of the codes, base * gain; None where it is dynamic."""
         return None if self.base is None else self._learned(self.base, None)[0]
 
     @property
@@ -291,7 +291,7 @@ class FakeQuantize(Leaf, KeepsDtype):
         self.calibrating, self._provisional = calibrating, False
 
     def learn(self, learning: bool) -> None:
-        """Have what is learned require a gradient; frozen, it loses the one that it has."""
+        """Make the learned parameters require a gradient; frozen ones lose the gradient that they have."""
         for parameter in (self.scale_bias, self.zero_point_bias):
             if parameter is not None:
                 parameter.requires_grad_(learning)

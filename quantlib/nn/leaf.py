@@ -1,4 +1,4 @@
-"""Modules that torch.fx takes as they are: a call of one is one node of the graph."""
+"""Modules that torch.fx treats as leaves: a call of one is one node of the graph."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Leaf(nn.Module):
 
 
 def check_inside(input: Any) -> None:
-    """``input`` of a forward is no proxy, as it is where a tracer was given the layer itself."""
+    """Check that ``input`` of a forward is not a proxy, as it is if a tracer was given the layer itself."""
     if isinstance(input, Proxy):
         raise TypeError(
             "layer must be inside of the model that is traced, got the layer alone: trace nn.Sequential(layer)"

@@ -1,4 +1,4 @@
-"""weight ~ decode(codes[n, k]) * scale[n // br, k // bk]: what every module whose weight is codes has in common."""
+"""weight ~ decode(codes[n, k]) * scale[n // br, k // bk]: the common base of every module whose weight is codes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class QuantModule(Leaf):
 
     @classmethod
     def like(cls, layer: Any, spec: QuantSpec) -> Self:
-        """This module in place of ``layer``: its bias, buffers, submodules, hooks and attributes, and codes on meta."""
+        """Make this module for ``layer``: its bias, buffers, submodules, hooks and attributes, and codes on meta."""
         new = cls.__new__(cls)
         vars(new).update(taken_over(layer))
         dtype = new._parameters.pop("weight").dtype  # type: ignore[union-attr]
@@ -231,7 +231,7 @@ class QuantModule(Leaf):
             super().__setattr__(name, value)
 
     def share(self, other: QuantModule) -> None:
-        """Have the weight of ``other``, the same parameters: a tied weight.
+        """Share the weight of ``other``, the same parameters: a tied weight.
 
         Raises
         ------
@@ -280,11 +280,11 @@ class QuantModule(Leaf):
         return N, math.prod(rest)
 
     def _resize(self, N: int) -> bool:
-        """Have N rows, before the weight follows; False where this kind of module cannot."""
+        """Change to N rows, before the weight follows; return False if this kind of module cannot."""
         return False
 
     def _take(self, template: nn.Module, spec: Any, dtype: torch.dtype | None, device: Any) -> None:
-        """Have all of ``template``, a float module on meta that was made for this, and codes in place of its weight."""
+        """Take over all of ``template``, a float module on meta made for this, with codes in place of its weight."""
         vars(self).update(vars(template))
         self._parameters.pop("weight")
         self._allocate(QuantSpec.parse(spec), dtype, device)
@@ -314,7 +314,7 @@ class QuantModule(Leaf):
         return parts | {"weight_codes": parts["weight_codes"].view(stored_dtype(self.spec))}
 
     def _keep_kinds(self) -> None:
-        """Parameters that torch has made anew, plain ones, are `QuantParameter` again."""
+        """Make plain parameters that torch has created anew `QuantParameter` again."""
         for name in self.KEPT:
             if type(p := self._parameters.get(name)) is nn.Parameter:
                 self._parameters[name] = QuantParameter(p.data, requires_grad=p.requires_grad)
@@ -371,7 +371,7 @@ class QuantModule(Leaf):
             self._keep_kinds()
 
     def _rename_codes(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Codes that a state holds as version 1 and files do, under the name and in the shape of the parameter."""
+        """Rename and reshape codes that a state holds as version 1 and files do to those of the parameter."""
         name, old = f"{prefix}weight_codes", state_dict.get(f"{prefix}weight")
         if isinstance(old, Tensor) and name not in state_dict and old.dtype == dtype_of(self.spec.row):
             shapes = self.stored_shape, self.spec.codes_shape(self._matrix)
@@ -405,7 +405,7 @@ def taken_over(layer: nn.Module) -> dict[str, Any]:
 
 
 def rebind_hooks(module: nn.Module) -> None:
-    """Hooks that hold the module they were registered on hold ``module``."""
+    """Make hooks that hold the module they were registered on hold ``module``."""
     hooks: dict[int, Any] = module._load_state_dict_pre_hooks
     for key, hook in hooks.items():
         if hook.with_module:
@@ -481,7 +481,7 @@ def is_sharded(t: Tensor) -> bool:
 
 
 def check_whole(model: nn.Module, way_out: str) -> None:
-    """No module of ``model`` is sharded by FSDP, whose parameters are whole only for a while, and no parameter is."""
+    """Check that FSDP shards no module and no parameter of ``model``: its parameters are whole only for a while."""
     for name, module in model.named_modules():
         of_fsdp = any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
         sharded = next((key for key, p in module._parameters.items() if p is not None and is_sharded(p)), None)

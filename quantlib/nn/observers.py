@@ -111,17 +111,17 @@ class Observer(KeepsDtype):
         raise NotImplementedError
 
     def scale(self) -> Scale:
-        """[I, J] float32, and the int32 zero point of an affine spec: of all that was seen."""
+        """[I, J] float32, and the int32 zero point of an affine spec, for everything seen so far."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget everything seen so far."""
         for buffer in self.buffers():
             buffer.zero_()
         self.reported = False
 
     def report(self) -> None:
-        """Warn, the first time that there is a reason, of values that were not finite."""
+        """Warn once of values that were not finite."""
         if not self.reported and not self.nonfinite.is_meta and (count := int(self.nonfinite)):
             self.reported = True
             of_all = "1 value that is" if count == 1 else f"{count} values that are"
@@ -137,7 +137,7 @@ class Observer(KeepsDtype):
         return ranks.groups_of_batch() if self.all_ranks else []
 
     def _reduced(self, t: Tensor, op: str) -> Tensor:
-        """``t`` over all ranks that see a part of the batch: of one rank, itself."""
+        """Reduce ``t`` over all ranks that see a part of the batch; with one rank it stays as it is."""
         groups = self.groups()
         return ranks.reduce_(t, getattr(torch.distributed.ReduceOp, op), groups) if groups else t
 

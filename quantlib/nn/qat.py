@@ -296,7 +296,7 @@ class QATConv2d(QATModule, nn.Conv2d):
 
 
 def check_activation_scale(source: str | None, spec: QuantSpec) -> None:
-    """``source`` is one for the activation of ``spec``; None is any's."""
+    """Check that ``source`` suits the activation of ``spec``; None suits any."""
     static = spec.activation is not None and spec.activation.static
     if source is not None and not static:
         raise ValueError(f"activation_scale must be None unless activations are static, got {source!r} for {spec}")

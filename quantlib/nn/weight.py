@@ -72,7 +72,7 @@ class QuantParameter(nn.Parameter):
         return super().detach() if self.dtype.is_floating_point else QuantParameter(self.data, requires_grad=False)
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> QuantParameter:
-        """Codes take codes. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
+        """Copy codes only. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
 
         Raises
         ------

@@ -26,7 +26,7 @@ def _results(x: Tensor, weight: QuantizedWeight, epilogue: Epilogue, batch_invar
 
 
 def check_layout(layout: str, rows: int | None) -> None:
-    """``layout`` is one there is; the rows of a weight are given where its codes are tiles, and only there."""
+    """Check that ``layout`` exists, and that the rows of a weight are given if and only if its codes are tiles."""
     if layout not in ("plain", "tiles"):
         fail(OP, "layout", "plain or tiles", layout)
     if (rows is None) == (layout == "tiles"):

@@ -78,7 +78,7 @@ def _tangent(
 def tangent_of_product(
     x: Tensor, weight: QuantizedWeight, x_t: Tensor | None, scale_t: Tensor | None, bias_t: Tensor | None
 ) -> Tensor:
-    """y_t = x_t w^T + x w_t^T + bias_t, of what there is of it"""
+    """y_t = x_t w^T + x w_t^T + bias_t, of the terms that have a tangent"""
     terms: list[Tensor] = []
     if x_t is not None:
         terms.append(torch.ops.quantlib.dequant_matmul(x_t, *weight.arguments, bias_t))
@@ -167,7 +167,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _through_activation(dy: Tensor, x: Tensor, weight: QuantizedWeight, epilogue: Epilogue, dynamic: bool) -> Tensor:
-    """dy * activation'(before), which is the same in reverse and in forward mode.
+    """dy * activation'(before), the same in reverse and in forward mode.
 
     ``before`` [..., N], the input of the activation, is computed again rather than kept.
     """
@@ -194,7 +194,7 @@ def _followed() -> bool:
 
 
 def _check_frozen(asked: Collection[str]) -> None:
-    """No derivative is asked of codes; ``asked`` are the names of arguments."""
+    """Check that no derivative of codes is asked for; ``asked`` are the names of arguments."""
     if "codes" in asked or "tiles" in asked:
         fail("dequant_matmul", "codes", "frozen, they have no gradient", "codes that require one")
 

@@ -267,7 +267,7 @@ def fake_quantize_per_channel_affine(
 
 
 def grad_factor(n: int, qmax: float) -> float:
-    """1 / sqrt(n * qmax): what LSQ multiplies the gradient of a scale by that ``n`` elements share, as float32.
+    """1 / sqrt(n * qmax), float32: LSQ's factor for the gradient of a scale that ``n`` elements share.
 
     Notes
     -----
@@ -357,7 +357,7 @@ def _check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> 
 
 
 def check_codes(zero_point: Tensor, name: str, limits: Limits | None) -> None:
-    """Integer zero points are codes; one that is learned may leave their range, and is clamped."""
+    """Check that integer zero points are codes; a learned one may leave their range, and is clamped."""
     f, values = formats.get(name), host_values(zero_point)
     if values is None or isinstance(f, formats.FloatFormat):
         return

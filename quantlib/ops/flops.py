@@ -32,13 +32,13 @@ def register() -> None:
 
 
 def register_if_counting() -> None:
-    """`register` where somebody has imported the counter."""
+    """Call `register` if the counter has been imported."""
     if COUNTER in sys.modules:
         register()
 
 
 def register_where_cheap() -> None:
-    """`register` where the counter is imported already, or imports no Triton."""
+    """Call `register` if the counter has been imported, or imports no Triton."""
     if COUNTER in sys.modules or "triton" in sys.modules or find_spec("triton") is None:
         register()
 

@@ -36,7 +36,7 @@ class Layer:
     tokens: int
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
-        """In ``dtype``; in 8 bits with their scales where that is None. A state stays in 16 bits then."""
+        """Bytes in ``dtype``; if that is None in 8 bits with scales, while a state stays in 16 bits."""
         if dtype is None and self.kind != "state":
             return self.tokens * EIGHT.nbytes((self.vectors, self.size))
         return self.tokens * self.vectors * self.size * (dtype or torch.bfloat16).itemsize
@@ -105,7 +105,7 @@ def kinds_of(text: Mapping[str, Any], layers: int) -> list[str]:
 
 
 def state_of(text: Mapping[str, Any], size: Callable[..., int | None], hidden: int) -> int | None:
-    """Elements of what a layer without attention keeps: the recurrent state and the last inputs of its convolution."""
+    """Elements that a layer without attention keeps: the recurrent state and the last inputs of its convolution."""
     if (heads := size("linear_num_value_heads")) is not None:  # a gated delta net
         keys, of_key, of_value = (
             size(f"linear_{name}") or 0 for name in ("num_key_heads", "key_head_dim", "value_head_dim")

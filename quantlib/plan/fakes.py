@@ -44,7 +44,7 @@ class Peak:
 
 
 class Tracker(TorchDispatchMode):
-    """Sums the storages that operations make inside the block.
+    """Sum the storages that operations make inside the block.
 
     A value that a program reads of a tensor without memory is 1: that no token is padded, and no sequence packed.
 
@@ -118,7 +118,7 @@ class Known(NamedTuple):
 
 
 class Even(TorchFunctionMode):
-    """Tokens are spread evenly over experts: the ends of their groups, when a program reads them, are evenly apart."""
+    """Spread tokens evenly over experts: the ends of their groups, when a program reads them, are evenly apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 @contextlib.contextmanager
 def as_if_real() -> Iterator[None]:
-    """transformers takes fake tensors for a sign that a graph is traced, and masks then where it would not."""
+    """Have transformers see no fake tensors: it takes them for a sign of tracing, and masks then where it would not."""
     try:
         from transformers.utils import import_utils as words
     except ImportError:

@@ -1,4 +1,4 @@
-"""Parameters by what they are for, and how many of them a token meets: known from names, shapes and config.json."""
+"""Parameters by purpose, and the number that a token uses: known from names, shapes and config.json."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Parameters:
 
     @property
     def multiplied(self) -> int:
-        """N of 6 N D: those of `active` that a token is multiplied by. A row of a table is only looked up."""
+        """N of 6 N D: the parameters of `active` that a token is multiplied by. A row of a table is only looked up."""
         return self.active - self.kinds.get("embedding", 0) + self.tied
 
     def section(self) -> Section:
@@ -100,7 +100,7 @@ def kind_of(name: str, shape: tuple[int, ...]) -> str:
 
 
 def experts_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(experts that a token meets, experts of a layer); (1, 1) where config.json names none."""
+    """(experts that a token uses, experts of a layer); (1, 1) if config.json names none."""
     for part in parts_of(config):
         count = next((n for key in COUNTS if type(n := part.get(key)) is int and n > 1), None)
         chosen = next((n for key in CHOSEN if type(n := part.get(key)) is int and n > 0), None)

@@ -1,4 +1,4 @@
-"""`plan`: everything that is known of a model before a byte of it is loaded."""
+"""`plan`: the needs of a model, before a byte of it is loaded."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def on_gpu(device: Device | None) -> bool:
 
 
 def verdict(device: Device, needs: Mapping[str, int], memory: Memory | None) -> list[str]:
-    """Say of each need, and of training, if it fits the device."""
+    """Say whether each need, and training, fits the device."""
     room = device.memory - device.context
     lines = []
     for name, need in [*needs.items(), *([(training_of(memory), memory.total)] if memory else [])]:

@@ -235,7 +235,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers says nothing below an error."""
+    """Silence transformers below errors."""
     from transformers.utils import logging as words
 
     before = words.get_verbosity()

@@ -1,4 +1,4 @@
-"""Theorems of conversion instructions: their documented meaning is, or is not, that of the kernels' formulas.
+"""Theorems of conversion instructions: whether their documented meaning is that of the kernels' formulas.
 
 The meaning of an instruction is written from its vendor's manual, Intel's Software Developer's Manual and NVIDIA's
 PTX ISA. The vectors of csrc/cpu/lanes.h are the templates of csrc/numerics.h with those instructions for their lanes.

@@ -252,7 +252,7 @@ def on_the_op(model: Mapping[str, int]) -> None:
 
 
 def tight(model: Mapping[str, int]) -> None:
-    """So it is of float32: 1 + 2^-24 is 1."""
+    """Check the bound on float32: 1 + 2^-24 is 1."""
     import torch
 
     from quantlib import ops, reference

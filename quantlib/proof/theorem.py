@@ -63,7 +63,7 @@ class Call:
 
 @dataclass
 class Run:
-    """Builds a claim from ``sources``, and remembers which functions it applied to what."""
+    """Build a claim from ``sources``, and record the functions that it applied and their arguments."""
 
     sources: Sources
     calls: list[Call] = field(default_factory=list)

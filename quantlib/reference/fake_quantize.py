@@ -61,7 +61,7 @@ def fake_quantize_backward(
 
 
 def grad_factor(n: int, qmax: float) -> float:
-    """1 / sqrt(n * qmax), n elements a scale: what LSQ multiplies dscale by, as float32 (Esser et al. 2020, 2.2)."""
+    """1 / sqrt(n * qmax), n elements a scale: LSQ's factor of dscale, as float32 (Esser et al. 2020, 2.2)."""
     return float(np.float32(1.0 / np.sqrt(float(n) * float(qmax))))
 
 

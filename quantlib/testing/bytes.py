@@ -1,4 +1,4 @@
-"""Equality is equality of bytes: what NaN is, which zero it is and how an infinity is spelled are part of a result."""
+"""Compare bytes: the bits of a NaN, the sign of zero and the code of infinity are part of a result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> t
 def assert_same_bytes(
     got: torch.Tensor | Array, want: torch.Tensor | Array, where: str = "", x: torch.Tensor | Array | None = None
 ) -> None:
-    """``got`` and ``want`` have one shape, one size of element and the same bytes.
+    """Check that ``got`` and ``want`` have one shape, one size of element and the same bytes.
 
     Parameters
     ----------

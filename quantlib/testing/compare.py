@@ -91,7 +91,7 @@ def prove(
     run: Callable[[Sequence[torch.Tensor] | None], tuple[torch.Tensor, ...]],
     layout: str = "contiguous",
 ) -> None:
-    """``run`` gives ``want`` from ``given``, and the same into tensors full of other bytes, lying as ``layout`` says.
+    """Check that ``run`` gives ``want`` from ``given``, also into tensors full of other bytes in ``layout``.
 
     Raises
     ------

@@ -128,7 +128,7 @@ def call(case: Learned, given: dict[str, torch.Tensor], out: Any = None) -> tupl
 
 
 def check(case: Learned, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`; the sums within their bound, and the same bytes in every run."""
+    """Check as :func:`quantlib.testing.check`; the sums within their bound, and the same bytes in every run."""
     given = tensors(case, device)
     names = ("dx", "dscale", "dzero_point") if case.op.endswith("backward") else ("y",)
     want = expected(case)

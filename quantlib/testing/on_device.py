@@ -1,4 +1,4 @@
-"""All inputs of a case on a device: two backends there, and nothing comes to the host but what differs."""
+"""Sweep all inputs of a case over two backends on a device; only differences are copied to the host."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None
 
 
 def check(case: Product, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
+    """Check as :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
     given = tensors(case, device)
 
     def run(out: Any) -> tuple[torch.Tensor, ...]:

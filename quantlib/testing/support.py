@@ -1,4 +1,4 @@
-"""Who serves what: every overload of ops.def x format, run on every backend that is there.
+"""The support table: every overload of ops.def x format, run on every backend that is there.
 
 ``python -m quantlib.testing.support FILE`` writes the table to FILE, and keeps from it what only another machine can
 tell. A kernel that silently stops being reached shows as a ``-`` where a name was.

@@ -1,4 +1,4 @@
-"""All inputs of every unary op, one implementation against another: what ``quantlib verify`` proves (contract C12).
+"""Sweep all inputs of every unary op, one implementation against another: ``quantlib verify`` (contract C12).
 
 A `Case` is an op with everything but x fixed, so that its inputs are the codes of one format: 2^32 of float32, 65,536
 of a 16-bit float. An `Implementation` gives the result of a case for a batch of those codes, as unsigned integers;
@@ -76,7 +76,7 @@ class Suite:
 
 
 def suites() -> Iterator[Suite]:
-    """Everything there is to prove."""
+    """Return every suite of the contract."""
     for name in FLOATS[1:]:
         for saturate in (False, True):
             yield Suite(f"cast {name}, saturate={saturate}", (Case("cast", "float32", name, saturate),))
@@ -182,7 +182,7 @@ class Implementation(Protocol):
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot be used here, or None."""
+        """The reason why it cannot be used here, or None."""
         ...
 
     def refuses(self, case: Case) -> str | None:

@@ -111,7 +111,7 @@ def dequant_matmul(
     y: torch.Tensor,
     tile: tuning.MatmulTile | None = None,
 ) -> None:
-    """Cut as ``tile`` says, or as `tuning` does."""
+    """Launch with ``tile``, or with the tile that `tuning` chooses."""
     M, (N, K), device, tiled = len(x), weight.shape, x.device, weight.tiled
     if tile is None:
         tile = tuning.choose_matmul(

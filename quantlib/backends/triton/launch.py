@@ -58,7 +58,7 @@ def divisor(n: int) -> int:
 
 
 def tile_elements(format: Format) -> int:
-    """Fewer of a packed format: a thread's codes then need not pass through other threads to be packed."""
+    """Elements of a tile; fewer for a packed format, so that a thread can pack its own codes."""
     return ELEMENTS // format.per_byte
 
 
@@ -216,7 +216,7 @@ def workspace(
 
 
 def codes_of(t: torch.Tensor) -> torch.Tensor:
-    """8-bit floats as their codes: sm_80 takes no pointer to them. A kernel reinterprets wider ones itself."""
+    """View 8-bit floats as their codes: sm_80 takes no pointer to them. A kernel reinterprets wider ones itself."""
     return t.view(torch.uint8) if t.dtype.is_floating_point and t.dtype.itemsize == 1 else t
 
 

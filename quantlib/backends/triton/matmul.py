@@ -238,7 +238,7 @@ def subtract_zero_point(w, zero_point_ptr, at, exists, F: tl.constexpr):
 
 @triton.jit
 def arrive(total, partial_ptr, ticket_ptr, inside, SPLITS: tl.constexpr):
-    """Leave the sum of a split at its pointers; whether it was the last of its tile to come"""
+    """Store the sum of a split at its pointers; return True for the split of its tile that arrives last"""
     tl.store(partial_ptr, total, inside)
     tl.debug_barrier()  # the ticket of one thread stands for the stores of all
     return tl.atomic_add(ticket_ptr, 1) == SPLITS - 1

@@ -153,7 +153,7 @@ class Matmul:
         self.describable = key.op == "scaled_matmul" and describable(self.x, self.weight(self.codes[0]), None)
 
     def exact(self, tile: MatmulTile) -> torch.Tensor:
-        """y of a tile, whose memory held NaN before."""
+        """Return y of a tile, written into memory that held NaN."""
         self.y.fill_(float("nan"))
         self.call(self.exact_x, self.codes[0], tile)
         return self.y.view(torch.uint8).clone()

@@ -28,7 +28,7 @@ class After(enum.Enum):
 
 @dataclass(frozen=True)
 class Fault:
-    """Something done to one argument, or to the whole call where it has no ``fits``.
+    """A change to one argument, or to the whole call if it has no ``fits``.
 
     ``change`` gives the new value, and raises where there is none; ``fits`` says to which values it can be done.
     """
@@ -431,7 +431,7 @@ WHOLE: tuple[tuple[str, Callable[[Call, Rng], After]], ...] = (
 
 
 def inflict(call: Call, rng: Rng) -> tuple[After, bool]:
-    """Do one thing to ``call``; what may come of it, and whether the schema of an op is what refuses it."""
+    """Make one change to ``call``; return the outcomes it may have, and True if the schema of an op refuses it."""
     for _ in range(20):  # some do not fit
         call.faults.append("")
         try:
