@@ -1,4 +1,4 @@
-"""What this library promises about its speed, as data, and whether a run kept it."""
+"""The promises of this library about its speed, as data, and the check that a run kept them."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class Verdict:
 
 
 def verdicts(rows: Iterable[Row], machine: Mapping[str, Any]) -> list[Verdict]:
-    """Of every target whose case was run, and, but for calls, on tensors that no cache holds."""
+    """Return the verdict of every target whose case was run, on tensors larger than any cache, except for calls."""
     cases: dict[tuple[str, str], dict[tuple[int, ...], list[Row]]] = {}
     for row in rows:
         cases.setdefault((row.case, row.device), {}).setdefault(row.shape, []).append(row)
@@ -220,7 +220,7 @@ def verdicts(rows: Iterable[Row], machine: Mapping[str, Any]) -> list[Verdict]:
 
 
 def verdict(target: Target, rows: list[Row], noise: float | None = None) -> Verdict:
-    """Of the rows of the target's case."""
+    """Return the verdict on the rows of the target's case."""
     own = next((r for r in rows if r.role == OURS and (r.dtype == target.dtype or not target.dtype)), None)
     others = [row for row in rows if row.backend in target.against and row.min is not None]
     if own is None or own.min is None or len(others) < len(target.against):

@@ -1,6 +1,6 @@
 """The public functions over ``torch.ops.quantlib``; importing this registers the ops.
 
-An op is found by its file, ``<op>.py``, whose public function has its name. Those that are imported by name as well are
+An op is found by its file, ``<op>.py``, whose public function has its name. Type checkers see those that are
 what type checkers see.
 """
 

@@ -1,4 +1,4 @@
-"""From two functions, what an op accepts and how a kernel is launched, to every registration the op needs.
+"""Make every registration of an op from two functions: the check of its arguments, and the launch of a kernel.
 
 Both take the arguments of the schema by name, those of a weight and of an epilogue as one record each: `Binder`.
 """
@@ -197,7 +197,7 @@ def declare(
         return call_out
 
     def out_of_negative(*args: Any, **outs: Tensor) -> None:
-        """Tensors that are kept as their negatives, which torch itself resolves only for ops that return one."""
+        """Resolve tensors that are stored as their negatives, which torch does only for ops that return one."""
         plain = {name: out.resolve_neg() for name, out in outs.items()}
         out_function(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args), **plain)
         for name, out in outs.items():
@@ -258,7 +258,7 @@ NESTED = ("NestedTensorCPU", "NestedTensorCUDA", "AutogradNestedTensor")  # disp
 
 
 def matrices(shape: Sequence[int], block: Block) -> tuple[int, int, tuple[int, int]]:
-    """M, K and the block clamped to them, of a non-empty x of ``shape``."""
+    """Return M, K and the block clamped to them, for a non-empty x of ``shape``."""
     M, K = matrix_shape(shape)
     return M, K, (min(block[0], M), min(block[1], K))
 

@@ -1,4 +1,4 @@
-"""All tables together, and of them the calls that start every kernel in every way it is launched."""
+"""All tables together, and the calls among them that start every kernel in every way it is launched."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def overload(case: AnyCase) -> str:
 
 
 def refuses(case: AnyCase, backend: str, device: str) -> str | None:
-    """Why ``backend`` cannot run ``case``; "auto" can."""
+    """Return why ``backend`` cannot run ``case``, or None; "auto" can."""
     return None if backend == "auto" else backends.refuses(backend, device, overload(case))
 
 
 def check(case: AnyCase, device: str = "cpu") -> None:
-    """Whichever kind it is: AssertionError where a byte is wrong."""
+    """Check a case of any kind: AssertionError if a byte is wrong."""
     if isinstance(case, Product):
         product.check(case, device)
     elif isinstance(case, Learned):

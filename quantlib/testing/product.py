@@ -124,12 +124,12 @@ def _int(name: str) -> IntFormat:
 
 @functools.lru_cache(64)
 def expected(case: Product) -> Array:
-    """What ``case`` gives, bit for bit."""
+    """Return the result of ``case``, bit for bit."""
     return meaning(case, inputs(case))
 
 
 def meaning(case: Product, arrays: Mapping[str, Array]) -> Array:
-    """What ``case`` gives for these arrays in place of :func:`inputs`, by :mod:`quantlib.reference`."""
+    """Return the result of ``case`` for these arrays in place of :func:`inputs`, by :mod:`quantlib.reference`."""
     given: dict[str, Any] = {**arrays, "block": case.resolved, "format": case.format, "dtype": case.dtype}
     if case.op == "dequant_matmul_backward":
         return reference.dequant_matmul_backward(given.pop("x"), size=case.sizes[2], **given)
@@ -180,7 +180,7 @@ def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None
 
 
 def check(case: Product, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
+    """Check as :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
     given = tensors(case, device)
 
     def run(out: Any) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Who serves what: every overload of ops.def x format, run on every backend that is there.
+"""The support table: every overload of ops.def x format, run on every backend that is there.
 
 ``python -m quantlib.testing.support FILE`` writes the table to FILE, and keeps from it what only another machine can
 tell. A kernel that silently stops being reached shows as a ``-`` where a name was.
@@ -45,7 +45,7 @@ def device_of(backend: str) -> str:
 
 
 def refusal(backend: str) -> str | None:
-    """Why nothing can be said of ``backend`` on this machine."""
+    """Return why ``backend`` cannot be tested on this machine, or None."""
     return _refusal(backend, device_of(backend))
 
 
@@ -62,7 +62,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def serves(backend: str, row: Row) -> bool:
-    """Whether ``backend``, forced, runs the call; one it refuses it must refuse with NotImplementedError."""
+    """True if ``backend``, forced, runs the call; it must refuse others with NotImplementedError."""
     with backends.use_backend(backend):
         try:
             _call(row, device_of(backend))

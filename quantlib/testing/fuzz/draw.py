@@ -221,7 +221,7 @@ def _helper(rng: Rng, op: str) -> Call:
 
 
 def _per_axis(rng: Rng, op: str) -> Call:
-    """torch's fake quantization by other names: torch says what it gives."""
+    """Draw a call of torch's fake quantization by our names: torch gives the expected result."""
     shape = int(rng.integers(1, 20)), int(rng.integers(1, 40))
     x, axis = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)), int(rng.integers(2))
     low, high = pick(rng, ((-128, 127), (0, 255), (-8, 7), (0, 15)))
@@ -272,7 +272,7 @@ def _with_outs(call: Call, overload: str) -> None:
 
 
 def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
-    """Of the results that ``call`` may have."""
+    """The dtypes of the results that ``call`` may have."""
     given = call.arguments
     if call.op in ("cast", "quantize", "quantize_dynamic"):
         return getattr(torch, formats.get(given["format"]).dtype_name), torch.float32, torch.int32
@@ -288,7 +288,7 @@ def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
 
 
 def named(overload: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Of ``given`` what the schema of ``overload`` names, in its order."""
+    """Return the arguments of ``given`` that the schema of ``overload`` names, in its order."""
     op, _, kind = overload.partition(".")
     schema = getattr(getattr(torch.ops.quantlib, op), kind or "default")._schema
     return {argument.name: given[argument.name] for argument in schema.arguments}
