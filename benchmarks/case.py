@@ -157,7 +157,7 @@ class Case:
         raise NotImplementedError
 
     def limits(self) -> list[Contender]:
-        """What no op that streams can beat by much."""
+        """Return the contenders that no streaming op can beat by much."""
         return [self.copy(), self.read_write()] if self.device == "cpu" else [self.copy()]
 
     def copy(self) -> Contender:

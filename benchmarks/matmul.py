@@ -146,7 +146,7 @@ class Product(Multiplied):
 
     @property
     def codes_shape(self) -> tuple[int, ...]:
-        """Of the weight; a code of several a byte included."""
+        """The shape of the weight's codes, packed where several share a byte."""
         return self.spec.codes_shape(self.shape[1:])
 
     def floats(self) -> list[Contender]:

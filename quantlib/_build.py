@@ -359,7 +359,7 @@ def cuda_units() -> list[Unit]:
 
 @functools.cache
 def cuda_archs(compiler: str) -> tuple[int, ...]:
-    """Those of CUDA_ARCHS that ``compiler`` knows; of one that does not say, 80 and 90."""
+    """Return the CUDA_ARCHS that ``compiler`` knows; 80 and 90 if it does not say."""
     try:
         asked = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError):  # the build then says why

@@ -247,7 +247,7 @@ def declare(
 
 
 def in_place(name: str, out: Tensor, argument: str, value: Tensor) -> bool:
-    """Whether the result ``m_out`` is the argument ``m`` itself: a kernel reads what lies there before it writes it."""
+    """True if the result ``m_out`` is the argument ``m`` itself: a kernel reads its elements before it writes them."""
     if name != f"{argument}_out":
         return False
     return (out.data_ptr(), out.shape, out.stride()) == (value.data_ptr(), value.shape, value.stride())
