@@ -50,7 +50,7 @@ HOST = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off")  # C0: no contracti
 CPU = (*COMMON, "-Wall", "-fno-math-errno", "-fno-trapping-math")
 CUDA = (*COMMON, "-DUSE_CUDA", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")  # C0
 # Compute capabilities that get machine code of their own, as far as nvcc knows them; the newest also gets PTX, which a
-# driver compiles for what comes later. Older devices lack bfloat16 products.
+# driver compiles for later devices. Older devices lack bfloat16 products.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 TARGETS = "quantlib compiled for "  # in the library, before the names of what it was compiled for
 

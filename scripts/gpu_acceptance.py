@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     cores = os.cpu_count() or 1
     top.add_argument("--jobs", type=int, default=max(1, min(2, cores // 8)), help="pieces at a time (%(default)s)")
     out = ROOT / "build/gpu.json"
-    top.add_argument("--out", type=Path, default=out, metavar="FILE", help="the summary, also what to resume")
+    top.add_argument("--out", type=Path, default=out, metavar="FILE", help="the summary, which a later run resumes")
     top.add_argument("--save", metavar="NAME", help="also write benchmarks/results/gpu-NAME.json and docs/gpu.md")
     return top
 
