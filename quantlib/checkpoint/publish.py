@@ -376,7 +376,7 @@ class Scratch:
                 put(self.old, self.path)
             except OSError as error:
                 raise FileExistsError(
-                    f"{self.old} holds the old output of {self.path}, where something else is now: move one of them"
+                    f"{self.old} holds the old output of {self.path}, which is taken: move one of them"
                 ) from error
             log.warning("put %s back, which was on its way out", self.path)
 
