@@ -407,7 +407,7 @@ def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> 
     kept = given.to(scale_dtype(spec) if floats else torch.int32, copy=True).contiguous()
     if floats and not kept.is_meta and not torch.equal(kept.double(), given.double()):
         raise ValueError(
-            f"{name} must fit {spec.scale} exactly for {spec}, got {dtype_name(t.dtype)} values that do not"
+            f"{name} must be what {spec.scale} holds for {spec}, got {dtype_name(t.dtype)} that it does not"
         )
     return kept
 
