@@ -30,7 +30,7 @@ from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
 from quantlib.nn.module import rebind_hooks, taken_over, zero_codes
 from quantlib.nn.weight import DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_name, dtype_of, least_negative
+from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class QuantExperts(Leaf):
 
     def parts(self, name: str) -> Weight:
         """Codes [E, ...], scales and zero points as they are kept."""
-        codes, scale, zero_point = (self._parameters[f"{name}_{part}"] for part in PARTS)
+        codes, scale, zero_point = (own(self._parameters[f"{name}_{part}"]) for part in PARTS)
         assert codes is not None
         return Weight(codes, scale, zero_point)
 
@@ -244,7 +244,7 @@ class QuantExperts(Leaf):
 
     def _product(self, name: str, x: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
         """y[r] = x[r] @ weight[e].T + bias[e] for the rows r of each group (e, first row, row behind the last)."""
-        bias = getattr(self, f"{name}_bias") if self.has_bias else None
+        bias = own(getattr(self, f"{name}_bias")) if self.has_bias else None
         if not groups:
             return x.new_zeros(0, self.stacks[name].N)
         parts = []
@@ -343,6 +343,11 @@ class QuantExperts(Leaf):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return remade, (self.FLOAT, vars(self))
+
+
+def own(t: Any) -> Any:
+    """``t``, or of experts that are dealt out over ranks those of this one."""
+    return t.to_local() if is_sharded(t) else t
 
 
 class Owner(NamedTuple):

@@ -7,7 +7,7 @@ what type checkers see.
 import importlib
 
 from quantlib import backends
-from quantlib.ops import flops
+from quantlib.ops import flops, sharding
 from quantlib.ops.adamw_step import adamw_step
 from quantlib.ops.cast import cast
 from quantlib.ops.compute_scale import compute_scale
@@ -37,6 +37,7 @@ attach_gradient()
 attach_gradients()
 backends.start()
 flops.register_where_cheap()
+sharding.register_if_imported()
 
 __all__ = [
     "adamw_step",

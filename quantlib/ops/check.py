@@ -48,6 +48,11 @@ def described(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return f"{dtype_name(dtype)} [{', '.join(map(str, shape))}] on {device}"
 
 
+def is_sharded(t: Any) -> bool:
+    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
+    return hasattr(t, "device_mesh")
+
+
 def check_tensor(op: str, argument: str, got: Tensor, expected: Result, device: torch.device) -> None:
     """Check that ``got`` has the expected shape and dtype, on ``device``."""
     shape, dtype = expected

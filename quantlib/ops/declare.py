@@ -29,6 +29,7 @@ from quantlib.ops.check import (
     overlap,
 )
 from quantlib.ops.explain import worded
+from quantlib.ops.sharding import register_if_imported
 from quantlib.spec import matrix_shape
 
 Kernel = Callable[..., None]
@@ -144,6 +145,7 @@ def declare(
         return {**dict(zip(bound.names, args, strict=False)), **outs}
 
     def fake(*args: Any) -> Any:
+        register_if_imported()  # DTensor asks for shapes before it asks for a rule
         return _result(empty(checked(args)[1], args))
 
     def fake_out(*args: Any, **outs: Tensor) -> None:
