@@ -27,7 +27,7 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
   plan.blocked = g.K > 0 && (plan.tiles && p.batch_invariant ? true : !p.batch_invariant && rows > few);
   plan.MC = most(kLanes, 512 / plan.parts);
   const int64_t depth = rows <= 2 * kLanes ? 256 : 1024;
-  plan.KC = g.bk < g.K ? most(1, depth / g.bk) * g.bk : depth;
+  plan.KC = g.bk < g.K && g.bk % kUnits == 0 ? most(1, depth / g.bk) * g.bk : depth;  // whole steps
   plan.NC = 512;
   return plan;
 }

@@ -23,6 +23,9 @@ from quantlib.ops.fake_quantize import (
     grad_factor,
 )
 from quantlib.ops.fake_quantize_backward import attach_gradient
+from quantlib.ops.grouped_dequant_matmul import grouped_dequant_matmul
+from quantlib.ops.grouped_dequant_matmul_backward import attach_gradients as attach_gradients_of_experts
+from quantlib.ops.grouped_dynamic_matmul import grouped_dynamic_matmul
 from quantlib.ops.packing import pack, unpack
 from quantlib.ops.quantize import quantize
 from quantlib.ops.quantize_dynamic import quantize_dynamic
@@ -35,6 +38,7 @@ for _op in backends.OPS:
         globals()[_op] = getattr(_module, _op)
 attach_gradient()
 attach_gradients()
+attach_gradients_of_experts()
 backends.start()
 flops.register_where_cheap()
 sharding.register_if_imported()
@@ -51,6 +55,8 @@ __all__ = [
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
     "grad_factor",
+    "grouped_dequant_matmul",
+    "grouped_dynamic_matmul",
     "pack",
     "quantize",
     "quantize_dynamic",

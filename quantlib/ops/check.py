@@ -128,16 +128,29 @@ def check_block(op: str, shape: Sequence[int], block: Block) -> Result:
     return [-(-M // block[0]), -(-K // block[1])], torch.float32  # so a whole axis is 1 when its size is a symbol
 
 
-def check_scale(op: str, scale: Tensor, zero_point: Tensor | None, f: Format, expected: Result, like: Tensor) -> None:
-    """Check that scale is as expected or has 16 bits, and that zero_point has its shape and is int32 in the range."""
+def check_scale(
+    op: str,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    f: Format,
+    expected: Result,
+    like: Tensor,
+    used: list[int] | None = None,
+) -> None:
+    """Check that scale is as expected or has 16 bits, and that zero_point has its shape and is int32 in the range.
+
+    Of several weights in one, only the values of those that are ``used`` are checked.
+    """
     dtype = scale.dtype if dtype_name(scale.dtype) in INPUTS else torch.float32
     check_tensor(op, "scale", scale, (expected[0], dtype), like.device)
-    check_not_negative(op, "scale", scale)
+    check_not_negative(op, "scale", scale if used is None else scale[used])
     if zero_point is None:
         return
     if isinstance(f, FloatFormat):
         fail(op, "zero_point", f"None for {f.name}", "a tensor")
-    check_zero_point(op, "zero_point", zero_point, f, (expected[0], torch.int32), like)
+    check_tensor(op, "zero_point", zero_point, (expected[0], torch.int32), like.device)
+    z = zero_point if used is None else zero_point[used]
+    check_zero_point(op, "zero_point", z, f, (z.shape, torch.int32), like)
 
 
 def check_not_negative(op: str, argument: str, scale: Tensor) -> None:
@@ -149,7 +162,7 @@ def check_not_negative(op: str, argument: str, scale: Tensor) -> None:
 
 def least_negative(scale: Tensor) -> float | None:
     """The least of the negative scales, None without one or where looking would make a device wait."""
-    values = _visible(scale)
+    values = visible(scale)
     if values is None or not (negative := values < 0).any():
         return None
     return values[negative].min().item()
@@ -169,14 +182,14 @@ def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expe
 
 def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
     """The least and the largest of ``x`` where looking does not make a device wait, or ``wait``; NaN where one is."""
-    values = _visible(x, wait)
+    values = visible(x, wait)
     if values is None:
         return None
     least, largest = values.aminmax()
     return least.item(), largest.item()
 
 
-def _visible(x: Tensor, wait: bool = False) -> Tensor | None:
+def visible(x: Tensor, wait: bool = False) -> Tensor | None:
     """The values of ``x``, those of every example under vmap, where they lie on the CPU, or on any device."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():  # x stands for others
         return None

@@ -51,7 +51,7 @@ class Binder:
         self.schema = getattr(packet, kind or "default")._schema.arguments
         self.names = [a.name for a in self.schema]
         self.defaults = {a.name: a.default_value for a in self.schema if a.has_default_value()}
-        self.tiled = "tiles" in self.names
+        self.tiled, self.grouped = "tiles" in self.names, "offsets" in self.names
         self.x = next((name for name in ("x", "x_codes") if name in self.names), None)
         reads = "codes" in self.names or self.tiled
         of_weight = ("codes", "tiles", "scale", "format", "block", "zero_point", "size") if reads else ()
@@ -78,11 +78,13 @@ class Binder:
             shape = given["size"], last_size(self.op, "x", given["x"])
             return QuantizedWeight(given["tiles"], scale, format, block, zero_point, shape, "tiles")
         codes = given["codes"]
+        if self.grouped and codes.dim() != 3:
+            fail(self.op, "codes", "[E, N, K], a matrix of each expert", list(codes.shape))
         if self.x is None:
             K = check_size(self.op, matrix_shape(codes.shape)[1], format, given.get("size"))
         else:
             K = last_size(self.op, self.x, given[self.x])
-        N = codes.shape[0] if codes.dim() == 2 else matrix_shape(codes.shape)[0]
+        N = codes.shape[-2] if codes.dim() == 2 or self.grouped else matrix_shape(codes.shape)[0]
         return QuantizedWeight(codes, scale, format, block, zero_point, (N, K))
 
     def _epilogue(self, given: Arguments) -> Epilogue:

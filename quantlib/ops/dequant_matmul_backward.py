@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -168,15 +168,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _through_activation(dy: Tensor, x: Tensor, weight: QuantizedWeight, epilogue: Epilogue, dynamic: bool) -> Tensor:
-    """dy * activation'(before), the same in reverse and in forward mode.
+    op = torch.ops.quantlib.dynamic_matmul if dynamic else torch.ops.quantlib.dequant_matmul
+    return through_activation(dy, epilogue.activation, lambda: op(x, *weight.arguments, epilogue.bias))
 
-    ``before`` [..., N], the input of the activation, is computed again rather than kept.
+
+def through_activation(dy: Tensor, activation: str | None, product: Callable[[], Tensor]) -> Tensor:
+    """dy * activation'(before), which is the same in reverse and in forward mode.
+
+    ``before`` [..., N], the input of the activation, is computed again by ``product`` rather than kept.
     """
-    activation = epilogue.activation
     if activation is None:
         return dy
-    op = torch.ops.quantlib.dynamic_matmul if dynamic else torch.ops.quantlib.dequant_matmul
-    before: Tensor = op(x, *weight.arguments, epilogue.bias)
+    before = product()
     if activation == "relu":
         return torch.where(before > 0, dy, 0)
     if activation == "silu" and _followed():  # silu_backward has no derivative

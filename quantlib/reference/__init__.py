@@ -15,6 +15,9 @@ from quantlib.reference.matmul import (
     dequant_matmul_backward,
     dequant_matmul_backward_scale,
     dynamic_matmul,
+    grouped_dequant_matmul,
+    grouped_dequant_matmul_backward,
+    grouped_dynamic_matmul,
     scaled_matmul,
 )
 from quantlib.reference.numerics import decode_float, encode_float
@@ -32,6 +35,9 @@ __all__ = [
     "encode_float",
     "fake_quantize",
     "fake_quantize_backward",
+    "grouped_dequant_matmul",
+    "grouped_dequant_matmul_backward",
+    "grouped_dynamic_matmul",
     "pack",
     "scaled_matmul",
     "unpack",

@@ -144,6 +144,15 @@ def _call(row: Row, device: str) -> None:
 
 
 def _argument(argument: Any, row: Row, device: str) -> Any:
+    value = _of_one(argument, row, device)
+    if not row.overload.startswith("grouped"):
+        return value
+    if argument.name == "offsets":
+        return torch.tensor([SHAPE[0]], dtype=torch.int32, device=device)
+    return value[None] if argument.name in ("codes", "scale", "zero_point") and value is not None else value
+
+
+def _of_one(argument: Any, row: Row, device: str) -> Any:
     f, (M, K) = formats.get(row.format), SHAPE
     blocks = M // BLOCK[0], K // BLOCK[1]
     if argument.name == "zero_point":

@@ -103,7 +103,13 @@ def test_exact_sums_have_the_bytes_of_the_reference(
         assert_same_bytes(quantlib.dequant_matmul(x, codes, scale, format, **given), want, "batch invariant")
 
 
-LARGE = [((1, -1), "int8", False), ((1, 128), "int4", False), ((1, 64), "uint8", True), ((1, 32), "nf4_bf16", False)]
+LARGE = [
+    ((1, -1), "int8", False),
+    ((3, 7), "int8", False),
+    ((1, 128), "int4", False),
+    ((1, 64), "uint8", True),
+    ((1, 32), "nf4_bf16", False),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -152,7 +152,7 @@ def _step(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
 
 
 def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
-    integer = op in ("scaled_matmul", "dynamic_matmul")
+    integer = op in product.INTEGERS
     f = formats.get(pick(rng, [f.name for f in formats.TABLE if not (integer and f.is_float)]))
     shape = int(rng.integers(1, 20)), int(rng.integers(1, 40)), int(rng.integers(1, 140))
     of_scale = op == "dequant_matmul_backward_scale"
@@ -164,7 +164,7 @@ def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]
         (pick(rng, BLOCKS), pick(rng, BLOCKS)),
         pick(rng, ("contiguous", "offset")),
         f.is_float or rng.random() < 0.5,
-        bias=not op.startswith("dequant_matmul_backward") and rng.random() < 0.5,
+        bias="backward" not in op and rng.random() < 0.5,
         activation=pick(rng, (None, *ACTIVATIONS)),
         tiled=op == "dequant_matmul" and f.bits <= 8 and rng.random() < 0.3,
         batch_invariant=bool(rng.integers(2)),
@@ -177,7 +177,7 @@ def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]
     given |= {"batch_invariant": case.batch_invariant, "dtype": getattr(torch, case.dtype)}
     given |= {"tiles": given["codes"], "size": shape[1] if case.tiled else shape[2]}
     want = product.expected(case)
-    if op.startswith("dequant_matmul_backward"):
+    if "backward" in op:
         given["dy"] = given["x"]
     if of_scale:
         x = rng.integers(-8, 9, (shape[0], shape[2])).astype(np.float32)
