@@ -275,10 +275,10 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: 
 
 
 def key_function(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
-    """What the compiler is told of arguments of the types of ``args``, or more, as one expression without calls.
+    """Make the function that gives what the compiler is told of arguments of these types, or more, without calls.
 
-    Of a constant its value or address; of a tensor its dtype, and whether its address is a multiple of 16; of an integer
-    whether it is one, or is 1, or has more than 31 bits.
+    It is told the value or address of a constant; the dtype of a tensor and whether its address is a multiple of 16;
+    and of an integer whether it is divisible by 16, is 1, or has more than 31 bits.
     """
     names, words = [f"a{n}" for n in range(len(args))], []
     for name, value, parameter in zip(names, args, kernel.params, strict=True):
@@ -293,7 +293,7 @@ def key_function(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any,
         else:
             assert value is None or isinstance(value, float), f"{kernel.__name__}: {parameter.name} is {value!r}"
     text = f"lambda device, warps, options, {', '.join(names)}: (device, warps, options, {', '.join(words)})"
-    made: Callable[..., tuple[Any, ...]] = eval(text)  # noqa: S307  of names that are made above
+    made: Callable[..., tuple[Any, ...]] = eval(text)  # of names that are made above
     return made
 
 
