@@ -176,7 +176,13 @@ def test_the_cuda_library_runs_on_every_device_that_nvcc_knows(tmp_path: Path) -
         *((str(arch), "cubin") for arch in archs),
         (str(archs[-1]), "ptx"),
     }
-    include = [f"-I{glue.folder}", f"-I{_build.CSRC}", f"-I{_build.PACKAGE}", "-isystem", _build.find_torch() / "include"]
+    include = [
+        f"-I{glue.folder}",
+        f"-I{_build.CSRC}",
+        f"-I{_build.PACKAGE}",
+        "-isystem",
+        _build.find_torch() / "include",
+    ]
     made = tmp_path / "backend.o"
     subprocess.run([*glue.compiler, *glue.flags, "-O0", *include, "-c", glue.source, "-o", made], check=True)
     assert _build.targets(made) == (*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}")

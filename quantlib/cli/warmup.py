@@ -35,7 +35,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", type=one_of(DTYPES), default=DTYPES[0], help=f"of x: {', '.join(DTYPES)} (bfloat16)")
     parser.add_argument("--bias", action="store_true", help="--shape is of layers with a bias")
     parser.add_argument(
-        "--rows", action="append", type=checked(SIZE, count), metavar="M", help="only batches of M rows; may be repeated"
+        "--rows",
+        action="append",
+        type=checked(SIZE, count),
+        metavar="M",
+        help="only batches of M rows; may be repeated",
     )
     parser.add_argument("--arch", type=checked(ARCH, arch), help=f"{ARCH}: compile for it, without a GPU (this GPU's)")
     parser.add_argument("--jobs", type=checked(SIZE, count), help="compilers at once (every core)")

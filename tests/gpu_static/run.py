@@ -66,7 +66,11 @@ def everything(
 ) -> list[Measured]:
     jobs = [(language, arch) for language in languages for arch in archs]
     with ThreadPoolExecutor(WORKERS) as pool:
-        return [m for found in pool.map(lambda job: measure(*job, fast(job[1]) if scope == "fast" else scope, told), jobs) for m in found]
+        return [
+            m
+            for found in pool.map(lambda job: measure(*job, fast(job[1]) if scope == "fast" else scope, told), jobs)
+            for m in found
+        ]
 
 
 def judged(measured: Iterable[Measured], budgets: Budgets, *, new: bool = False) -> list[Row]:

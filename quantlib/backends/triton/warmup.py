@@ -24,7 +24,9 @@ from quantlib.spec import QuantSpec
 MOST = 8192  # rows of x: from there on a batch is one of the classes below
 # Around every power of two, where tiles change; of each also a size that 16 divides and one that it does not, which the
 # compiler tells apart.
-ROWS = tuple(sorted({m for power in range(14) for m in ((1 << power) - 1, 1 << power, (1 << power) + 1) if 0 < m <= MOST}))
+ROWS = tuple(
+    sorted({m for power in range(14) for m in ((1 << power) - 1, 1 << power, (1 << power) + 1) if 0 < m <= MOST})
+)
 
 
 @dataclass(frozen=True)
