@@ -50,7 +50,7 @@ HOST = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off")  # C0: no contracti
 CPU = (*COMMON, "-Wall", "-fno-math-errno", "-fno-trapping-math")
 CUDA = (*COMMON, "-DUSE_CUDA", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")  # C0
 # Compute capabilities that get machine code of their own, as far as nvcc knows them; the newest also gets PTX, which a
-# driver compiles for what comes later. Older devices lack bfloat16 products.
+# driver compiles for later devices. Older devices lack bfloat16 products.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 TARGETS = "quantlib compiled for "  # in the library, before the names of what it was compiled for
 
@@ -63,14 +63,14 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mprefer-vector-width=512",
     )
     ISAS["avx512_bf16"] = (*ISAS["avx512"], "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
-# What QUANTLIB_ISA may name: the instruction sets, and the kernels of one where they find more instructions.
+# The values of QUANTLIB_ISA: the instruction sets, and the kernels of one where they find more instructions.
 LEVELS = {isa: isa for isa in ISAS}
 if len(ISAS) > 1:
     LEVELS |= {"avx2_vnni": "avx2", "amx": "avx512_bf16"}
 
 
 class BuildError(RuntimeError):
-    """Why there is no library; ``log`` is what the compiler said."""
+    """Raised if there is no library; ``log`` is the output of the compiler."""
 
     def __init__(self, why: str, log: str = "") -> None:
         super().__init__(why)
@@ -108,7 +108,7 @@ def library(name: str, build: bool = True) -> Path:
 
 
 def find_or_build(name: str, build: bool = True) -> Path:
-    """What `library` gives."""
+    """Return the path that `library` returns."""
     shipped = PACKAGE / FILES[name]
     if CSRC.parent == PACKAGE and shipped.exists():
         return shipped
@@ -145,7 +145,7 @@ def find_or_build(name: str, build: bool = True) -> Path:
 def caches() -> list[Path]:
     """Return the cache folders for compiled kernels, in order; the first that can be used is used.
 
-    That is ``QUANTLIB_CACHE`` and no other; without it ``$XDG_CACHE_HOME/quantlib`` or ``~/.cache/quantlib``, and where
+    ``QUANTLIB_CACHE`` alone if it is set; otherwise ``$XDG_CACHE_HOME/quantlib`` or ``~/.cache/quantlib``, and where
     there is no home or it cannot be written, ``quantlib-<user id>`` in the folder of temporary files.
     """
     asked = os.environ.get("QUANTLIB_CACHE")
@@ -182,7 +182,7 @@ class Unit:
     def read(self) -> list[Path]:
         """Return the sources and every header of ours that they include, directly or through others.
 
-        A header counts even where an ``#if`` leaves it out. Those of torch and the compiler are not followed.
+        A header counts even where an ``#if`` leaves it out. Headers of torch and of the compiler are not read.
         """
         found, folders = [*self.before, self.source], (self.folder, CSRC, PACKAGE)
         for path in found:  # which grows
@@ -194,7 +194,7 @@ class Unit:
 
 
 class Recipe:
-    """How one library is made of its sources."""
+    """The command, the flags and the sources that make one library."""
 
     def __init__(self, name: str) -> None:
         if not sys.platform.startswith("linux"):
@@ -359,7 +359,7 @@ def cuda_units() -> list[Unit]:
 
 @functools.cache
 def cuda_archs(compiler: str) -> tuple[int, ...]:
-    """Those of CUDA_ARCHS that ``compiler`` knows; of one that does not say, 80 and 90."""
+    """Return the CUDA_ARCHS that ``compiler`` knows; 80 and 90 if it does not say."""
     try:
         asked = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError):  # the build then says why
@@ -394,7 +394,7 @@ def nvcc() -> str | None:
 
 
 def find_torch() -> Path:
-    """torch's folder: of this interpreter, or of the environment that pip's build isolation hides."""
+    """Return torch's folder: that of this interpreter, or of the environment that pip's build isolation hides."""
     spec = importlib.util.find_spec("torch")
     origin = spec.origin if spec else None
     if origin is None:
@@ -409,7 +409,7 @@ def find_torch() -> Path:
 
 
 def jobs() -> int:
-    """How many compilers run at once."""
+    """Return the number of compilers that run at once: MAX_JOBS, or one a core."""
     text = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     try:
         count = int(text)
@@ -483,7 +483,7 @@ def _sha256(path: Path) -> bytes:
 
 
 def _place(made: Path, path: Path) -> None:
-    """Move ``made`` to ``path``, where after a power cut too it is whole or not there."""
+    """Move ``made`` to ``path``, which is complete or absent even after a power cut."""
     made.chmod(made.stat().st_mode & ~0o022)
     _sync(made)
     os.replace(made, path)
@@ -509,7 +509,7 @@ def _make_private(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Several processes may import at once: one compiles, the others wait for it."""
+    """Lock a folder: of several processes that import at once, one compiles and the others wait for it."""
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

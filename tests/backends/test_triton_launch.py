@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from quantlib.backends.triton import launch  # noqa: E402
+from quantlib.backends.triton import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,7 +99,7 @@ def test_nothing_is_compiled_while_a_graph_is_captured(kernel: Kernel, monkeypat
     start(kernel, x, 48)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     start(kernel, x, 64)
-    with pytest.raises(RuntimeError, match="some_kernel must have run .* before a CUDA graph .*quantlib warmup"):
+    with pytest.raises(RuntimeError, match=r"some_kernel must have run .* before a CUDA graph .*quantlib warmup"):
         start(kernel, x, 3)
     assert [how for how, *_ in kernel.started] == ["slow", "fast"]
 

@@ -178,9 +178,10 @@ def test_what_a_lent_machine_gives_back(accept: Accept, tmp_path: Path, monkeypa
 def test_a_piece_finds_what_was_carried_to_the_machine(tmp_path: Path) -> None:
     """A package on PYTHONPATH is there for the pieces as it is for `has`, and the checkout comes first."""
     (tmp_path / "carried_peer.py").write_text("")
-    code = "import carried_peer, quantlib, gpu_pieces; print(gpu_pieces.has('carried_peer'), quantlib.__file__)"
-    ask = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import gpu_pieces, subprocess; "
-    ask += f"subprocess.run([sys.executable, '-c', {'import sys; sys.path.insert(0, ' + repr(str(SCRIPTS)) + '); ' + code!r}], env=gpu_pieces.ENVIRONMENT, check=True)"
+    first = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import gpu_pieces; "
+    inside = f"{first}import carried_peer, quantlib; print(gpu_pieces.has('carried_peer'), quantlib.__file__)"
+    call = f"subprocess.run([sys.executable, '-c', {inside!r}], env=gpu_pieces.ENVIRONMENT, check=True)"
+    ask = f"{first}import subprocess; {call}"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "QUANTLIB_BUILD": "0"}
     done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["True", str(SCRIPTS.parent / "quantlib/__init__.py")], done.stderr

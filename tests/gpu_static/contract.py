@@ -118,7 +118,7 @@ def beyond(m: Measured, recorded: tuple[float, int] | None) -> list[str]:
 
 CONVERTS = r"I2F(?!.*RP)|CALL"  # .RP: an integer is divided once, to find a program's tile
 NARROW = CONVERTS + r"|LDG\.E\.U16"
-TENSOR_CORES = {arch: ("HMMA.16816", "IMMA.16832") for arch in SHARED}  # of bfloat16 and float16, and of int8
+TENSOR_CORES = dict.fromkeys(SHARED, ("HMMA.16816", "IMMA.16832"))  # of bfloat16 and float16, and of int8
 TENSOR_CORES |= {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "IMMA.16832|UTCIMMA")}
 COPIES = r"LDGSTS\.E\.BYPASS\.128"
 FEW = 32  # rows of x up to which two warps share a tile (tuning.py)

@@ -30,7 +30,7 @@ STRADDLE = ELEMENTS if INTERPRETED else 1024  # from this width of a block on, a
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program maps: [rows, cols] of x, with one scale for every ``run`` columns of a row."""
+    """The part of x that one program maps: [rows, cols], with one scale for every ``run`` columns of a row."""
 
     rows: int
     cols: int
@@ -49,7 +49,7 @@ def power_of_2(n: int) -> int:
 
 
 def cdiv(n: int, by: int) -> int:
-    """How many parts of size ``by`` cover n: triton.cdiv, which takes microseconds on the host."""
+    """ceil(n / by). triton.cdiv would take microseconds on the host."""
     return -(-n // by)
 
 
@@ -59,7 +59,7 @@ def divisor(n: int) -> int:
 
 
 def tile_elements(format: Format) -> int:
-    """Fewer of a packed format: a thread's codes then need not pass through other threads to be packed."""
+    """Elements of a tile; fewer for a packed format, so that a thread can pack its own codes."""
     return ELEMENTS // format.per_byte
 
 
@@ -97,7 +97,7 @@ def choose_tile(shape: Shape, block: Shape, format: Format) -> Tile:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one program reduces: ``count`` whole blocks, or every ``parts``-th chunk of one block."""
+    """The part of x that one program reduces: ``count`` whole blocks, or every ``parts``-th chunk of one block."""
 
     count: int
     rows: int  # of a chunk
@@ -148,7 +148,7 @@ def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> 
 
 
 def tiles(shape: Shape, block: Shape, tile: Tile) -> int:
-    """How many tiles cover x [M, K]; no tile straddles two block rows unless br is 1."""
+    """The number of tiles that cover x [M, K]; no tile straddles two block rows unless br is 1."""
     (M, K), (br, _) = shape, block
     row_tiles = cdiv(M, tile.rows) if br == 1 else cdiv(M, br) * cdiv(br, tile.rows)
     return row_tiles * cdiv(K, tile.cols)
@@ -204,14 +204,14 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """What a table of measurements calls the device, "" in the interpreter."""
+    """The name of the device in a table of measurements; "" in the interpreter."""
     if planned and device.type == "meta":
         return planned.name
     return "" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
 def processors(device: torch.device) -> int:
-    """How many programs run at a time where one fills a multiprocessor; of no device, three."""
+    """The number of programs that run at a time if each fills a multiprocessor; 3 without a GPU."""
     return properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -275,10 +275,10 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: 
 
 
 def key_function(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
-    """What the compiler is told of arguments of the types of ``args``, or more, as one expression without calls.
+    """Make the function that gives what the compiler is told of arguments of these types, or more, without calls.
 
-    Of a constant its value or address; of a tensor its dtype, and whether its address is a multiple of 16; of an integer
-    whether it is one, or is 1, or has more than 31 bits.
+    It is told the value or address of a constant; the dtype of a tensor and whether its address is a multiple of 16;
+    and of an integer whether it is divisible by 16, is 1, or has more than 31 bits.
     """
     names, words = [f"a{n}" for n in range(len(args))], []
     for name, value, parameter in zip(names, args, kernel.params, strict=True):
@@ -293,7 +293,7 @@ def key_function(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any,
         else:
             assert value is None or isinstance(value, float), f"{kernel.__name__}: {parameter.name} is {value!r}"
     text = f"lambda device, warps, options, {', '.join(names)}: (device, warps, options, {', '.join(words)})"
-    made: Callable[..., tuple[Any, ...]] = eval(text)  # noqa: S307  of names that are made above
+    made: Callable[..., tuple[Any, ...]] = eval(text)  # of names that are made above
     return made
 
 
@@ -324,7 +324,7 @@ def workspace(
 
 
 def codes_of(t: torch.Tensor) -> torch.Tensor:
-    """8-bit floats as their codes: sm_80 takes no pointer to them. A kernel reinterprets wider ones itself."""
+    """View 8-bit floats as their codes: sm_80 takes no pointer to them. A kernel reinterprets wider ones itself."""
     return t.view(torch.uint8) if t.dtype.is_floating_point and t.dtype.itemsize == 1 else t
 
 

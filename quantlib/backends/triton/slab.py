@@ -1,8 +1,8 @@
 """dequant_matmul of a large batch, and its gradient: some rows of the weight at a time, or columns, in x's type, small
 enough to stay in the cache between the kernel that makes them and the vendor's matmul that reads them.
 
-Where a row of x meets one scale the operands are q - z, exact, and it multiplies the float32 sums; otherwise, and in the
-gradient always, they are w, rounded to x's type.
+If a row of x meets one scale, the operands are q - z, exact, and the scale multiplies the float32 sums. Otherwise, and
+in the gradient, they are w, rounded to x's type.
 """
 
 from __future__ import annotations
