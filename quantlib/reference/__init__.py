@@ -19,6 +19,7 @@ from quantlib.reference.matmul import (
 from quantlib.reference.numerics import decode_float, encode_float
 from quantlib.reference.ops import *  # noqa: F403  what its list names
 from quantlib.reference.packing import pack, unpack
+from quantlib.reference.search_scale import search_scale
 
 __all__ = [
     "activate",
@@ -32,6 +33,7 @@ __all__ = [
     "fake_quantize_backward",
     "pack",
     "scaled_matmul",
+    "search_scale",
     "unpack",
 ]
 __all__ += ops.__all__

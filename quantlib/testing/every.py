@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Iterator
 
 from quantlib import backends, formats
-from quantlib.testing import compare, learned, product, table
+from quantlib.testing import compare, learned, product, searched, table
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.searched import Searched
 from quantlib.testing.table import CASTS, DTYPES, Block, Case
 
-AnyCase = Case | Product | Learned
-OPS = (*table.OPS, *product.OPS, *learned.OPS)
+AnyCase = Case | Product | Learned | Searched
+OPS = (*table.OPS, *product.OPS, *learned.OPS, *searched.OPS)
 Way = tuple[tuple[int, int], Block, str]
 
 # Three ways of a projection on a GPU: blocks that some lanes of a warp share, blocks that a thread block holds in its
@@ -40,7 +41,8 @@ LARGE: tuple[Way, ...] = (
 
 def every(op: str | None = None, format: str | None = None, *, large: bool = False) -> tuple[AnyCase, ...]:
     """The tables; ``large`` adds the products for which a GPU has ways of its own."""
-    return (*table.cases(op, format), *product.products(op, format, large), *learned.learned(op, format))
+    made = product.products(op, format, large), learned.learned(op, format), searched.searched(op, format)
+    return (*table.cases(op, format), *itertools.chain(*made))
 
 
 def launches(op: str | None = None, format: str | None = None) -> tuple[AnyCase, ...]:
@@ -62,6 +64,7 @@ def _launches() -> Iterator[AnyCase]:
                 yield Case(op, f.name, dtype, shape, block, layout, symmetric)
             n += 1
     yield from learned.learned()
+    yield from searched.searched()
     for op in product.OPS:  # of each weight, tiled or not, and dtype: few rows, and more
         kinds: dict[object, list[Product]] = {}
         for p in product.products(op):
@@ -86,5 +89,7 @@ def check(case: AnyCase, device: str = "cpu") -> None:
         product.check(case, device)
     elif isinstance(case, Learned):
         learned.check(case, device)
+    elif isinstance(case, Searched):
+        searched.check(case, device)
     else:
         compare.check(case, device)
