@@ -154,6 +154,15 @@ def compute_scale(c: Call) -> Iterator[Sharding]:
             yield [scale, scale], {"x": x}
 
 
+def search_scale(c: Call) -> Iterator[Sharding]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    for x, scale in c.elements():
+        if scale.is_shard():
+            energy = Shard(0) if x.dim == len(c.x.shape) - 1 else Replicate()
+            yield [scale], {"x": x, "scale": scale, "zero_point": scale, "energy": energy}
+
+
 def quantize(c: Call) -> Iterator[Sharding]:
     for x, scale in c.elements():
         yield [x], {"x": x, "scale": scale, "zero_point": scale}
@@ -238,6 +247,7 @@ RULES: dict[str, Callable[[Call], Iterator[Sharding]]] = {
     "cast": cast,
     "compute_scale": compute_scale,
     "compute_scale.affine": compute_scale,
+    "search_scale": search_scale,
     "quantize": quantize,
     "dequantize": dequantize,
     "quantize_dynamic": quantize_dynamic,
