@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from quantlib.ops.dequantize import dequantize
     from quantlib.ops.dynamic_matmul import dynamic_matmul
     from quantlib.ops.fake_quantize import fake_quantize
+    from quantlib.ops.grouped_dequant_matmul import grouped_dequant_matmul
+    from quantlib.ops.grouped_dynamic_matmul import grouped_dynamic_matmul
     from quantlib.ops.packing import pack, unpack
     from quantlib.ops.quantize import quantize
     from quantlib.ops.quantize_dynamic import quantize_dynamic
@@ -48,6 +50,8 @@ _HOME = {
     "dynamic_matmul": "ops",
     "evaluate": "evaluation",
     "fake_quantize": "ops",
+    "grouped_dequant_matmul": "ops",
+    "grouped_dynamic_matmul": "ops",
     "library_path": "backends",
     "pack": "ops",
     "prepare_qat_": "qat",
@@ -85,6 +89,8 @@ __all__ = [
     "dynamic_matmul",
     "evaluate",
     "fake_quantize",
+    "grouped_dequant_matmul",
+    "grouped_dynamic_matmul",
     "library_path",
     "nn",
     "optim",

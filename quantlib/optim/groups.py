@@ -1,4 +1,4 @@
-"""Which parameters of a model keep their states in 32 bits: those of embeddings."""
+"""The parameters of a model that keep their states in 32 bits: those of embeddings."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def as_fake(value: Any) -> Any:
 
 
 def forward_peak(model: nn.Module, batch: int, context: int, inputs: Inputs | None = None) -> Peak:
-    """Of a forward of a `faked` model over ``context`` new tokens, of which the last one's logits are asked for."""
+    """The peak of a forward of a `faked` model over ``context`` new tokens, with logits of the last one only."""
     model.eval()
     given = made_inputs(model, batch, context, inputs)
     names = parameters_of(model)
@@ -91,7 +91,7 @@ def step_peak(
     autocast: torch.dtype | None = None,
     keep: bool = True,
 ) -> Peak:
-    """Of forward and backward; gradients are made in it, and with ``keep`` they stay until the end."""
+    """The peak of forward and backward, gradients included; with ``keep`` they stay until the end."""
     model = faked(skeleton).train()
     for p in () if keep else trainable(model):
         p.register_post_accumulate_grad_hook(drop)

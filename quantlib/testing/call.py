@@ -45,13 +45,13 @@ class OneCall:
 
     @property
     def block_words(self) -> str:
-        """How ``str`` names the block."""
+        """The name of the block in ``str``."""
         rows, columns = ("all" if b == -1 else b for b in self.block)
         return f"block{rows}x{columns}"
 
     @property
     def zero_points(self) -> str:
-        """How ``str`` says whether there are some."""
+        """The words of ``str`` for symmetric or affine."""
         return "symmetric" if self.symmetric else "affine"
 
     @property

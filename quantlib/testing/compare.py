@@ -1,4 +1,4 @@
-"""What a case must give, bit for bit, and the run that compares it."""
+"""The expected results of a case, bit for bit, and the run that compares them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GUARD = 64  # elements before and after an out, which a kernel must leave alone
 
 @functools.lru_cache(64)
 def expected(case: Case) -> tuple[Array, ...]:
-    """What ``case`` gives, bit for bit, by :mod:`quantlib.reference`."""
+    """Return the results of ``case``, bit for bit, by :mod:`quantlib.reference`."""
     given = inputs(case)
     if case.op == "cast":
         return (reference.cast(_widened(given["x"], case.dtype), case.format, saturate=case.saturate),)
@@ -91,7 +91,7 @@ def prove(
     run: Callable[[Sequence[torch.Tensor] | None], tuple[torch.Tensor, ...]],
     layout: str = "contiguous",
 ) -> None:
-    """``run`` gives ``want`` from ``given``, and the same into tensors full of other bytes, lying as ``layout`` says.
+    """Check that ``run`` gives ``want`` from ``given``, also into tensors full of other bytes in ``layout``.
 
     Raises
     ------

@@ -77,7 +77,7 @@ def _encoded(x: Array, dtype: str) -> Array:
 
 
 def expected(case: Learned) -> tuple[Array | Sum, ...]:
-    """What ``case`` gives: y, or dx and the sums of the scales and the zero points."""
+    """Return the results of ``case``: y, or dx and the sums of the scales and the zero points."""
     given, options = inputs(case), {"block": case.resolved}
     x, scale, z = given["x"], given["scale"], given.get("zero_point")
     if case.op == "fake_quantize":
@@ -128,7 +128,7 @@ def call(case: Learned, given: dict[str, torch.Tensor], out: Any = None) -> tupl
 
 
 def check(case: Learned, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`; the sums within their bound, and the same bytes in every run."""
+    """Check as :func:`quantlib.testing.check`; the sums within their bound, and the same bytes in every run."""
     given = tensors(case, device)
     names = ("dx", "dscale", "dzero_point") if case.op.endswith("backward") else ("y",)
     want = expected(case)

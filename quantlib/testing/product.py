@@ -24,7 +24,11 @@ from quantlib.testing.call import Block, OneCall
 from quantlib.testing.compare import prove
 from quantlib.testing.table import DTYPES
 
-OPS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul", "dynamic_matmul")
+SINGLE = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul", "dynamic_matmul")
+GROUPED = ("grouped_dequant_matmul", "grouped_dequant_matmul_backward", "grouped_dynamic_matmul")
+OPS = (*SINGLE, *GROUPED)
+INTEGERS = ("scaled_matmul", "dynamic_matmul", "grouped_dynamic_matmul")  # whose weights are integers
+EXPERTS = 5  # of a grouped product; one of them has no rows
 WEIGHTS = tuple(
     (f.name, symmetric) for f in formats.TABLE for symmetric in (True, False) if symmetric or not f.is_float
 )
@@ -66,21 +70,32 @@ class Product(OneCall):
     def matrix(self) -> tuple[int, int]:
         return self.sizes[1:]
 
+    @property
+    def grouped(self) -> bool:
+        return self.op in GROUPED
+
 
 @functools.lru_cache(64)
 def inputs(case: Product) -> dict[str, Array]:
     """The arrays of ``case``, x as float32: what it is called with and what the reference is."""
     (M, N, K), rng = case.sizes, case.random()
-    given = _weight(case, rng) if case.op.startswith("dequant") else _codes(case, rng)
+    make = _codes if case.op in INTEGERS else _weight
+    if case.grouped:
+        experts = [make(case, rng) for _ in range(EXPERTS)]
+        given = {name: np.stack([one[name] for one in experts]) for name in experts[0]}
+        ends = np.sort(rng.integers(0, M + 1, EXPERTS - 1))
+        given["offsets"] = np.insert(ends, 2, ends[1]).astype(np.int32)
+    else:
+        given = make(case, rng)
     if case.bias:
-        given["bias"] = rng.integers(-4, 5, N).astype(np.float32)
+        given["bias"] = rng.integers(-4, 5, (EXPERTS, N) if case.grouped else N).astype(np.float32)
     if case.op == "scaled_matmul":
         given["x_codes"] = rng.integers(0, 256, (M, K), np.uint8).view(case.x_format)
         given["x_scale"] = rng.uniform(0.01, 2, (M if case.per_row else 1, 1)).astype(np.float32)
         if not case.x_symmetric:
             low, high = _int(case.x_format).range(affine=True)
             given["x_zero_point"] = rng.integers(low, high + 1, given["x_scale"].shape, np.int32)
-    elif case.op == "dynamic_matmul":
+    elif case.op in INTEGERS:
         x = rng.standard_normal((M, K)) * np.exp2(rng.integers(-20, 20, (M, 1)))
         given["x"] = _rounded(x.astype(np.float32), case.dtype)
     else:
@@ -124,15 +139,17 @@ def _int(name: str) -> IntFormat:
 
 @functools.lru_cache(64)
 def expected(case: Product) -> Array:
-    """What ``case`` gives, bit for bit."""
+    """Return the result of ``case``, bit for bit."""
     return meaning(case, inputs(case))
 
 
 def meaning(case: Product, arrays: Mapping[str, Array]) -> Array:
-    """What ``case`` gives for these arrays in place of :func:`inputs`, by :mod:`quantlib.reference`."""
+    """Return the result of ``case`` for these arrays in place of :func:`inputs`, by :mod:`quantlib.reference`."""
     given: dict[str, Any] = {**arrays, "block": case.resolved, "format": case.format, "dtype": case.dtype}
-    if case.op == "dequant_matmul_backward":
-        return reference.dequant_matmul_backward(given.pop("x"), size=case.sizes[2], **given)
+    if case.op.endswith("backward"):
+        backward: Any = getattr(reference, case.op)
+        dx: Array = backward(given.pop("x"), size=case.sizes[2], **given)
+        return dx
     function: Any = getattr(reference, case.op)
     result: Array = function(activation=case.activation, **given)
     return result
@@ -160,15 +177,17 @@ def tensors(case: Product, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
     """Run ``case``, into ``out`` where there is one."""
-    if case.op == "dequant_matmul_backward":
-        packet = torch.ops.quantlib.dequant_matmul_backward
-        z = given.get("zero_point")
-        args = (given["x"], given["codes"], given["scale"], case.format, case.resolved, z, case.sizes[2])
+    if case.op.endswith("backward"):
+        packet = getattr(torch.ops.quantlib, case.op)
+        last = (given.get("zero_point"), case.sizes[2])
+        if case.grouped:
+            last = (given["offsets"], *last)  # type: ignore[assignment]
+        args = (given["x"], given["codes"], given["scale"], case.format, case.resolved, *last)
         if out is not None:
             packet.out(*args, out=out)
         return packet(*args) if out is None else out
     more: dict[str, Any] = {"format": case.format, "block": case.block, "activation": case.activation, "out": out}
-    if case.op == "dequant_matmul":
+    if case.op.endswith("dequant_matmul"):
         more |= {"batch_invariant": case.batch_invariant}
         if case.tiled:
             more |= {"layout": "tiles", "rows": case.sizes[1]}
@@ -180,7 +199,7 @@ def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None
 
 
 def check(case: Product, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
+    """Check as :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
     given = tensors(case, device)
 
     def run(out: Any) -> tuple[torch.Tensor, ...]:
@@ -208,18 +227,18 @@ def _cases(op: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Produc
     n = 0
     for (format, symmetric), dtype, block in itertools.product(WEIGHTS, DTYPES, BLOCKS):
         f = formats.get(format)
-        if f.is_float and op in ("scaled_matmul", "dynamic_matmul"):
+        if f.is_float and op in INTEGERS:
             continue
         turns = (n, n + 3, n + 5, n + 8) if len(shapes) > len(SHAPES) else (n, n + 3)
         for turn in turns:
             shape, layout = shapes[turn % len(shapes)], "offset" if turn % 5 == 4 else "contiguous"
-            if op == "dequant_matmul_backward":
+            if op.endswith("backward"):
                 yield Product(op, format, dtype, shape, block, layout, symmetric)
                 continue
             bias, activation = next(epilogues)
             case = Product(op, format, dtype, shape, block, layout, symmetric, bias, activation)
-            if op == "dequant_matmul":
-                tiled, invariant = f.bits <= 8 and turn % 2 == 1, turn % 7 == 3
+            if op.endswith("dequant_matmul"):
+                tiled, invariant = op == "dequant_matmul" and f.bits <= 8 and turn % 2 == 1, turn % 7 == 3
                 yield replace(case, tiled=tiled, batch_invariant=invariant)
             elif op == "scaled_matmul":
                 x_format, x_symmetric, per_row = next(sides)

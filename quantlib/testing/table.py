@@ -51,7 +51,7 @@ class Case(OneCall):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Of a case without a shape: a row for each scale and zero point, a column for each value."""
+        """[M, K]; in a case without a shape, a row for each scale and zero point, a column for each value."""
         if self.shape is not None:
             return super().matrix
         if self.op in ("compute_scale", "quantize_dynamic"):

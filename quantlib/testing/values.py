@@ -71,7 +71,7 @@ def scales(format: str) -> Array:
 
 
 def accepted_scales(format: str) -> Array:
-    """Those of `scales` that the ops do not refuse on the CPU: none is negative."""
+    """Return the `scales` that the ops do not refuse on the CPU: none is negative."""
     every = scales(format)
     return every[~(every < 0)]
 

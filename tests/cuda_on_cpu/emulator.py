@@ -41,7 +41,11 @@ MODES = {
 }
 MATMULS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul")
 SLAB = "slab"  # not an op: what serves dequant_matmul of many rows
-SMALLER = (("int64_t(1) << 23;", "int64_t(1) << 13;"), ("int64_t(1) << 13;  // of x", "int64_t(1) << 8;  // of x"))
+SMALLER = (
+    ("int64_t(1) << 23;", "int64_t(1) << 13;"),
+    ("int64_t(1) << 22;", "int64_t(1) << 13;"),
+    ("int64_t(1) << 13;  // of x", "int64_t(1) << 8;  // of x"),
+)
 FAKE = ("fake_quantize", "fake_quantize_backward")
 STEP = ("adamw_step",)
 TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum class Type of csrc/problem.h

@@ -50,7 +50,7 @@ def test_the_case_table_starts_every_kernel(emulator: Emulator) -> None:
 
 
 FAULTS = {  # what a person might write, and what it is caught by
-    "the scale of one warp": ("  range = reduce(range, a.sharing.lanes);\n", "  range = reduce(range, 32);\n", "differ"),
+    "a scale of one warp": ("  range = reduce(range, a.sharing.lanes);\n", "  range = reduce(range, 32);\n", "differ"),
     "ties go up": ("y > mul(above, above)", "y >= mul(above, above)", "differ"),
     "read past a row": ("const auto x_units = load<V>(a.parameter + at, first, last,",
                         "const auto x_units = load<V>(a.parameter + at, 0, V,", "outside of every buffer|differ"),

@@ -46,7 +46,7 @@ def decode(codes, s, Q: tl.constexpr):
 
 @triton.jit
 def encode(x, Q: tl.constexpr):
-    """[blocks, columns] -> codes, and the scale of each block: |q| is the number of squares (n + 1/2)^2 below |x| / s."""
+    """[blocks, columns] -> codes and a scale a block: |q| is the number of squares (n + 1/2)^2 below |x| / s."""
     magnitude = bits_of(x) & 0x7FFFFFFF
     amax = float_of(tl.max(magnitude.to(tl.int32), 1).to(tl.uint32))
     s = effective_scale(tl.div_rn(amax, tl.full(amax.shape, Q.most * Q.most, tl.float32)), Q)
