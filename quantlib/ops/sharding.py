@@ -154,6 +154,24 @@ def compute_scale(c: Call) -> Iterator[Sharding]:
             yield [scale, scale], {"x": x}
 
 
+def search_scale(c: Call) -> Iterator[Sharding]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    for x, scale in c.elements():
+        if scale.is_shard():
+            energy = Shard(0) if x.dim == len(c.x.shape) - 1 else Replicate()
+            yield [scale], {"x": x, "scale": scale, "zero_point": scale, "energy": energy}
+
+
+def search_scale(c: Call) -> Iterator[Sharding]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    for x, scale in c.elements():
+        if scale.is_shard():
+            energy = Shard(0) if x.dim == len(c.x.shape) - 1 else Replicate()  # of each column
+            yield [scale], {"x": x, "scale": scale, "zero_point": scale, "energy": energy}
+
+
 def quantize(c: Call) -> Iterator[Sharding]:
     for x, scale in c.elements():
         yield [x], {"x": x, "scale": scale, "zero_point": scale}
@@ -230,7 +248,7 @@ def dequant_matmul_backward_scale(c: Call) -> Iterator[Sharding]:
 
 
 def whole(c: Call) -> Iterator[Sharding]:
-    """Of tiles, which are cut by nobody."""
+    """Of tiles and stacks of experts, which each rank has its own of, and of a step of AdamW, which takes local parts."""
     return iter(())
 
 
@@ -238,6 +256,7 @@ RULES: dict[str, Callable[[Call], Iterator[Sharding]]] = {
     "cast": cast,
     "compute_scale": compute_scale,
     "compute_scale.affine": compute_scale,
+    "search_scale": search_scale,
     "quantize": quantize,
     "dequantize": dequantize,
     "quantize_dynamic": quantize_dynamic,
@@ -251,6 +270,11 @@ RULES: dict[str, Callable[[Call], Iterator[Sharding]]] = {
     "dequant_matmul_backward_scale": dequant_matmul_backward_scale,
     "scaled_matmul": dequant_matmul,
     "dynamic_matmul": dequant_matmul,
+    "search_scale": search_scale,
+    "grouped_dequant_matmul": whole,
+    "grouped_dequant_matmul_backward": whole,
+    "grouped_dynamic_matmul": whole,
+    "adamw_step": whole,
 }
 _registered: list[str] = []
 

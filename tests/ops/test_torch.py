@@ -66,6 +66,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cast up": (quant.cast.default, (x().half(), "float32", False)),
     "compute_scale": (quant.compute_scale.default, (x(), "int8", BLOCK)),
     "compute_scale affine": (quant.compute_scale.affine, (x(), "int8", BLOCK)),
+    "search_scale": (quant.search_scale.default, (x(), scale(), "int4", BLOCK, "mse", "bfloat16", zero_point())),
     "quantize": (quant.quantize.default, (x(), scale(), "int8", BLOCK, None)),
     "quantize packed": (quant.quantize.default, (x(), scale(), "int4", BLOCK, zero_point())),
     "dequantize": (quant.dequantize.default, (x().to(torch.int8), scale(), "int8", BLOCK, zero_point())),
