@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantlib import formats
+from quantlib import backends, formats
 from quantlib.formats import Format
 from quantlib.ops.check import fail, is_sharded
 from quantlib.spec import matrix_shape
@@ -163,15 +163,6 @@ def search_scale(c: Call) -> Iterator[Sharding]:
             yield [scale], {"x": x, "scale": scale, "zero_point": scale, "energy": energy}
 
 
-def search_scale(c: Call) -> Iterator[Sharding]:
-    from torch.distributed.tensor import Replicate, Shard
-
-    for x, scale in c.elements():
-        if scale.is_shard():
-            energy = Shard(0) if x.dim == len(c.x.shape) - 1 else Replicate()  # of each column
-            yield [scale], {"x": x, "scale": scale, "zero_point": scale, "energy": energy}
-
-
 def quantize(c: Call) -> Iterator[Sharding]:
     for x, scale in c.elements():
         yield [x], {"x": x, "scale": scale, "zero_point": scale}
@@ -247,8 +238,8 @@ def dequant_matmul_backward_scale(c: Call) -> Iterator[Sharding]:
             )
 
 
-def whole(c: Call) -> Iterator[Sharding]:
-    """Of tiles and stacks of experts, which each rank has its own of, and of a step of AdamW, which takes local parts."""
+def gathered(c: Call) -> Iterator[Sharding]:
+    """Of an op without a rule: tiles, stacks of experts and steps of an optimizer are given as each rank has them."""
     return iter(())
 
 
@@ -265,16 +256,10 @@ RULES: dict[str, Callable[[Call], Iterator[Sharding]]] = {
     "fake_quantize_backward": fake_quantize_backward,
     "fake_quantize_backward.affine": fake_quantize_backward,
     "dequant_matmul": dequant_matmul,
-    "dequant_matmul.tiled": whole,
     "dequant_matmul_backward": dequant_matmul_backward,
     "dequant_matmul_backward_scale": dequant_matmul_backward_scale,
     "scaled_matmul": dequant_matmul,
     "dynamic_matmul": dequant_matmul,
-    "search_scale": search_scale,
-    "grouped_dequant_matmul": whole,
-    "grouped_dequant_matmul_backward": whole,
-    "grouped_dynamic_matmul": whole,
-    "adamw_step": whole,
 }
 _registered: list[str] = []
 
@@ -293,7 +278,8 @@ def register() -> None:
 
     _registered.extend(RULES)
     known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-    for overload, rule in RULES.items():
+    for overload in (name for name in backends.SCHEMAS if not name.endswith("out")):
+        rule = RULES.get(overload, gathered)
         name, _, kind = overload.partition(".")
         op = getattr(getattr(torch.ops.quantlib, name), kind or "default")
         register_sharding(op)(shardings(op, name, rule, Replicate()))
