@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,11 +23,12 @@ Tensors = tuple[Tensor, ...]
 Call = Callable[[], Any]
 
 OURS, PEER, LIMIT = "ours", "peer", "limit"  # roles; a limit is what no op can beat by much: a plain copy
+PLAIN_COPY, PLAIN_READ, READ_WRITE = "plain copy", "plain read", "read+write"  # limits by their name
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who can do a case.
+    """An implementation that can run a case.
 
     Parameters
     ----------
@@ -35,11 +39,14 @@ class Contender:
         that the contender is missing or cannot do the case, which becomes a row that says so.
     role : {"ours", "peer", "limit"}
     read : returned -> results, optional
-        What the timed call returned, as tensors to compare; () where its codes mean something else.
+        The results of the timed call, as tensors to compare; () if its codes mean something else.
     note : str
-        What a reader must know to judge the time.
+        Facts that a reader needs to judge the time.
     moved : int
         Bytes it has to move where those are not the op's, e.g. of a weight in floating point; 0: as the op.
+    case : Case, optional
+        What it does where that is not the case it is listed in, e.g. the same product with x in another dtype: its
+        bytes are compared with the reference of that one.
     within : () -> context manager
         Entered around every call and not timed: the switch of backends.
     """
@@ -50,6 +57,7 @@ class Contender:
     read: Callable[[Any], Tensors] | None = None
     note: str = ""
     moved: int = 0
+    case: Case | None = None
     within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def results(self, returned: Any, outs: Tensors) -> Tensors:
@@ -63,9 +71,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine can do at most, measured in the same run."""
+    """The most that this machine can do, measured in the same run."""
 
     copy: float | None = None  # bytes a second that a plain copy of float32 reads and writes
+    read: float | None = None  # bytes a second that a plain read takes in
     products: Mapping[str, float] = field(default_factory=dict)  # dtype -> FLOPs a second of torch's own products
 
 
@@ -92,7 +101,7 @@ class Case:
 
     @property
     def conversion(self) -> str:
-        """What becomes of what: "float32 -> int8"."""
+        """The dtypes of input and output: "float32 -> int8"."""
         raise NotImplementedError
 
     @property
@@ -106,7 +115,7 @@ class Case:
 
     @property
     def per(self) -> str:
-        """What shares a scale, in the words of QuantSpec."""
+        """The elements that share a scale, in the words of QuantSpec."""
         return ""
 
     @property
@@ -120,7 +129,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of a call, an addition being one and a multiplication another; 0 where nobody would ask."""
+        """FLOPs of a call, additions and multiplications counted apart; 0 where nobody would ask."""
         return 0
 
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
@@ -133,7 +142,7 @@ class Case:
         return 2 * 4 * math.prod(self.shape) if self.streams else 0
 
     def inputs(self) -> Tensors:
-        """What is timed."""
+        """Make the inputs of the timed call."""
         raise NotImplementedError
 
     def outs(self, *inputs: Tensor) -> Tensors:
@@ -141,11 +150,15 @@ class Case:
         raise NotImplementedError
 
     def expected(self, rows: slice, *inputs: Tensor) -> Iterator[tuple[slice, Array]]:
-        """For each result the rows to look at and the reference's bits of them; ``rows`` where they are independent."""
+        """For each result, yield the rows to check and their bits by the reference; ``rows`` if independent."""
         return iter(())
 
     def contenders(self) -> list[Contender]:
         raise NotImplementedError
+
+    def limits(self) -> list[Contender]:
+        """What no op that streams can beat by much."""
+        return [self.copy(), self.read_write()] if self.device == "cpu" else [self.copy()]
 
     def copy(self) -> Contender:
         """The limit: a plain copy of float32 into ready memory."""
@@ -156,7 +169,15 @@ class Case:
                 x, y = x.clone(), y.clone()
             return lambda: y.copy_(x)
 
-        return Contender("plain copy", bind, LIMIT, read=lambda _: ())
+        return Contender(PLAIN_COPY, bind, LIMIT, read=lambda _: (), moved=self.copied)
+
+    def read_write(self) -> Contender:
+        """The limit of an op that reads more than it writes, or less: as many bytes of both, and nothing computed."""
+
+        def bind(inputs: Tensors, outs: Tensors) -> Call:
+            return reads_and_writes(*(sum(t.nbytes for t in tensors) for tensors in (inputs, outs)))
+
+        return Contender(READ_WRITE, bind, LIMIT, read=lambda _: ())  # its bytes are those of the op
 
     def ours(self, bind: Callable[[Tensors, Tensors], Call]) -> list[Contender]:
         """quantlib, once a backend."""
@@ -234,8 +255,49 @@ def ready(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.zeros(shape, device=device)
 
 
+@functools.lru_cache(maxsize=2)
+def memory(nbytes: int, which: int) -> Tensor:
+    """[nbytes / 4] int32 that has been written to."""
+    return torch.full((-(-nbytes // 4),), which, dtype=torch.int32)
+
+
+def reads_and_writes(read: int, written: int) -> Call:
+    """Copies as many bytes as are both read and written, then reads or writes the rest; on as many threads as torch."""
+    both, threads = min(read, written) // 64 * 64, torch.get_num_threads()
+    source, target = memory(read, 1), memory(written, 2)
+    cuts = [both * k // threads // 64 * 64 for k in range(threads)] + [both]
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def moved(k: int) -> None:
+        ctypes.memmove(target.data_ptr() + cuts[k], source.data_ptr() + cuts[k], cuts[k + 1] - cuts[k])
+
+    def by_libc() -> None:
+        """Past the caches, where the C library thinks that worth while."""
+        for _ in map(moved, range(threads)) if pool is None else pool.map(moved, range(threads)):
+            pass
+
+    words = both // 4
+    copied_by_torch = functools.partial(target[:words].copy_, source[:words])
+    copy = min((copied_by_torch, by_libc), key=lambda call: min(_once(call) for _ in range(3)))
+    rest = source[words:] if read > written else target[words:]
+    last = functools.partial(torch.amax, rest) if read > written else functools.partial(rest.fill_, 3)
+
+    def call() -> None:
+        copy()
+        if len(rest):
+            last()
+
+    return call
+
+
+def _once(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def case_name(family: str, op: str, conversion: str, per: str) -> str:
-    """What a case is called in the targets: "quantize float32 -> int8 row"."""
+    """Return the name of a case in the targets: "quantize float32 -> int8 row"."""
     return " ".join(word for word in (family, op if op != family else "", conversion, per) if word)
 
 
@@ -251,7 +313,7 @@ def numbers(x: Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did in one case; seconds. Without times where it is missing, failed or got a byte wrong."""
+    """The seconds of one contender in one case; None if it is missing, failed or got a byte wrong."""
 
     family: str
     op: str
@@ -269,6 +331,8 @@ class Row:
     bytes: int | None = None
     gb_per_s: float | None = None
     of_copy: float | None = None  # share of the bytes a second of a plain copy, of the same rounds where there is one
+    of_read: float | None = None  # of products: share of the bytes a second of a plain read, likewise
+    of_read_write: float | None = None  # time that as many bytes take to be read and written / own time
     flops: int | None = None
     tflop_per_s: float | None = None
     of_peak: float | None = None  # share of the FLOPs a second of torch's own products in `multiplies`
@@ -302,5 +366,5 @@ def seconds(value: float | None, sign: bool = False) -> str:
 
 
 def described(error: Exception) -> str:
-    """In one line."""
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

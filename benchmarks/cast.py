@@ -72,7 +72,7 @@ class Cast(Case):
             return lambda: x.to(dtype)
 
         return [
-            self.copy(),
+            *self.limits(),
             *self.ours(ours),
             peers.eager(formula, "torch copy_"),
             peers.compiled(formula),

@@ -1,4 +1,4 @@
-"""``quantlib bench``: which cases, for how long, and where the figures go."""
+"""``quantlib bench``: the choice of cases, their time, and the files of the figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .targets import verdicts
 
 FAMILIES: dict[str, ModuleType] = {name: importlib.import_module(f".{name}", __package__) for name in bench.FAMILIES}
 FULL, QUICK = (8192, 4096), (4096, 4096)  # 32 and 16 Mi elements, several times the last cache
-SECONDS = {False: 0.4, True: 0.15}  # of timed runs for a contender, by whether the run is quick
+SECONDS = {False: 0.8, True: 0.3}  # for a contender that wavers until the end, by whether the run is quick
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs/benchmarks.md"
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     Parameters
     ----------
     args : Namespace
-        What ``quantlib.cli.bench.arguments`` describes.
+        The arguments that ``quantlib.cli.bench.arguments`` describes.
 
     Returns
     -------
@@ -59,8 +59,10 @@ def main(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     shape = shape_of(args.shape, args.quick)
     about = machine.describe(args.device)
+    about["noise"] = machine.noise(args.device)
     limits = machine.limits(shape_of(None, args.quick), args.device)  # of what no cache holds, however small the cases
     about["copy_gb_per_s"] = (limits.copy or 0.0) / 1e9
+    about["read_gb_per_s"] = (limits.read or 0.0) / 1e9
     about["peak_tflop_per_s"] = {dtype: rate / 1e12 for dtype, rate in limits.products.items()}
     cases = chosen(args.quick, args.family, shape, args.device, args.backend)
     try:
@@ -79,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def refuse(args: argparse.Namespace) -> None:
-    """ValueError for what only this machine can say is wrong."""
+    """Raise ValueError for options that do not suit this machine."""
     if args.device == "cuda" and not torch.cuda.is_available():
         why = "no GPU is found" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
         raise ValueError(f"--device must be a device of this machine, got 'cuda': {why}")
@@ -139,12 +141,17 @@ def publish(args: argparse.Namespace, about: dict[str, Any], rows: list[Row], co
             chart.draw_roofline(about, rows, path)
     except ImportError as error:
         print(f"no chart: {error}", file=sys.stderr)
-    tables = (report.table(rows), report.line_table(rows), report.bars(rows), report.target_table(verdicts(rows)))
+    tables = (
+        report.table(rows),
+        report.line_table(rows),
+        report.bars(rows),
+        report.target_table(verdicts(rows, about)),
+    )
     print("\n\n".join(filter(None, (report.headline(about), *tables))))
 
 
 def with_figures(page: str, figures: str) -> str:
-    """``page`` with ``figures`` between its marks."""
+    """Return ``page`` with ``figures`` between its marks."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{figures}{END}{rest.partition(END)[2]}"
 

@@ -10,19 +10,22 @@ import torch
 
 import quantlib
 
-from . import peer_models
+from . import peer_models, peer_runtimes
 from .case import Call, Case, Contender, Tensors
 from .formulas import load
 from .matmul import ROWS, W4A16, W8A16, Product, sizes, turns
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    rows = ROWS[common.get("device", "cpu")]
-    eight, four = ((1, 16), (1,)) if quick else (rows, rows[:3:2] if rows is ROWS["cpu"] else rows)
+    """The first weight with every number of rows; of four bits the others, on a CPU, with one row of x alone."""
+    rows = (1, 16) if quick else ROWS[common.get("device", "cpu")]
+    eight, four = sizes(quick, rows, common), sizes(quick, (1,) if quick else rows, common)
+    if common.get("device", "cpu") == "cpu":
+        four = [shape for shape in four if shape[0] == 1 or shape[1:] == four[0][1:]]
     return [
         DequantMatmul(**{**common, "shape": shape, "spec": spec, "dtype": "bfloat16"})
-        for spec, M in ((W8A16, eight), (W4A16, four))
-        for shape in sizes(quick, M, common)
+        for spec, shapes in ((W8A16, eight), (W4A16, four))
+        for shape in shapes
     ]
 
 
@@ -31,7 +34,8 @@ class DequantMatmul(Product):
 
     def contenders(self) -> list[Contender]:
         own = [Contender("quantlib W8A16", self.our_int8)] if self.spec.row.packed else []
-        return [*self.ours(self.our_op), *self.floats(), *self.of_torch(), *own, *self.of_models()]
+        others = [*self.floats(), *self.of_torch(), *own, *self.of_models(), *peer_runtimes.of(self)]
+        return [*self.plain_read(), *self.in_dtypes(), *others]
 
     def our_op(self, inputs: Tensors, outs: Tensors) -> Call:
         x, codes, scale = inputs
@@ -55,7 +59,7 @@ class DequantMatmul(Product):
         return turns([functools.partial(torch._weight_int8pack_mm, x, c, narrow) for c in self.copies(codes)])
 
     def int4pack(self, inputs: Tensors, outs: Tensors) -> Call:
-        """Of torch on the CPU: codes + 8 in an order of its own, [K / bk, N] pairs of a scale and a zero."""
+        """torch's product on the CPU: codes + 8 in an order of its own, [K / bk, N] pairs of a scale and a zero."""
         x, codes, scale = inputs
         q = load(codes, self.shape[2], self.spec.row).int() + 8
         packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
@@ -64,6 +68,6 @@ class DequantMatmul(Product):
         return turns([functools.partial(run, x, c, self.block[1], pairs) for c in self.copies(packed)])
 
     def of_models(self) -> list[Contender]:
-        """Without optimum-quanto, whose modules are around torch's ops, which are here already."""
+        """Return the peers' layers except optimum-quanto's, which call torch's ops, which are here already."""
         models = peer_models.of(self.model) if self.asks_models else ()
         return [q.contender(self.model, self.nbytes) for q in models if q is not peer_models.QUANTO]

@@ -1,4 +1,4 @@
-"""What was measured on: processor, threads, versions, and how fast this machine copies memory."""
+"""The machine of a run: processor, threads, versions, and how fast it copies memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from .measure import timed
 PRODUCTS = ("float32", "bfloat16", "int8")  # dtypes with a peak
 SQUARES = {"cpu": (2048,), "cuda": (4096, 8192)}  # sizes of the products that the peaks are of
 STATE = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
-PACKAGES = ("torch", "numpy", "triton", "torchao", "bitsandbytes", "optimum-quanto")
+PACKAGES = ("torch", "numpy", "triton", "torchao", "bitsandbytes", "optimum-quanto", "onnxruntime", "xllamacpp")
+NOISE_RUNS, NOISE_SIZE = 100, 512  # of the product that the noise is measured with
 
 
 def describe(device: str, backend: str | None = None) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def describe(device: str, backend: str | None = None) -> dict[str, Any]:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """What the GPU is."""
+    """Return the properties of the GPU."""
     facts = torch.cuda.get_device_properties("cuda")
     return {
         "architecture": f"sm_{facts.major}{facts.minor}",
@@ -91,7 +93,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Of the checkout, where this is one; of a wheel its version."""
+    """Return the commit of the checkout, or the version of an installed wheel."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     try:
@@ -102,15 +104,39 @@ def commit() -> str:
     return quantlib.__version__
 
 
+def noise(device: str) -> float:
+    """How quiet the machine is: of a hundred runs of one product, how much longer than the fastest the slow ones take.
+
+    Three of four runs are within this share of the fastest: 0 on a machine that does nothing else.
+    """
+    x = torch.ones(NOISE_SIZE, NOISE_SIZE, device=device)
+    return waver(times(functools.partial(torch.mm, x, x), device, NOISE_RUNS))
+
+
+def waver(times: list[float]) -> float:
+    """The upper quartile over the minimum, less 1."""
+    return statistics.quantiles(times, n=4)[2] / min(times) - 1
+
+
 def limits(shape: tuple[int, ...], device: str) -> Limits:
-    """What every share is of, measured before anything else."""
-    return Limits(copy_bandwidth(shape, device), {dtype: peak(dtype, device) for dtype in PRODUCTS})
+    """Measure the limits of which every share is taken, before any case."""
+    return Limits(
+        copy_bandwidth(shape, device),
+        read_bandwidth(shape, device),
+        {dtype: peak(dtype, device) for dtype in PRODUCTS},
+    )
 
 
 def copy_bandwidth(shape: tuple[int, ...], device: str, runs: int = 12) -> float:
     """Bytes a second that a plain copy of float32 reads and writes, best of ``runs``."""
     x, y = normal(shape, "float32", device), ready(shape, device)
     return 2 * x.nbytes / best(lambda: y.copy_(x), device, runs)
+
+
+def read_bandwidth(shape: tuple[int, ...], device: str, runs: int = 12) -> float:
+    """Bytes a second that the largest of many int32 takes in, best of ``runs``."""
+    x = normal(shape, "float32", device)
+    return x.nbytes / best(functools.partial(torch.amax, x.view(torch.int32)), device, runs)
 
 
 def peak(dtype: str, device: str, runs: int = 12) -> float:
@@ -125,8 +151,13 @@ def peak(dtype: str, device: str, runs: int = 12) -> float:
 
 def best(call: Call, device: str, runs: int) -> float:
     """Seconds of the fastest of ``runs``, after one that is not timed."""
+    return min(times(call, device, runs))
+
+
+def times(call: Call, device: str, runs: int) -> list[float]:
+    """Seconds of each of ``runs``, after one that is not timed."""
     call()
-    return min(timed(call, 1) for _ in range(runs)) if device == "cpu" else min(by_events(call) for _ in range(runs))
+    return [timed(call, 1) if device == "cpu" else by_events(call) for _ in range(runs)]
 
 
 def by_events(call: Call) -> float:

@@ -1,4 +1,4 @@
-"""What the families of products share: exact operands, the cases of a machine, and weights that take turns.
+"""Shared parts of the product families: exact operands, the cases of a machine, and weights that take turns.
 
 x are small integers and scales powers of two, so that every sum is exact and bytes can be compared. Weights take
 turns, so that none is found in a cache: a model's weights are not, either.
@@ -6,6 +6,7 @@ turns, so that none is found in a cache: a model's weights are not, either.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from quantlib.spec import QuantSpec
 from quantlib.testing.bytes import Array, bits, poisoned
 
 from . import graphs
-from .case import Call, Contender, Scaled, Tensors, numbers
+from .case import LIMIT, PLAIN_READ, Call, Contender, Scaled, Tensors, numbers
 
 SHAPES = {  # (N, K)
     "cpu": ((4096, 4096), (11008, 4096), (4096, 11008)),
@@ -31,18 +32,27 @@ SHAPES = {  # (N, K)
         (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672),
     ),
 }  # fmt: skip
-ROWS = {"cpu": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}  # M
+ROWS = {"cpu": (1, 4, 16, 64, 256, 1024), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}  # M
+LONG = 1024  # M from which a CPU multiplies for seconds: only by the first weight of SHAPES
 CACHE = 32 << 20  # bytes; the weights that take turns exceed three times that
 LARGE = 1 << 25  # codes
-W8A16, W4A16, W8A8 = map(QuantSpec.parse, ("W8A16", "int4:group:128", "W8A8"))
+W8A16, W4A16, W8A8, W4A8 = map(QuantSpec.parse, ("W8A16", "int4:group:128", "W8A8", "W4A8"))
+DTYPES = ("bfloat16", "float32", "float16")  # of x
 
 
 def sizes(quick: bool, rows: Sequence[int], common: dict[str, Any]) -> list[tuple[int, int, int]]:
     """(M, N, K): weights of SHAPES, or of ``shape`` where that is small, to see that everything works."""
     small = math.prod(common["shape"]) < graphs.SMALL
-    shapes = SHAPES[common.get("device", "cpu")]
-    shapes = (tuple(common["shape"]),) if small else shapes[:1] if quick else shapes
-    return [(M, N, K) for N, K in shapes for M in rows]
+    if small or common.get("device", "cpu") == "cpu":
+        return cpu_sizes(rows, quick, (tuple(common["shape"]),) if small else SHAPES["cpu"])
+    return [(M, N, K) for N, K in SHAPES["cuda"][: 1 if quick else None] for M in rows]
+
+
+def cpu_sizes(
+    rows: Sequence[int], first: bool = False, shapes: Sequence[tuple[int, ...]] = SHAPES["cpu"]
+) -> list[tuple[int, int, int]]:
+    """(M, N, K) of the ``first`` weight or of all, the latter with fewer than `LONG` rows of x."""
+    return [(M, N, K) for k, (N, K) in enumerate(shapes[: 1 if first else None]) for M in rows if M < LONG or not k]
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Multiplied(Scaled):
 
     @property
     def dynamic(self) -> bool:
-        """Whether x is quantized too."""
+        """True if x is quantized too."""
         return self.spec.activation is not None
 
     @property
@@ -96,7 +106,48 @@ class Product(Multiplied):
         return (poisoned((M, N), getattr(torch, self.dtype), self.device),)
 
     def expected(self, rows: slice, x: Tensor, codes: Tensor, scale: Tensor) -> Iterator[tuple[slice, Array]]:
-        yield rows, exact_y(x[rows], codes, scale, self.spec)
+        y = exact_rows(self.shape, rows.start, rows.stop, self.spec, self.device)
+        yield rows, reference.cast(y.view(np.float32), self.dtype)
+
+    def in_dtypes(self) -> list[Contender]:
+        """quantlib, with x in the dtype of the case and in the others, which a GPU has cases of its own for."""
+        others = [dtype for dtype in DTYPES if dtype != self.dtype] if self.device == "cpu" else []
+        cases = [dataclasses.replace(self, dtype=dtype) for dtype in others]
+        return [
+            *self.ours(self.our_op),
+            *(
+                dataclasses.replace(own, name=f"{own.name} {case.dtype}", case=case)
+                for case in cases
+                for own in self.ours(case.from_another)
+            ),
+        ]
+
+    def our_op(self, inputs: Tensors, outs: Tensors) -> Call:
+        """The op into ready memory, its weights in turn."""
+        raise NotImplementedError
+
+    def from_another(self, inputs: Tensors, outs: Tensors) -> Call:
+        """`our_op` for the inputs of the case with x in another dtype; returns what it wrote."""
+        x, *weight = inputs
+        ready = self.outs(*inputs)
+        call = self.our_op((x.to(getattr(torch, self.dtype)), *weight), ready)
+        return graphs.Turns([functools.partial(_then, each, ready[0]) for each in call.calls])
+
+    def plain_read(self) -> list[Contender]:
+        """The limit of a product with few rows of x: its codes are read."""
+
+        def bind(inputs: Tensors, outs: Tensors) -> Call:
+            codes = self.copies(inputs[-2])
+            return turns([functools.partial(torch.amax, c.view(-1).view(torch.int32)) for c in codes])
+
+        if self.device != "cpu":
+            return []
+        return [Contender(PLAIN_READ, bind, LIMIT, read=lambda _: (), moved=math.prod(self.codes_shape))]
+
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        """Of the weight; a code of several a byte included."""
+        return self.spec.codes_shape(self.shape[1:])
 
     def floats(self) -> list[Contender]:
         """The product with the weight in floating point; cuBLAS on a GPU."""
@@ -127,12 +178,12 @@ class Product(Multiplied):
 
     @property
     def nbytes(self) -> int:
-        """Of the quantized weight."""
+        """Bytes of the quantized weight."""
         return self.spec.weight_only.nbytes(self.shape[1:])
 
     @property
     def asks_models(self) -> bool:
-        """Whether others' layers join in: they compile or tune for every shape, on a GPU for the first weight alone."""
+        """True if others' layers join in: they compile or tune for every shape, on a GPU for the first weight alone."""
         return self.device == "cpu" or self.shape[1:] == SHAPES["cuda"][0]
 
     def copies(self, weight: Tensor) -> list[Tensor]:
@@ -161,8 +212,13 @@ def exact_weight(shape: tuple[int, int], spec: QuantSpec, device: str = "cpu", s
     return q.to(device), scale.to(device)
 
 
+def _then(call: Call, y: Tensor) -> Tensor:
+    call()
+    return y
+
+
 def exact_y(x: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Array:
-    """What a linear layer of these operands gives, bit for bit.
+    """Return the result of a linear layer of these operands, bit for bit.
 
     By the reference; of a weight on a GPU that would keep NumPy for many seconds by a product in float64, which has
     the same bytes: its sums are exact, and a row of x has a scale of 1.
@@ -177,6 +233,14 @@ def exact_y(x: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Array:
     return meaning(numbers(x), *weight, block=spec.block((len(codes), x.shape[1])), dtype=dtype)
 
 
+@functools.lru_cache(maxsize=4)
+def exact_rows(shape: tuple[int, int, int], first: int, last: int, spec: QuantSpec, device: str) -> Array:
+    """`exact_y` of these rows of `exact_x` in float32, which every dtype of x rounds once."""
+    M, N, K = shape
+    x = exact_x((M, K), spec.activation is not None)[first:last].float().to(device)
+    return exact_y(x, *exact_weight((N, K), spec.weight_only, device), spec)
+
+
 def as_integers(codes: Tensor, spec: QuantSpec) -> Array:
     """Codes as the reference takes them."""
     q = bits(codes)
@@ -189,7 +253,7 @@ def itemsize(dtype: str) -> int:
 
 
 def rotation(nbytes: int, device: str) -> int:
-    """How many copies no cache holds; two of what is too small to tell anything."""
+    """The number of copies that exceed every cache; two for a weight that is too small to tell anything."""
     cache = CACHE if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
     return graphs.rotation(nbytes, cache) if nbytes > cache // 32 else 2
 
@@ -204,7 +268,7 @@ class LinearModel:
     """A model of one linear layer, whose weight has the values of `exact_weight`."""
 
     shape: tuple[int, int]  # (N, K)
-    spec: QuantSpec  # what the layer is to become
+    spec: QuantSpec  # the spec of the layer
     dtype: str
     device: str = "cpu"
 
@@ -217,5 +281,5 @@ class LinearModel:
         return torch.nn.Sequential(layer).eval()
 
     def takes(self, inputs: Tensors) -> Tensors:
-        """What the model is called with, of the inputs of a case."""
+        """Return the arguments of the model among the inputs of a case."""
         return inputs[:1]

@@ -11,9 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from . import check, peers
-from .case import LIMIT, OURS, PEER, Call, Case, Contender, Limits, Row, Tensors, described
+from .case import (
+    LIMIT,
+    OURS,
+    PEER,
+    PLAIN_COPY,
+    PLAIN_READ,
+    READ_WRITE,
+    Call,
+    Case,
+    Contender,
+    Limits,
+    Row,
+    Tensors,
+    described,
+)
 
-MOST = 50  # timed runs of a contender
+STEADY = 0.02  # a contender whose spread is no larger has been timed often enough
+FEWEST, MOST = 7, 50  # timed runs from which a spread tells something; timed runs of a contender that wavers
 PLAUSIBLE = 1.07  # on a GPU, more than this of a plain copy's bytes a second came out of a cache
 
 NO_LIMITS = Limits()
@@ -29,9 +44,14 @@ class Entry:
     contender: Contender
     clock: Clock | None = None
     times: list[float] = field(default_factory=list)  # seconds a call
+    moved: int = 0  # bytes
     differing: int | None = None
     compared: int | None = None
     error: str = ""
+
+    @property
+    def least(self) -> float:
+        return min(self.times)
 
 
 def measure(
@@ -47,13 +67,14 @@ def measure(
     Parameters
     ----------
     seconds : float
-        What a contender may take for its timed runs; a slow one still gets ``case.least`` of them.
+        The time that a contender whose spread stays large may take for its timed runs; a slow one still gets
+        ``case.least`` of them.
     without : sequence of str
         Peers whose names begin so are left out.
     tick : str -> None
         Told what is going on.
     limits : Limits
-        What shares are of.
+        The limits of which shares are taken.
     """
     peers.forget_compiled()
     inputs = case.inputs()
@@ -71,13 +92,17 @@ def measure(
     try:
         take_turns(case, [entry for entry in entries if entry.clock], seconds)
     finally:
-        rows += as_rows(case, [e for e in entries if e.times or e.error], case.moved(inputs, outs), limits)
+        rows += as_rows(case, [e for e in entries if e.times or e.error], limits)
 
 
 def prepare(case: Case, contender: Contender, inputs: Tensors, outs: Tensors, expected: list[check.Part]) -> Entry:
     """Run once: quantlib must be right, of a peer it is counted how often it is not. Whatever fails becomes a row."""
-    entry = Entry(contender)
+    of = contender.case
+    entry = Entry(contender, moved=(contender.role == LIMIT and contender.moved) or case.moved(inputs, outs))
     try:
+        if of is not None:
+            others = of.inputs()
+            expected, entry.moved = check.parts(of, others), of.moved(others, of.outs(*others))
         if contender.role == OURS:
             check.right_in_table(case, contender)
         call, results = check.first_run(contender, inputs, outs)
@@ -122,7 +147,16 @@ def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:
 
 
 def wants_more(times: list[float], case: Case, seconds: float) -> bool:
-    return len(times) < case.least or (len(times) < MOST and sum(times) * case.calls < seconds)
+    """Until the spread is small; one that stays large is given up after so many runs or ``seconds``."""
+    if len(times) < case.least or (len(times) < MOST and sum(times) * case.calls < seconds):
+        return len(times) < max(case.least, FEWEST) or spread(times) > STEADY
+    return False
+
+
+def spread(times: list[float]) -> float:
+    """The distance between the quartiles as a share of the median."""
+    first, median, third = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    return (third - first) / median
 
 
 def timed(call: Call, calls: int) -> float:
@@ -133,14 +167,18 @@ def timed(call: Call, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def as_rows(case: Case, entries: list[Entry], moved: int, limits: Limits) -> list[Row]:
+def as_rows(case: Case, entries: list[Entry], limits: Limits) -> list[Row]:
     """Times, beside those of the limit and of the best peer, and shares of what this machine can do."""
     timed = [e for e in entries if e.times]
-    least = {role: min((min(e.times) for e in timed if e.contender.role == role), default=None) for role in ROLES}
-    beside = case.copied / least[LIMIT] if least[LIMIT] and case.copied else None
-    limits = Limits(beside or limits.copy, limits.products)
+    least = {role: min((e.least for e in timed if e.contender.role == role), default=None) for role in ROLES}
+    beside = {e.contender.name: e for e in timed if e.contender.role == LIMIT}
+    rates = {name: e.moved / e.least for name, e in beside.items()}
+    limits = Limits(rates.get(PLAIN_COPY, limits.copy), rates.get(PLAIN_READ, limits.read), limits.products)
+    limited = not {PLAIN_COPY, PLAIN_READ}.isdisjoint(beside)
+    rivals = {e.contender.name: (e.least, e.contender.moved) for e in timed if e.contender.moved}
     rows = []
     for e in entries:
+        of = e.contender.case or case
         row = Row(
             family=case.family,
             op=case.op,
@@ -149,7 +187,7 @@ def as_rows(case: Case, entries: list[Entry], moved: int, limits: Limits) -> lis
             shape=case.shape,
             backend=e.contender.name,
             role=e.contender.role,
-            dtype=case.dtype,
+            dtype=of.dtype,
             device=case.device,
             differing=e.differing,
             compared=e.compared,
@@ -157,9 +195,10 @@ def as_rows(case: Case, entries: list[Entry], moved: int, limits: Limits) -> lis
             error=e.error,
         )
         if e.times:
-            row = with_times(row, e.times, least, limited=bool(case.copied))
-            row = with_rates(row, case.copied if row.role == LIMIT else moved, case, limits)
-            rivals = {r.contender.name: (min(r.times), r.contender.moved) for r in timed if r.contender.moved}
+            row = with_times(row, e.times, least, limited)
+            row = with_rates(row, e.moved, of, limits)
+            if READ_WRITE in beside:
+                row = dataclasses.replace(row, of_read_write=beside[READ_WRITE].least / e.least)
             row = dataclasses.replace(row, note="; ".join(filter(None, (row.note, artefact(row, rivals)))))
         rows.append(row)
     return rows
@@ -168,21 +207,20 @@ def as_rows(case: Case, entries: list[Entry], moved: int, limits: Limits) -> lis
 def with_times(row: Row, times: list[float], least: dict[str, float | None], limited: bool) -> Row:
     """``least`` seconds of a role; ``limited`` by the memory, so that the distance to the limit is a ratio"""
     best, median = min(times), statistics.median(times)
-    first, _, third = statistics.quantiles(times, n=4) if len(times) > 1 else (median,) * 3
     peer, limit = least[PEER], least[LIMIT]
     return dataclasses.replace(
         row,
         runs=len(times),
         min=best,
         median=median,
-        spread=(third - first) / median,
+        spread=spread(times),
         speedup=peer / best if peer and row.role != LIMIT else None,
         above=best - limit if limit and not limited and row.role != LIMIT else None,
     )
 
 
 def with_rates(row: Row, moved: int, case: Case, limits: Limits) -> Row:
-    """What ``moved`` bytes and the FLOPs of the case are a second, and of this machine's most."""
+    """Add the rates: ``moved`` bytes and the FLOPs of the case a second, and their shares of this machine's limits."""
     assert row.min is not None
     flops = 0 if row.role == LIMIT else case.flops
     peak = limits.products.get(case.multiplies)
@@ -191,6 +229,7 @@ def with_rates(row: Row, moved: int, case: Case, limits: Limits) -> Row:
         bytes=moved or None,
         gb_per_s=moved / row.min / 1e9 if moved else None,
         of_copy=moved / row.min / limits.copy if moved and limits.copy else None,
+        of_read=moved / row.min / limits.read if moved and case.flops and limits.read else None,
         flops=flops or None,
         tflop_per_s=flops / row.min / 1e12 if flops else None,
         of_peak=flops / row.min / peak if flops and peak else None,
@@ -198,7 +237,7 @@ def with_rates(row: Row, moved: int, case: Case, limits: Limits) -> Row:
 
 
 def artefact(row: Row, rivals: dict[str, tuple[float, int]]) -> str:
-    """Why the time on a GPU is not to be believed until it is explained; ``rivals``: seconds and bytes of peers.
+    """Return why a time on a GPU needs an explanation first; ``rivals``: seconds and bytes of peers.
 
     Nothing moves bytes much faster than a plain copy, and what is bound by them gains no more than it has fewer.
     """

@@ -49,7 +49,10 @@ def cases(quick: bool, **common: Any) -> list[Case]:
             for spec, dtype, rows in LINEAR[quick]
             for shape in sizes(True, rows, common)
         ),
-        Embedding(**{**common, "shape": table, "dtype": "bfloat16"}),
+        *(
+            Embedding(**{**common, "shape": table, "dtype": "bfloat16", "spec": spec.weight_only})
+            for spec in ((W8A16,) if quick else (W8A16, W4A16))
+        ),
         Conv2d(**{**common, "shape": image, "dtype": "bfloat16"}),
     ]
 
@@ -150,7 +153,7 @@ class Embedding(Module):
         return tuple(order.split(min(LOOKUPS, N))[: max(1, N // LOOKUPS)])
 
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
-        """Of a call: ids, codes and their scales in, values out."""
+        """Bytes that a call moves: ids, codes and their scales in, values out."""
         ids, K = inputs[0], self.shape[1]
         return ids.nbytes + self.spec.nbytes((len(ids), K)) + len(ids) * K * itemsize(self.dtype)
 
@@ -171,12 +174,13 @@ class Embedding(Module):
 
     def contenders(self) -> list[Contender]:
         def by_torch(inputs: Tensors, outs: Tensors) -> Call:
-            model = self.built("float32")
-            model[0].qconfig = torch.ao.quantization.float_qparams_weight_only_qconfig
+            model, qconfigs = self.built("float32"), torch.ao.quantization
+            four = self.spec.row.packed
+            model[0].qconfig = getattr(qconfigs, f"float_qparams_weight_only_qconfig{'_4bit' if four else ''}")
             torch.ao.quantization.convert(torch.ao.quantization.prepare(model, inplace=True), inplace=True)
             return self.called(model, inputs)
 
-        quantized = Contender("torch quantized", by_torch, note="uint8 with zero points, float32 out")
+        quantized = Contender("torch quantized", by_torch, note="a zero point a row, float32 out")
         return [*super().contenders(), *([quantized] if self.device == "cpu" else [])]
 
 

@@ -81,7 +81,7 @@ COLUMNS = ("case", "shape", *report.COLUMNS)
 def as_html(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str:
     """The page of a run."""
     families = list(dict.fromkeys(row.family for row in rows))
-    found = verdicts(rows)
+    found = verdicts(rows, machine)
     links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a>' for name in families)
     unfinished = "" if complete else '<p class="bad">The run was interrupted: this is what was measured until then.</p>'
     parts = [
@@ -113,7 +113,7 @@ def as_html(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str
 
 
 def circumstances(machine: dict[str, Any]) -> str:
-    """What else the figures depend on."""
+    """Return the other facts that the figures depend on."""
     versions = (f"{name} {version}" for name, version in machine.get("versions", {}).items() if version)
     return ", ".join(
         [f"quantlib {machine.get('quantlib')}", *versions, f"Python {machine.get('python')}", str(machine.get("date"))]
@@ -152,7 +152,7 @@ def targets(found: Sequence[Verdict]) -> str:
         cell(v.target.case, "left")
         + cell(" ".join(filter(None, (str(v.target), report.peer(v)))), "left wrap")
         + cell(report.figure(v), value=v.measured)
-        + cell(report.OUTCOME[v.met], {True: "left good", False: "left bad", None: "left faint"}[v.met])
+        + cell(v.outcome, {True: "left good", False: "left bad", None: "left faint"}[v.met])
         for v in found
     )
     head = ("case", "target", "measured", "")
@@ -191,7 +191,8 @@ def cells(row: Row) -> list[str]:
     """A row in the words of COLUMNS."""
     backend, *figures, note = report.cells(row)
     values = (
-        row.min, row.median, row.spread, row.gb_per_s, row.of_copy, row.tflop_per_s, row.of_peak,
+        row.min, row.median, row.spread, row.gb_per_s, row.of_copy, row.of_read_write, row.of_read, row.tflop_per_s,
+        row.of_peak,
         row.above if row.above is not None else row.speedup, row.differing,
     )  # fmt: skip
     return [

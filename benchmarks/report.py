@@ -1,4 +1,4 @@
-"""What the rows look like: an aligned table, the targets, JSON, CSV and Markdown."""
+"""Print the rows: an aligned table, the targets, JSON, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from . import graphs, roofline
 from .case import LIMIT, OURS, Row, described, seconds
 from .targets import Verdict, verdicts
 
-VERSION = 2  # of the JSON
-READABLE = (1, 2)  # 1 lacks FLOPs, peaks, dtype and device
+VERSION = 3  # of the JSON
+READABLE = (1, 2, 3)  # 1 lacks FLOPs, peaks, dtype and device; 2 shares of a plain read and the noise
 
 COLUMNS = (
-    "backend", "min", "median", "spread", "GB/s", "of copy", "TFLOP/s", "of peak", "vs best peer", "differ", "note",
+    "backend", "min", "median", "spread", "GB/s", "of copy", "of r+w", "of read", "TFLOP/s", "of peak",
+    "vs best peer", "differ", "note",
 )  # fmt: skip
-OUTCOME = {True: "met", False: "MISSED", None: "not measured"}
 LEFT = {"case", "backend", "note"}
 
 
 def headline(machine: dict[str, Any]) -> str:
-    """What was measured on and what it can do, in a line."""
+    """Describe the machine and its limits in a line."""
     peaks = ", ".join(
         f"{roofline.PEAKS.get(dtype, dtype)} {figures(rate)}"
         for dtype, rate in machine.get("peak_tflop_per_s", {}).items()
@@ -40,7 +40,10 @@ def headline(machine: dict[str, Any]) -> str:
         parts = [f"{gpu['sms']} SMs", f"{gpu['l2_bytes'] / 2**20:.0f} MiB of L2", *state]
     else:
         parts = [f"{machine['threads']} threads of {machine['cores']} cores"]
-    parts += [f"load {machine['load']}", f"plain copy {machine['copy_gb_per_s']:.1f} GB/s"]
+    parts += [f"load {machine['load']}"]
+    parts += [f"noise {machine['noise']:.0%}"] if machine.get("noise") is not None else []
+    parts += [f"plain copy {machine['copy_gb_per_s']:.1f} GB/s"]
+    parts += [f"plain read {machine['read_gb_per_s']:.1f} GB/s"] if machine.get("read_gb_per_s") else []
     parts += [f"products {peaks} TFLOP/s"] if peaks else []
     return f"{machine['device']} ({machine['instructions']}), {', '.join(parts)}"
 
@@ -55,7 +58,7 @@ def figures(value: float | None) -> str:
 
 
 def heading(row: Row) -> str:
-    """What all rows of a case share: "quantize float32 -> int8 row, 4096x4096, 83.9 MB, 0.5 FLOPs a byte"."""
+    """Return what all rows of a case share: "quantize float32 -> int8 row, 4096x4096, 83.9 MB, 0.5 FLOPs a byte"."""
     shape = "x".join(map(str, row.shape))
     moved = f"{row.bytes / 1e6:.1f} MB" if row.bytes else ""
     intensity = f"{figures(row.intensity)} FLOPs a byte" if row.intensity else ""
@@ -73,7 +76,7 @@ def cells(row: Row) -> list[str]:
         seconds(row.median),
         "" if row.spread is None else f"{row.spread:.0%}",
         figures(row.gb_per_s),
-        "" if row.of_copy is None else f"{row.of_copy:.2f}",
+        *("" if share is None else f"{share:.2f}" for share in (row.of_copy, row.of_read_write, row.of_read)),
         figures(row.tflop_per_s),
         "" if row.of_peak is None else f"{row.of_peak:.2f}",
         against,
@@ -117,7 +120,7 @@ def bars(rows: Sequence[Row], width: int = 30) -> str:
 
 
 def line_table(rows: Sequence[Row]) -> str:
-    """What a call costs before the first byte and how fast it is from there on, of cases of several sizes."""
+    """Return a table of the overhead of a call and the rate beyond it, for cases of several sizes."""
     lines = [
         (line.case, line.backend, figures(line.gb_per_s), f"{line.microseconds:.2f}") for line in graphs.lines(rows)
     ]
@@ -128,7 +131,7 @@ def target_table(found: Iterable[Verdict]) -> str:
     """Every target with what was measured: met or missed."""
     lines = []
     for v in found:
-        lines.append((OUTCOME[v.met], v.target.case, figure(v), str(v.target), peer(v)))
+        lines.append((v.outcome, v.target.case, figure(v), str(v.target), peer(v)))
     widths = [max((len(line[i]) for line in lines), default=0) for i in range(5)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -138,11 +141,11 @@ def figure(v: Verdict) -> str:
         return "-"
     if v.target.measure == "above":
         return seconds(v.measured, sign=True)
-    return f"{v.measured:.2f}{'x' if v.target.measure == 'speedup' else ''}"
+    return f"{v.measured:.2f}{'x' if v.target.measure in ('speedup', 'time') else ''}"
 
 
 def peer(v: Verdict) -> str:
-    """How near to the memory's limit the other side already is."""
+    """Return the peer's share of a plain copy's speed, in words."""
     if v.peer_of_copy is None or v.target.measure != "speedup":
         return ""
     return f"(at {v.peer_of_copy:.2f} of a plain copy)"
@@ -155,10 +158,13 @@ def as_json(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str
             **dataclasses.asdict(v.target),
             "text": str(v.target),
             "measured": v.measured,
+            "outcome": v.outcome,
             "met": v.met,
+            "low": v.low,
+            "high": v.high,
             "peer_of_copy": v.peer_of_copy,
         }
-        for v in verdicts(rows)
+        for v in verdicts(rows, machine)
     ]
     content = {
         "version": VERSION,
@@ -214,8 +220,8 @@ def as_markdown(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     rule = [":--" if column in LEFT else "--:" for column in head]
     body = [[" ".join(filter(None, (row.case, "x".join(map(str, row.shape))))), *cells(row)] for row in rows]
     kept = [
-        (v.target.case, " ".join(filter(None, (str(v.target), peer(v)))), figure(v), OUTCOME[v.met])
-        for v in verdicts(rows)
+        (v.target.case, " ".join(filter(None, (str(v.target), peer(v)))), figure(v), v.outcome)
+        for v in verdicts(rows, machine)
     ]
     goals = [("case", "target", "measured", ""), (":--", ":--", "--:", ":--"), *kept]
     return "\n\n".join((about, _markdown(goals), _markdown([head, rule, *body]))) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -13,19 +14,21 @@ import quantlib
 from quantlib import reference
 from quantlib.testing.bytes import Array
 
-from . import peer_models
+from . import peer_models, peer_runtimes
 from .case import Call, Case, Contender, Tensors, numbers
-from .matmul import ROWS, W8A8, Product, as_integers, exact_weight, exact_x, sizes, turns
+from .matmul import ROWS, W4A8, W8A8, Product, as_integers, exact_weight, exact_x, sizes, turns
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    """x quantized row by row and multiplied, for every shape; codes multiplied, for the first weight."""
+    """x quantized row by row and multiplied, for every shape; by four bits and as codes, for the first weight."""
     cuda = common.get("device") == "cuda"
     rows = (1, 16) if quick else ROWS["cuda" if cuda else "cpu"]
     options = {**common, "spec": W8A8, "dtype": "bfloat16" if cuda else "float32"}
     codes = sizes(True, rows[-1:] if quick else rows[2::2], common)
+    four = [] if cuda or quick else sizes(True, rows, common)
     return [
         *(DynamicMatmul(**{**options, "shape": shape}) for shape in sizes(quick, rows, common)),
+        *(DynamicMatmul(**{**options, "shape": shape, "spec": W4A8}) for shape in four),
         *(ScaledMatmul(**{**options, "shape": shape}) for shape in codes),
     ]
 
@@ -34,14 +37,21 @@ class DynamicMatmul(Product):
     family = "scaled_matmul"
 
     def contenders(self) -> list[Contender]:
-        def ours(inputs: Tensors, outs: Tensors) -> Call:
-            x, codes, scale = inputs
-            call = functools.partial(quantlib.dynamic_matmul, format=self.spec.format, block=self.block, out=outs[0])
-            return turns([functools.partial(call, x, c, scale) for c in self.copies(codes)])
-
         models = peer_models.of(self.model) if self.asks_models else ()
+        own = [Contender("quantlib W8A8", self.our_int8)] if self.spec.row.packed else []
         peers = [q.contender(self.model, self.nbytes) for q in models]
-        return [*self.ours(ours), *self.floats(), *peers]
+        return [*self.plain_read(), *self.in_dtypes(), *self.floats(), *own, *peers, *peer_runtimes.of(self)]
+
+    def our_op(self, inputs: Tensors, outs: Tensors) -> Call:
+        x, codes, scale = inputs
+        call = functools.partial(quantlib.dynamic_matmul, format=self.spec.format, block=self.block, out=outs[0])
+        return turns([functools.partial(call, x, c, scale) for c in self.copies(codes)])
+
+    def our_int8(self, inputs: Tensors, outs: Tensors) -> Call:
+        """The same values in 8 bits, which are not exact."""
+        eight = dataclasses.replace(self, spec=W8A8, backends=())
+        w = quantlib.quantize_dynamic(self.values(*inputs[1:]), "int8", block=(1, -1))
+        return eight.our_op((inputs[0], *w), outs)
 
 
 class ScaledMatmul(Product):
@@ -79,7 +89,7 @@ class ScaledMatmul(Product):
         peers = [Contender("torch._int_mm compiled", int_mm)]
         if self.device == "cuda":
             peers.append(Contender("torch._scaled_mm float8", self.scaled_mm))
-        return [*self.ours(ours), *peers]
+        return [*self.plain_read(), *self.ours(ours), *peers]
 
     def scaled_mm(self, inputs: Tensors, outs: Tensors) -> Call:
         """float8_e4m3fn instead of int8, which is as many bytes."""

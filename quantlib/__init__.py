@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantlib import nn, plan, reference
+    from quantlib import nn, optim, plan, reference
     from quantlib.api import dequantize_, quantize_
     from quantlib.backends import library_path, use_backend
     from quantlib.calibration import assign, calibrate
     from quantlib.evaluation import evaluate
+    from quantlib.ops.adamw_step import adamw_step
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
     from quantlib.ops.dequant_matmul import dequant_matmul
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from quantlib.spec import W4A8, W4A16, W8A8, W8A16, QuantSpec
 
 _HOME = {
+    "adamw_step": "ops",
     "assign": "calibration",
     "calibrate": "calibration",
     "cast": "ops",
@@ -67,7 +69,7 @@ _HOME = {
     "unpack": "ops",
     "use_backend": "backends",
 }  # name -> the module it lives in
-_MODULES = ("nn", "plan", "reference")
+_MODULES = ("nn", "optim", "plan", "reference")
 
 __all__ = [
     "W4A8",
@@ -75,6 +77,7 @@ __all__ = [
     "W8A8",
     "W8A16",
     "QuantSpec",
+    "adamw_step",
     "assign",
     "calibrate",
     "cast",
@@ -90,6 +93,7 @@ __all__ = [
     "grouped_dynamic_matmul",
     "library_path",
     "nn",
+    "optim",
     "pack",
     "plan",
     "prepare_qat_",

@@ -1,4 +1,4 @@
-"""What a weight is projected to: a format, how many weights share a scale, symmetric or affine; and the activations.
+"""The spec of a weight: a format, how many weights share a scale, symmetric or affine; and that of the activations.
 
 As text, ``format[:per][:affine][:scale][@activation[:static]]``, where a weight and an activation are written alike::
 
@@ -43,7 +43,7 @@ GRAMMAR = (
     "e.g. int8:row, int4:group:32, W8A16, W8A8"
 )
 TARGETS = tuple(f.name for f in formats.TABLE)
-SCALES = ("float32", "bfloat16", "float16")  # what a scale may be kept in
+SCALES = ("float32", "bfloat16", "float16")  # the dtypes that a scale may be kept in
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class QuantSpec:
     activation : QuantSpec or str, optional
         Quantize the input of the layer too, with scales taken from the input as it arrives, or static ones.
     static : bool
-        Of an activation per tensor: its scale is kept with the layer, and does not follow the input. It comes from
+        True for a per-tensor activation whose scale is kept with the layer and does not follow the input. It comes from
         `prepare_qat_` and `convert_`.
     scale : {"float32", "bfloat16", "float16"}
         The dtype that the scales of a weight are kept in: 16 bits halve what they take. They are rounded before the
@@ -161,7 +161,7 @@ class QuantSpec:
 
     @property
     def scaled(self) -> bool:
-        """Whether codes are multiplied by a scale; if not, a weight is its own cast."""
+        """True if codes are multiplied by a scale; if not, a weight is its own cast."""
         return self.per is not None
 
     @property
@@ -209,14 +209,14 @@ class QuantSpec:
 
 
 def default_per(row: Format) -> str | None:
-    """What shares a scale unless told otherwise: the fewer bits, the fewer weights. Others ship code books so."""
+    """The default ``per`` of a format: fewer bits, fewer weights a scale. Other libraries have this for code books."""
     if isinstance(row, formats.FloatFormat) and row.is_book:
         return "group:64"
     return {16: None, 8: "row"}.get(row.bits, "group:128")
 
 
 def per_group(per: str | None, group_size: object) -> str:
-    """What ``per`` and ``group_size`` say together."""
+    """Combine ``per`` and ``group_size``."""
     if per not in (None, "group"):
         raise ValueError(f'per must be "group" where group_size is given, got {per!r}')
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
@@ -225,7 +225,7 @@ def per_group(per: str | None, group_size: object) -> str:
 
 
 def checked_per(per: object) -> str:
-    """``per`` as it is written in `QuantSpec.per`."""
+    """Return ``per`` as it is written in `QuantSpec.per`."""
     if per in ("channel", "token"):  # a row of the weight, a row of the activations
         return "row"
     if isinstance(per, str) and re.fullmatch(r"tensor|row|(group|tile):0*[1-9][0-9]*", per):
@@ -254,7 +254,7 @@ def check_of_weight(spec: QuantSpec) -> None:
 
 
 def check_dynamic(spec: QuantSpec) -> None:
-    """``spec`` is for a weight, and asks for nothing that only training or calibration can find.
+    """Check that ``spec`` is for a weight, and needs nothing that only training or calibration can find.
 
     Raises
     ------

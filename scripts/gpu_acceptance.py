@@ -36,7 +36,7 @@ OPTIONAL = {
     "gemlite": "gemlite: a peer of the benchmarks",
     "matplotlib": "matplotlib: the charts",
 }
-SAME = ("gpu", "python", "torch", "triton")  # what has to be the same for a result to stay
+SAME = ("gpu", "python", "torch", "triton")  # facts that must be the same for a result to stay
 
 
 def main(
@@ -92,7 +92,7 @@ def resumed(out: Path, here: dict[str, Any]) -> dict[str, Any]:
 
 
 def fresh(done: dict[str, Any], piece: Piece) -> bool:
-    """Whether there is a result for the sources of now."""
+    """True if there is a result for the current sources."""
     return piece.name in done and done[piece.name]["sources"] == piece.digest
 
 
@@ -121,7 +121,7 @@ def lacking(piece: Piece) -> str:
 
 
 def missing_here() -> list[str]:
-    """Why this machine cannot."""
+    """List what this machine lacks."""
     packages = [
         f"{name} is not installed" for name in ("torch", "numpy", "triton", "tqdm", "safetensors") if not has(name)
     ]
@@ -138,7 +138,7 @@ def missing_here() -> list[str]:
 
 
 def machine_here() -> dict[str, Any]:
-    """What the summary is true of."""
+    """Describe the machine that the summary is true of."""
     import torch
 
     properties = torch.cuda.get_device_properties(0)

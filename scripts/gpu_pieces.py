@@ -1,4 +1,4 @@
-"""What `make gpu` consists of: the pieces, in the order in which they are worth running, and how one is run."""
+"""The pieces of `make gpu`, in the order in which they are worth running, and the running of one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PIECE_SECONDS = 540  # none may take longer
 GRACE_SECONDS = 20  # from the interrupt, which lets a piece say what it has, to the end
 RESULTS = "{results}"  # in a command: the file that the piece may leave figures in, as JSON
 
-# What is compiled is compiled for the device: no interpreter, and a build that fails is an error.
+# Kernels are compiled for the device: no interpreter, and a build that fails is an error.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QUANTLIB_BACKEND")} | {
     "QUANTLIB_BUILD": "1",
     "PYTHONPATH": str(ROOT),
@@ -44,7 +44,7 @@ class Piece:
     seconds: int  # about how long; a guess, to see what still fits
     sources: tuple[str, ...] = LIBRARY  # folders that decide what it gives
     alone: bool = False  # nothing may run beside it
-    lacks: str = ""  # why it cannot run here, if it cannot
+    lacks: str = ""  # the reason if it cannot run here
     fine: tuple[int, ...] = (0,)  # exit statuses
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -54,12 +54,12 @@ class Piece:
 
     @property
     def digest(self) -> str:
-        """Of all that it runs: a result holds for these sources."""
+        """A hash of all sources that it runs: a result holds for these."""
         return digest(self.sources)
 
 
 def pieces(cores: int = os.cpu_count() or 1) -> Iterator[Piece]:
-    """In the order in which they are worth running."""
+    """Yield the pieces in the order in which they are worth running."""
     python = sys.executable
     yield Piece("build", (python, "quantlib/_build.py", "cpu", "cuda"), 150, alone=True)
     for backend in BACKENDS:
@@ -139,7 +139,7 @@ def families_of_benchmarks() -> list[str]:
 
 
 def has(package: str) -> bool:
-    """Whether `import package` finds something."""
+    """True if `import package` finds something."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -150,7 +150,7 @@ def nvcc() -> str | None:
 
 
 def compute_sanitizer() -> str | None:
-    """On PATH, or beside nvcc."""
+    """Return the path of compute-sanitizer: on PATH, or beside nvcc."""
     compiler = shutil.which(nvcc() or "nvcc")
     beside = shutil.which("compute-sanitizer", path=Path(compiler).resolve().parent) if compiler else None
     return shutil.which("compute-sanitizer") or beside
@@ -158,7 +158,7 @@ def compute_sanitizer() -> str | None:
 
 @cache
 def digest(folders: tuple[str, ...]) -> str:
-    """Of the sources in ``folders``."""
+    """Return a hash of the sources in ``folders``."""
     sha = hashlib.sha256()
     for path in sorted(p for folder in folders for p in (ROOT / folder).rglob("*.*")):
         if path.suffix in (".py", ".def", ".h", ".cuh", ".cu", ".cpp", ".txt"):
@@ -199,9 +199,9 @@ class Running:
         return time.monotonic() - self.started
 
     def finished(self) -> bool:
-        """Whether it is done; one whose time is up is interrupted, then killed."""
+        """True if it is done; a piece whose time is up is interrupted, then killed."""
         if self.process is None or self.process.poll() is not None:
-            self._kill()  # what it may have left
+            self._kill()  # processes that it may have left
             return True
         if self.interrupted is None and self.age > self.seconds:
             self.interrupted = time.monotonic()
@@ -218,13 +218,13 @@ class Running:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Now."""
+        """Stop it now."""
         self._kill()
         if self.process is not None:
             self.process.wait()
 
     def result(self) -> dict[str, Any]:
-        """What the summary says of it."""
+        """Return its entry in the summary."""
         status = "failed"
         if self.interrupted is not None:
             status = "out of time"
@@ -253,7 +253,7 @@ class Running:
 
 
 def says(line: str) -> bool:
-    """Whether ``line`` can be the last word of a piece."""
+    """True if ``line`` can be the last word of a piece."""
     return "Warning" not in line and not line.startswith(("FAILED ", "ERROR ", "SKIPPED "))
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"backends"},
     {"ops"},
     {"testing", "proof"},
-    {"nn"},
+    {"nn", "optim"},
     {"record", "report"},
     {"measure"},
     {"api"},

@@ -15,12 +15,12 @@ from quantlib.backends.tiles import TileLayout
 from quantlib.formats import Format
 from quantlib.spec import matrix_shape
 
-# How codes lie in memory: as a matrix [N, K], two a byte where the format is packed, or as `TileLayout` orders them.
+# The layout of codes in memory: a matrix [N, K], two a byte where the format is packed, or as `TileLayout` orders them.
 Layout = Literal["plain", "tiles"]
 
 
 class QuantizedWeight(NamedTuple):
-    """Codes, and all that says which values they stand for.
+    """Codes, and everything that defines their values.
 
     A kernel is given contiguous tensors, a block that is clamped to the shape, and codes that are viewed as [N, K].
     That of a grouped product is given E such weights in one: each tensor has an axis [E, ...] more.

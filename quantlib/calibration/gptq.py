@@ -39,7 +39,7 @@ def gptq(w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: b
     spec : QuantSpec
         With a scale.
     damping : float
-        What is added to H's diagonal, as a share of its mean. It grows until H is positive definite.
+        The amount added to H's diagonal, as a share of its mean. It grows until H is positive definite.
     search : bool
         Look for the part of each block's range that leaves the least error, weighted by H's diagonal.
 

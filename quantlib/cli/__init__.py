@@ -106,7 +106,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside the block the signals of `STOPPED` raise, where nobody else handles or ignores them."""
+    """Make the signals of `STOPPED` raise inside the block, unless somebody else handles or ignores them."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)

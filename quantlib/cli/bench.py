@@ -69,7 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=checked("a number > 0", positive),
         metavar="S",
-        help="of timed runs for one contender in one case",
+        help="of timed runs, at most, for one contender in one case: it stops earlier where its spread is small",
     )
     for kind, about in FILES.items():
         parser.add_argument(

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Value:
-    """What was asked for: the text, and its FP64 value, which rounds to FP32 as the text does."""
+    """A value to show: its text, and its FP64 value, which rounds to FP32 as the text does."""
 
     text: str
     number: float

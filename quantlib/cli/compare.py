@@ -1,4 +1,4 @@
-"""How far the weights of two checkpoints are apart, tensor by tensor, whoever quantized them."""
+"""Measure how far the weights of two checkpoints of any origin are apart, tensor by tensor."""
 
 from __future__ import annotations
 

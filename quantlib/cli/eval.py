@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(subject: Subject) -> str:
-    """What was measured, in a line."""
+    """Describe the subject of a measurement in a line."""
     if subject.embed is not None:
         return f"{subject.name}: an encoder, embeddings of the sentences of the texts, 1 - cosine to the float model's"
     sizes = {name: sum(map(len, windows)) for name, windows in subject.texts.items()}

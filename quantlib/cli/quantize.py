@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def stopping(parser: argparse.ArgumentParser) -> None:
-    """Options of work that takes long."""
+    """Add the options of work that takes long."""
     parser.add_argument("--no-resume", action="store_true", help="begin anew where an earlier run was stopped")
     parser.add_argument(
         "--join",
@@ -61,7 +61,7 @@ def stopping(parser: argparse.ArgumentParser) -> None:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Refuse an IN that is not there, and an OUT that is, before anything else is imported."""
+    """Refuse an IN that does not exist, and an OUT that exists, before anything else is imported."""
     if not os.path.exists(args.input):
         raise FileNotFoundError(f"IN must be a safetensors file or a model folder, got {args.input!r}, not there")
     if os.path.lexists(args.output) and not args.force:
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def ranks() -> Iterator[bool]:
-    """Whether torchrun started this process beside others, which begin together."""
+    """Yield True if torchrun started this process beside others; all of them then begin together."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield False
         return

@@ -128,7 +128,7 @@ def measure(todo: Iterable[Key], on: Machine, kept: Table, path: Path, done: lis
 
 
 def report(kept: Table, done: list[Key], path: Path) -> None:
-    """What was measured, and where it is."""
+    """Print the measurements and the path of the table."""
     if done:
         header = ("matmul", "tile", "us", "default us", "faster")
         print(table(header, [line(key, kept.entries[key]) for key in done], "<<>>>"), file=sys.stdout)

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def theorems(args: argparse.Namespace) -> int:
-    """Prove what `quantlib.proof` has; the files it reads are the same for every backend."""
+    """Prove the theorems of `quantlib.proof`; the files it reads are the same for every backend."""
     from quantlib.proof.report import report
 
     others = {"--op": args.op, "--backend": args.backend != "auto", "--device": args.device != "cpu"}
@@ -196,7 +196,7 @@ def prove(
 
 
 class Report:
-    """What was proved: a line a suite as it is done, a last line, and the JSON; also when it is interrupted."""
+    """The printed results: a line for each suite as it ends, a last line, and the JSON, also after an interrupt."""
 
     def __init__(self, candidate: str, authority: str, share: Fraction, out: str | None) -> None:
         self.candidate, self.authority, self.share, self.out = candidate, authority, share, out

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PARTS = ("codes", "scale", "zero_point")
-Way = str  # how a float weight lies: a word of `WAYS`
+Way = str  # the layout of a float weight: a word of `WAYS`
 
 # E matrices [N, K] that are multiplied by from the right after they are transposed, as the weight of nn.Linear is; the
 # same as [E, K, N]; and both with the first two axes as one.
@@ -54,7 +54,7 @@ class Stack(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the float weight."""
+        """The shape of the float weight."""
         E, N, K, way = self
         return {"enk": (E, N, K), "ekn": (E, K, N), "(en)k": (E * N, K), "(ek)n": (E * K, N)}[way]
 
@@ -86,7 +86,7 @@ class LowRank(NamedTuple):
     scaling: float
 
     def of(self, x: Tensor, e: int) -> Tensor:
-        """What it adds to x @ weight[e].T"""
+        """Return what the adapter adds to x @ weight[e].T"""
         y: Tensor = F.linear(F.linear(x.to(self.a.dtype), self.a[e]), self.b[e])
         return (y * self.scaling).to(x.dtype)
 
@@ -112,7 +112,7 @@ class QuantExperts(Leaf):
     <name>_zero_point : QuantParameter, int32 of the shape of the scale, or None
     spec : QuantSpec
     dtype : torch.dtype
-        Of the float module that `dequantize` gives.
+        The dtype of the float module that `dequantize` gives.
     """
 
     FLOAT: ClassVar[type[nn.Module]]
@@ -185,7 +185,7 @@ class QuantExperts(Leaf):
 
     @contextlib.contextmanager
     def adapted(self, name: str, adapters: Sequence[LowRank]) -> Iterator[None]:
-        """Inside the block ``adapters`` are added to the weight ``name``; gradients reach them."""
+        """Add ``adapters`` to the weight ``name`` inside the block; gradients reach them."""
         before = self._adapters.get(name, [])
         self._adapters[name] = [*before, *adapters]
         try:
@@ -217,7 +217,7 @@ class QuantExperts(Leaf):
         super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As that of the float module; a group of tokens is multiplied by the codes of its expert."""
+        """Run the forward of the float module; a group of tokens is multiplied by the codes of its expert."""
         if "_is_expert_parallel" in vars(self):  # transformers says what all experts of its own kind compute
             return self._routed(*args, **kwargs)
         return super().forward(*args, **kwargs)
@@ -435,7 +435,7 @@ class DecodedStack(DecodedWeight):
     _matrices: Matrices
     _stack: Stack
     _one: int | None = None  # the expert that this is the matrix of
-    _turned: bool = False  # that matrix is the other way round than the float module has it
+    _turned: bool = False  # that matrix is the transpose of the float module's
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -479,7 +479,7 @@ class DecodedStack(DecodedWeight):
 
     @property
     def _is_kn(self) -> bool:
-        """Whether the last two axes are [K, N], so that rows [.., K] are multiplied by it from the right."""
+        """True if the last two axes are [K, N], so that rows [.., K] are multiplied by it from the right."""
         return self._stack.transposed != self._turned
 
 
@@ -497,7 +497,7 @@ def product(x: Tensor, w: DecodedStack, e: int, bias: Tensor | None = None) -> T
 
 
 def is_served(x: Any, w: Any) -> bool:
-    """Whether x @ w is one of a float matrix and a stack whose codes can be multiplied by."""
+    """True if x @ w multiplies a float matrix by a stack whose codes the kernels can multiply by."""
     if not isinstance(w, DecodedStack) or isinstance(x, DecodedWeight) or x.dtype != w.dtype:
         return False
     return x.dtype in SOURCES and w._matrices.weight.scale is not None
@@ -587,7 +587,7 @@ def form_of(cls: type[nn.Module]) -> type[QuantExperts]:
 
 
 def remade(cls: type[nn.Module], attributes: dict[str, Any]) -> QuantExperts:
-    """What pickle makes a module of: its class is not found by a name."""
+    """Rebuild a module for pickle, which cannot find its class by name."""
     new = form_of(cls).__new__(form_of(cls))
     vars(new).update(attributes)
     return new

@@ -18,7 +18,7 @@ from quantlib.spec import QuantSpec
 
 SLAB = 1 << 18  # elements of a weight at a time: a core's second cache holds them and their codes
 SLAB_OF_A_GPU = 1 << 26  # each slab waits for the device once
-SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # what the ops take, and what is quantized
+SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # the dtypes that the ops take, and that are quantized
 
 
 class Weight(NamedTuple):
@@ -59,7 +59,7 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
 def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """float32 scales in the dtype that ``spec`` keeps them in, rounded to nearest, ties to even.
 
-    What is too large becomes the largest finite value of that dtype, what is too small the smallest above 0.
+    A scale that is too large becomes the largest finite value of that dtype, one too small the smallest above 0.
     """
     f = formats.get(spec.scale)
     assert isinstance(f, FloatFormat)
@@ -70,7 +70,7 @@ def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
-    """Of the scales that ``spec`` keeps."""
+    """The dtype of the scales of ``spec``."""
     return dtype_of(formats.get(spec.scale))
 
 
@@ -177,7 +177,7 @@ def autocast(x: Tensor) -> Tensor:
 
 
 class Scale(NamedTuple):
-    """What a static activation is projected with."""
+    """The scale and the zero point of a static activation."""
 
     scale: Tensor  # [1, 1] float32
     zero_point: Tensor | None = None  # [1, 1] int32
@@ -245,7 +245,7 @@ def integer_matmul(
     activation : QuantSpec
         int8 or uint8, a scale for each row or for all of x.
     static : Scale, optional
-        Of a static activation; the scale of any other is taken from x.
+        The scale of a static activation; the scale of any other is taken from x.
     weight : Weight
         With a scale, of ``format`` and ``block``.
     bias : Tensor [N], optional

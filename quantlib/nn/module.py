@@ -1,4 +1,4 @@
-"""weight ~ decode(codes[n, k]) * scale[n // br, k // bk]: what every module whose weight is codes has in common."""
+"""weight ~ decode(codes[n, k]) * scale[n // br, k // bk]: the common base of every module whose weight is codes."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class QuantModule(Leaf):
     Attributes
     ----------
     weight : Tensor of the shape of the float weight and of ``dtype``
-        What the codes stand for, read-only: a tensor without storage that is decoded by the operation which takes it.
+        The values of the codes, read-only: a tensor without storage, decoded by the operation that takes it.
     weight_codes : QuantParameter [N, K] or [N, ceil(K / 2)]
         The codes, frozen: int8, uint8 for unsigned and packed formats and for the bytes of FP8, or a 16-bit float.
     weight_scale : QuantParameter [ceil(N / br), ceil(K / bk)] float32 or what the spec says, or None
-        What codes are multiplied by, frozen. None for a 16-bit float format without a scale.
+        The scales of the codes, frozen. None for a 16-bit float format without a scale.
     weight_zero_point : QuantParameter, int32 of weight_scale's shape, or None
         The code of zero, frozen; None unless the spec is affine.
     spec : QuantSpec
     block : (br, bk)
         Rows and columns of [N, K] that share a scale.
     dtype : torch.dtype
-        Of the float parameters, of ``weight``, and of the module that `dequantize` gives.
+        The dtype of the float parameters, of ``weight``, and of the module that `dequantize` gives.
 
     Notes
     -----
@@ -71,24 +71,24 @@ class QuantModule(Leaf):
     block: tuple[int, int]
     dtype: torch.dtype
     _viewed: torch.dtype | None
-    _shared: bool = False  # whether another module has the same parameters, or once had
+    _shared: bool = False  # True if another module has the same parameters, or once had
     weight_codes: Tensor
     weight_scale: nn.Parameter | None
     weight_zero_point: nn.Parameter | None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of the float weight."""
+        """The shape of the float weight."""
         raise NotImplementedError
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
-        """What about ``layer``, a `FLOAT`, this module cannot do; None if it serves it."""
+        """Return why this module cannot serve ``layer``, a `FLOAT`; None if it can."""
         return None
 
     @classmethod
     def like(cls, layer: Any, spec: QuantSpec) -> Self:
-        """This module in place of ``layer``: its bias, buffers, submodules, hooks and attributes, and codes on meta."""
+        """Make this module for ``layer``: its bias, buffers, submodules, hooks and attributes, and codes on meta."""
         new = cls.__new__(cls)
         vars(new).update(taken_over(layer))
         dtype = new._parameters.pop("weight").dtype  # type: ignore[union-attr]
@@ -213,7 +213,7 @@ class QuantModule(Leaf):
     def weight(self, value: Any) -> None:
         if not isinstance(value, DecodedWeight) or not isinstance(value._owner, QuantModule):
             raise RuntimeError(f"weight must not be assigned, it is decoded from codes: {WAY_OUT}")
-        self.share(value._owner)  # what `tie_weights` of transformers does
+        self.share(value._owner)  # as `tie_weights` of transformers does
 
     @weight.deleter
     def weight(self) -> None:
@@ -225,13 +225,13 @@ class QuantModule(Leaf):
         super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # of which nn.Module would make a parameter
+        if name == "weight":  # nn.Module would make a parameter of it
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def share(self, other: QuantModule) -> None:
-        """Have the weight of ``other``, the same parameters: a tied weight.
+        """Share the weight of ``other``, the same parameters: a tied weight.
 
         Raises
         ------
@@ -271,7 +271,7 @@ class QuantModule(Leaf):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the codes in a file: see `stored_shape`."""
+        """The shape of the codes in a file: see `stored_shape`."""
         return stored_shape(self.spec, self.weight_shape)
 
     @property
@@ -280,11 +280,11 @@ class QuantModule(Leaf):
         return N, math.prod(rest)
 
     def _resize(self, N: int) -> bool:
-        """Have N rows, before the weight follows; False where this kind of module cannot."""
+        """Change to N rows, before the weight follows; return False if this kind of module cannot."""
         return False
 
     def _take(self, template: nn.Module, spec: Any, dtype: torch.dtype | None, device: Any) -> None:
-        """Have all of ``template``, a float module on meta that was made for this, and codes in place of its weight."""
+        """Take over all of ``template``, a float module on meta made for this, with codes in place of its weight."""
         vars(self).update(vars(template))
         self._parameters.pop("weight")
         self._allocate(QuantSpec.parse(spec), dtype, device)
@@ -314,7 +314,7 @@ class QuantModule(Leaf):
         return parts | {"weight_codes": parts["weight_codes"].view(stored_dtype(self.spec))}
 
     def _keep_kinds(self) -> None:
-        """Parameters that torch has made anew, plain ones, are `QuantParameter` again."""
+        """Make plain parameters that torch has created anew `QuantParameter` again."""
         for name in self.KEPT:
             if type(p := self._parameters.get(name)) is nn.Parameter:
                 self._parameters[name] = QuantParameter(p.data, requires_grad=p.requires_grad)
@@ -371,7 +371,7 @@ class QuantModule(Leaf):
             self._keep_kinds()
 
     def _rename_codes(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Codes that a state holds as version 1 and files do, under the name and in the shape of the parameter."""
+        """Rename and reshape codes that a state holds as version 1 and files do to those of the parameter."""
         name, old = f"{prefix}weight_codes", state_dict.get(f"{prefix}weight")
         if isinstance(old, Tensor) and name not in state_dict and old.dtype == dtype_of(self.spec.row):
             shapes = self.stored_shape, self.spec.codes_shape(self._matrix)
@@ -405,7 +405,7 @@ def taken_over(layer: nn.Module) -> dict[str, Any]:
 
 
 def rebind_hooks(module: nn.Module) -> None:
-    """Hooks that hold the module they were registered on hold ``module``."""
+    """Make hooks that hold the module they were registered on hold ``module``."""
     hooks: dict[int, Any] = module._load_state_dict_pre_hooks
     for key, hook in hooks.items():
         if hook.with_module:
@@ -446,7 +446,7 @@ nn.Module._load_from_state_dict = refuse_codes(nn.Module._load_from_state_dict) 
 
 
 def is_fp8(spec: QuantSpec) -> bool:
-    """Whether codes are kept as bytes: gloo, and much else, does not know the dtypes of FP8."""
+    """True if codes are kept as bytes: gloo, and much else, does not know the dtypes of FP8."""
     return spec.row.is_float and spec.row.bits == 8
 
 
@@ -476,12 +476,12 @@ def zero_codes(spec: QuantSpec, shape: Sequence[int], device: Any) -> Tensor:
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
+    """True if ``t`` is a DTensor: this process may hold only a part of its values."""
     return hasattr(t, "device_mesh")
 
 
 def check_whole(model: nn.Module, way_out: str) -> None:
-    """No module of ``model`` is sharded by FSDP, whose parameters are whole only for a while, and no parameter is."""
+    """Check that FSDP shards no module and no parameter of ``model``: its parameters are whole only for a while."""
     for name, module in model.named_modules():
         of_fsdp = any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
         sharded = next((key for key, p in module._parameters.items() if p is not None and is_sharded(p)), None)

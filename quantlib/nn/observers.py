@@ -1,4 +1,4 @@
-"""What watches tensors go by, and says the scale that their values ask for."""
+"""Observers: they watch tensors and give the scale that their values ask for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Observer(KeepsDtype):
     Parameters
     ----------
     shape : sequence of int
-        Of what is watched. Where all of a tensor shares a scale, only the last size of an activation is asked for.
+        The tensor's shape. Where all of a tensor shares a scale, only the last size of an activation is asked for.
     spec : QuantSpec or what `QuantSpec.parse` takes
         The format, and what shares a scale: tensor, row, group or tile.
     device : torch.device, optional
@@ -111,17 +111,17 @@ class Observer(KeepsDtype):
         raise NotImplementedError
 
     def scale(self) -> Scale:
-        """[I, J] float32, and the int32 zero point of an affine spec: of all that was seen."""
+        """[I, J] float32, and the int32 zero point of an affine spec, for everything seen so far."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget everything seen so far."""
         for buffer in self.buffers():
             buffer.zero_()
         self.reported = False
 
     def report(self) -> None:
-        """Warn, the first time that there is a reason, of values that were not finite."""
+        """Warn once of values that were not finite."""
         if not self.reported and not self.nonfinite.is_meta and (count := int(self.nonfinite)):
             self.reported = True
             of_all = "1 value that is" if count == 1 else f"{count} values that are"
@@ -137,7 +137,7 @@ class Observer(KeepsDtype):
         return ranks.groups_of_batch() if self.all_ranks else []
 
     def _reduced(self, t: Tensor, op: str) -> Tensor:
-        """``t`` over all ranks that see a part of the batch: of one rank, itself."""
+        """Reduce ``t`` over all ranks that see a part of the batch; with one rank it stays as it is."""
         groups = self.groups()
         return ranks.reduce_(t, getattr(torch.distributed.ReduceOp, op), groups) if groups else t
 
@@ -148,7 +148,7 @@ class MinMaxObserver(Observer):
     Attributes
     ----------
     lowest, highest : Tensor [I, J] float32
-        Of each block, widened to hold 0.
+        The range of each block, widened to hold 0.
     """
 
     lowest: Tensor
@@ -261,7 +261,7 @@ class PercentileObserver(HistogramObserver):
     Parameters
     ----------
     percentile : float
-        Of the values, inside the range.
+        The share of the values inside the range, in percent.
     """
 
     def __init__(
@@ -327,7 +327,7 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     x : Tensor [..., K]
         float32, float16 or bfloat16.
     how : {"minmax", "mse", "lsq"}
-        That of `quantize_` (C4), the one of least squared error, or LSQ's 2 mean|x| / sqrt(Q).
+        The scale of `quantize_` (C4), that of least squared error, or LSQ's 2 mean|x| / sqrt(Q).
     """
     if how not in ("minmax", "mse", "lsq"):
         raise ValueError(f"initial must be minmax, mse or lsq, got {how!r}")

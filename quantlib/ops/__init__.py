@@ -1,6 +1,6 @@
 """The public functions over ``torch.ops.quantlib``; importing this registers the ops.
 
-An op is found by its file, ``<op>.py``, whose public function has its name. Those that are imported by name as well are
+An op is found by its file, ``<op>.py``, whose public function has its name. Type checkers see those that are
 what type checkers see.
 """
 
@@ -8,6 +8,7 @@ import importlib
 
 from quantlib import backends
 from quantlib.ops import flops
+from quantlib.ops.adamw_step import adamw_step
 from quantlib.ops.cast import cast
 from quantlib.ops.compute_scale import compute_scale
 from quantlib.ops.dequant_matmul import dequant_matmul
@@ -42,6 +43,7 @@ backends.start()
 flops.register_where_cheap()
 
 __all__ = [
+    "adamw_step",
     "cast",
     "compute_scale",
     "dequant_matmul",

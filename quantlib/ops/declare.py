@@ -1,4 +1,4 @@
-"""From two functions, what an op accepts and how a kernel is launched, to every registration the op needs.
+"""Make every registration of an op from two functions: the check of its arguments, and the launch of a kernel.
 
 Both take the arguments of the schema by name, those of a weight and of an epilogue as one record each: `Binder`.
 """
@@ -178,12 +178,12 @@ def declare(
             results = [outs[name] for name in names]
             if not results[0].numel():
                 return
-            read = [a for a in args if isinstance(a, Tensor)]
+            read = [(n, a) for n, a in zip(bound.names, args, strict=False) if isinstance(a, Tensor)]
             dense = [
-                torch.empty_like(out, memory_format=DENSE)
-                if not out.is_contiguous() or any(overlap(out, a) for a in read)
-                else out
-                for out in results
+                out
+                if out.is_contiguous() and not any(overlap(out, a) and not in_place(name, out, n, a) for n, a in read)
+                else torch.empty_like(out, memory_format=DENSE)
+                for name, out in zip(names, results, strict=True)
             ]
             launch(kernel, dense, **arguments)
             for out, written in zip(results, dense, strict=True):
@@ -199,7 +199,7 @@ def declare(
         return call_out
 
     def out_of_negative(*args: Any, **outs: Tensor) -> None:
-        """Tensors that are kept as their negatives, which torch itself resolves only for ops that return one."""
+        """Resolve tensors that are stored as their negatives, which torch does only for ops that return one."""
         plain = {name: out.resolve_neg() for name, out in outs.items()}
         out_function(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args), **plain)
         for name, out in outs.items():
@@ -248,12 +248,19 @@ def declare(
     return function, out_function
 
 
+def in_place(name: str, out: Tensor, argument: str, value: Tensor) -> bool:
+    """Whether the result ``m_out`` is the argument ``m`` itself: a kernel reads what lies there before it writes it."""
+    if name != f"{argument}_out":
+        return False
+    return (out.data_ptr(), out.shape, out.stride()) == (value.data_ptr(), value.shape, value.stride())
+
+
 DENSE = torch.contiguous_format
 NESTED = ("NestedTensorCPU", "NestedTensorCUDA", "AutogradNestedTensor")  # dispatch keys without a kernel otherwise
 
 
 def matrices(shape: Sequence[int], block: Block) -> tuple[int, int, tuple[int, int]]:
-    """M, K and the block clamped to them, of a non-empty x of ``shape``."""
+    """Return M, K and the block clamped to them, for a non-empty x of ``shape``."""
     M, K = matrix_shape(shape)
     return M, K, (min(block[0], M), min(block[1], K))
 

@@ -45,7 +45,7 @@ def _gradients(
     dynamic: bool = False,
     **_: Any,
 ) -> Gradients:
-    """Of dequant_matmul, and of dynamic_matmul, through whose rounding of x the gradient passes straight."""
+    """Gradients of dequant_matmul, and of dynamic_matmul, whose rounding of x passes the gradient straight through."""
     _check_frozen(needs)
     weight, bias = weight.plain(), epilogue.bias
     dy = _through_activation(dy, x, weight, epilogue, dynamic)
@@ -78,7 +78,7 @@ def _tangent(
 def tangent_of_product(
     x: Tensor, weight: QuantizedWeight, x_t: Tensor | None, scale_t: Tensor | None, bias_t: Tensor | None
 ) -> Tensor:
-    """y_t = x_t w^T + x w_t^T + bias_t, of what there is of it"""
+    """y_t = x_t w^T + x w_t^T + bias_t, of the terms that have a tangent"""
     terms: list[Tensor] = []
     if x_t is not None:
         terms.append(torch.ops.quantlib.dequant_matmul(x_t, *weight.arguments, bias_t))
@@ -90,7 +90,7 @@ def tangent_of_product(
 
 
 def _second_gradients(g: Tensor, needs: set[str], *, dy: Tensor, weight: QuantizedWeight) -> Gradients:
-    """Of dx, which is linear in dy and in the scale."""
+    """Gradients of dx, which is linear in dy and in the scale."""
     _check_frozen(needs)
     found: Gradients = {}
     if "dy" in needs:
@@ -113,7 +113,7 @@ def _second_tangent(tangents: dict[str, Tensor], *, dy: Tensor, weight: Quantize
 def _second_gradients_of_scale(
     g: Tensor, needs: set[str], *, dy: Tensor, x: Tensor, weight: QuantizedWeight
 ) -> Gradients:
-    """Of dscale, which is linear in dy and in x, and does not depend on the scale."""
+    """Gradients of dscale, which is linear in dy and in x, and does not depend on the scale."""
     _check_frozen(needs)
     values = _values(weight, g)
     found: Gradients = {}
@@ -172,7 +172,7 @@ def _through_activation(dy: Tensor, x: Tensor, weight: QuantizedWeight, epilogue
 
 
 def through_activation(dy: Tensor, activation: str | None, product: Callable[[], Tensor]) -> Tensor:
-    """dy * activation'(before), which is the same in reverse and in forward mode.
+    """dy * activation'(before), the same in reverse and in forward mode.
 
     ``before`` [..., N], the input of the activation, is computed again by ``product`` rather than kept.
     """
@@ -192,12 +192,12 @@ def through_activation(dy: Tensor, activation: str | None, product: Callable[[],
 
 
 def _followed() -> bool:
-    """Whether a derivative is itself differentiated."""
+    """True if a derivative is itself differentiated."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _check_frozen(asked: Collection[str]) -> None:
-    """No derivative is asked of codes; ``asked`` are the names of arguments."""
+    """Check that no derivative of codes is asked for; ``asked`` are the names of arguments."""
     if "codes" in asked or "tiles" in asked:
         fail("dequant_matmul", "codes", "frozen, they have no gradient", "codes that require one")
 

@@ -1,4 +1,4 @@
-"""What the matmuls ask of a weight, and of what follows the sum."""
+"""The arguments of a matmul that describe a weight, and those that describe the steps after the sum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quantlib.reference.activation import ACTIVATIONS
 
 
 def check_weight(op: str, weight: QuantizedWeight, like: Tensor) -> None:
-    """codes have the shape and dtype of their format and layout, on the device of ``like``, and their scales fit."""
+    """Check the codes' shape and dtype for format and layout, the device of ``like``, and that their scales fit."""
     codes, f, (N, K) = weight.codes, weight.format, weight.shape
     if weight.tiled:
         check_tensor(op, "tiles", codes, (TileLayout(f).shape(N, K), torch.uint8), like.device)
@@ -82,7 +82,7 @@ def check_followed(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor | N
 
 
 def check_epilogue(op: str, epilogue: Epilogue, N: int, like: Tensor, experts: tuple[int, ...] = ()) -> None:
-    """bias is a float vector of N, or one for each of E ``experts``, on the device of ``like``; activation is known."""
+    """Check that bias is a float vector of N, or one for each of E ``experts``, and that the activation exists."""
     bias, activation, _ = epilogue
     if bias is not None:
         check_dtype(op, "bias", bias.dtype, INPUTS)

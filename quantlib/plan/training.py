@@ -17,7 +17,7 @@ RULE = {"weights": 4, "gradients": 4, "optimizer": 8, "activations and temporari
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What an optimizer keeps of a parameter of ``itemsize`` bytes, and what its step needs for a moment.
+    """The bytes that an optimizer keeps for a parameter of ``itemsize`` bytes, and the temporary ones of its step.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Optimizer:
     how: str
 
     def nbytes(self, parameters: int, itemsize: float) -> int:
-        """Of a tensor of so many parameters."""
+        """Bytes of the states of a tensor of so many parameters."""
         each = self.states if self.states >= 0 else -self.states * itemsize
         return round(parameters * each) + self.counter
 
@@ -68,12 +68,12 @@ def optimizer_of(name: str) -> Optimizer:
 
 @dataclass(frozen=True)
 class Trained:
-    """What of a model is trained.
+    """The part of a model that is trained.
 
     Attributes
     ----------
     shapes : dict of str to tuple of int
-        Of the parameters that are trained, by name.
+        The shapes of the parameters that are trained, by name.
     gradients : dict of str to int
         Bytes of their gradients.
     weights : dict of str to int
@@ -98,7 +98,7 @@ class Trained:
 
     @classmethod
     def of(cls, skeleton: nn.Module, step: int | None = None, alone: int | None = None) -> Trained:
-        """Of a model on meta."""
+        """Describe a model on meta."""
         named = dict(skeleton.named_parameters())
         return cls(
             {n: tuple(p.shape) for n, p in named.items() if p.requires_grad},
@@ -112,7 +112,7 @@ class Trained:
 
     @classmethod
     def of_count(cls, parameters: int, itemsize: int) -> Trained:
-        """Of so many parameters of which nothing else is known."""
+        """Describe so many parameters of which nothing else is known."""
         nbytes, shapes = {"parameters": parameters * itemsize}, {"parameters": (parameters,)}
         return cls(shapes, nbytes, nbytes, shapes)
 
@@ -124,7 +124,7 @@ class Memory:
     Attributes
     ----------
     parts : dict of str to int
-        What `total` is the sum of.
+        The terms of `total`.
     how : dict of str to str
         The formula of each part.
     """
@@ -138,7 +138,7 @@ class Memory:
 
 
 def memory_of(trained: Trained, optimizer: Optimizer, parallel: Parallel, on_gpu: bool) -> Memory:
-    """What one rank holds; ``on_gpu`` adds the slack of the caching allocator, and the temporaries of foreach steps."""
+    """The memory of one rank; ``on_gpu`` adds the caching allocator's slack and the temporaries of foreach steps."""
     how: dict[str, str] = {}
     sizes = {n: (size, size // max(count(trained.shapes[n]), 1)) for n, size in trained.gradients.items()}
     states = {n: optimizer.nbytes(count(trained.shapes[n]), item) for n, (_, item) in sizes.items()}

@@ -8,6 +8,7 @@
 
 from quantlib.reference import ops
 from quantlib.reference.activation import activate
+from quantlib.reference.adamw_step import adamw_step
 from quantlib.reference.fake_quantize import fake_quantize, fake_quantize_backward
 from quantlib.reference.matmul import (
     dequant_matmul,
@@ -25,6 +26,7 @@ from quantlib.reference.packing import pack, unpack
 
 __all__ = [
     "activate",
+    "adamw_step",
     "decode_float",
     "dequant_matmul",
     "dequant_matmul_backward",

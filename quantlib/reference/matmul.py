@@ -1,4 +1,4 @@
-"""Multiplying with quantized weights, in NumPy (contract C11).
+"""Products with quantized weights, in NumPy (contract C11).
 
 x is viewed as [M, K], a weight is codes [N, K] (several a byte where the format is packed) with a float32 scale and
 maybe an int32 zero point of shape [ceil(N / br), ceil(K / bk)]. Element (n, k) stands for

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def misnamed(format: str | None) -> list[str]:
-    """How the formats of the table differ from what their names say."""
+    """List the differences between the formats of the table and their names."""
     wrong = []
     for f in formats.FORMATS.values() if format is None else [formats.get(format)]:
         try:

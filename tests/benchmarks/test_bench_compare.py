@@ -112,7 +112,7 @@ def test_the_first_version_is_still_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.json", ROW)
     content = json.loads(path.read_text())
     content["version"] = 1
-    for name in ("dtype", "device", "flops", "tflop_per_s", "of_peak"):
+    for name in ("dtype", "device", "flops", "tflop_per_s", "of_peak", "of_read", "of_read_write"):
         del content["rows"][0][name]
     path.write_text(json.dumps(content))
     assert report.read_json(path) == (MACHINE, [ROW])
@@ -129,7 +129,7 @@ ROWLESS = '{"version": 2, "machine": {}, "rows": [{"speed": 3}]}'
         (b"\xff\xfe\x00", "must be the JSON of a run, got UnicodeDecodeError"),
         (b"[1]", "must be the JSON of a run, got other JSON"),
         (b'{"benchmarks": []}', "must be the JSON of a run, got other JSON"),
-        (b'{"version": 3, "machine": {}, "rows": []}', "must be of version 1 or 2, got 3"),
+        (b'{"version": 4, "machine": {}, "rows": []}', "must be of version 1 or 2 or 3, got 4"),
         (ROWLESS.replace("3}", '3, "shape": []}').encode(), "must hold rows as `quantlib bench --json` writes them"),
         (ROWLESS.encode(), "must hold rows as `quantlib bench --json` writes them"),
         (b'{"version": 2, "machine": [], "rows": {}}', "must be the JSON of a run, got other JSON"),

@@ -184,7 +184,7 @@ def test_verdicts_are_of_one_shape_each() -> None:
         for rows in (4096, 8192)
         for name, role, time in (("quantlib cpp", OURS, rows / 4096), ("torch copy_", PEER, 3.0))
     ]
-    assert [v.measured for v in targets.verdicts(rows)] == [3.0, 1.5]
+    assert [v.measured for v in targets.verdicts(rows, {})] == [3.0, 1.5]
 
 
 def test_every_gpu_target_has_its_case_and_peers() -> None:

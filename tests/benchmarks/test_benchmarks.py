@@ -20,7 +20,7 @@ SHAPE = (64, 256)
 ROW = Row("cast", "cast", "float32 -> float16", "", (8192, 4096), "quantlib cpp", OURS, runs=3, min=1.0, of_copy=0.5)
 
 
-LIMITS = Limits(copy=40e9, products={"float32": 1e11, "bfloat16": 2e11, "int8": 4e11})
+LIMITS = Limits(copy=40e9, read=50e9, products={"float32": 1e11, "bfloat16": 2e11, "int8": 4e11})
 MACHINE = {"device": "a machine", "instructions": "none", "cores": 2, "threads": 2, "load": 0.0, "copy_gb_per_s": 40.0}
 MACHINE |= {"peak_tflop_per_s": {"float32": 0.1, "bfloat16": 0.2, "int8": 0.4}, "versions": {}, "date": "today"}
 
@@ -29,6 +29,7 @@ MACHINE |= {"peak_tflop_per_s": {"float32": 0.1, "bfloat16": 0.2, "int8": 0.4}, 
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the machine take seconds to measure."""
     monkeypatch.setattr(machine, "limits", lambda shape, device: LIMITS)
+    monkeypatch.setattr(machine, "noise", lambda device: 0.01)
 
 
 def bench(*arguments: object) -> int:
@@ -52,7 +53,10 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(*TINY, "--quick", "--family", "quantize", "--family", "call", *arguments) == 0
 
     headline, header, *blocks = capsys.readouterr().out.split("\n\n")
-    assert "plain copy 40.0 GB/s, products FP32 0.100, BF16 0.200, INT8 0.400 TFLOP/s" in headline
+    assert (
+        "noise 1%, plain copy 40.0 GB/s, plain read 50.0 GB/s, products FP32 0.100, BF16 0.200, INT8 0.400 TFLOP/s"
+        in headline
+    )
     heading, *lines = blocks[0].splitlines()
     assert heading == "quantize float32 -> int8 tensor, 64x256, 0.1 MB"
     ends = [header.index(column) + len(column) for column in ("min", "median", "spread", "of copy")]
@@ -126,7 +130,7 @@ def test_ctrl_c_keeps_what_was_measured(
     times, timed = iter(range(100)), measure.timed
 
     def interrupted(*args: Any) -> float:
-        if next(times) == 5:  # in the second round of the first case
+        if next(times) == 6:  # in the second round of the first case
             raise KeyboardInterrupt
         return timed(*args)
 
@@ -136,8 +140,8 @@ def test_ctrl_c_keeps_what_was_measured(
     assert bench(*TINY, "--family", "cast", *outs) == command.INTERRUPTED
     assert json.loads(path.read_text())["complete"] is False
     rows = report.read_json(path)[1]
-    assert [row.runs for row in rows] == [2, 1, 1, 1]
-    assert len(table.read_text().splitlines()) == 1 + 4
+    assert [row.runs for row in rows] == [2, 1, 1, 1, 1]
+    assert len(table.read_text().splitlines()) == 1 + 5
     assert "was interrupted" in page.read_text()
     assert "interrupted" in capsys.readouterr().err
 
@@ -179,8 +183,8 @@ def test_the_chart(tmp_path: Path) -> None:
 
 def test_targets_are_not_judged_on_tensors_that_fit_a_cache() -> None:
     small = dataclasses.replace(ROW, shape=SHAPE)
-    assert targets.verdicts([ROW])
-    assert not targets.verdicts([small])
+    assert targets.verdicts([ROW], MACHINE)
+    assert not targets.verdicts([small], MACHINE)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +234,7 @@ def test_shares_of_what_the_machine_can_do() -> None:
     row = measure.with_rates(dataclasses.replace(ROW, min=0.01), 10**7, Product(SHAPE), LIMITS)
     assert (row.gb_per_s, row.of_copy) == (pytest.approx(1), pytest.approx(1 / 40))
     assert (row.tflop_per_s, row.of_peak) == (pytest.approx(0.2), pytest.approx(0.5))
+    assert row.of_read == pytest.approx(1 / 50)
     assert row.intensity == 200
     assert roofline.share(row) == row.of_peak
     unknown = measure.with_rates(dataclasses.replace(ROW, min=0.01), 0, Product(SHAPE), Limits())

@@ -23,7 +23,6 @@ from quantlib import formats
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing import Case, bits, expected, inputs
 from quantlib.testing.bytes import Array
-from quantlib.testing.generate import matrix_shape, resolved
 from quantlib.testing.table import OPS
 
 HERE = Path(__file__).parent
@@ -172,7 +171,7 @@ def call_of(case: Case, seed: int = 0, shift: int = 0) -> Call:
         buffers = (first, read["scale"], read.get("zero_point"), *written)
     else:
         buffers = (read["x"], *written) if not case.symmetric else (read["x"], *written, None)
-    return Call(case.op, source, target, saturate, seed, (*matrix_shape(case), *resolved(case)), buffers)
+    return Call(case.op, source, target, saturate, seed, (*case.matrix, *case.resolved), buffers)
 
 
 def expected_buffers(case: Case, call: Call) -> list[Array]:

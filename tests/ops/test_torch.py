@@ -50,6 +50,12 @@ def experts(of_one: Tensor) -> Tensor:
     return torch.stack([of_one] * 3)
 
 
+def step() -> tuple[Tensor, ...]:
+    """A parameter, its gradient and its states in blocks of 32, and the constants of a step."""
+    return (x(), x().flip(0), codes(), codes().abs().to(torch.uint8), scale()[:, :2].clone(), scale()[:, 2:4].clone(),
+            torch.linspace(0.5, 1, 9))  # fmt: skip
+
+
 BLOCK = [1, 8]
 OFFSETS = torch.tensor([2, 2, 2], dtype=torch.int32)
 
@@ -102,6 +108,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
             torch.half,
         ),
     ),
+    "adamw_step": (quant.adamw_step.default, (*step(), 32, None, [3, 0])),
     "dynamic_matmul": (quant.dynamic_matmul.default, (x(), codes(), scale(), "int8", BLOCK, None, bias(), "gelu_tanh")),
     "grouped_dequant_matmul": (
         quant.grouped_dequant_matmul.default,
@@ -128,8 +135,9 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 Call = tuple[Any, tuple[Any, ...]]
 
-# op -> how many of its arguments have the rows of x; the others are a weight
+# op -> how many of its arguments have the rows of x; the others are a weight, or constants
 WITH_ROWS = {
+    "quantlib::adamw_step": 6,
     "quantlib::dequant_matmul": 1,
     "quantlib::dequant_matmul_backward": 1,
     "quantlib::dequant_matmul_backward_scale": 2,

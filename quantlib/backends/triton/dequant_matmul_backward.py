@@ -50,7 +50,7 @@ def dequant_matmul_backward_kernel(
 def dequant_matmul_backward(
     dy: torch.Tensor, weight: QuantizedWeight, dx: torch.Tensor, tile: tuning.MatmulTile | None = None
 ) -> None:
-    """Cut as ``tile`` says, or as `tuning` does."""
+    """Launch with ``tile``, or with the tile that `tuning` chooses."""
     M, (N, K), device = len(dy), weight.shape, dy.device
     codes, scale, block = launch.codes_of(weight.codes), weight.scale, weight.block
     if tile is None:

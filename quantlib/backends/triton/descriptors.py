@@ -64,7 +64,7 @@ def split_columns(d):
 
 
 def describable(x_codes: torch.Tensor, weight: QuantizedWeight, x_zero_point: torch.Tensor | None) -> bool:
-    """Whether the kernel above multiplies these operands on their device."""
+    """True if the kernel above can multiply these operands on their device."""
     codes, K = weight.codes, x_codes.shape[1]
     return (
         INSTALLED

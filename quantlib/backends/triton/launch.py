@@ -29,7 +29,7 @@ STRADDLE = ELEMENTS if INTERPRETED else 1024  # from this width of a block on, a
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program maps: [rows, cols] of x, with one scale for every ``run`` columns of a row."""
+    """The part of x that one program maps: [rows, cols], with one scale for every ``run`` columns of a row."""
 
     rows: int
     cols: int
@@ -48,7 +48,7 @@ def power_of_2(n: int) -> int:
 
 
 def cdiv(n: int, by: int) -> int:
-    """How many parts of size ``by`` cover n: triton.cdiv, which takes microseconds on the host."""
+    """ceil(n / by). triton.cdiv would take microseconds on the host."""
     return -(-n // by)
 
 
@@ -58,7 +58,7 @@ def divisor(n: int) -> int:
 
 
 def tile_elements(format: Format) -> int:
-    """Fewer of a packed format: a thread's codes then need not pass through other threads to be packed."""
+    """Elements of a tile; fewer for a packed format, so that a thread can pack its own codes."""
     return ELEMENTS // format.per_byte
 
 
@@ -96,7 +96,7 @@ def choose_tile(shape: Shape, block: Shape, format: Format) -> Tile:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one program reduces: ``count`` whole blocks, or every ``parts``-th chunk of one block."""
+    """The part of x that one program reduces: ``count`` whole blocks, or every ``parts``-th chunk of one block."""
 
     count: int
     rows: int  # of a chunk
@@ -147,7 +147,7 @@ def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> 
 
 
 def tiles(shape: Shape, block: Shape, tile: Tile) -> int:
-    """How many tiles cover x [M, K]; no tile straddles two block rows unless br is 1."""
+    """The number of tiles that cover x [M, K]; no tile straddles two block rows unless br is 1."""
     (M, K), (br, _) = shape, block
     row_tiles = cdiv(M, tile.rows) if br == 1 else cdiv(M, br) * cdiv(br, tile.rows)
     return row_tiles * cdiv(K, tile.cols)
@@ -187,12 +187,12 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """What a table of measurements calls the device, "" in the interpreter."""
+    """The name of the device in a table of measurements; "" in the interpreter."""
     return "" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
 def processors(device: torch.device) -> int:
-    """How many programs run at a time where one fills a multiprocessor; of no device, three."""
+    """The number of programs that run at a time if each fills a multiprocessor; 3 without a GPU."""
     return properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -216,7 +216,7 @@ def workspace(
 
 
 def codes_of(t: torch.Tensor) -> torch.Tensor:
-    """8-bit floats as their codes: sm_80 takes no pointer to them. A kernel reinterprets wider ones itself."""
+    """View 8-bit floats as their codes: sm_80 takes no pointer to them. A kernel reinterprets wider ones itself."""
     return t.view(torch.uint8) if t.dtype.is_floating_point and t.dtype.itemsize == 1 else t
 
 

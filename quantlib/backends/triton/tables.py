@@ -1,4 +1,4 @@
-"""What was fastest on a device: one JSON file a device, written by ``quantlib tune``, read when a matmul first asks.
+"""The fastest tiles of a device: one JSON file a device, written by ``quantlib tune``, read when a matmul first asks.
 
 The tables of the package are read first, then the user's, which win: those in ``QUANTLIB_TUNED``, by default ``tuned``
 in the cache. Nothing here is trusted: an entry that is not sound is left out with one warning, and its matmuls run
@@ -31,7 +31,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 @dataclass(frozen=True)
 class MatmulTile:
-    """What one program multiplies: tile_n rows of the weight by tile_m rows of x, tile_k columns at a time."""
+    """The work of one program: tile_n rows of the weight by tile_m rows of x, tile_k columns at a time."""
 
     tile_n: int
     tile_m: int
@@ -45,7 +45,7 @@ class MatmulTile:
 
 @dataclass(frozen=True)
 class Key:
-    """Which matmuls an entry serves: those of a weight [N, K] with up to M rows of x."""
+    """The matmuls that an entry serves: those of a weight [N, K] with up to M rows of x."""
 
     op: str
     N: int
@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass
 class Table:
-    """All that was measured on a device."""
+    """The measurements of a device."""
 
     device: str
     shared: int  # bytes of shared memory that a program may have
@@ -110,7 +110,7 @@ def bucket(M: int) -> int:
 
 
 def lookup(device: str, key: Key) -> MatmulTile | None:
-    """What was fastest for ``key`` on the device of that name, or None."""
+    """Return the fastest tile for ``key`` on the device of that name, or None."""
     entry = of_device(device).get(key)
     return entry.tile if entry else None
 
@@ -242,7 +242,7 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
 
 
 def takes_slab(key: Key) -> bool:
-    """Weights may be made x's type (C11): many rows, and their codes or, in bfloat16, their products fit."""
+    """True if weights may be made x's type (C11): many rows, and their codes or, in bfloat16, their products fit."""
     x_format = formats.get(key.dtype)
     fits = isinstance(x_format, formats.FloatFormat) and x_format.holds(formats.get(key.format))
     return (
@@ -255,13 +255,13 @@ def takes_slab(key: Key) -> bool:
 
 
 def takes_descriptors(key: Key, tile: MatmulTile) -> bool:
-    """See descriptors.py."""
+    """True if a matmul may load its tiles through tensor descriptors: see descriptors.py."""
     fits = key.K % 16 == 0 and 32 <= tile.tile_k <= 128 and tile.warps % 4 == 0 and tile.tile_m >= 64
     return key.op == OPS[2] and formats.get(key.format).storage == "int8" and key.group == 0 and fits
 
 
 def shared_bytes(key: Key, tile: MatmulTile) -> int:
-    """At most what a program of the tile needs: its loads in flight, and operands or sums that change threads."""
+    """An upper bound of what a program of the tile needs: loads in flight, and operands or sums that change threads."""
     t, backward, scaled = tile, key.op == OPS[1], key.op == OPS[2]
     steps, cols = (t.tile_n, t.tile_k) if backward else (t.tile_k, t.tile_n)  # of a sum, and of sums
     wide = 1 if scaled else DTYPES[key.dtype]

@@ -1,6 +1,6 @@
-"""How a matmul is cut: one frozen dataclass, chosen by one function of shapes, formats and device.
+"""The tiles of a matmul: one frozen dataclass, chosen by one function of shapes, formats and device.
 
-What was measured on a device comes first (tables.py); nothing is timed at a call. The rest follows from what the
+Measurements on a device come first (tables.py); nothing is timed at a call. The rest follows from what the
 compiler makes of the kernels, which the static tests say. ``QUANTLIB_SHOW_LAUNCH=1`` prints every choice.
 """
 
@@ -61,7 +61,7 @@ def choose_matmul(
 
 
 def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bool:
-    """Whether the vendor's matmul is faster: more than 512 rows of a type that holds the operands (slab.py)."""
+    """True if the vendor's matmul is faster: more than 512 rows of a type that holds the operands (slab.py)."""
     M, _, K = shape
     x_format = formats.get(dtype)
     holds = isinstance(x_format, FloatFormat) and x_format.bits == 16 and x_format.holds(format)
@@ -147,7 +147,7 @@ def ragged(tile_n: int, tile_m: int, tile_k: int) -> tuple[int, int, int, int]:
 
 
 def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int) -> int:
-    """How many programs share K where the tiles of y are few; a power of two."""
+    """The number of programs that share K where y has few tiles: a power of two."""
     M, N, K = shape
     tiles, steps = cdiv(N, tile_n) * cdiv(M, tile_m), cdiv(K, tile_k)
     splits = min(PROGRAMS // tiles, steps // LONGEST, 16) if M <= 64 else 1
