@@ -184,6 +184,7 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "slab_kernel"): lambda m: Contract(needs=(r"LDG\.E\.128", r"STG\.E\.128"), without="SHFL"),
     ("triton", "finish_kernel"): lambda m: Contract(),
     ("triton", "dequant_matmul_kernel"): triton_matmul,
+    ("triton", "grouped_dequant_matmul_kernel"): lambda m: replace(triton_matmul(m), tickets=0),
     ("triton", "dequant_matmul_backward_kernel"): triton_backward,
     ("triton", "scaled_matmul_kernel"): triton_scaled,
     ("triton", "described_matmul_kernel"): lambda m: Contract(needs=("IGMMA", "UTMALDG"), stores=0),
