@@ -37,7 +37,7 @@ def sum_steps(
     X: tl.constexpr, F: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
     T: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """[tile_n, tile_m] float32 sums over the steps of K that are those of ``split``, for rows n from n_first on and m"""
+    """Sum the steps of K that are those of ``split``: [tile_n, tile_m] float32, for rows n from n_first on and m."""
     D: tl.constexpr = operand_type(X, F, SCALES != "element", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
     HALVES: tl.constexpr = F.per_byte if TILED else 1
