@@ -189,6 +189,7 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "finish_kernel"): lambda m: Contract(),
     ("triton", "adamw_step_kernel"): lambda m: Contract(),
     ("triton", "dequant_matmul_kernel"): triton_matmul,
+    ("triton", "grouped_dequant_matmul_kernel"): lambda m: replace(triton_matmul(m), tickets=0),
     ("triton", "dequant_matmul_backward_kernel"): triton_backward,
     ("triton", "scaled_matmul_kernel"): triton_scaled,
     ("triton", "described_matmul_kernel"): lambda m: Contract(

@@ -84,6 +84,7 @@ def recording(arch: int) -> Iterator[list[Any]]:
         yield launched
 
 
+EXPERTS = 8
 ON = ["no device"]  # what a launcher is told of its device
 
 
@@ -109,11 +110,15 @@ def start(call: Call, instead: Any = None) -> None:
         states_block = block[1] if call.format == "int8" else 0
         shapes = states_of(M, K, states_block).values() if call.op == "adamw_step" else ()
         states, key = [torch.empty(s, dtype=d) for s, d in shapes], torch.empty(2, dtype=torch.int32)
+        offsets = torch.empty(1, EXPERTS, dtype=torch.int32)
     layout: Layout = "tiles" if call.tiled else "plain"
     weight, epilogue = (
         QuantizedWeight(codes, scale, f, block, zero_point, (M, K), layout),
         Epilogue(bias, call.activation),
     )
+    stacks = (None if t is None else t.expand(EXPERTS, *t.shape).contiguous() for t in (codes, scale, zero_point, bias))
+    of_experts = dict(zip(("codes", "scale", "zero_point", "bias"), stacks, strict=True))
+    biases = Epilogue(of_experts.pop("bias"), call.activation)
     shared = zero_point if zero_point is None else zero_point.float()
     limits = (0, 0) if f.is_float else f.range(call.affine)
     arguments = {
@@ -133,6 +138,7 @@ def start(call: Call, instead: Any = None) -> None:
         ),
         "dequant_matmul": lambda: (batch, weight, epilogue, call.invariant, y),
         "dequant_matmul_backward": lambda: (y, weight, batch),
+        "grouped_dequant_matmul": lambda: (batch, weight._replace(**of_experts), offsets, biases, call.invariant, y),
         "scaled_matmul": lambda: (x_codes, x_scale, weight, None, epilogue, y),
     }[call.op]()
     (instead or backend.KERNELS[call.op])(*arguments)
