@@ -139,6 +139,8 @@ def dequantize_rows(
     """
     codes, scale, zero_point = weight
     if isinstance(rows, slice):
+        if rows.start == 0 and rows.stop == codes.shape[0]:
+            return _values(weight, format, block, size, dtype)
         found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
     else:
         fp8 = codes.dtype.is_floating_point and codes.dtype.itemsize == 1  # which have no index_select
