@@ -1,4 +1,4 @@
-"""What a call costs before it computes anything: 16 elements, the result allocated, beside torch.empty_like."""
+"""The overhead of a call: 16 elements, the result allocated, beside torch.empty_like."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PLAIN_COPY, PLAIN_READ, READ_WRITE = "plain copy", "plain read", "read+write"  #
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who can do a case.
+    """An implementation that can run a case.
 
     Parameters
     ----------
@@ -39,9 +39,9 @@ class Contender:
         that the contender is missing or cannot do the case, which becomes a row that says so.
     role : {"ours", "peer", "limit"}
     read : returned -> results, optional
-        What the timed call returned, as tensors to compare; () where its codes mean something else.
+        The results of the timed call, as tensors to compare; () if its codes mean something else.
     note : str
-        What a reader must know to judge the time.
+        Facts that a reader needs to judge the time.
     moved : int
         Bytes it has to move where those are not the op's, e.g. of a weight in floating point; 0: as the op.
     case : Case, optional
@@ -71,7 +71,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine can do at most, measured in the same run."""
+    """The most that this machine can do, measured in the same run."""
 
     copy: float | None = None  # bytes a second that a plain copy of float32 reads and writes
     read: float | None = None  # bytes a second that a plain read takes in
@@ -101,7 +101,7 @@ class Case:
 
     @property
     def conversion(self) -> str:
-        """What becomes of what: "float32 -> int8"."""
+        """The dtypes of input and output: "float32 -> int8"."""
         raise NotImplementedError
 
     @property
@@ -115,7 +115,7 @@ class Case:
 
     @property
     def per(self) -> str:
-        """What shares a scale, in the words of QuantSpec."""
+        """The elements that share a scale, in the words of QuantSpec."""
         return ""
 
     @property
@@ -129,7 +129,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of a call, an addition being one and a multiplication another; 0 where nobody would ask."""
+        """FLOPs of a call, additions and multiplications counted apart; 0 where nobody would ask."""
         return 0
 
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
@@ -142,22 +142,26 @@ class Case:
         return 2 * 4 * math.prod(self.shape) if self.streams else 0
 
     def inputs(self) -> Tensors:
-        """What is timed."""
+        """Make the inputs of the timed call."""
         raise NotImplementedError
+
+    def timed_inputs(self, inputs: Tensors) -> Tensors:
+        """What a GPU is timed with, where that is other than what the bytes are compared for."""
+        return inputs
 
     def outs(self, *inputs: Tensor) -> Tensors:
         """Ready memory for the results, full of poison."""
         raise NotImplementedError
 
     def expected(self, rows: slice, *inputs: Tensor) -> Iterator[tuple[slice, Array]]:
-        """For each result the rows to look at and the reference's bits of them; ``rows`` where they are independent."""
+        """For each result, yield the rows to check and their bits by the reference; ``rows`` if independent."""
         return iter(())
 
     def contenders(self) -> list[Contender]:
         raise NotImplementedError
 
     def limits(self) -> list[Contender]:
-        """What no op that streams can beat by much."""
+        """Return the contenders that no streaming op can beat by much."""
         return [self.copy(), self.read_write()] if self.device == "cpu" else [self.copy()]
 
     def copy(self) -> Contender:
@@ -297,7 +301,7 @@ def _once(call: Call) -> float:
 
 
 def case_name(family: str, op: str, conversion: str, per: str) -> str:
-    """What a case is called in the targets: "quantize float32 -> int8 row"."""
+    """Return the name of a case in the targets: "quantize float32 -> int8 row"."""
     return " ".join(word for word in (family, op if op != family else "", conversion, per) if word)
 
 
@@ -313,7 +317,7 @@ def numbers(x: Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did in one case; seconds. Without times where it is missing, failed or got a byte wrong."""
+    """The seconds of one contender in one case; None if it is missing, failed or got a byte wrong."""
 
     family: str
     op: str
@@ -366,5 +370,5 @@ def seconds(value: float | None, sign: bool = False) -> str:
 
 
 def described(error: Exception) -> str:
-    """In one line."""
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -116,12 +116,12 @@ def draw_roofline(machine: dict[str, Any], rows: Sequence[Row], path: str | Path
 
 
 def contest(group: Sequence[Row]) -> list[Row]:
-    """Of a case: quantlib's rows and the fastest peer's, where there is a limit to show them against."""
+    """Return quantlib's rows of a case and the fastest peer's, where there is a limit to show them against."""
     timed = [row for row in group if roofline.share(row) is not None]
     rival = roofline.fastest(timed, PEER)
     return [row for row in timed if row.role == OURS] + ([rival] if rival else [])
 
 
 def colour(row: Row) -> str:
-    """Of the longest name in COLOURS that the backend begins with."""
+    """Return the colour of the longest name in COLOURS that the backend begins with."""
     return COLOURS[max((name for name in COLOURS if row.backend.startswith(name)), key=len)]

@@ -16,7 +16,7 @@ Part = list[tuple[slice, Array]]  # for each result the rows to look at and what
 
 
 def parts(case: Case, inputs: Tensors) -> list[Part]:
-    """What the reference says of the first and of the last rows."""
+    """Return the reference's results for the first and for the last rows."""
     M = case.shape[0] if case.shape else 0
     slices = [slice(0, END), slice(M - END, M)] if M > 2 * END else [slice(0, M)]
     return [list(case.expected(rows, *inputs)) for rows in slices]
@@ -52,7 +52,7 @@ def right(results: Tensors, part: Part) -> None:
 
 
 def differing(results: Tensors, part: Part) -> tuple[int, int]:
-    """How many elements differ in their bytes, of how many; a peer may give fewer results, of other shapes."""
+    """Count the elements whose bytes differ, and all elements; a peer may give fewer results, of other shapes."""
     differ = compared = 0
     for result, (rows, want) in zip(results, part, strict=False):
         got, expected = np.atleast_1d(testing.bits(result))[rows].reshape(-1), testing.bits(want).reshape(-1)

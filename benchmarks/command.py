@@ -1,4 +1,4 @@
-"""``quantlib bench``: which cases, for how long, and where the figures go."""
+"""``quantlib bench``: the choice of cases, their time, and the files of the figures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     Parameters
     ----------
     args : Namespace
-        What ``quantlib.cli.bench.arguments`` describes.
+        The arguments that ``quantlib.cli.bench.arguments`` describes.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def refuse(args: argparse.Namespace) -> None:
-    """ValueError for what only this machine can say is wrong."""
+    """Raise ValueError for options that do not suit this machine."""
     if args.device == "cuda" and not torch.cuda.is_available():
         why = "no GPU is found" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
         raise ValueError(f"--device must be a device of this machine, got 'cuda': {why}")
@@ -151,7 +151,7 @@ def publish(args: argparse.Namespace, about: dict[str, Any], rows: list[Row], co
 
 
 def with_figures(page: str, figures: str) -> str:
-    """``page`` with ``figures`` between its marks."""
+    """Return ``page`` with ``figures`` between its marks."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{figures}{END}{rest.partition(END)[2]}"
 

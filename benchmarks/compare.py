@@ -1,4 +1,4 @@
-"""``quantlib bench compare A B``: what changed from one run to another, beyond what either wavers by itself."""
+"""``quantlib bench compare A B``: the changes from one run to another, beyond the spread of each."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ def main(before: str, after: str, tolerance: float, ours: bool) -> int:
 
 
 def compared(before: Iterable[Row], after: Iterable[Row], tolerance: float, ours: bool = False) -> Iterable[Change]:
-    """What both runs have, in the order of the first; then what only one has."""
+    """Yield the rows of both runs, in the order of the first, then the rows that only one run has."""
     a, b = ({key(row): row for row in rows if row.role == OURS or not ours} for rows in (before, after))
     for k in sorted(dict.fromkeys((*a, *b)), key=lambda k: (k not in a, k not in b)):
         yield Change(a.get(k), b.get(k), verdict(a.get(k), b.get(k), tolerance))
 
 
 def key(row: Row) -> Key:
-    """What makes two rows the same."""
+    """Return the key that two rows of the same measurement share."""
     return row.family, row.op, row.conversion, row.per, row.shape, row.device, row.backend
 
 
 def verdict(before: Row | None, after: Row | None, tolerance: float) -> str:
-    """Changed is what moved its minimum and its median by more than both spreads together, and than ``tolerance``.
+    """A row changed if its minimum and its median moved by more than both spreads together and ``tolerance``.
 
     Either alone can be luck: one undisturbed run in fifty, or a second run on a busier machine.
     """
@@ -93,7 +93,7 @@ def verdict(before: Row | None, after: Row | None, tolerance: float) -> str:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """In what the two machines are not the same: "threads: 2 in A, 4 in B"."""
+    """List the differences of two machines: "threads: 2 in A, 4 in B"."""
     found = [(name, a.get(name), b.get(name)) for name in CIRCUMSTANCES]
     versions = a.get("versions") or {}, b.get("versions") or {}
     found.append(("torch", *(v.get("torch") for v in versions)))
@@ -135,7 +135,7 @@ def spread(row: Row | None) -> str:
 
 
 def summary(changes: Sequence[Change]) -> str:
-    """How many of each, and the worst."""
+    """Count each verdict, and name the worst change."""
     kinds = [change.verdict or "the same" for change in changes]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds, key=kinds.count)))
     worst = max((c for c in changes if c.verdict == SLOWER), key=lambda c: c.ratio or 0.0, default=None)

@@ -59,7 +59,7 @@ class DequantMatmul(Product):
         return turns([functools.partial(torch._weight_int8pack_mm, x, c, narrow) for c in self.copies(codes)])
 
     def int4pack(self, inputs: Tensors, outs: Tensors) -> Call:
-        """Of torch on the CPU: codes + 8 in an order of its own, [K / bk, N] pairs of a scale and a zero."""
+        """torch's product on the CPU: codes + 8 in an order of its own, [K / bk, N] pairs of a scale and a zero."""
         x, codes, scale = inputs
         q = load(codes, self.shape[2], self.spec.row).int() + 8
         packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
@@ -68,6 +68,6 @@ class DequantMatmul(Product):
         return turns([functools.partial(run, x, c, self.block[1], pairs) for c in self.copies(packed)])
 
     def of_models(self) -> list[Contender]:
-        """Without optimum-quanto, whose modules are around torch's ops, which are here already."""
+        """Return the peers' layers except optimum-quanto's, which call torch's ops, which are here already."""
         models = peer_models.of(self.model) if self.asks_models else ()
         return [q.contender(self.model, self.nbytes) for q in models if q is not peer_models.QUANTO]

@@ -28,7 +28,7 @@ Forward = Callable[[Tensor, Tensor], Tensor]  # (x, scale) -> y
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    """Both ways for every spec, each way by itself for the first."""
+    """Return forward and backward together for every spec, and each alone for the first."""
     chosen = [(dtype, QuantSpec.parse(spec)) for dtype, spec in (QUICK if quick else QUICK + MORE)]
     parts = [(way, *chosen[0]) for way in ("forward", "backward")] + [("", *one) for one in chosen]
     return [

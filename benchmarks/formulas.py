@@ -1,4 +1,4 @@
-"""What a torch user writes for each op, of which torch eager and torch.compile are the two ways to run it.
+"""The formulas that a torch user writes for each op; torch eager and torch.compile are the two ways to run them.
 
 x is seen as blocks [M / br, br, K / bk, bk], so that one formula serves every granularity: Inductor drops axes of size
 one. The rounding is the contract's where that costs nothing: the reciprocal of the scale once, no division an element.

@@ -23,7 +23,7 @@ import torch
 
 from .case import Call, Case, Contender, Row, Tensors
 
-SHAPES = ((1, 4096), (64, 8192), (1024, 4096), (16384, 8192))  # that a line is laid through
+SHAPES = ((1, 4096), (64, 8192), (1024, 4096), (16384, 8192))  # sizes that a line is fitted to
 CACHES = 3  # of L2, which the inputs that take turns exceed
 MOST = 1024  # copies of small inputs, which then do fit into it: that is what the intercept is about
 SMALL = 1 << 22  # elements, of a shape that somebody asked for to see that it works
@@ -45,7 +45,7 @@ class Turns:
 
 
 class Line(NamedTuple):
-    """What the calls of one contender cost over the sizes of one case."""
+    """The cost of the calls of one contender over the sizes of one case."""
 
     case: str
     backend: str
@@ -61,7 +61,7 @@ def shaped(common: dict[str, Any], first: bool) -> list[dict[str, Any]]:
 
 
 def rotation(nbytes: int, cache: int) -> int:
-    """How many copies of ``nbytes`` exceed `CACHES` times the cache; two at least."""
+    """The number of copies of ``nbytes`` that exceed `CACHES` times the cache; at least two."""
     return max(2, CACHES * cache // max(nbytes, 1) + 1)
 
 
@@ -130,7 +130,7 @@ def fit(nbytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
-    """Of every contender that was timed at three sizes of a case or more."""
+    """Fit a line for every contender that was timed at three sizes of a case or more."""
     points = defaultdict(list)
     for row in rows:
         if row.min is not None and row.bytes:

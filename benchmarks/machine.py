@@ -1,4 +1,4 @@
-"""What was measured on: processor, threads, versions, and how fast this machine copies memory."""
+"""The machine of a run: processor, threads, versions, and how fast it copies memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def describe(device: str, backend: str | None = None) -> dict[str, Any]:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """What the GPU is."""
+    """Return the properties of the GPU."""
     facts = torch.cuda.get_device_properties("cuda")
     return {
         "architecture": f"sm_{facts.major}{facts.minor}",
@@ -93,7 +93,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Of the checkout, where this is one; of a wheel its version."""
+    """Return the commit of the checkout, or the version of an installed wheel."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
     try:
@@ -105,7 +105,7 @@ def commit() -> str:
 
 
 def noise(device: str) -> float:
-    """How quiet the machine is: of a hundred runs of one product, how much longer than the fastest the slow ones take.
+    """Measure the noise: the slow ones of a hundred runs of one product over the fastest, less one.
 
     Three of four runs are within this share of the fastest: 0 on a machine that does nothing else.
     """
@@ -119,7 +119,7 @@ def waver(times: list[float]) -> float:
 
 
 def limits(shape: tuple[int, ...], device: str) -> Limits:
-    """What every share is of, measured before any case."""
+    """Measure the limits of which every share is taken, before any case."""
     return Limits(
         copy_bandwidth(shape, device),
         read_bandwidth(shape, device),

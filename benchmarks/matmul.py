@@ -1,4 +1,4 @@
-"""What the families of products share: exact operands, the cases of a machine, and weights that take turns.
+"""Shared parts of the product families: exact operands, the cases of a machine, and weights that take turns.
 
 x are small integers and scales powers of two, so that every sum is exact and bytes can be compared. Weights take
 turns, so that none is found in a cache: a model's weights are not, either.
@@ -68,7 +68,7 @@ class Multiplied(Scaled):
 
     @property
     def dynamic(self) -> bool:
-        """Whether x is quantized too."""
+        """True if x is quantized too."""
         return self.spec.activation is not None
 
     @property
@@ -100,6 +100,13 @@ class Product(Multiplied):
         M, N, K = self.shape
         x = exact_x((M, K), self.dynamic).to(self.device, getattr(torch, self.dtype))
         return x, *exact_weight((N, K), self.spec.weight_only, self.device)
+
+    def timed_inputs(self, inputs: Tensors) -> Tensors:
+        """x of random reals, or random codes: small integers flip few bits, and a GPU clocks higher with them."""
+        x = inputs[0]
+        if x.is_floating_point():
+            return torch.randn(x.shape, device=x.device).to(x.dtype), *inputs[1:]
+        return torch.randint(-127, 128, x.shape, device=x.device).to(x.dtype), *inputs[1:]
 
     def outs(self, *inputs: Tensor) -> Tensors:
         M, N, _ = self.shape
@@ -146,7 +153,7 @@ class Product(Multiplied):
 
     @property
     def codes_shape(self) -> tuple[int, ...]:
-        """Of the weight; a code of several a byte included."""
+        """The shape of the weight's codes, packed where several share a byte."""
         return self.spec.codes_shape(self.shape[1:])
 
     def floats(self) -> list[Contender]:
@@ -178,12 +185,12 @@ class Product(Multiplied):
 
     @property
     def nbytes(self) -> int:
-        """Of the quantized weight."""
+        """Bytes of the quantized weight."""
         return self.spec.weight_only.nbytes(self.shape[1:])
 
     @property
     def asks_models(self) -> bool:
-        """Whether others' layers join in: they compile or tune for every shape, on a GPU for the first weight alone."""
+        """True if others' layers join in: they compile or tune for every shape, on a GPU for the first weight alone."""
         return self.device == "cpu" or self.shape[1:] == SHAPES["cuda"][0]
 
     def copies(self, weight: Tensor) -> list[Tensor]:
@@ -218,7 +225,7 @@ def _then(call: Call, y: Tensor) -> Tensor:
 
 
 def exact_y(x: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Array:
-    """What a linear layer of these operands gives, bit for bit.
+    """Return the result of a linear layer of these operands, bit for bit.
 
     By the reference; of a weight on a GPU that would keep NumPy for many seconds by a product in float64, which has
     the same bytes: its sums are exact, and a row of x has a scale of 1.
@@ -253,7 +260,7 @@ def itemsize(dtype: str) -> int:
 
 
 def rotation(nbytes: int, device: str) -> int:
-    """How many copies no cache holds; two of what is too small to tell anything."""
+    """The number of copies that exceed every cache; two for a weight that is too small to tell anything."""
     cache = CACHE if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
     return graphs.rotation(nbytes, cache) if nbytes > cache // 32 else 2
 
@@ -268,7 +275,7 @@ class LinearModel:
     """A model of one linear layer, whose weight has the values of `exact_weight`."""
 
     shape: tuple[int, int]  # (N, K)
-    spec: QuantSpec  # what the layer is to become
+    spec: QuantSpec  # the spec of the layer
     dtype: str
     device: str = "cpu"
 
@@ -281,5 +288,5 @@ class LinearModel:
         return torch.nn.Sequential(layer).eval()
 
     def takes(self, inputs: Tensors) -> Tensors:
-        """What the model is called with, of the inputs of a case."""
+        """Return the arguments of the model among the inputs of a case."""
         return inputs[:1]

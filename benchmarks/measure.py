@@ -67,13 +67,14 @@ def measure(
     Parameters
     ----------
     seconds : float
-        What a contender whose spread stays large may take for its timed runs; a slow one still gets ``case.least``.
+        The time that a contender whose spread stays large may take for its timed runs; a slow one still gets
+        ``case.least`` of them.
     without : sequence of str
         Peers whose names begin so are left out.
     tick : str -> None
         Told what is going on.
     limits : Limits
-        What shares are of.
+        The limits of which shares are taken.
     """
     peers.forget_compiled()
     inputs = case.inputs()
@@ -123,7 +124,7 @@ def clock(case: Case, contender: Contender, inputs: Tensors, outs: Tensors, call
         return lambda: timed(call, case.calls)
     from . import graphs
 
-    return graphs.clock(case, contender, inputs, outs)
+    return graphs.clock(case, contender, case.timed_inputs(inputs), outs)
 
 
 def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:
@@ -146,7 +147,7 @@ def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:
 
 
 def wants_more(times: list[float], case: Case, seconds: float) -> bool:
-    """Until the spread is small; one that stays large is given up after so many runs or ``seconds``."""
+    """True until the spread is small, or until so many runs or ``seconds`` if it stays large."""
     if len(times) < case.least or (len(times) < MOST and sum(times) * case.calls < seconds):
         return len(times) < max(case.least, FEWEST) or spread(times) > STEADY
     return False
@@ -219,7 +220,7 @@ def with_times(row: Row, times: list[float], least: dict[str, float | None], lim
 
 
 def with_rates(row: Row, moved: int, case: Case, limits: Limits) -> Row:
-    """What ``moved`` bytes and the FLOPs of the case are a second, and of this machine's most."""
+    """Add the rates: ``moved`` bytes and the FLOPs of the case a second, and their shares of this machine's limits."""
     assert row.min is not None
     flops = 0 if row.role == LIMIT else case.flops
     peak = limits.products.get(case.multiplies)
@@ -236,7 +237,7 @@ def with_rates(row: Row, moved: int, case: Case, limits: Limits) -> Row:
 
 
 def artefact(row: Row, rivals: dict[str, tuple[float, int]]) -> str:
-    """Why the time on a GPU is not to be believed until it is explained; ``rivals``: seconds and bytes of peers.
+    """Return why a time on a GPU needs an explanation first; ``rivals``: seconds and bytes of peers.
 
     Nothing moves bytes much faster than a plain copy, and what is bound by them gains no more than it has fewer.
     """

@@ -153,7 +153,7 @@ class Embedding(Module):
         return tuple(order.split(min(LOOKUPS, N))[: max(1, N // LOOKUPS)])
 
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
-        """Of a call: ids, codes and their scales in, values out."""
+        """Bytes that a call moves: ids, codes and their scales in, values out."""
         ids, K = inputs[0], self.shape[1]
         return ids.nbytes + self.spec.nbytes((len(ids), K)) + len(ids) * K * itemsize(self.dtype)
 

@@ -113,7 +113,7 @@ def as_html(machine: dict[str, Any], rows: Sequence[Row], complete: bool) -> str
 
 
 def circumstances(machine: dict[str, Any]) -> str:
-    """What else the figures depend on."""
+    """Return the other facts that the figures depend on."""
     versions = (f"{name} {version}" for name, version in machine.get("versions", {}).items() if version)
     return ", ".join(
         [f"quantlib {machine.get('quantlib')}", *versions, f"Python {machine.get('python')}", str(machine.get("date"))]

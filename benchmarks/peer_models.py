@@ -25,7 +25,7 @@ from .peers import package
 
 
 class Model(Protocol):
-    """How a float model is made; equal ones make equal models."""
+    """A recipe for a float model; equal recipes make equal models."""
 
     @property
     def spec(self) -> QuantSpec: ...
@@ -49,10 +49,10 @@ class Quantizer:
     compiled : bool
         Run under torch.compile, for these shapes.
     dtype : str, optional
-        Of the float model and of what goes in, where that is not for the case to choose.
+        The dtype of the float model and its inputs, if the case does not choose it.
     note : str
     copied : bool
-        What it makes can be copied, which takes less time than to make it again.
+        True if its models can be copied, which takes less time than to make them again.
     """
 
     name: str

@@ -43,7 +43,7 @@ def compiled(formula: Formula) -> Contender:
 
 
 def forget_compiled() -> None:
-    """What torch.compile made for earlier cases, which would count against a function's limit of recompilations."""
+    """Drop what torch.compile made for earlier cases: it counts against a function's limit of recompilations."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

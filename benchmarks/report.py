@@ -1,4 +1,4 @@
-"""What the rows look like: an aligned table, the targets, JSON, CSV and Markdown."""
+"""Print the rows: an aligned table, the targets, JSON, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEFT = {"case", "backend", "note"}
 
 
 def headline(machine: dict[str, Any]) -> str:
-    """What was measured on and what it can do, in a line."""
+    """Describe the machine and its limits in a line."""
     peaks = ", ".join(
         f"{roofline.PEAKS.get(dtype, dtype)} {figures(rate)}"
         for dtype, rate in machine.get("peak_tflop_per_s", {}).items()
@@ -58,7 +58,7 @@ def figures(value: float | None) -> str:
 
 
 def heading(row: Row) -> str:
-    """What all rows of a case share: "quantize float32 -> int8 row, 4096x4096, 83.9 MB, 0.5 FLOPs a byte"."""
+    """Return what all rows of a case share: "quantize float32 -> int8 row, 4096x4096, 83.9 MB, 0.5 FLOPs a byte"."""
     shape = "x".join(map(str, row.shape))
     moved = f"{row.bytes / 1e6:.1f} MB" if row.bytes else ""
     intensity = f"{figures(row.intensity)} FLOPs a byte" if row.intensity else ""
@@ -120,7 +120,7 @@ def bars(rows: Sequence[Row], width: int = 30) -> str:
 
 
 def line_table(rows: Sequence[Row]) -> str:
-    """What a call costs before the first byte and how fast it is from there on, of cases of several sizes."""
+    """Return a table of the overhead of a call and the rate beyond it, for cases of several sizes."""
     lines = [
         (line.case, line.backend, figures(line.gb_per_s), f"{line.microseconds:.2f}") for line in graphs.lines(rows)
     ]
@@ -145,7 +145,7 @@ def figure(v: Verdict) -> str:
 
 
 def peer(v: Verdict) -> str:
-    """How near to the memory's limit the other side already is."""
+    """Return the peer's share of a plain copy's speed, in words."""
     if v.peer_of_copy is None or v.target.measure != "speedup":
         return ""
     return f"(at {v.peer_of_copy:.2f} of a plain copy)"

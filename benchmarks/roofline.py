@@ -1,4 +1,4 @@
-"""How much of this machine an op uses: FLOPs a second over FLOPs a byte, under what memory and products allow.
+"""The roofline of this machine: FLOPs a second over FLOPs a byte, below the limits of memory and products.
 
 attainable(intensity) = min(peak, bandwidth * intensity)
 """
@@ -18,7 +18,7 @@ PEAKS = {"float32": "FP32", "bfloat16": "BF16", "int8": "INT8"}  # dtype -> as c
 
 @dataclass(frozen=True)
 class Roof:
-    """What an op is bounded by: bytes a second of a plain copy, FLOPs a second of products by dtype."""
+    """The limits of an op: bytes a second of a plain copy, FLOPs a second of products by dtype."""
 
     bandwidth: float
     peaks: Mapping[str, float]
@@ -48,7 +48,7 @@ class Frame:
 
 
 def roof(machine: Mapping[str, Any]) -> Roof:
-    """Of what a run measured first."""
+    """Return the limits that a run measured first."""
     peaks = machine.get("peak_tflop_per_s", {})
     return Roof(machine["copy_gb_per_s"] * 1e9, {dtype: rate * 1e12 for dtype, rate in peaks.items()})
 
@@ -78,7 +78,7 @@ def decades(first: float, last: float) -> list[float]:
 
 
 def share(row: Row) -> float | None:
-    """Of the nearer limit: the least time that bytes and FLOPs need, over the time it took."""
+    """Return the share of the nearer limit: the least time that bytes and FLOPs need, over the measured time."""
     return max((s for s in (row.of_copy, row.of_peak) if s is not None), default=None)
 
 

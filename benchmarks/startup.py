@@ -1,4 +1,4 @@
-"""What `import quantlib` costs: whole processes, beside one that imports torch alone."""
+"""The cost of `import quantlib`: whole processes, beside one that imports torch alone."""
 
 from __future__ import annotations
 

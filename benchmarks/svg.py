@@ -102,7 +102,7 @@ def roof(machine: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def axis(ends: tuple[float, float], start: float, end: float) -> Callable[[float], float]:
-    """Where a value is, on a logarithmic axis from pixel ``start`` to ``end``."""
+    """Return a function from a value to its pixel, on a logarithmic axis from ``start`` to ``end``."""
     low, high = map(math.log10, ends)
     return lambda value: start + (math.log10(value) - low) / (high - low) * (end - start)
 

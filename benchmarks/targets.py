@@ -1,4 +1,4 @@
-"""What this library promises about its speed, as data, and whether a run kept it."""
+"""The promises of this library about its speed, as data, and the check that a run kept them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Target:
 
     @property
     def least(self) -> bool:
-        """Whether ``bound`` is the least, and not the most."""
+        """True if ``bound`` is the least value, False if it is the largest."""
         return self.measure not in ("time", "above")
 
 
@@ -60,7 +60,7 @@ EIGHT, FOUR = "bfloat16 x int8 row", "bfloat16 x int4 group:128"
 
 
 def weight_only(M: int) -> float:
-    """How many times as fast as F.linear in BF16 a product with M rows of x and a weight in INT8 is."""
+    """The target for a product with M rows of x and an INT8 weight, as a speedup over F.linear in BF16."""
     return 1.9 if M <= 4 else 1.5 if M <= 16 else 1.0
 
 
@@ -208,7 +208,7 @@ class Verdict:
 
 
 def verdicts(rows: Iterable[Row], machine: Mapping[str, Any]) -> list[Verdict]:
-    """Of every target whose case was run, and, but for calls, on tensors that no cache holds."""
+    """Return the verdict of every target whose case was run, on tensors larger than any cache, except for calls."""
     cases: dict[tuple[str, str], dict[tuple[int, ...], list[Row]]] = {}
     for row in rows:
         cases.setdefault((row.case, row.device), {}).setdefault(row.shape, []).append(row)
@@ -220,7 +220,7 @@ def verdicts(rows: Iterable[Row], machine: Mapping[str, Any]) -> list[Verdict]:
 
 
 def verdict(target: Target, rows: list[Row], noise: float | None = None) -> Verdict:
-    """Of the rows of the target's case."""
+    """Return the verdict on the rows of the target's case."""
     own = next((r for r in rows if r.role == OURS and (r.dtype == target.dtype or not target.dtype)), None)
     others = [row for row in rows if row.backend in target.against and row.min is not None]
     if own is None or own.min is None or len(others) < len(target.against):

@@ -37,7 +37,7 @@ MARGIN = 2.0
 
 
 def cases(quick: bool, **common: Any) -> list[Case]:
-    """Of every scheme a token and a prompt; if it has to be quick, a token of the first, a prompt of the second."""
+    """Return a token and a prompt for every scheme; with ``quick``, a token of the first and a prompt of the second."""
     small = math.prod(common["shape"]) < graphs.SMALL
     hidden = 2 * HEAD if small else 4096 if common.get("device") == "cuda" else 1024 if quick else 2048
     token, prompt = ((1, 3), (4, 0)) if small else ((1, PAST), (PROMPT, 0))
@@ -97,7 +97,7 @@ class BlockModel:
         return block.to(self.device).eval().requires_grad_(False)
 
     def takes(self, inputs: Tensors) -> Tensors:
-        """What the model is called with, of the inputs of a case."""
+        """Return the arguments of the model among the inputs of a case."""
         return inputs
 
 
@@ -129,12 +129,12 @@ class Transformer(Multiplied):
 
     @property
     def flops(self) -> int:
-        """Of the layers and of the attention."""
+        """FLOPs of the layers and of the attention."""
         tokens, past, hidden = self.shape
         return 2 * tokens * sum(map(math.prod, self.weights)) + 4 * tokens * (past + tokens) * hidden
 
     def moved(self, inputs: Tensors, outs: Tensors) -> int:
-        """What comes in, the codes and their scales, what goes out."""
+        """Bytes that a call moves: the input, the codes and their scales, the output."""
         return sum(t.nbytes for t in (*inputs, inputs[0])) + self.nbytes
 
     def moved_as(self, dtype: str) -> int:
@@ -169,7 +169,7 @@ class Transformer(Multiplied):
 
     @property
     def nbytes(self) -> int:
-        """Of the quantized weights."""
+        """Bytes of the quantized weights."""
         return sum(map(self.spec.weight_only.nbytes, self.weights))
 
     def contenders(self) -> list[Contender]:

@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantlib import nn, plan, reference
+    from quantlib import nn, optim, plan, reference
     from quantlib.api import dequantize_, quantize_
     from quantlib.backends import library_path, use_backend
     from quantlib.calibration import assign, calibrate
     from quantlib.evaluation import evaluate
+    from quantlib.ops.adamw_step import adamw_step
     from quantlib.ops.cast import cast
     from quantlib.ops.compute_scale import compute_scale
     from quantlib.ops.dequant_matmul import dequant_matmul
     from quantlib.ops.dequantize import dequantize
     from quantlib.ops.dynamic_matmul import dynamic_matmul
     from quantlib.ops.fake_quantize import fake_quantize
+    from quantlib.ops.grouped_dequant_matmul import grouped_dequant_matmul
+    from quantlib.ops.grouped_dynamic_matmul import grouped_dynamic_matmul
     from quantlib.ops.packing import pack, unpack
     from quantlib.ops.quantize import quantize
     from quantlib.ops.quantize_dynamic import quantize_dynamic
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from quantlib.spec import W4A8, W4A16, W8A8, W8A16, QuantSpec
 
 _HOME = {
+    "adamw_step": "ops",
     "assign": "calibration",
     "calibrate": "calibration",
     "cast": "ops",
@@ -46,6 +50,8 @@ _HOME = {
     "dynamic_matmul": "ops",
     "evaluate": "evaluation",
     "fake_quantize": "ops",
+    "grouped_dequant_matmul": "ops",
+    "grouped_dynamic_matmul": "ops",
     "library_path": "backends",
     "pack": "ops",
     "prepare_qat_": "qat",
@@ -63,7 +69,7 @@ _HOME = {
     "unpack": "ops",
     "use_backend": "backends",
 }  # name -> the module it lives in
-_MODULES = ("nn", "plan", "reference")
+_MODULES = ("nn", "optim", "plan", "reference")
 
 __all__ = [
     "W4A8",
@@ -71,6 +77,7 @@ __all__ = [
     "W8A8",
     "W8A16",
     "QuantSpec",
+    "adamw_step",
     "assign",
     "calibrate",
     "cast",
@@ -82,8 +89,11 @@ __all__ = [
     "dynamic_matmul",
     "evaluate",
     "fake_quantize",
+    "grouped_dequant_matmul",
+    "grouped_dynamic_matmul",
     "library_path",
     "nn",
+    "optim",
     "pack",
     "plan",
     "prepare_qat_",

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,10 @@ COMMON = ("-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # r
 HOST = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off")  # C0: no contraction to FMA
 CPU = (*COMMON, "-Wall", "-fno-math-errno", "-fno-trapping-math")
 CUDA = (*COMMON, "-DUSE_CUDA", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")  # C0
-CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]")
+# Compute capabilities that get machine code of their own, as far as nvcc knows them; the newest also gets PTX, which a
+# driver compiles for later devices. Older devices lack bfloat16 products.
+CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+TARGETS = "quantlib compiled for "  # in the library, before the names of what it was compiled for
 
 # csrc/cpu/<op>.cpp is compiled once for each of these; csrc/cpu/backend.cpp picks one when an op is first called.
 ISAS: dict[str, tuple[str, ...]] = {"plain": ()}
@@ -60,14 +63,14 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mprefer-vector-width=512",
     )
     ISAS["avx512_bf16"] = (*ISAS["avx512"], "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
-# What QUANTLIB_ISA may name: the instruction sets, and the kernels of one where they find more instructions.
+# The values of QUANTLIB_ISA: the instruction sets, and the kernels of one where they find more instructions.
 LEVELS = {isa: isa for isa in ISAS}
 if len(ISAS) > 1:
     LEVELS |= {"avx2_vnni": "avx2", "amx": "avx512_bf16"}
 
 
 class BuildError(RuntimeError):
-    """Why there is no library; ``log`` is what the compiler said."""
+    """Raised if there is no library; ``log`` is the output of the compiler."""
 
     def __init__(self, why: str, log: str = "") -> None:
         super().__init__(why)
@@ -105,7 +108,7 @@ def library(name: str, build: bool = True) -> Path:
 
 
 def find_or_build(name: str, build: bool = True) -> Path:
-    """What `library` gives."""
+    """Return the path that `library` returns."""
     shipped = PACKAGE / FILES[name]
     if CSRC.parent == PACKAGE and shipped.exists():
         return shipped
@@ -142,7 +145,7 @@ def find_or_build(name: str, build: bool = True) -> Path:
 def caches() -> list[Path]:
     """Return the cache folders for compiled kernels, in order; the first that can be used is used.
 
-    That is ``QUANTLIB_CACHE`` and no other; without it ``$XDG_CACHE_HOME/quantlib`` or ``~/.cache/quantlib``, and where
+    ``QUANTLIB_CACHE`` alone if it is set; otherwise ``$XDG_CACHE_HOME/quantlib`` or ``~/.cache/quantlib``, and where
     there is no home or it cannot be written, ``quantlib-<user id>`` in the folder of temporary files.
     """
     asked = os.environ.get("QUANTLIB_CACHE")
@@ -179,7 +182,7 @@ class Unit:
     def read(self) -> list[Path]:
         """Return the sources and every header of ours that they include, directly or through others.
 
-        A header counts even where an ``#if`` leaves it out. Those of torch and the compiler are not followed.
+        A header counts even where an ``#if`` leaves it out. Headers of torch and of the compiler are not read.
         """
         found, folders = [*self.before, self.source], (self.folder, CSRC, PACKAGE)
         for path in found:  # which grows
@@ -191,7 +194,7 @@ class Unit:
 
 
 class Recipe:
-    """How one library is made of its sources."""
+    """The command, the flags and the sources that make one library."""
 
     def __init__(self, name: str) -> None:
         if not sys.platform.startswith("linux"):
@@ -340,14 +343,47 @@ def _words(variable: str) -> list[str]:
 
 
 def cuda_units() -> list[Unit]:
-    """Every kernel for all of CUDA_TARGETS, and the glue, which is plain C++."""
+    """Every kernel for all of `cuda_archs`, and the glue, which is plain C++ and names them."""
     compiler, folder = nvcc(), CSRC / "cuda"
     if compiler is None:
         raise BuildError("no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin")
-    targets = (flag for target in CUDA_TARGETS for flag in ("-gencode", target))
-    flags = (*CUDA, "-Xcompiler", ",".join(HOST), *targets)
+    archs = cuda_archs(compiler)
+    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    flags = (*CUDA, "-Xcompiler", ",".join(HOST), *(word for target in targets for word in ("-gencode", target)))
     kernels = [Unit(p, (compiler,), flags) for p in sorted(folder.glob("*.cu"))]
-    return [*kernels, *glue_units(folder, (*cxxflags(), *COMMON, "-DUSE_CUDA", *HOST))]
+    names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"])
+    glue = (*cxxflags(), *COMMON, "-DUSE_CUDA", f'-DQL_TARGETS="{TARGETS}{names}"', *HOST)
+    return [*kernels, *glue_units(folder, glue)]
+
+
+@functools.cache
+def cuda_archs(compiler: str) -> tuple[int, ...]:
+    """Return the CUDA_ARCHS that ``compiler`` knows; 80 and 90 if it does not say."""
+    try:
+        asked = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError):  # the build then says why
+        return (80, 90)
+    known = set(asked.stdout.split())
+    return tuple(arch for arch in CUDA_ARCHS if f"sm_{arch}" in known) or (80, 90)
+
+
+def targets(library: Path) -> tuple[str, ...]:
+    """Return what a CUDA library was compiled for: "sm_90", and "compute_120" for PTX."""
+    found = re.search(TARGETS.encode() + rb"([\w ]+)", library.read_bytes())
+    return tuple(found[1].decode().split()) if found else ()
+
+
+def runs_on(targets: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Return whether one of ``targets`` runs on a device of that compute capability.
+
+    Machine code runs on its own major version from its minor version on; PTX on whatever is not older.
+    """
+    device = 10 * capability[0] + capability[1]
+    for kind, arch in (target.split("_") for target in targets):
+        if int(arch) <= device and (kind == "compute" or int(arch) // 10 == capability[0]):
+            return True
+    return False
 
 
 def nvcc() -> str | None:
@@ -358,7 +394,7 @@ def nvcc() -> str | None:
 
 
 def find_torch() -> Path:
-    """torch's folder: of this interpreter, or of the environment that pip's build isolation hides."""
+    """Return torch's folder: that of this interpreter, or of the environment that pip's build isolation hides."""
     spec = importlib.util.find_spec("torch")
     origin = spec.origin if spec else None
     if origin is None:
@@ -373,7 +409,7 @@ def find_torch() -> Path:
 
 
 def jobs() -> int:
-    """How many compilers run at once."""
+    """Return the number of compilers that run at once: MAX_JOBS, or one a core."""
     text = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     try:
         count = int(text)
@@ -447,7 +483,7 @@ def _sha256(path: Path) -> bytes:
 
 
 def _place(made: Path, path: Path) -> None:
-    """Move ``made`` to ``path``, where after a power cut too it is whole or not there."""
+    """Move ``made`` to ``path``, which is complete or absent even after a power cut."""
     made.chmod(made.stat().st_mode & ~0o022)
     _sync(made)
     os.replace(made, path)
@@ -473,7 +509,7 @@ def _make_private(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Several processes may import at once: one compiles, the others wait for it."""
+    """Lock a folder: of several processes that import at once, one compiles and the others wait for it."""
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

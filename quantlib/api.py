@@ -56,10 +56,10 @@ def quantize_(
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
     types : sequence of {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, transformers.pytorch_utils.Conv1D}
-        What is a layer here; ``nn.Linear`` stands for experts of transformers too. An embedding and a linear layer
+        Layers to quantize; ``nn.Linear`` stands for experts of transformers too. An embedding and a linear layer
         that share a weight share its codes where both are asked for, and stay as they are where one is not.
     on_nonfinite : {"raise", "propagate"}
-        What to do about a weight that is infinite, NaN, or too large for a 16-bit float without a scale: raise, or
+        The treatment of a weight that is infinite, NaN, or too large for a 16-bit float without a scale: raise, or
         follow the numeric contract, by which a NaN makes a NaN of all that share its scale.
 
     Returns
@@ -198,7 +198,7 @@ def reasons_to_skip(
 
 
 def reason_to_skip(layer: nn.Module, form: Callable[[type[nn.Module]], type[nn.Module] | None] = form_of) -> str | None:
-    """What about a layer itself keeps it from being replaced."""
+    """Return the reason in a layer itself that keeps it from being replaced, or None."""
     if isinstance(layer, QuantModule):
         return f"already quantized to {layer.spec}"
     if isinstance(layer._parameters.get("weight"), UninitializedParameter):
@@ -227,7 +227,7 @@ def reason_to_skip(layer: nn.Module, form: Callable[[type[nn.Module]], type[nn.M
 
 
 def experts_of(model: nn.Module, filter_fn: Filter | None, skipped: dict[str, str]) -> dict[str, nn.Module]:
-    """Modules of experts whose matrices can and shall be quantized; what keeps others from it goes into ``skipped``."""
+    """Modules of experts whose matrices are to be quantized; the reasons against others go into ``skipped``."""
     found: dict[str, nn.Module] = {}
     adapters, elsewhere = adapters_of(model), kept_elsewhere(model)
     for name, module in model.named_modules():
@@ -253,7 +253,7 @@ def stacks_of(experts: nn.Module) -> dict[str, Any]:
 
 
 def adapters_of(model: nn.Module) -> dict[int, str]:
-    """id of a module -> why it is no part of the base model: what peft trains beside a layer or before a model."""
+    """id of a module that peft trains beside a layer or before a model -> why it is not part of the base."""
     found: dict[int, str] = {}
     for owner in model.modules():
         names = getattr(owner, "adapter_layer_names", ())
@@ -329,7 +329,7 @@ def by_reason(skipped: dict[str, str]) -> str:
 
 
 def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
-    """Why ``parameter``, which no rule of `reasons_to_skip` has met, stays what it is."""
+    """Return why ``parameter``, which no rule of `reasons_to_skip` covers, stays as it is."""
     if not parameter.is_floating_point():
         return f"it is of {dtype_name(parameter.dtype)}"
     if form_of(type(module)) is not None and key == "weight":
@@ -368,7 +368,7 @@ def names_of(types: tuple[type[nn.Module], ...]) -> str:
 
 
 def check_root(model: nn.Module) -> None:
-    """``model`` is a module whose layers can be replaced."""
+    """Check that ``model`` is a module whose layers can be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, tuple(QUANTIZED)):
@@ -432,7 +432,7 @@ def kept_elsewhere(model: nn.Module) -> dict[int, str]:
 
 
 def put(new: nn.Module, old: nn.Module, places: dict[int, list[Place]]) -> None:
-    """``new`` wherever ``old`` is, with the hooks of ``old`` themselves and not copies."""
+    """Put ``new`` wherever ``old`` is, with the hooks of ``old`` themselves, not copies."""
     for key, value in vars(old).items():
         if "hooks" in key and isinstance(value, dict):
             vars(new)[key] = value  # the same dictionary: a handle still removes its hook

@@ -1,4 +1,4 @@
-"""THE table of number formats: a format is a row, everything else about it is derived.
+"""The table of number formats: a format is a row, and everything else about it is derived.
 
 Imports nothing of torch or NumPy, so that the build can read it to write ``csrc/formats.h``.
 """
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 
 class Stored:
-    """How the codes of a format lie in memory.
+    """The layout of the codes of a format in memory.
 
     A code of 8, 16 or 32 bits fills bytes of its own, and torch has a dtype of the format's name. A narrower one lies
     in the low bits of a byte, whose other bits are 0 when it is written and ignored when it is read; or ``per_byte``
@@ -37,12 +37,12 @@ class Stored:
 
     @cached_property
     def packed(self) -> bool:
-        """Whether codes share a byte."""
+        """True if codes share a byte."""
         return self.per_byte > 1
 
     @cached_property
     def whole(self) -> bool:
-        """Whether a code fills the bytes in which it lies."""
+        """True if a code fills the bytes it is stored in."""
         return self.bits in (8, 16, 32)
 
     @cached_property
@@ -66,7 +66,7 @@ class Stored:
 
     @cached_property
     def zero_byte(self) -> int:
-        """What `storage` holds where every code is that of 0."""
+        """The byte of `storage` in which every code is that of 0."""
         return 0
 
     def sizes(self, columns: int) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ class FloatFormat(Stored):
     Or a code book, `book`: code i is worth ``values[i]``, and the fields say nothing.
     """
 
-    # What ml_dtypes calls it, and torch where it has a dtype for it.
+    # Its name in ml_dtypes, and in torch if it has a dtype for it.
     name: str
     # Bits of e, below the sign.
     exponent_bits: int
@@ -92,7 +92,7 @@ class FloatFormat(Stored):
     fraction_bits: int
     # The e of the values from 1 up to 2.
     bias: int
-    # Whether the code after the largest finite value is infinity, of either sign.
+    # True if the code after the largest finite value is infinity, of either sign.
     has_inf: bool
     # "none": no code is NaN. "high": the codes of either sign beyond infinity are, or the highest code of either sign
     # where there is no infinity. "negative zero": the code of -0 is the only NaN, and so there is no -0.
@@ -125,7 +125,7 @@ class FloatFormat(Stored):
 
     @cached_property
     def is_book(self) -> bool:
-        """Whether the values are a table."""
+        """True if the values are a table."""
         return bool(self.values)
 
     @cached_property
@@ -145,7 +145,7 @@ class FloatFormat(Stored):
 
     @cached_property
     def midpoints(self) -> tuple[float, ...]:
-        """Of a code book: fl(fl(a + b) / 2) of neighbours. A value above it gets the upper code (C6)."""
+        """fl(fl(a + b) / 2) of neighbours of a code book. A value above it gets the upper code (C6)."""
         pairs = zip(self.values, self.values[1:], strict=False)
         return tuple(float_of(float_bits(float_of(float_bits(a + b)) / 2)) for a, b in pairs)
 
@@ -165,12 +165,12 @@ class FloatFormat(Stored):
 
     @cached_property
     def overflow_code(self) -> int:
-        """What a magnitude above the largest finite value becomes when it does not saturate (C3)."""
+        """The code of a magnitude above the largest finite value when ``cast`` does not saturate (C3)."""
         return self.max_code + 1 if self.has_inf else self.nan_code
 
     @cached_property
     def max(self) -> float:
-        """Largest finite magnitude: what ``amax`` is divided by to make a scale (Q of C4)."""
+        """The largest finite magnitude, Q of C4: a scale is ``amax`` / Q."""
         if self.values:
             return max(abs(v) for v in self.values)
         exponent, fraction = divmod(self.max_code, 1 << self.fraction_bits)
@@ -200,7 +200,7 @@ class FloatFormat(Stored):
 
     @cached_property
     def saturates(self) -> bool:
-        """Whether ``cast`` saturates unless told otherwise (C3)."""
+        """True if ``cast`` saturates by default (C3)."""
         return self.bits <= 8
 
     @cached_property
@@ -215,7 +215,7 @@ class FloatFormat(Stored):
         return 0, (1 << self.bits) - 1
 
     def holds(self, f: Format) -> bool:
-        """Whether this format has every value of ``f``, of an integer format every code less a zero point."""
+        """True if this format has every value of ``f``; of an integer format, every code minus a zero point."""
         if isinstance(f, IntFormat):
             return f.bits <= self.fraction_bits + 1 and 2**f.bits <= self.max
         if f.values:
@@ -224,7 +224,7 @@ class FloatFormat(Stored):
         return special and f.fraction_bits <= self.fraction_bits and f.max <= self.max and f.smallest >= self.smallest
 
     def is_value(self, value: float) -> bool:
-        """Whether a code with fields is worth ``value``, a number."""
+        """True if a code with fields has the value ``value``."""
         steps = abs(value) / max(2.0 ** (math.frexp(value)[1] - 1 - self.fraction_bits), self.smallest)
         return steps.is_integer() and abs(value) <= self.max
 
@@ -237,7 +237,7 @@ class IntFormat(Stored):
     name: str
     # Bits of a code.
     bits: int
-    # Whether there are negative codes.
+    # True if there are negative codes.
     signed: bool
     # Codes that share a byte: see `Stored`.
     per_byte: int = 1
@@ -252,7 +252,7 @@ class IntFormat(Stored):
 
     @cached_property
     def max(self) -> int:
-        """Largest code: what ``amax`` is divided by to make a scale (Q of C4)."""
+        """The largest code, Q of C4: a scale is ``amax`` / Q."""
         return (1 << (self.bits - self.signed)) - 1
 
     def range(self, affine: bool) -> tuple[int, int]:
@@ -329,7 +329,7 @@ TABLE: tuple[Format, ...] = (
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {f.name: f for f in (FLOAT32, *TABLE)}
-WITHOUT_BOOKS = tuple(f for f in TABLE if isinstance(f, IntFormat) or not f.is_book)  # what has fields
+WITHOUT_BOOKS = tuple(f for f in TABLE if isinstance(f, IntFormat) or not f.is_book)  # the formats with fields
 
 
 def get(format: Any) -> Format:

@@ -1,4 +1,4 @@
-"""Whether a weight is finite, and how far its codes are from it: a slab of rows at a time, which stays in a cache."""
+"""Check that a weight is finite, and measure the error of its codes: a slab of rows at a time, which fits a cache."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def squares(x: Tensor) -> float:
 
 
 def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerReport:
-    """What became of x [N, ...]."""
+    """Report on x [N, ...] and its codes."""
     ratio = math.nan
     if not x.is_meta:
         matrix, sums = x.detach().flatten(1), Sums()
@@ -119,7 +119,7 @@ def describe(name: str, x: Tensor, weight: Weight, spec: QuantSpec) -> LayerRepo
 
 
 def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> LayerReport:
-    """What became of x, the weight ``key`` of the experts called ``name``."""
+    """Report on x, the weight ``key`` of the experts called ``name``, and its codes."""
     x, sums, stack = x.detach(), Sums(), experts.stacks[key]
     for e in range(0 if x.is_meta else stack.E):
         matrix = stack.matrix(x, e)
@@ -131,7 +131,7 @@ def describe_experts(name: str, key: str, x: Tensor, experts: QuantExperts) -> L
 
 
 def check_weight(name: str, x: Tensor, spec: QuantSpec, on_nonfinite: OnNonfinite) -> None:
-    """x [N, K] is of a dtype that can be quantized, and finite; so is its cast where ``spec`` has no scale."""
+    """Check that x [N, K] has a dtype to quantize from and is finite, and its cast too if ``spec`` has no scale."""
     if x.dtype not in SOURCES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {str(x.dtype).removeprefix('torch.')}")
     if on_nonfinite == "propagate" or x.is_meta or x.numel() == 0:

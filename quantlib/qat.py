@@ -56,7 +56,7 @@ def prepare_qat_(
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
     types : sequence of {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d}
-        What is a layer here.
+        The classes of layers to prepare.
     scale : {"learned", "dynamic"}
         Whether the scales of weights are parameters (LSQ), or follow the weights at each forward as `quantize_` takes
         them. Activations are projected with the scales of the moment, as they will be when deployed, unless the spec
@@ -68,10 +68,10 @@ def prepare_qat_(
     mask : {"rounded", "lsq"}
         Where a weight passes its gradient on: where its rounded code is in range, or where weight / scale itself is.
     activation_scale : {"observed", "learned"}, optional
-        Of static activations: whether their scale is what the observer says until ``qat_mode_(observers=False)``, the
+        The scale of static activations: the observer's until ``qat_mode_(observers=False)``, the
         default, or a parameter that is learned from there.
     observer : type of Observer
-        What watches static activations: `nn.MovingAverageObserver`, `nn.MinMaxObserver`, `nn.PercentileObserver` ...
+        The observer of static activations: `nn.MovingAverageObserver`, `nn.MinMaxObserver`, `nn.PercentileObserver` ...
 
     Returns
     -------

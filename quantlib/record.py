@@ -1,4 +1,4 @@
-"""``config.quantization_config``: what ``save_pretrained`` of transformers and diffusers says of codes."""
+"""``config.quantization_config``: the record of codes that ``save_pretrained`` of transformers and diffusers writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEEPERS = {
 
 
 def record_(model: nn.Module) -> None:
-    """Have the config of ``model`` say which weights are quantized to what; a model without a config is left alone.
+    """Record the quantized weights and their specs in the config of ``model``; a model without one is left alone.
 
     A model of transformers or diffusers is saved by `quantlib.hf` from now on. The config of another library's model,
     which becomes this model's own where several share it, names no ``quant_method``, since that library knows none of
@@ -84,7 +84,7 @@ def own_config(model: nn.Module) -> Any:
 
 
 def of_config(entry: Any) -> dict[str, Any] | None:
-    """``entry``, a ``quantization_config``, as a dict if quantlib made it."""
+    """Return ``entry``, a ``quantization_config``, as a dict if quantlib made it."""
     entry = entry.to_dict() if hasattr(entry, "to_dict") else entry
     ours = isinstance(entry, dict) and LIBRARY in (entry.get("library"), entry.get("quant_method"))
     return entry if ours else None

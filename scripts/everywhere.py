@@ -37,7 +37,7 @@ PLAIN = {"OPENBLAS_CORETYPE": "Prescott", "ATEN_CPU_CAPABILITY": "default", "QUA
 
 @dataclass(frozen=True)
 class Environment:
-    """What is other than here, and why it cannot be had, if it cannot."""
+    """The differences of an environment from this one, and the reason if it cannot be had."""
 
     name: str
     variables: dict[str, str | None] = field(default_factory=dict)  # None takes one away
@@ -76,7 +76,7 @@ def environments() -> Iterator[Environment]:
 
 
 def lacks(*flags: str) -> str:
-    """Why this CPU does not stand for one with ``flags``."""
+    """Return why this CPU does not stand for one with ``flags``; empty if it does."""
     try:
         has = set(re.findall(r"\S+", Path("/proc/cpuinfo").read_text()))
     except OSError:
@@ -86,7 +86,7 @@ def lacks(*flags: str) -> str:
 
 
 def lacks_torch(python: str) -> str:
-    """Why the tests do not run on another interpreter."""
+    """Return why the tests do not run on another interpreter; empty if they do."""
     if shutil.which(python) is None:
         return "not installed"
     answer = ask(python)
@@ -107,7 +107,7 @@ def has_locale(name: str) -> bool:
 
 
 def kernels() -> dict[str, str | None]:
-    """Where the compiled kernels are, for an environment that would look for them elsewhere."""
+    """Return the variable that points to the compiled kernels, for an environment that would look elsewhere."""
     caches = runpy.run_path(str(ROOT / "quantlib/_build.py"))["caches"]()
     return {"QUANTLIB_CACHE": str(caches[0])}
 
@@ -126,7 +126,7 @@ def load(processes: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Result:
-    """What pytest said."""
+    """The outcome of pytest."""
 
     status: int
     output: str

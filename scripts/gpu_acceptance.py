@@ -5,7 +5,8 @@ inputs on the device and NVIDIA's sanitizers over the CUDA kernels, then the ben
 both. No network: what is not installed shrinks what is run, and is named. The work comes in pieces of at most nine
 minutes, each a process of its own; the summary is written after each, and a piece that has passed with these very
 sources is not run again. Exit status 0: all passed; 1: something failed; 2: this machine cannot; 3: the limit was
-reached, run again to go on.
+reached, run again to go on. Where the variable OUT names a folder, the summary and the piece's whole output are copied
+there after each piece; ``--resume`` goes on from such a summary on a fresh machine of the same kind.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +38,7 @@ OPTIONAL = {
     "gemlite": "gemlite: a peer of the benchmarks",
     "matplotlib": "matplotlib: the charts",
 }
-SAME = ("gpu", "python", "torch", "triton")  # what has to be the same for a result to stay
+SAME = ("gpu", "python", "torch", "triton")  # facts that must be the same for a result to stay
 
 
 def main(
@@ -59,18 +61,20 @@ def main(
 
 def accept(chosen: list[Piece], given: argparse.Namespace, here: dict[str, Any]) -> int:
     """Run what has not passed yet, then say how it stands."""
-    summary = resumed(given.out, here)
+    summary = resumed(given.out if given.out.exists() or given.resume is None else given.resume, here)
     done = summary["pieces"]
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = given.out.parent / "gpu"
     for why in here.get("missing", []):
         print(f"left out, not installed: {why}", flush=True)
     todo = [piece for piece in chosen if piece.name == "build" or not passed(done, piece)]
     deadline = time.monotonic() + given.limit
-    for piece, result in run(todo, given.out.parent / "gpu", deadline, given.jobs):
+    for piece, result in run(todo, folder, deadline, given.jobs):
         if result is None:
             continue  # its time will come in the next run
         done[piece.name] = result
         save(given.out, summary)
+        carry(given.out, *folder.glob(f"{piece.slug}.*"))
         print(f"{result['status']:11} {result['seconds']:6} s  {piece.name}: {result['last']}", flush=True)
         if result["status"] == "failed":
             print(*(f"    {line}" for line in result["output"][-12:]), sep="\n", flush=True)
@@ -92,7 +96,7 @@ def resumed(out: Path, here: dict[str, Any]) -> dict[str, Any]:
 
 
 def fresh(done: dict[str, Any], piece: Piece) -> bool:
-    """Whether there is a result for the sources of now."""
+    """True if there is a result for the current sources."""
     return piece.name in done and done[piece.name]["sources"] == piece.digest
 
 
@@ -113,7 +117,16 @@ def publish(summary: dict[str, Any], name: str) -> None:
     path.parent.mkdir(exist_ok=True)
     save(path, summary)
     gpu_page.write()
+    carry(path, gpu_page.PAGE)
     print(f"{path.relative_to(ROOT)} and {gpu_page.PAGE.relative_to(ROOT)} are written")
+
+
+def carry(*paths: Path) -> None:
+    """Copy files to the folder that OUT names, if it is set: of a machine that is lent, what is there comes back."""
+    if folder := os.environ.get("OUT"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            shutil.copy(path, folder)
 
 
 def lacking(piece: Piece) -> str:
@@ -121,7 +134,7 @@ def lacking(piece: Piece) -> str:
 
 
 def missing_here() -> list[str]:
-    """Why this machine cannot."""
+    """List what this machine lacks."""
     packages = [
         f"{name} is not installed" for name in ("torch", "numpy", "triton", "tqdm", "safetensors") if not has(name)
     ]
@@ -138,7 +151,7 @@ def missing_here() -> list[str]:
 
 
 def machine_here() -> dict[str, Any]:
-    """What the summary is true of."""
+    """Describe the machine that the summary is true of."""
     import torch
 
     properties = torch.cuda.get_device_properties(0)
@@ -187,7 +200,8 @@ def parser() -> argparse.ArgumentParser:
     cores = os.cpu_count() or 1
     top.add_argument("--jobs", type=int, default=max(1, min(2, cores // 8)), help="pieces at a time (%(default)s)")
     out = ROOT / "build/gpu.json"
-    top.add_argument("--out", type=Path, default=out, metavar="FILE", help="the summary, also what to resume")
+    top.add_argument("--out", type=Path, default=out, metavar="FILE", help="the summary, which a later run resumes")
+    top.add_argument("--resume", type=Path, metavar="FILE", help="a summary to go on from where --out is not there yet")
     top.add_argument("--save", metavar="NAME", help="also write benchmarks/results/gpu-NAME.json and docs/gpu.md")
     return top
 

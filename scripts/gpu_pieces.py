@@ -1,4 +1,4 @@
-"""What `make gpu` consists of: the pieces, in the order in which they are worth running, and how one is run."""
+"""The pieces of `make gpu`, in the order in which they are worth running, and the running of one."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ PIECE_SECONDS = 540  # none may take longer
 GRACE_SECONDS = 20  # from the interrupt, which lets a piece say what it has, to the end
 RESULTS = "{results}"  # in a command: the file that the piece may leave figures in, as JSON
 
-# What is compiled is compiled for the device: no interpreter, and a build that fails is an error.
+# Kernels are compiled for the device: no interpreter, and a build that fails is an error.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QUANTLIB_BACKEND")} | {
     "QUANTLIB_BUILD": "1",
-    "PYTHONPATH": str(ROOT),
+    # What else was carried to the machine, peers of the benchmarks among it, lies on the path of this process.
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
+    ),
     "PYTHONUNBUFFERED": "1",
 }
 
@@ -43,8 +46,9 @@ class Piece:
     command: tuple[str, ...]
     seconds: int  # about how long; a guess, to see what still fits
     sources: tuple[str, ...] = LIBRARY  # folders that decide what it gives
-    alone: bool = False  # nothing may run beside it
-    lacks: str = ""  # why it cannot run here, if it cannot
+    alone: bool = False  # nothing may run beside it but what is light
+    light: bool = False  # disturbs no other, and runs beside any
+    lacks: str = ""  # the reason if it cannot run here
     fine: tuple[int, ...] = (0,)  # exit statuses
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -54,29 +58,47 @@ class Piece:
 
     @property
     def digest(self) -> str:
-        """Of all that it runs: a result holds for these sources."""
+        """A hash of all sources that it runs: a result holds for these."""
         return digest(self.sources)
 
 
 def pieces(cores: int = os.cpu_count() or 1) -> Iterator[Piece]:
-    """In the order in which they are worth running."""
+    """Yield the pieces in the order in which they are worth running."""
     python = sys.executable
+    smoke = (python, "scripts/gpu_smoke.py")
+    without = (("QUANTLIB_BUILD", "0"),)  # it needs Triton only, and runs while the libraries are compiled
+    yield Piece("smoke", smoke, 60, (*LIBRARY, "scripts"), light=True, environment=without)
     yield Piece("build", (python, "quantlib/_build.py", "cpu", "cuda"), 150, alone=True)
-    for backend in BACKENDS:
-        table = (python, "-m", "quantlib.testing", backend, "--device", "cuda", "--jobs", str(min(cores, 14)))
-        yield Piece(f"cases {backend}", table, 120)
+    tables = {
+        backend: Piece(
+            f"cases {backend}",
+            (python, "-m", "quantlib.testing", backend, "--device", "cuda", "--jobs", str(min(cores, 14))),
+            120,
+        )
+        for backend in BACKENDS
+    }
+    benchmarks = {name: bench(name, families) for name, families in benches()}
+    yield tables.pop("triton")
     yield from tests("graphs", ["tests/ops/test_graph_capture.py"], 90, 1, "gpu")
+    for name in ("products", "projections"):
+        if name in benchmarks:
+            yield benchmarks.pop(name)
+    yield from tables.values()
     yield from tests("device", ["tests"], 240, cores, "gpu and not network")
+    yield from benchmarks.values()
     yield from sanitizers()
     for backend in BACKENDS:
         verify = (python, "-m", "quantlib", "verify", "--device", "cuda", "--backend", backend, "--json", RESULTS)
-        yield Piece(f"every input {backend}", (*verify, "--against", "composite"), 240)
         yield Piece(f"deciding inputs {backend}", (*verify, "--share", "0"), 60)
-    for name, families in benches():
-        chosen = [word for family in families for word in ("--family", family)]
-        command = (python, "-m", "benchmarks", "--device", "cuda", "--json", RESULTS, *chosen)
-        yield Piece(f"bench {name}", command, 150, (*LIBRARY, "benchmarks"), alone=True)
+        yield Piece(f"every input {backend}", (*verify, "--against", "composite"), 240)
     yield from tests("other", ["tests"], 240, cores, "not gpu and not network")
+
+
+def bench(name: str, families: list[str]) -> Piece:
+    """The benchmarks of some families."""
+    chosen = [word for family in families for word in ("--family", family)]
+    command = (sys.executable, "-m", "benchmarks", "--device", "cuda", "--json", RESULTS, *chosen)
+    return Piece(f"bench {name}", command, 150, (*LIBRARY, "benchmarks"), alone=True)
 
 
 def tests(name: str, paths: list[str], seconds: int, cores: int, marked: str) -> Iterator[Piece]:
@@ -139,7 +161,7 @@ def families_of_benchmarks() -> list[str]:
 
 
 def has(package: str) -> bool:
-    """Whether `import package` finds something."""
+    """True if `import package` finds something."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -150,7 +172,7 @@ def nvcc() -> str | None:
 
 
 def compute_sanitizer() -> str | None:
-    """On PATH, or beside nvcc."""
+    """Return the path of compute-sanitizer: on PATH, or beside nvcc."""
     compiler = shutil.which(nvcc() or "nvcc")
     beside = shutil.which("compute-sanitizer", path=Path(compiler).resolve().parent) if compiler else None
     return shutil.which("compute-sanitizer") or beside
@@ -158,7 +180,7 @@ def compute_sanitizer() -> str | None:
 
 @cache
 def digest(folders: tuple[str, ...]) -> str:
-    """Of the sources in ``folders``."""
+    """Return a hash of the sources in ``folders``."""
     sha = hashlib.sha256()
     for path in sorted(p for folder in folders for p in (ROOT / folder).rglob("*.*")):
         if path.suffix in (".py", ".def", ".h", ".cuh", ".cu", ".cpp", ".txt"):
@@ -199,9 +221,9 @@ class Running:
         return time.monotonic() - self.started
 
     def finished(self) -> bool:
-        """Whether it is done; one whose time is up is interrupted, then killed."""
+        """True if it is done; a piece whose time is up is interrupted, then killed."""
         if self.process is None or self.process.poll() is not None:
-            self._kill()  # what it may have left
+            self._kill()  # processes that it may have left
             return True
         if self.interrupted is None and self.age > self.seconds:
             self.interrupted = time.monotonic()
@@ -218,13 +240,13 @@ class Running:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Now."""
+        """Stop it now."""
         self._kill()
         if self.process is not None:
             self.process.wait()
 
     def result(self) -> dict[str, Any]:
-        """What the summary says of it."""
+        """Return its entry in the summary."""
         status = "failed"
         if self.interrupted is not None:
             status = "out of time"
@@ -253,7 +275,7 @@ class Running:
 
 
 def says(line: str) -> bool:
-    """Whether ``line`` can be the last word of a piece."""
+    """True if ``line`` can be the last word of a piece."""
     return "Warning" not in line and not line.startswith(("FAILED ", "ERROR ", "SKIPPED "))
 
 
@@ -271,8 +293,9 @@ def run(
                     waiting.remove(piece)
                     yield piece, {"status": "left out", "seconds": 0.0, "sources": piece.digest, "last": piece.lacks}
                     continue
-                alone = piece.alone or any(r.piece.alone for r in running)
-                if len(running) >= (1 if alone else jobs):
+                heavy = [r for r in running if not r.piece.light]
+                alone = piece.alone or any(r.piece.alone for r in heavy)
+                if len(heavy) >= (1 if alone else jobs) and not piece.light:
                     break
                 if piece.seconds > left:
                     waiting.remove(piece)

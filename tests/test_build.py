@@ -6,6 +6,7 @@ Most tests build a copy of the sources that is small enough to compile in a seco
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_static.cuda_kernels import cuobjdump
 
 from quantlib import _build
 
@@ -153,6 +155,52 @@ def test_every_header_that_a_compiler_reads_is_known() -> None:
         ours = {path for path in files if {_build.CSRC, _build.PACKAGE} & set(path.parents)}
         assert unit.source in ours
         assert ours <= set(unit.read()), unit.source
+
+
+@compiler
+@pytest.mark.skipif(_build.nvcc() is None, reason="no nvcc")
+def test_the_cuda_library_runs_on_every_device_that_nvcc_knows(tmp_path: Path) -> None:
+    """Machine code of every architecture, PTX of the newest, and the library says so itself."""
+    *kernels, glue = _build.cuda_units()
+    for unit in kernels:
+        assert unit.flags == kernels[0].flags
+    source = tmp_path / "kernel.cu"
+    source.write_text("__global__ void kernel(int* x) { *x = 1; }\n")
+    made = tmp_path / "kernel.o"
+    subprocess.run([*kernels[0].compiler, *kernels[0].flags, "-c", source, "-o", made], check=True)
+    archs = _build.cuda_archs(kernels[0].compiler[0])
+    assert {80, 90} <= set(archs) <= set(_build.CUDA_ARCHS)
+    read = [cuobjdump(), "--list-elf", "--list-ptx", made]
+    listed = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"(?:ELF|PTX) file.*\.sm_(\d+)\.(cubin|ptx)", listed)) == {
+        *((str(arch), "cubin") for arch in archs),
+        (str(archs[-1]), "ptx"),
+    }
+    include = [
+        f"-I{glue.folder}",
+        f"-I{_build.CSRC}",
+        f"-I{_build.PACKAGE}",
+        "-isystem",
+        _build.find_torch() / "include",
+    ]
+    made = tmp_path / "backend.o"
+    subprocess.run([*glue.compiler, *glue.flags, "-O0", *include, "-c", glue.source, "-o", made], check=True)
+    assert _build.targets(made) == (*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}")
+
+
+@pytest.mark.parametrize(
+    ("targets", "runs", "does_not"),
+    [
+        (("sm_80", "sm_90", "compute_90"), [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)], [(5, 3), (7, 5)]),
+        (("sm_86", "sm_120"), [(8, 6), (8, 9), (12, 0), (12, 1)], [(8, 0), (9, 0), (10, 0), (13, 0)]),
+        ((), [], [(9, 0)]),
+    ],
+)
+def test_machine_code_runs_on_its_major_version_and_ptx_on_all_that_follow(
+    targets: tuple[str, ...], runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
+) -> None:
+    assert all(_build.runs_on(targets, capability) for capability in runs)
+    assert not any(_build.runs_on(targets, capability) for capability in does_not)
 
 
 @compiler

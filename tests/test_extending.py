@@ -232,7 +232,7 @@ for name in names:
         chosen = list(cases(op, name))[::9]
         ops.check(emulator, chosen, [ops.call_of(case, seed, seed % 3) for seed, case in enumerate(chosen)])
     products.check(emulator, [
-        products.Case(op, name, shape, block, affine=affine, tiled=tiled, exact=True)
+        products.Case(op, name, shape=shape, block=block, symmetric=not affine, tiled=tiled)
         for op in ("scaled_matmul",) * (name in products.INTEGERS) + ("dequant_matmul",)
         for shape, block in (((3, 18, 70), (1, 32)), ((9, 20, 128), (1, -1)))
         for affine in products.affines(name)

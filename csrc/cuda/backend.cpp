@@ -1,6 +1,9 @@
 // Memory and the vendor's product, through torch.
 #include "backend.h"
 
+// quantlib/_build.py looks for this text in the library's file, to know which devices have kernels in it.
+extern "C" __attribute__((used, visibility("default"))) const char quantlib_targets[] = QL_TARGETS;
+
 namespace quantlib {
 
 void* Backend::allocate(int64_t bytes) {

@@ -70,10 +70,11 @@ struct EpilogueArguments {
 
   explicit EpilogueArguments(Arguments& in) : bias(in.optional_tensor("bias")), name(in.optional_text()) {}
 
-  void check(const char* op, int64_t N, Device device) {
+  // bias is [N], or [E, N] of E experts
+  void check(const char* op, int64_t N, Device device, std::optional<int64_t> E = std::nullopt) {
     if (bias) {
       check_dtype(op, "bias", bias->dtype(), inputs);
-      check_tensor(op, "bias", *bias, {{N}, bias->dtype()}, device);
+      check_tensor(op, "bias", *bias, {E ? Sizes{*E, N} : Sizes{N}, bias->dtype()}, device);
     }
     activation = check_activation(op, name);
   }

@@ -1,4 +1,4 @@
-"""Who runs an op: the kernel table, the order of preference, and the switch.
+"""The choice of the backend that runs an op: the kernel table, the order of preference, and the switch.
 
 Kernels stack per dispatch key. At the bottom lies ``composite``, pure torch on any device; the C++ library puts ``cpp``
 over it on the CPU and ``cuda`` on CUDA; a Python backend that a device prefers to those lies over them, as ``triton``
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantlib import _build
 from quantlib.backends import compiled
 from quantlib.backends.backend import OPS, SCHEMAS, Backend, Kernel, Kernels
 
@@ -66,7 +67,7 @@ if not _loaded:
 
 
 def refuses(backend: str, device: str, overload: str | None = None) -> str | None:
-    """Why ``backend`` cannot serve tensors on ``device`` ("cpu", "cuda"), or run ``overload`` there; None if it can."""
+    """Return why ``backend`` cannot serve ``device`` ("cpu", "cuda") or run ``overload`` there; None if it can."""
     found = BACKENDS[backend]
     why = found.refuses(torch.device(device))
     if why is not None or overload is None:
@@ -102,12 +103,12 @@ def library_path(device: str = "cpu") -> Path:
     """The file of the compiled kernels that this process has loaded.
 
     A program without Python opens it with ``dlopen`` before it loads a package of AOTInductor: nothing else tells
-    torch what ``quantlib::dequant_matmul`` is. That of "cuda" needs that of "cpu" before it, which has the schemas.
+    torch what ``quantlib::dequant_matmul`` is. Load "cpu" before "cuda": it has the schemas.
 
     Parameters
     ----------
     device : {"cpu", "cuda"}
-        What the kernels run on.
+        The device that the kernels run on.
 
     Raises
     ------
@@ -127,7 +128,7 @@ def library_path(device: str = "cpu") -> Path:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the block only the backend ``name`` runs: a key of ``BACKENDS``, or "auto" for the usual order.
+    """Run only the backend ``name`` inside the block: a key of ``BACKENDS``, or "auto" for the usual order.
 
     A call that the backend cannot serve raises NotImplementedError and says why; it never falls back. A thread follows
     the innermost block that it has entered itself. A thread that is in no block, such as those on which torch runs the
@@ -181,7 +182,8 @@ def start() -> None:
     _blocks = (_Block(os.environ.get("QUANTLIB_BACKEND", "auto")),)
     for overload, device in itertools.product(_binders, DEVICES):
         usual = _usual(overload, device)
-        if usual != LAST and not BACKENDS[usual].compiled:
+        over = usual != LAST or (overload, DEVICES[device]) in _compiled  # a library without code for this device
+        if over and not BACKENDS[usual].compiled:
             _compiled_kernel(overload, device)  # before it is covered
             _cover(_library, overload, device, _kernel(usual, overload, device))
     _install()
@@ -202,7 +204,7 @@ def _keep_own(*entered: _Block) -> None:
 
 
 def _install() -> None:
-    """Cover what some open block has another backend for by kernels that ask `current`."""
+    """Cover the ops for which an open block forces another backend by kernels that ask `current`."""
     global _switch  # noqa: PLW0603
     for device in DEVICES:
         for overload in _binders:
@@ -288,16 +290,15 @@ def _op(overload: str) -> str:
     return overload.partition(".")[0]
 
 
-# nvcc takes minutes: an import calls it only where the GPU kernels would otherwise be pure torch.
-compiled.load(
-    "cuda",
-    build=torch.cuda.is_available()
-    and all(
-        BACKENDS[name].compiled or BACKENDS[name].refuses(torch.device("cuda"))
-        for name in order("cuda")
-        if name != LAST
-    ),
-)
+def _needs_nvcc() -> bool:
+    """True if only a call of nvcc, which takes minutes, gives this GPU kernels that are not pure torch."""
+    device = torch.device("cuda")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < divmod(_build.CUDA_ARCHS[0], 10):
+        return False
+    return all(BACKENDS[name].compiled or BACKENDS[name].refuses(device) for name in order("cuda") if name != LAST)
+
+
+compiled.load("cuda", build=_needs_nvcc())
 
 
 class _Own(threading.local):
@@ -308,6 +309,6 @@ class _Own(threading.local):
 
 _own = _Own()
 _lock = threading.RLock()
-_blocks: tuple[_Block, ...] = ()  # that are open in the process, the one entered last at the end
+_blocks: tuple[_Block, ...] = ()  # blocks that are open in the process, the one entered last at the end
 _switch: torch.library.Library | None = None
 _covered: set[tuple[str, str]] = set()  # (overload, device) that `_switch` has a kernel for

@@ -38,9 +38,9 @@ Kernel = Callable[..., None]
 class Backend:
     """One way to run the ops."""
 
-    name: str  # what `use_backend` and QUANTLIB_BACKEND call it
+    name: str  # its name in `use_backend` and QUANTLIB_BACKEND
     devices: tuple[str, ...]  # the device types that it may serve; tests run it on the first
-    refuses: Callable[[torch.device], str | None]  # why it cannot serve a device here; None if it can
+    refuses: Callable[[torch.device], str | None]  # the reason why it cannot serve a device here; None if it can
     kernels: Mapping[str, Kernel] = field(default_factory=dict)  # by op; one without a kernel is refused by its name
     # By device type, or "any": where nothing is forced, the highest that does not refuse an op runs it. A device type
     # that is not here is served only where the backend is forced.

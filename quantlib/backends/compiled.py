@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,9 +39,26 @@ def refuses(name: str) -> Callable[[torch.device], str | None]:
     """``Backend.refuses`` of the backend whose kernels lie in library ``name``."""
 
     def why(device: torch.device) -> str | None:
-        return f"serves {name} tensors only" if device.type != name else load(name)
+        if device.type != name:
+            return f"serves {name} tensors only"
+        return load(name) or (_no_kernels_for(device) if name == "cuda" else None)
 
     return why
+
+
+def _no_kernels_for(device: torch.device) -> str | None:
+    """Return why the loaded CUDA library has no kernels for ``device``, or None."""
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    capability, built = torch.cuda.get_device_capability(device), _targets()
+    if _build.runs_on(built, capability):
+        return None
+    return f"is compiled for {', '.join(built)}, got compute capability {'.'.join(map(str, capability))}"
+
+
+@functools.cache
+def _targets() -> tuple[str, ...]:
+    return _build.targets(_loaded["cuda"])
 
 
 def _load(name: str, build: bool) -> str | None:

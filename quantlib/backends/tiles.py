@@ -26,7 +26,7 @@ SIZES = {"r": 2, "g": 8, "s": 2, "h": 2, "t": 4, "e": 4}
 
 @dataclass(frozen=True)
 class TileLayout:
-    """Codes [N, K] of a format to tiles and back; neither changes a code."""
+    """Convert codes [N, K] of a format to tiles and back, without a change of any code."""
 
     format: Format
     FORMATS: ClassVar[tuple[str, ...]] = tuple(f.name for f in formats.TABLE if f.bits <= 8)
@@ -55,7 +55,7 @@ class TileLayout:
         return (pack(tiles, f) if f.packed else tiles).contiguous()
 
     def unpack(self, tiles: Tensor, N: int, K: int) -> Tensor:
-        """What `pack` took."""
+        """Undo `pack`: return the codes [N, K], packed where the format is packed."""
         (rows, columns, _), f = tiles.shape, self.format
         code = unpack(tiles, f, self.BYTES * f.per_byte).view(torch.uint8) if f.packed else tiles
         axes = {a: 2 + n for n, a in enumerate(TILE)}

@@ -1,4 +1,4 @@
-"""Codes, scales and formats chosen by what a model is given: `calibrate`, and a spec for each layer: `assign`."""
+"""Codes, scales and formats chosen from a model's inputs: `calibrate`, and a spec for each layer: `assign`."""
 
 from quantlib.calibration.assignment import Assignment, Choice, assign
 from quantlib.calibration.model import METHODS, CalibrationReport, LayerCalibration, calibrate

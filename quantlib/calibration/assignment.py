@@ -36,7 +36,7 @@ class Choice:
 
 
 class Assignment(dict[str, str]):
-    """Name of a layer -> its spec: what `calibrate` takes, and what `apply_` does without inputs.
+    """Name of a layer -> its spec: `calibrate` takes it, and `apply_` applies it without inputs.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Assignment(dict[str, str]):
     weights : dict
         Name of a layer -> how many weights it has.
     measure : str
-        What a loss is.
+        The measure of the losses.
     """
 
     choices: dict[str, list[Choice]]
@@ -73,7 +73,7 @@ class Assignment(dict[str, str]):
         ]
 
     def uniform(self) -> list[tuple[str, float, float]]:
-        """(spec, bits a weight, loss) of every candidate, were it that of all layers."""
+        """(spec, bits a weight, loss) of every candidate, as the spec of all layers."""
         total, found = sum(self.weights.values()), []
         for i, choice in enumerate(next(iter(self.choices.values()))):
             each = [choices[i] for choices in self.choices.values()]
@@ -132,7 +132,7 @@ def assign(
     ----------
     model : nn.Module
     bits : float
-        Of all codes, scales and zero points together, a weight of these layers.
+        The budget for codes, scales and zero points together, a weight of these layers.
     candidates : sequence of what `QuantSpec.parse` takes
         Among them one that fits the budget.
     inputs : iterable, optional
@@ -226,7 +226,7 @@ def hull(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def slope(a: Choice, b: Choice) -> float:
-    """Loss that each bit more costs: negative."""
+    """The change of the loss for each additional bit: negative."""
     return (b.loss - a.loss) / (b.bits - a.bits)
 
 
@@ -238,7 +238,7 @@ def steps_of(choices: dict[str, list[Choice]]) -> tuple[dict[str, Choice], list[
 
 
 def choose(choices: dict[str, list[Choice]], budget: float) -> dict[str, str]:
-    """Steps that fit the budget, in bits; one that does not is passed over, and all later ones of its layer."""
+    """name -> spec by the steps that fit the budget, in bits; one that does not ends those of its layer."""
     chosen, steps = steps_of(choices)
     used, stopped = sum(choice.bits for choice in chosen.values()), set()
     for name, a, b in steps:

@@ -19,7 +19,7 @@ from quantlib.nn.functional import Weight
 
 
 def key_of(model: nn.Module, calls: Sequence[Call], *options: object) -> str:
-    """SHA-256 of all that decides the codes: the model's values, the inputs and the options."""
+    """Return the SHA-256 of everything that decides the codes: the model's values, the inputs and the options."""
     found = hashlib.sha256(json.dumps([str(option) for option in options]).encode())
 
     def add(name: str, x: Any) -> None:

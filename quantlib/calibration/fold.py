@@ -17,14 +17,14 @@ from quantlib.calibration.stages import Call, Gram, evaluating, first_of, run
 from quantlib.nn.functional import quantize_weight
 from quantlib.spec import QuantSpec
 
-# In a block: what makes x, and the layers that are given it. Names are those of Llama, Mistral, Qwen, Gemma and others.
+# In a block: the source of x, and the layers that take it. Names are those of Llama, Mistral, Qwen, Gemma and others.
 PATTERNS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ("mlp.up_proj", ("mlp.down_proj",)),
 )
 SMOOTH = 0.5  # a of SmoothQuant
-EXPONENTS = tuple(i / 10 for i in range(11))  # that AWQ's search tries
+EXPONENTS = tuple(i / 10 for i in range(11))  # the exponents that AWQ's search tries
 SAME = 1e-3  # the most that an output may differ, of its norm, after what should not change it
 
 
@@ -65,7 +65,7 @@ def scale_(pair: Pair, s: Tensor) -> None:
 
 @torch.no_grad()
 def fold_(model: nn.Module, calls: Sequence[Call], specs: Mapping[str, QuantSpec], method: str) -> list[str]:
-    """Scale every pair of ``model`` for the layers of ``specs``; the names of the layers whose columns were scaled.
+    """Scale every pair of ``model`` for the layers of ``specs``; return the names of the layers whose columns changed.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def smooth(gram: Gram, pair: Pair) -> Tensor:
 
 
 def aware(gram: Gram, pair: Pair, spec: QuantSpec) -> Tensor:
-    """rms(x[k])^a of that a which leaves the least error of all targets together."""
+    """rms(x[k])^a with the exponent a that gives the least error of all targets together."""
     rms = (gram.H.diagonal() / gram.tokens).sqrt().clamp_min(1e-5)
     best, s = None, torch.ones_like(rms)
     for a in EXPONENTS:

@@ -1,4 +1,4 @@
-"""`calibrate`: `quantize_` with the codes that suit what the layers of a model are given."""
+"""`calibrate`: `quantize_` with codes that suit the inputs of the layers of a model."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def calibrate(
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
     damping : float
-        What is added to the diagonal of the sum of x x^T, as a share of its mean. Where the sum is not positive
+        The amount added to the diagonal of the sum of x x^T, as a share of its mean. If the sum is not positive
         definite more is added, and the report says how much.
     search : bool
         Look for the scale that leaves the least error, weighted by the energy of each input; else that of `quantize_`.

@@ -1,4 +1,4 @@
-"""loss(D) ~ 1/2 tr(G D H D^T): what an error D [N, K] of a weight costs the output, by the Fisher matrix
+"""loss(D) ~ 1/2 tr(G D H D^T): the loss of the output by an error D [N, K] of a weight, by the Fisher matrix
 
 H = E[x x^T] of what the layer is given and G = E[g g^T] of the gradients that reach its result, both means over tokens.
 g is of -log p of labels drawn from the model's own distribution, so that the loss is, to second order, the KL of the

@@ -32,7 +32,7 @@ Finish = Callable[[dict[str, Gram]], None]  # quantizes the layers of a stage, b
 
 @dataclass
 class Call:
-    """How a module was called."""
+    """The arguments of one call of a module."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Call:
 
 
 def calls_of(inputs: Any, model: nn.Module) -> list[Call]:
-    """What the model is called with: a tensor, a tuple of arguments or a mapping of them for each batch.
+    """Return the calls of the model, one a batch: a tensor, a tuple of arguments or a mapping of them.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def calls_of(inputs: Any, model: nn.Module) -> list[Call]:
 
 @torch.no_grad()
 def run(model: nn.Module, calls: Sequence[Call], layers: Collection[str], finish: Finish) -> None:
-    """``finish`` for the layers of each stage, in the order of the model, with what they were given."""
+    """Call ``finish`` for the layers of each stage, in the order of the model, with sums over their inputs."""
     left = set(layers)
     with evaluating(model):
         name, chain = chain_of(model, layers)
@@ -107,7 +107,7 @@ def run(model: nn.Module, calls: Sequence[Call], layers: Collection[str], finish
 
 
 def grams(module: nn.Module, calls: Sequence[Call], layers: Mapping[str, str]) -> dict[str, Gram]:
-    """name -> what the layer was given while ``module`` was called; ``layers`` has the names inside ``module``."""
+    """name -> sums over the layer's inputs while ``module`` is called; ``layers`` has the names inside ``module``."""
     found: dict[str, Gram] = {}
     handles = []
 
@@ -182,7 +182,7 @@ def chained(model: nn.Module, chain: Sequence[nn.Module], calls: Sequence[Call])
 
 
 def watched(model: nn.Module, chain: Sequence[nn.Module], call: Call) -> tuple[list[tuple[int, Call]], list[Any]]:
-    """How the model calls the blocks, in order, each with its number; and what each call gives."""
+    """Run the model; return its calls of the blocks in order, each with the block's number, and their results."""
     seen: list[tuple[int, Call]] = []
     results: list[Any] = []
 
@@ -203,7 +203,7 @@ def watched(model: nn.Module, chain: Sequence[nn.Module], call: Call) -> tuple[l
 
 
 def first_of(result: Any) -> Any:
-    """What a block hands on: its result, or the first of several."""
+    """Return what a block hands on: its result, or the first of several."""
     return result[0] if isinstance(result, (tuple, list)) and result else result
 
 

@@ -27,24 +27,24 @@ OURS = "quantlib"  # the tag of our own cards
 
 @dataclass
 class Card:
-    """What a card tells.
+    """The facts that a model card states.
 
     Attributes
     ----------
     spec : str
-        What the weights are quantized to; empty for a model of floats.
+        The format of the weights; empty for a model of floats.
     command : str
-        What makes the same checkpoint.
+        The command that makes the same checkpoint.
     layers : list of LayerReport
-        Of the weights that were quantized.
+        The reports of the weights that were quantized.
     quantized, floats : int
         Parameters.
     bytes_before, bytes_after : int
-        Of the tensors of the model.
+        The sizes of the tensors of the model.
     skipped : dict
         Name of a float tensor of two or more axes -> why it is not quantized.
     notes : list of str
-        What else is to be known, such as what could not be held exactly.
+        Further remarks, such as values that could not be held exactly.
     base : dict
         The front matter of the card of the base model.
     base_text : str
@@ -65,7 +65,7 @@ class Card:
     base: Mapping[str, Any] = field(default_factory=dict)
     base_text: str = ""
     base_model: str = ""
-    transformers: bool = False  # whether config.json is that of a model of transformers
+    transformers: bool = False  # True if config.json is that of a model of transformers
     load: str = ""  # lines of Python instead of the usual ones
 
     def front(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def cell(text: str) -> str:
 
 
 def base_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model folder tells of itself: front matter, text and name on the hub, for `Card`."""
+    """Read the card of a model folder: front matter, text and name on the hub, for `Card`."""
     front, text = read_card(path / NAME)
     tags = front.get("tags")
     ours = isinstance(tags, list) and OURS in tags

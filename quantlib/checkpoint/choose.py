@@ -1,6 +1,6 @@
-"""Which tensors of a file are the weights of linear layers, known from names, shapes and dtypes alone.
+"""The choice of tensors to quantize: the weights of linear layers, found by name, shape and dtype alone.
 
-What is no float matrix, or lies [in, out], cannot be quantized. The rest of the rules are habits of names: tables that
+A tensor that is not a float matrix, or lies [in, out], cannot be quantized. The other rules go by names: tables that
 are looked up, routers, heads and adapters stay floats unless they are asked for.
 """
 
@@ -36,9 +36,9 @@ class Rule:
     any : str
         The same of any word of the name.
     but : str
-        Of names of layers that are none of these all the same.
+        A regular expression of names that match but are not such layers.
     whole : str
-        Of the whole name.
+        A regular expression of the whole name.
     """
 
     why: str
@@ -98,7 +98,7 @@ CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp
 def reasons(
     slots: Mapping[str, Slot], config: Mapping[str, Any], include: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, str | None]:
-    """Why each float tensor stays as it is; None for one that is quantized. Tensors of integers are not in it."""
+    """Return why each float tensor stays as it is; None for one that is quantized. Integer tensors are left out."""
     lies, shaped = transposed(slots, config), by_shape(slots, config)
     return {
         name: unable(slot, lies) or unwanted(name, include, exclude, shaped)
@@ -108,7 +108,7 @@ def reasons(
 
 
 def unable(slot: Slot, lies: Mapping[str, str]) -> str | None:
-    """Why a tensor cannot be quantized."""
+    """Return why a tensor cannot be quantized, or None."""
     axes = len(slot.shape)
     if axes < 2:
         return f"{axes} axes: a matrix is quantized"
@@ -121,7 +121,7 @@ def unable(slot: Slot, lies: Mapping[str, str]) -> str | None:
 
 
 def unwanted(name: str, include: Sequence[str], exclude: Sequence[str], shaped: Mapping[str, str]) -> str | None:
-    """Why a matrix is not to be quantized."""
+    """Return why a matrix is not to be quantized, or None."""
     if pattern := next((p for p in exclude if fnmatch.fnmatchcase(name, p)), None):
         return f"matches {pattern}"
     if any(fnmatch.fnmatchcase(name, p) for p in include):
@@ -167,7 +167,7 @@ def by_shape(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, 
             prefix = prefix.rpartition(".")[0]
             if experts.get(prefix) == rows and "experts" not in name:
                 found[name] = f"a router: a row for each of {rows} experts"
-        if rows in vocabularies and not re.search(r"\.\d+\.\D", name):  # what is in a numbered layer is no head
+        if rows in vocabularies and not re.search(r"\.\d+\.\D", name):  # a tensor in a numbered layer is not a head
             found[name] = f"a head or a table: a row for each of {rows} words"
     return found
 
@@ -217,7 +217,7 @@ def check_float(path: object, slots: Mapping[str, Slot], config: Mapping[str, An
 
 
 def codes_of_others(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> str | None:
-    """What shows that a model is quantized already."""
+    """Return the evidence that a model is quantized already, or None."""
     for name in slots:
         if kind := next((kind for kind, names in CODES.items() if re.fullmatch(names, name)), None):
             return f"{kind} codes ({name})"

@@ -1,4 +1,4 @@
-"""Weights as compressed-tensors keeps them: w = (q - z) * s.
+"""Weights in the format of compressed-tensors: w = (q - z) * s.
 
 int8, uint8 and FP8 E4M3 stay codes of their own (int-quantized, float-quantized); int4 is packed eight to an int32,
 q + 8 from the lowest bits (pack-quantized). Scales are float32, as they are, so that the library decodes the same
@@ -29,7 +29,7 @@ WORD = 8  # codes of int4 in an int32
 
 
 def refuses(weight: Found) -> str:
-    """Why compressed-tensors cannot hold a weight; empty where it can."""
+    """Return why compressed-tensors cannot hold a weight; empty if it can."""
     spec = weight.spec
     assert spec is not None
     if spec.format not in FORMATS:
@@ -63,7 +63,7 @@ def slots_of(name: str, shape: tuple[int, int], spec: QuantSpec) -> list[Slot]:
 
 
 def batch(weight: Found, cost: int) -> Batch:
-    """What writes a weight that `refuses` does not."""
+    """Return the batch that writes a weight, which `refuses` has accepted."""
     spec, (N, K) = weight.spec, weight.shape
     assert spec is not None
     slots = slots_of(weight.name, weight.shape, spec)

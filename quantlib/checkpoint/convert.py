@@ -1,4 +1,4 @@
-"""From a float model on disk to a quantized one and back, without building the model."""
+"""Convert a float model on disk to a quantized one and back, without building the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What one safetensors file becomes, known from its header alone."""
+    """The output for one safetensors file, known from its header alone."""
 
     reader: Reader
     batches: list[Batch]
@@ -207,7 +207,7 @@ def dequantize_file(
     src, dst, overwrite, resume, join, progress
         As for `quantize_file`.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype
-        Of the weights that were codes; other tensors are copied. The ``dtype`` of a ``config.json`` follows.
+        The dtype of the weights that were codes; other tensors are copied. ``config.json`` gets this ``dtype``.
 
     Returns
     -------
@@ -262,7 +262,7 @@ class Projection:
     spec: QuantSpec
     on_nonfinite: OnNonfinite
     rows: Callable[[slice], Tensor]  # values of some of its rows
-    told: str  # what an error calls it
+    told: str  # its name in errors
     size: int  # bytes that it takes where it comes from
     sums: dict[int, Sums] = field(default_factory=dict)  # first row of a slab -> its sums
 
@@ -271,7 +271,7 @@ class Projection:
         slots = Stored(str(self.spec), self.slot.shape).slots(self.slot.name)
         rows = slabs(*self.shape, self.spec.block(self.shape)[0] if self.spec.scaled else 1)
         jobs: list[Job] = [partial(self._slab, part) for part in rows]
-        if self.spec.per == "tensor":
+        if self.spec.per == "tensor" and self.spec.search == "minmax":  # a search reads all values at once
             jobs = [self._with_one_scale]
         return Batch(slots, jobs, lambda: self._report(sum(slot.nbytes for slot in slots)))
 
@@ -285,7 +285,7 @@ class Projection:
         return self._pieces(rows, x, quantize_weight(x, self.spec))
 
     def _with_one_scale(self) -> Iterator[Piece]:
-        """All rows, in two passes over the file: the first finds the extremes, which alone decide the scale."""
+        """Quantize all rows in two passes over the file: the first finds the extremes, which alone decide the scale."""
         parts = list(slabs(*self.shape)) if self.slot.nbytes else []
         extremes = [torch.stack(self.rows(rows).aminmax()) for rows in parts]
         if not extremes:
@@ -338,12 +338,12 @@ def values(reader: Reader, name: str, stored: Stored, dtype: torch.dtype) -> lis
 
 @dataclass(frozen=True)
 class Call:
-    """What `quantize_file` and the like are called with.
+    """The arguments of `quantize_file` and the like.
 
     Attributes
     ----------
     job : dict
-        What decides the bytes of the output, besides the source.
+        Everything that decides the bytes of the output, besides the source.
     """
 
     src: Path
@@ -356,7 +356,7 @@ class Call:
 
 
 def entry_of_plans(plans: list[Plan]) -> dict[str, Any] | None:
-    """``quantization_config`` of what quantlib quantized."""
+    """The ``quantization_config`` of the weights that quantlib quantized."""
     stored = {name: stored for p in plans for name, stored in p.contents.weights.items()}
     if not any(s.scaled for s in stored.values()):  # a float weight like any other, for every library
         return None
@@ -464,7 +464,7 @@ def copy_the_rest(
     dtype: str | None,
     entry: dict[str, Any] | None,
 ) -> None:
-    """Everything of a model folder that is no weight, its index for the weights that the files hold now."""
+    """Copy everything of a model folder that is not a weight, with an index of the weights that the files hold now."""
     for path, target in rest:
         if path.is_dir():
             (new / target).mkdir()

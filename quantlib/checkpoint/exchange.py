@@ -1,4 +1,4 @@
-"""Between quantized models on disk of one library and of another, a tensor at a time: `convert_file`."""
+"""Convert quantized models on disk from the format of one library to another, a tensor at a time: `convert_file`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def convert_file(
     src, dst, overwrite, resume, join, progress
         As for `quantize_file`.
     to : "quantlib", "compressed-tensors", a float dtype, or what `QuantSpec.parse` takes
-        What is written. A float dtype gives the values, as their own libraries decode them, rounded to it. A spec
+        The output format. A float dtype gives the values, as their own libraries decode them, rounded to it. A spec
         quantizes these values anew; the report has the error.
 
     Returns
@@ -146,7 +146,7 @@ model = AutoModel.from_pretrained("PATH OR NAME OF THIS")"""
 
 @dataclass(frozen=True)
 class Target:
-    """What is written."""
+    """The format to write."""
 
     to: str
     dtype: torch.dtype | None = None
@@ -173,12 +173,12 @@ class Target:
         return None if self.dtype is None else dtype_name(self.dtype)
 
     def word(self, written: dict[str, QuantSpec]) -> str:
-        """What a card calls it."""
+        """Return the name of the target on a card."""
         specs = sorted({str(spec) for spec in written.values()})
         return f"{', '.join(specs)}{' (compressed-tensors)' if self.to == THEIRS else ''}"
 
     def batch(self, weight: Found, cost: int) -> tuple[Batch, QuantSpec | None, str]:
-        """What makes ``weight``, what it is quantized to (None for a float), and what is lost."""
+        """Return the batch that writes ``weight``, its spec (None for a float), and what is lost."""
         if self.spec is not None:
             return requantized(weight, self.spec, cost), self.spec, ""
         if self.dtype is not None:
@@ -193,7 +193,7 @@ class Target:
 
 
 def check(src: object, model: Model, found: list[Found], target: Target) -> None:
-    """Everything that is quantized is understood, and there is something."""
+    """Check that every quantized tensor is understood, and that there is one."""
     taken = {part for weight in found for part in weight.parts}
     rest = {name: slot for name, slot in model.slots.items() if name not in taken}
     if (left := choose.codes_of_others(rest, {})) is not None:
@@ -206,7 +206,7 @@ def check(src: object, model: Model, found: list[Found], target: Target) -> None
 
 @contextmanager
 def forgetting(weight: Found) -> Iterator[None]:
-    """What was read of a weight is let go of when a block ends badly."""
+    """Free the data that was read of a weight if the block raises."""
     try:
         yield
     except BaseException:

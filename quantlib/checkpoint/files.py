@@ -209,7 +209,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_sizes(value: Any) -> bool:
-    """Whether ``value`` is a list of whole numbers >= 0, which true and 1.0 are not."""
+    """True if ``value`` is a list of whole numbers >= 0; true and 1.0 are not whole numbers."""
     return isinstance(value, (list, tuple)) and all(type(size) is int and size >= 0 for size in value)
 
 
@@ -221,7 +221,7 @@ def checked_shape(name: str, shape: Any) -> tuple[int, ...]:
 
 
 def some_words(value: object) -> str:
-    """What came, for a message: not more than a line of it."""
+    """Return ``value`` as text for a message, at most one line."""
     try:
         text = str(value) if isinstance(value, Exception) else repr(value)
     except (RecursionError, ValueError):  # nested too deep, a number too long
@@ -230,13 +230,13 @@ def some_words(value: object) -> str:
 
 
 def kind_of(mode: int) -> str:
-    """What a file that is no regular one is."""
+    """Return the kind of a file that is not a regular file."""
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def header_of(slots: Iterable[Slot], metadata: dict[str, str], file: str) -> tuple[bytes, dict[str, int]]:
-    """What a file of ``slots`` begins with, and where after it the values of each start.
+    """Return the header of a file of ``slots``, and the offset of each slot's values after it.
 
     Wide dtypes come first, as safetensors itself orders them: every tensor is then aligned to its dtype.
     """
@@ -313,7 +313,7 @@ def write(
 
 
 def begins_with(path: Path, text: bytes) -> bool:
-    """Whether there is a file at ``path`` that begins so."""
+    """True if the file at ``path`` exists and begins with ``text``."""
     try:
         with path.open("rb") as file:
             return file.read(len(text)) == text

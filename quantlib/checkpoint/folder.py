@@ -1,4 +1,4 @@
-"""What of a path is the model, and what comes with it: looked at before any work, so that nothing surprises it later.
+"""Find the model at a path and the files that come with it, and check them before any work starts.
 
 A model is a safetensors file or a folder. In a folder the index says which files and tensors are the model; without
 one it is ``model.safetensors``, and where that is absent every safetensors file, none of which may hold what another
@@ -25,13 +25,13 @@ from quantlib.checkpoint.publish import INDEX
 
 log = logging.getLogger(__name__)
 
-# What a copy of a model folder leaves out: the same weights in other containers, and what is no part of the model.
+# A copy of a model folder leaves these out: the same weights in other containers, and files that are no part of it.
 LEFT_OUT = (
     *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf"),
     *("consolidated*.safetensors", ".git", ".cache"),
     *("checksums.sha256", "README.md"),  # which are written anew
 )
-SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # what is the model where there is no index
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # the model where there is no index
 CONFIG = "config.json"
 
 
@@ -43,11 +43,11 @@ class Model:
     ----------
     path : Path
     readers : list of Reader
-        Of the files of the model, each with the tensors that are the model's.
+        One for each file of the model, with the tensors that are the model's.
     index : (Path, dict), optional
         The index and what it says.
     config : dict
-        What ``config.json`` says; empty where there is none.
+        The contents of ``config.json``; empty if there is none.
     others : list of Path
         Other safetensors files of the folder.
     """
@@ -96,7 +96,7 @@ class Model:
         return {name: slot for reader in self.readers for name, slot in reader.slots.items()}
 
     def identity(self, rest: list[tuple[Path, Path]]) -> list[Any]:
-        """What tells whether any file of the model, or of the ``rest`` that comes with it, has changed."""
+        """Return sizes and times, which change if a file of the model or of the ``rest`` that comes with it changes."""
         found: list[Any] = []
         for path in [*(reader.path for reader in self.readers), *(path for path, _ in rest if path.is_file())]:
             status = path.stat()
@@ -147,7 +147,7 @@ class Model:
         self._check_apart()
 
     def _check_apart(self) -> None:
-        """No tensor is in two files."""
+        """Check that no tensor is in two files."""
         held: dict[str, Path] = {}
         for reader in self.readers:
             for name in reader.slots:
@@ -158,7 +158,7 @@ class Model:
                 held[name] = reader.path
 
     def rest(self) -> Iterator[tuple[Path, Path]]:
-        """(file or folder, where it goes in a copy): what comes with the model, folders before what is in them.
+        """(file or folder, its place in a copy) of everything that comes with the model, folders before contents.
 
         Raises
         ------
@@ -208,7 +208,7 @@ def tree(path: Path, target: Path, allowed: list[Path], inside: tuple[Path, ...]
 
 
 def check_link(path: Path, allowed: list[Path]) -> Path:
-    """Where ``path`` really is, which must be below one of ``allowed``."""
+    """Return the real place of ``path``, which must be below one of ``allowed``."""
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError):  # a loop
@@ -233,7 +233,7 @@ def blobs_of(path: Path) -> list[Path]:
 
 
 def copy_of(path: Path, held: Any) -> str | None:
-    """Why a safetensors file that is not of the model stays behind; None for one that has other tensors."""
+    """Return why a safetensors file that is not part of the model stays behind; None if it has other tensors."""
     try:
         with Reader(path) as reader:
             again = sorted(held & reader.slots.keys())

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and how far two of them are apart: some rows of a tensor in memory at a time."""
+"""Inspect a checkpoint, and measure the distance between two: some rows of a tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class TensorReport:
     Attributes
     ----------
     name, shape, format : str, tuple, str
-        Of the float weight where it is quantized, with the spec or the library and why no spec holds it.
+        Those of the float weight if it is quantized, with the spec, or the library and why no spec holds it.
     bytes : int
         With its scales.
     scale_min, scale_max : float, optional
-        Of the scales of codes.
+        The range of the scales of codes.
     codes_used, codes : int, optional
         How many different codes there are, and how many its format has.
     clipped, zeroed : float, optional
@@ -46,7 +46,7 @@ class TensorReport:
     nonfinite : int
         Values that are infinite or NaN.
     least, most : float
-        Of the values, those aside.
+        The range of the values, those aside.
     histogram : list of int
         How often each code comes, the lowest first; of floats, how often each exponent does: entry e counts
         magnitudes in [2^(e - 127), 2^(e - 126)), the first one all that are smaller.
@@ -68,7 +68,7 @@ class TensorReport:
     histogram: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return asdict(self)
 
 
@@ -109,13 +109,13 @@ class Difference:
     histogram: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return asdict(self)
 
 
 @dataclass
 class TokenDivergence:
-    """How the next-token distributions of two language models differ, over all places of the given texts.
+    """The difference of the next-token distributions of two language models, over all places of the given texts.
 
     Attributes
     ----------
@@ -135,7 +135,7 @@ class TokenDivergence:
 
 @dataclass
 class Comparison:
-    """Two checkpoints: what both have, and the names that only one of them has."""
+    """The comparison of two checkpoints: the tensors of both, and the names that only one of them has."""
 
     tensors: list[Difference] = field(default_factory=list)
     only_a: list[str] = field(default_factory=list)
@@ -144,7 +144,7 @@ class Comparison:
     tokens: TokenDivergence | None = None
 
     def exceeds(self, tolerance: float) -> list[str]:
-        """What is further apart than ``tolerance`` allows, a line each."""
+        """Return a line for each difference that is larger than ``tolerance``."""
         lines = [
             f"{d.name}: {d.relative:.3g} apart"
             for d in self.tensors
@@ -156,7 +156,7 @@ class Comparison:
         return lines + self.misfits
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return asdict(self)
 
 
@@ -191,7 +191,7 @@ def compare_checkpoints(
     only: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Comparison:
-    """How far the weights of ``b`` are from those of ``a``, both decoded as their own libraries decode them.
+    """Measure how far the weights of ``b`` are from those of ``a``, both decoded as their own libraries do.
 
     Parameters
     ----------
@@ -231,7 +231,7 @@ def compare_checkpoints(
 
 
 def divergence_of_tokens(a: Path, b: Path, ids: Tensor) -> TokenDivergence:
-    """Of two folders that AutoModelForCausalLM loads; one of them is in memory at a time."""
+    """Compare two folders that AutoModelForCausalLM loads; one of them is in memory at a time."""
     logits = [log_probabilities(path, ids) for path in (a, b)]
     p, q = logits[0].double(), logits[1].double()
     if p.shape != q.shape:
@@ -371,7 +371,7 @@ def report_of(entry: Found) -> TensorReport:
 
 
 def ends_of(spec: QuantSpec, low: int, bins: int) -> Tensor:
-    """Which of the codes of a histogram are worth the least and the most, or lie beyond -max of a symmetric format."""
+    """Return a mask of the codes with the least or greatest value, or beyond -max of a symmetric format."""
     index = torch.arange(bins)
     if not spec.symmetric:
         return (index == 0) | (index == bins - 1)
@@ -384,7 +384,7 @@ def ends_of(spec: QuantSpec, low: int, bins: int) -> Tensor:
 
 
 def histogram_of(codes: Tensor, format: str, K: int, low: int, bins: int) -> Tensor:
-    """How often each code comes, the lowest first; codes of floats by their bits."""
+    """Count each code, the lowest first; codes of floats are ordered by their bits."""
     if codes.dtype == torch.uint8 and bins < 256:
         codes = ops.unpack(codes, format, K)
     counts = torch.bincount(codes.view(torch.uint8).flatten(), minlength=256)
@@ -392,7 +392,7 @@ def histogram_of(codes: Tensor, format: str, K: int, low: int, bins: int) -> Ten
 
 
 def exponents_of(y: Tensor) -> Tensor:
-    """How often each exponent comes: see `TensorReport.histogram`."""
+    """Count each exponent: see `TensorReport.histogram`."""
     exponents = (y.contiguous().flatten().view(torch.int32) >> 23).to(torch.uint8)  # whose ninth bit is the sign
     return torch.bincount(exponents, minlength=EXPONENTS)
 

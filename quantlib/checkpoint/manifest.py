@@ -39,7 +39,7 @@ def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
 
 @dataclass
 class Check:
-    """What `check_checkpoint` found.
+    """The result of `check_checkpoint`.
 
     Attributes
     ----------
@@ -48,9 +48,9 @@ class Check:
     tensors, weights : int
         Tensors of the model, and weights of it that quantlib quantized.
     problems : list of str
-        What is wrong, a line each; the checkpoint is whole where there is none.
+        The faults, a line each; the checkpoint is whole if there is none.
     notes : list of str
-        What could not be compared, and files that the manifest does not list.
+        Parts that could not be compared, and files that the manifest does not list.
     """
 
     files: int = 0
@@ -61,7 +61,7 @@ class Check:
 
 
 def check_checkpoint(path: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Check:
-    """Whether a checkpoint is whole: its files as they were written, and its tensors as it says.
+    """Check that a checkpoint is whole: its files against their checksums, its tensors against its description.
 
     Parameters
     ----------

@@ -42,7 +42,7 @@ def save_quantized(
     Parameters
     ----------
     model : nn.Module
-        Of which some modules are of codes: `QuantLinear` and the like.
+        A model with modules of codes: `QuantLinear` and the like.
     path : path
         A ``.safetensors`` file, or a folder for ``model.safetensors``, which appears whole or not at all.
     max_shard_bytes : int
@@ -99,7 +99,7 @@ def save_quantized(
 
 
 def card_of(model: nn.Module, batches: list[Batch], contents: Contents) -> Card:
-    """What there is to tell of a model in memory; the errors of its codes are not known any more."""
+    """Return the card of a model in memory; the errors of its codes are not known any more."""
     specs = [stored.spec for stored in contents.weights.values()]
     most = max(sorted(set(specs)), key=specs.count)
     sizes = {slot.name: slot for batch in batches for slot in batch.slots}
@@ -124,7 +124,7 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     Parameters
     ----------
     model : nn.Module
-        Of the same architecture, built with float layers or by `quantize_`; its values do not matter, and it may be on
+        A model of this architecture, with float layers or made by `quantize_`; its values do not matter, it may be on
         ``meta``. Changed in place.
     path : path
         A ``.safetensors`` file, or a folder of them.
@@ -187,7 +187,7 @@ def check_module(model: object) -> None:
 
 
 def formats_of(names: list[str], entry: dict[str, Any] | None, path: Path, model: nn.Module) -> dict[str, Stored]:
-    """What the weights ``names`` are quantized to: by ``entry`` of config.json, or else as in ``model`` already."""
+    """Return the formats of the weights ``names``: from ``entry`` of config.json, or else as in ``model`` already."""
     known = Contents.parse(entry | {"tied": {}}, str(path / CONFIG)).weights if entry else {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantModule):
@@ -311,7 +311,7 @@ class Skeleton:
                 self.extra[join(prefix, "_extra_state")] = module
 
     def misfits(self, held: dict[str, Entry]) -> list[str]:
-        """What keeps the tensors of the files from filling the model, a few words each."""
+        """List what keeps the tensors of the files from filling the model, a few words each."""
         filled = {id_of(place) for name in held if name in self.places for place in self.targets[name]}
         problems = [f"no {name}" for name, place in self.places.items() if id_of(place) not in filled]
         for name, entry in held.items():
@@ -422,7 +422,7 @@ class Skeleton:
 
 
 def slot_of_codes(stored: Stored, slot: Slot) -> bool:
-    """Whether ``slot`` holds codes as a file or as a parameter has them."""
+    """True if ``slot`` holds codes in the shape and dtype of a file or of a parameter."""
     spec = QuantSpec.parse(stored.spec)
     shapes = stored_shape(spec, stored.shape), spec.codes_shape(stored.matrix)
     return slot.shape in shapes and slot.dtype in (dtype_of(spec.row), stored_dtype(spec))

@@ -30,8 +30,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-INDEX = ".safetensors.index.json"  # how the name of an index ends
-WEIGHTS = (".safetensors", INDEX)  # what a model folder is replaced by; other files of it stay
+INDEX = ".safetensors.index.json"  # the end of the name of an index
+WEIGHTS = (".safetensors", INDEX)  # endings of the files of a model folder that are replaced; others stay
 NOREPLACE, EXCHANGE = 1, 2  # flags of renameat2
 AT_FDCWD = -100
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)  # EPERM: a filter of system calls
@@ -88,7 +88,7 @@ def replacing(
 
 
 def publish(scratch: Scratch, overwrite: bool, folder: bool) -> None:
-    """What is whole in the scratch folder takes its place."""
+    """Move the complete output from the scratch folder to its place."""
     path = scratch.path
     if folder:
         sync(scratch.new)
@@ -101,7 +101,7 @@ def publish(scratch: Scratch, overwrite: bool, folder: bool) -> None:
 
 
 def stopped(error: BaseException) -> bool:
-    """Whether the same work may go on later: after an interrupt, or when there is room on the disk again."""
+    """True if the same work may go on later: after an interrupt, or when there is room on the disk again."""
     if isinstance(error, (OSError, MemoryError)):
         return not isinstance(error, (FileExistsError, FileNotFoundError))
     return not isinstance(error, Exception)
@@ -158,7 +158,7 @@ def link_or_claim(new: Path, path: Path) -> None:
 
 
 def put_over(scratch: Scratch, path: Path) -> None:
-    """``scratch.new`` in place of the model at ``path``, whose other files come along."""
+    """Put ``scratch.new`` in place of the model at ``path``, and keep the other files of the old one."""
     new = scratch.new
     if not new.is_dir():
         os.replace(new, path)
@@ -166,7 +166,7 @@ def put_over(scratch: Scratch, path: Path) -> None:
     carry(path, new)
     if renameat2(new, path, EXCHANGE):
         try:
-            carry(new, path)  # what came into the old folder meanwhile
+            carry(new, path)  # files that came into the old folder meanwhile
         except BaseException:
             renameat2(new, path, EXCHANGE)
             raise
@@ -180,7 +180,7 @@ def put_over(scratch: Scratch, path: Path) -> None:
 
 
 def carry(old: Path, new: Path, top: bool = True) -> None:
-    """Files of an old output that are no weights and that the new one does not have, into the new one."""
+    """Move files of an old output that are not weights, and that the new one does not have, into the new one."""
     for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
         target = new / entry.name
         if entry.is_dir(follow_symlinks=False):
@@ -211,7 +211,7 @@ def renameat2(source: Path, target: Path, flag: int) -> bool:
 
 
 def sync(folder: Path) -> None:
-    """What is in ``folder`` is on the disk under its name."""
+    """Flush the entries of ``folder`` to the disk, so that its files keep their names."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -223,7 +223,7 @@ def sync(folder: Path) -> None:
 
 
 class Scratch:
-    """``.NAME.quantlib`` beside an output: what is made of it, and who makes it.
+    """``.NAME.quantlib`` beside an output: its finished part, and the processes that make it.
 
     Attributes
     ----------
@@ -257,7 +257,7 @@ class Scratch:
         return self.folder / "old"
 
     def last(self) -> bool:
-        """Whether this process is to complete the output, once every file of it is whole: one of them is.
+        """Return True in the one process that is to complete the output, once every file of it is whole.
 
         The others wait until that is done.
         """
@@ -288,14 +288,14 @@ class Scratch:
 
     @property
     def done(self) -> bool:
-        """Whether another process has completed the output."""
+        """True if another process has completed the output."""
         return not (self.folder / "job").exists()
 
     def leave(self, keep: bool) -> None:
-        """Let go of the folder, and remove it unless others are at work in it or it is to be gone on with."""
+        """Release the folder, and remove it unless others work in it or its work is to be continued."""
         try:
             if keep and self.job is not None and os.path.lexists(self.new) and self._begun():
-                log.warning("kept %s: the same call goes on with what is done", self.folder)
+                log.warning("kept %s: the same call continues with its finished part", self.folder)
             elif self.leads or flock(self.descriptors[0], fcntl.LOCK_EX):
                 self._put_back()
                 self._remove()
@@ -304,7 +304,7 @@ class Scratch:
                 os.close(descriptor)
 
     def _enter(self, resume: bool) -> bool:
-        """Hold the folder; False where that has to be tried again, as another process removes it or tidies it up."""
+        """Lock the folder; False if another process removes it or tidies it up, so that the caller tries again."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
         try:
             if self.folder.is_symlink() or not set(os.listdir(self.folder)) <= set(self.PARTS):
@@ -355,18 +355,18 @@ class Scratch:
         (self.folder / "job").write_text(f"{self._identity()}\n{self.job or ''}")
 
     def _identity(self) -> int:
-        """Names the folder of the output: after an exchange the old output is in its place."""
+        """Identify the folder of the output: after an exchange the old output is in its place."""
         return os.stat(self.new).st_ino if self.is_folder else 0
 
     def _told(self, whole: bool = False) -> str | None:
-        """What is being made here, where the output is still the one that is; for ``whole`` that is looked at."""
+        """Return the job of the output being made here; with ``whole``, None if that output is gone or replaced."""
         identity, _, job = (read(self.folder / "job") or "").partition("\n")
         if whole and (not os.path.lexists(self.new) or identity != str(self._identity())):
             return None
         return job
 
     def _begun(self) -> bool:
-        """Whether a batch of any file is written."""
+        """True if a batch of any file is written."""
         return any((read(path) or "").count("\n") > 1 for path in (self.folder / "journal").glob("*"))
 
     def _put_back(self) -> None:
@@ -376,7 +376,7 @@ class Scratch:
                 put(self.old, self.path)
             except OSError as error:
                 raise FileExistsError(
-                    f"{self.old} holds what was at {self.path}, which is taken: move one of them"
+                    f"{self.old} holds the old output of {self.path}, which is taken: move one of them"
                 ) from error
             log.warning("put %s back, which was on its way out", self.path)
 
@@ -390,7 +390,7 @@ class Scratch:
 
 
 class Journal:
-    """What of a file is written: a line of JSON for each batch, then its checksum once all is on the disk.
+    """The record of a file being written: a line of JSON for each batch, then its checksum once all is on the disk.
 
     The file is held by one process. Lines of a machine that was started anew since do not count unless the file was
     whole: what they tell of may never have reached the disk.
@@ -414,7 +414,7 @@ class Journal:
             raise
 
     def add(self, note: Any) -> None:
-        """Another batch is written."""
+        """Record that another batch is written."""
         self._line({"note": note})
         self.notes.append(note)
 
@@ -424,7 +424,7 @@ class Journal:
         self.checksum = checksum
 
     def begin(self) -> None:
-        """Nothing is written yet."""
+        """Record that nothing is written yet."""
         self.notes, self.checksum = [], None
         os.ftruncate(self._file, 0)
         os.lseek(self._file, 0, os.SEEK_SET)
@@ -464,7 +464,7 @@ class Journal:
 
 
 def boot() -> str:
-    """Names the time since this machine was started."""
+    """Return an id of the boot of this machine."""
     return read(Path("/proc/sys/kernel/random/boot_id")) or ""
 
 
@@ -496,7 +496,7 @@ def flock(descriptor: int, how: int) -> bool:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at ``path``."""
+    """True if an open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
@@ -504,7 +504,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 class Signals:
-    """Inside the block signals that have a handler in Python wait; while `open` they are handled as ever.
+    """Delay signals that have a handler in Python inside the block; while `open` they are handled as usual.
 
     The first one that is handled closes it again: the work that it stops is cleaned up without another interruption.
     """

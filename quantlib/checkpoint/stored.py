@@ -1,4 +1,4 @@
-"""How a quantized weight lies in a safetensors file.
+"""The layout of a quantized weight in a safetensors file.
 
 A weight ``w`` of [N, K] is stored as its codes under its own name, ``w_scale`` and, where affine, ``w_zero_point``;
 the weight of a convolution as that of the matrix [out, in / groups * kernel]. The file's metadata says under
@@ -44,7 +44,7 @@ class Stored:
 
     @property
     def scaled(self) -> bool:
-        """Whether the codes need a scale."""
+        """True if the codes need a scale."""
         return QuantSpec.parse(self.spec).scaled
 
     def slots(self, name: str) -> list[Slot]:
@@ -56,7 +56,7 @@ class Stored:
         return [codes, scale, zero_point][: 1 if not spec.scaled else 2 if spec.symmetric else 3]
 
     def values(self, reader: Reader, name: str, dtype: torch.dtype) -> Tensor:
-        """What the codes stand for, of ``dtype`` and in the shape of the float weight."""
+        """Return the decoded weight, of ``dtype`` and in the shape of the float weight."""
         return self.rows(reader, name, slice(0, self.shape[0]), dtype).view(self.shape)
 
     def rows(self, reader: Reader, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -84,7 +84,7 @@ class Contents:
 
     @classmethod
     def of(cls, reader: Reader) -> Contents:
-        """What the file says and holds; nothing quantized where it has no such entry.
+        """Read the contents of a file; nothing is quantized if it has no such entry.
 
         Raises
         ------
@@ -110,7 +110,7 @@ class Contents:
 
     @classmethod
     def parse(cls, entry: Any, where: str) -> Contents:
-        """What an entry says, which comes from ``where``."""
+        """Parse an entry; ``where`` names its source in errors."""
         expected = f"{where} must describe its weights"
         if not isinstance(entry, dict) or type(entry.get("version")) is not int:
             raise ValueError(f"{expected} with a version, got {some_words(entry)}")

@@ -30,6 +30,7 @@ from quantlib.cli import (
     quantize,
     tune,
     verify,
+    warmup,
 )
 from quantlib.cli.parser import Parser
 
@@ -48,6 +49,7 @@ VERBS = {
     "quantize": quantize,
     "tune": tune,
     "verify": verify,
+    "warmup": warmup,
 }
 
 FAILED, WRONG, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # exit statuses; 0 is success
@@ -106,7 +108,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside the block the signals of `STOPPED` raise, where nobody else handles or ignores them."""
+    """Make the signals of `STOPPED` raise inside the block, unless somebody else handles or ignores them."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)

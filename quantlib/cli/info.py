@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are no C++ kernels is a line of this report
+        warnings.simplefilter("ignore")  # this report has a line for missing C++ kernels
         environment = {name: os.environ.get(name) for name in VARIABLES}
         facts = {"versions": versions(), **serving(), "tuning": tuning(), "environment": environment}
     print(json.dumps(facts, indent=2) if args.json else show(facts))
@@ -101,7 +101,7 @@ def library(device: str) -> str:
 
 
 def instruction_set() -> str:
-    """What the C++ library chose on this machine."""
+    """Return the instruction set that the C++ library chose on this machine."""
     from quantlib.backends import compiled
 
     path = compiled.path_of("cpu")
@@ -141,7 +141,7 @@ def serving() -> dict[str, Any]:
 
 
 def lacks(backend: str, device: str, op: str) -> str | None:
-    """Why ``backend``, which serves ``device``, does not run ``op`` there."""
+    """Return why ``backend``, which serves ``device``, does not run ``op`` there, or None."""
     from quantlib import backends
 
     return None if backends.refuses(backend, device) else backends.refuses(backend, device, op)
@@ -158,7 +158,7 @@ def server(op: str, device: str) -> str:
 
 
 def tuning() -> dict[str, Any]:
-    """Of each GPU here the files whose tiles its matmuls take, and of each what was read or is wrong."""
+    """Return, for each GPU here, the files whose tiles its matmuls take, and what was read or is wrong in each."""
     import torch
 
     from quantlib.backends.triton import tables

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: format, scales, codes and values of every tensor, whoever quantized it."""
+"""Show what is in a checkpoint of any origin: format, scales, codes and values of every tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def files(parser: argparse.ArgumentParser) -> None:
-    """Options of what is written."""
+    """Add the options of output files."""
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="tensors whose name matches")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, with the histograms")
     for kind in ("csv", "html", "png"):

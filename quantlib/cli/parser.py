@@ -18,7 +18,7 @@ CONSTANTS = {"pi": math.pi, "tau": math.tau, "e": math.e}
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)
-        # What argparse takes for a negative number and not for an option: -inf, -nan, -pi, -1e-40 and -0x1p-3 too.
+        # Negative numbers for argparse, and not options: -inf, -nan, -pi, -1e-40 and -0x1p-3 too.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan|(pi|tau|e)$)", re.IGNORECASE)
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:

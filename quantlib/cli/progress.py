@@ -1,4 +1,4 @@
-"""How far the work is, in bytes a second with the time left: a bar on a terminal, a line a minute elsewhere."""
+"""Progress of the work, in bytes a second with the time left: a bar on a terminal, a line a minute elsewhere."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ POLICIES = ("raise", "propagate")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="a model folder or a .safetensors file")
-    parser.add_argument("output", metavar="OUT", help="what to write, of the same kind; whole, or not at all")
+    parser.add_argument("output", metavar="OUT", help="the output, of the same kind; it appears complete or not at all")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"{GRAMMAR}")
     parser.add_argument("--per", type=checked(PER, checked_per), help=f"the weights that share a scale: {PER}")
     parser.add_argument("--affine", action="store_true", help="give integers a zero point")
@@ -51,8 +51,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def stopping(parser: argparse.ArgumentParser) -> None:
-    """Options of work that takes long."""
-    parser.add_argument("--no-resume", action="store_true", help="begin anew where an earlier run was stopped")
+    """Add the options of work that takes long."""
+    parser.add_argument("--no-resume", action="store_true", help="start again instead of continuing an earlier run")
     parser.add_argument(
         "--join",
         action="store_true",
@@ -61,7 +61,7 @@ def stopping(parser: argparse.ArgumentParser) -> None:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Refuse an IN that is not there, and an OUT that is, before anything else is imported."""
+    """Refuse an IN that does not exist, and an OUT that exists, before anything else is imported."""
     if not os.path.exists(args.input):
         raise FileNotFoundError(f"IN must be a safetensors file or a model folder, got {args.input!r}, not there")
     if os.path.lexists(args.output) and not args.force:
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def ranks() -> Iterator[bool]:
-    """Whether torchrun started this process beside others, which begin together."""
+    """Yield True if torchrun started this process beside others; all of them then begin together."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield False
         return

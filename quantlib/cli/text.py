@@ -13,7 +13,7 @@ STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 
 
 def coloured(stream: TextIO | None = None) -> bool:
-    """Whether ``stream`` (stdout by default) is a terminal that wants colour: see https://no-color.org."""
+    """True if ``stream`` (stdout by default) is a terminal that wants colour: see https://no-color.org."""
     stream = stream or sys.stdout
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 

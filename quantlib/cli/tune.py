@@ -44,10 +44,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=one_of(FAMILIES),
         metavar="FAMILY",
-        help=f"of {', '.join(FAMILIES)}; may be repeated",
+        help=f"only this family, of {', '.join(FAMILIES)}; may be repeated",
     )
     parser.add_argument("--out", metavar="FILE", help="the table (the user's own, which the kernels read)")
-    parser.add_argument("--again", action="store_true", help="measure what the table has, too")
+    parser.add_argument("--again", action="store_true", help="measure the entries of the table again")
 
 
 def rows(text: str) -> int:
@@ -128,7 +128,7 @@ def measure(todo: Iterable[Key], on: Machine, kept: Table, path: Path, done: lis
 
 
 def report(kept: Table, done: list[Key], path: Path) -> None:
-    """What was measured, and where it is."""
+    """Print the measurements and the path of the table."""
     if done:
         header = ("matmul", "tile", "us", "default us", "faster")
         print(table(header, [line(key, kept.entries[key]) for key in done], "<<>>>"), file=sys.stdout)

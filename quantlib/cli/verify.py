@@ -32,21 +32,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=one_of(formats.FORMATS),
         metavar="FORMAT",
-        help="only what reads or writes this format; may be repeated",
+        help="only cases that read or write this format; may be repeated",
     )
-    parser.add_argument("--backend", default="auto", help="what is to be proved; by default what serves the device")
+    parser.add_argument("--backend", default="auto", help="the backend to check; by default the one of the device")
     parser.add_argument("--device", default="cpu", type=one_of(("cpu", "cuda")), help="where it runs (cpu)")
     parser.add_argument(
         "--against",
         default="reference",
         metavar="AUTHORITY",
-        help=f"what it should equal: {', '.join(ORACLES)} or a backend (reference)",
+        help=f"the authority to compare with: {', '.join(ORACLES)} or a backend (reference)",
     )
     parser.add_argument(
         "--share",
         default=Fraction(1),
         type=checked("a fraction in 0..1, such as 1/64", share),
-        help="the part of the 2^32 inputs to look at; those that decide are in every share, of 0 too",
+        help="the part of the 2^32 inputs to check; every share, even 0, contains the deciding ones",
     )
     parser.add_argument(
         "--jobs", default=os.cpu_count() or 1, type=checked("a number >= 1", count), help="threads (one a core)"
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def theorems(args: argparse.Namespace) -> int:
-    """Prove what `quantlib.proof` has; the files it reads are the same for every backend."""
+    """Prove the theorems of `quantlib.proof`; the files it reads are the same for every backend."""
     from quantlib.proof.report import report
 
     others = {"--op": args.op, "--backend": args.backend != "auto", "--device": args.device != "cpu"}
@@ -196,7 +196,7 @@ def prove(
 
 
 class Report:
-    """What was proved: a line a suite as it is done, a last line, and the JSON; also when it is interrupted."""
+    """The printed results: a line for each suite as it ends, a last line, and the JSON, also after an interrupt."""
 
     def __init__(self, candidate: str, authority: str, share: Fraction, out: str | None) -> None:
         self.candidate, self.authority, self.share, self.out = candidate, authority, share, out

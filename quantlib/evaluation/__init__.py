@@ -1,4 +1,4 @@
-"""How far a quantized model is from the float model that it was made of: `evaluate`, and what `quantlib eval` runs."""
+"""Measure how far a quantized model is from the float model it was made of: `evaluate` and `quantlib eval`."""
 
 from quantlib.evaluation.scores import Estimate, LanguageReference, Scores, evaluate
 

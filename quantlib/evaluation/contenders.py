@@ -1,4 +1,4 @@
-"""What a model can become: the specs of quantlib, and beside them the packages that users would take instead."""
+"""The contenders for a model: the specs of quantlib, and the packages that users would take instead."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Contender:
     apply : callable (model, subject) -> float
         Quantizes the linear layers of ``model`` in place; bits a weight, with scales and zero points as they are kept.
     package : str
-        What has to be installed; "" for quantlib itself.
+        The package that has to be installed; "" for quantlib itself.
     """
 
     name: str
@@ -103,7 +103,7 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
-    """What is measured by itself: `plain_specs`, then what is calibrated."""
+    """Return the specs that are measured by default: `plain_specs`, then the calibrated ones."""
     return [*plain_specs(), *CALIBRATED]
 
 
@@ -145,7 +145,7 @@ def layers_of(model: nn.Module, kept: Iterable[str]) -> dict[str, nn.Linear]:
 
 
 def weights(project: Callable[[Tensor], Tensor], bits: float) -> Callable[[nn.Module, Subject], float]:
-    """`Contender.apply` of what maps a weight [N, K] float32 to the values of its codes."""
+    """Make a `Contender.apply` of a function from a weight [N, K] float32 to the values of its codes."""
 
     def apply(model: nn.Module, subject: Subject) -> float:
         with quiet():

@@ -60,7 +60,7 @@ def told(value: Estimate, form: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines of text; what has no numbers follows with the reason."""
+    """Return lines of text; rows without numbers follow with the reason."""
     return [*aligned(cells(rows), left=1), *(f"{row.name}: {row.why}" for row in rows if row.why)]
 
 
@@ -71,7 +71,7 @@ def markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def put(path: Path, key: str, lines: Sequence[str]) -> None:
-    """``lines`` in place of those between the two marks of ``key`` in a file.
+    """Replace the lines between the two marks of ``key`` in a file by ``lines``.
 
     Raises
     ------

@@ -23,7 +23,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor, run: int = 1) -> Estimate:
-        """Of values [n]; the standard error is that of the means of ``run`` neighbours, NaN where there is but one."""
+        """Return the mean of values [n] and its standard error over means of ``run`` neighbours (NaN with one)."""
         values = values.double()
         means = torch.stack([part.mean() for part in values.split(run)])
         error = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else math.nan
@@ -57,7 +57,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class PerToken:
-    """What is averaged: nll [n - windows], of the tokens that have a successor; kl and top1 [n]."""
+    """The values that are averaged: nll [n - windows], of the tokens that have a successor; kl and top1 [n]."""
 
     nll: Tensor
     kl: Tensor

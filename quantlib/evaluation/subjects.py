@@ -31,13 +31,13 @@ class Subject:
     texts : dict
         Name of a text -> windows of tokens [L] to measure on; a language model's.
     calibration : list
-        What `calibrate` takes: about `CALIBRATION` tokens of the first text that nothing is measured on.
+        The inputs of `calibrate`: about `CALIBRATION` tokens of the first text that nothing is measured on.
     embed : callable (model) -> Tensor [sentences, features], or None
         Unit vectors of the sentences of the texts; an encoder's.
     kept : frozenset of str
         Names of layers that stay floats: the output head.
     note : str
-        What was done to the model before anything was measured.
+        The changes to the model before anything was measured.
     """
 
     name: str
@@ -113,7 +113,7 @@ def load(
         measured = windows[::2] if i == 0 else windows
         if len(measured) < share:
             most = len(measured) * length * len(texts)
-            raise ValueError(f"--tokens must be at most {most}, of which {name} has its share, got {tokens}")
+            raise ValueError(f"--tokens must be at most {most}, given the length of {name}, got {tokens}")
         subject.texts[name] = measured[:share]
         if i == 0:
             subject.calibration = [window[None] for window in windows[1::2][: max(CALIBRATION // length, 1)]]
@@ -121,7 +121,7 @@ def load(
 
 
 def find(which: str) -> tuple[str, str | None]:
-    """What transformers loads, and the name of its GGUF file if it is one.
+    """Return the path or name that transformers loads, and the name of its GGUF file if it is one.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def off_grid_(model: nn.Module, seed: int = 0) -> None:
 
 
 def embedder(tokenizer: Any, texts: Sequence[str]) -> Callable[[nn.Module], Tensor]:
-    """How a model embeds ``texts``: the mean of the last hidden states of the tokens, as a unit vector."""
+    """Return a function that embeds ``texts``: the mean of the last hidden states of the tokens, as a unit vector."""
     batches = batches_of(tokenizer, texts)
 
     @torch.inference_mode()
@@ -223,7 +223,7 @@ def read(path: Path) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings and progress bars of transformers, and of what it imports."""
+    """Silence the warnings and progress bars of transformers and of the packages that it imports."""
     logging.disable(logging.WARNING)
     try:
         yield

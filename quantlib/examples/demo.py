@@ -25,9 +25,9 @@ import quantlib
 from quantlib import formats, reference
 from quantlib.checkpoint import load_quantized, save_quantized
 from quantlib.examples import encoders, language
-from quantlib.report import Report, aligned
+from quantlib.report import Report, aligned, unwarned
 
-# What is quantized to, and the mean cosine to FP32 that the embeddings are to keep.
+# spec -> the mean cosine to FP32 that its embeddings must keep
 SPECS: dict[str, float] = {
     "float16": 0.99999,
     "bfloat16": 0.9999,
@@ -40,11 +40,11 @@ SPECS: dict[str, float] = {
     "int4:group:128": 0.93,
     "int4:row": 0.9,
     "float4_e2m1fn:group:32": 0.95,
-    "nf4_bf16:group:128:bfloat16": 0.96,  # what W4A16 means
+    "nf4_bf16:group:128:bfloat16": 0.96,  # the spec of W4A16
 }
 KEPT = "int8:row"  # whose file stays in the output folder
 BASELINES = {"float32": torch.float32, "bfloat16 model": torch.bfloat16}  # the model as it is, and cast as a whole
-ROUNDS, SECONDS = (3, 7), 8.0  # how often each model is timed, in turn: at least and at most, and for how long
+ROUNDS, SECONDS = (3, 7), 8.0  # timed runs of each model, in turn: at least and at most, and the time for them
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     expected = encoder.embed(encoder.model)
     rows, reports, models = [], {}, {name: copy.deepcopy(encoder.model).to(dtype) for name, dtype in BASELINES.items()}
-    for spec in tqdm(SPECS, unit="format", file=sys.stderr, disable=None, leave=False):
-        row, reports[spec], models[spec] = measure(encoder, spec, expected, options.output)
-        rows.append(row)
+    with unwarned():  # the share that is quantized is the same in every format
+        for spec in tqdm(SPECS, unit="format", file=sys.stderr, disable=None, leave=False):
+            row, reports[spec], models[spec] = measure(encoder, spec, expected, options.output)
+            rows.append(row)
     speeds = sentences_per_second(encoder, models)
     rows = [replace(row, sentences_per_second=speeds[row.format]) for row in rows]
-    print(f"{len(reports[KEPT].layers)} layers quantized, {len(encoders.SENTENCES)} sentences embedded", end="\n\n")
-    print("\n".join(table(rows, reports[KEPT].bytes_before, {name: speeds[name] for name in BASELINES})), end="\n\n")
+    kept = reports[KEPT]
+    print(f"{len(kept.layers)} layers quantized, {len(encoders.SENTENCES)} sentences embedded")
+    print(kept.warning or f"{kept.coverage:.1%} of the parameters are quantized", end="\n\n")
+    print("\n".join(table(rows, kept.bytes_before, {name: speeds[name] for name in BASELINES})), end="\n\n")
 
     with (options.output / "formats.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(encoder: encoders.Encoder, spec: str, expected: Tensor, folder: Path) -> tuple[Row, Report, nn.Module]:
     """Quantize a copy, embed, save, load into another copy, and compare."""
-    model = copy.deepcopy(encoder.model, {id(p): p for p in encoder.model.parameters()})  # what stays float is shared
+    model = copy.deepcopy(encoder.model, {id(p): p for p in encoder.model.parameters()})  # float parts are shared
     report = quantlib.quantize_(model, spec)
     embeddings = encoder.embed(model)
     path = folder / file_name(spec)
@@ -139,7 +142,7 @@ def measure(encoder: encoders.Encoder, spec: str, expected: Tensor, folder: Path
 
 
 def write_sentences() -> list[str]:
-    """Have a language model write a sentence in each format, and print them; what went wrong."""
+    """Have a language model write a sentence in each format, and print them; return the failures."""
     try:
         first, *others = language.lines()
     except ImportError as error:
@@ -170,7 +173,7 @@ def sentences_per_second(encoder: encoders.Encoder, models: Mapping[str, nn.Modu
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two models hold the same bytes under the same names."""
+    """True if two models hold the same bytes under the same names."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(
         left[n].dtype == right[n].dtype and torch.equal(left[n].view(torch.uint8), right[n].view(torch.uint8))

@@ -15,13 +15,13 @@ from quantlib import quantize_
 from quantlib.evaluation.subjects import find, quiet
 
 PROMPT = "The capital of France is"
-TOKENS = 8  # that are added, of which the first line counts
+TOKENS = 8  # new tokens; only the first line counts
 SPECS = {"W8A16": True, "W8A8": True, "W4A16": False}  # spec -> whether the float model's sentence has to come
 
 
 @dataclass(frozen=True)
 class Line:
-    """What the model in one format wrote."""
+    """The sentence that the model in one format wrote, its size and its speed."""
 
     format: str
     megabytes: float  # of all parameters

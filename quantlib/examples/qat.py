@@ -1,4 +1,4 @@
-"""What training with fake quantization wins back of what INT8 and INT4 lose, on two real tasks.
+"""Measure how much of the loss of INT8 and INT4 training with fake quantization regains, on two real tasks.
 
 ``python -m quantlib.examples.qat`` trains, prints a table, and fails unless INT4 wins back half of its loss or more.
 """

@@ -14,7 +14,7 @@ CONTEXT = 48  # characters that the language model sees
 
 @dataclass(frozen=True)
 class Task:
-    """What to learn, and from what.
+    """A task to learn, and its data.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class Task:
     draw : callable (Generator) -> (x, target [...])
         A batch to train on.
     tests : list of (x, target)
-        What the model is judged by, and never trained on.
+        The data that the model is tested on, and never trained on.
     rate : float
         AdamW's, at the start.
     """

@@ -25,12 +25,12 @@ TYPES = tuple(QUANTIZED)
 
 
 class MismatchError(Exception):
-    """What was deployed is not what was trained."""
+    """The deployed model is not the trained one."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how often to train."""
+    """The number of steps and of runs."""
 
     steps: int  # in FP32, before the ways part
     tuning: int  # steps more, in FP32 or with fake quantization: as many, on the same batches
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def lost(self) -> float:
-        """Nats that quantizing after training costs."""
+        """The nats of loss that quantizing after training costs."""
         return self.post_training.loss - self.fp32.loss
 
     @property
@@ -86,7 +86,7 @@ def experiment(task: Task, seed: int, schedule: Schedule, tick: Callable[[], obj
 def train(
     model: nn.Module, task: Task, steps: int, rate: float, seed: int, tick: Callable[[], object]
 ) -> dict[str, list[float]]:
-    """AdamW with a rate that rises, then falls to 0; what the learned scales did, if there are any."""
+    """Train by AdamW with a rate that rises, then falls to 0; return the history of the learned scales, if any."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(qat_parameters(model), lr=rate)
     rise = max(1, steps // 10)
@@ -146,6 +146,6 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def share_of(group: Sequence[Run]) -> float:
-    """What training regains of the nats lost without it, means over the seeds; NaN where nothing is lost."""
+    """Return the share of the lost nats that training regains, means over the seeds; NaN where nothing is lost."""
     lost = fmean(run.lost for run in group)
     return fmean(run.regained for run in group) / lost if lost >= NOTHING else math.nan

@@ -1,4 +1,4 @@
-"""What a ``quantization_config`` of quantlib says: the spec of the layers, what stays a float, what was quantized."""
+"""The ``quantization_config`` of quantlib: the spec, the layers that stay floats, the weights that were quantized."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Method(str, enum.Enum):
 
 @register_quantization_config(LIBRARY)
 class QuantlibConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` of transformers and diffusers quantizes a model.
+    """The way ``from_pretrained`` of transformers and diffusers quantizes a model.
 
     Parameters
     ----------
     spec : QuantSpec or what `QuantSpec.parse` takes
-        What the weights are quantized to: ``"W8A16"``, ``"W8A8"``, ``"W4A16"``, ``"int4:group:32"`` ...
+        The spec of the weights: ``"W8A16"``, ``"W8A8"``, ``"W4A16"``, ``"int4:group:32"`` ...
     skip : sequence of str
         Shell patterns of names of modules that stay floats, such as ``"model.layers.0.*"``.
     include : sequence of str
@@ -91,7 +91,7 @@ class QuantlibConfig(QuantizationConfigMixin):
             )
         check_on_nonfinite(on_nonfinite)
         parsed = QuantSpec.parse(spec)
-        if not weights:  # what is quantized already may have been calibrated
+        if not weights:  # a model that is quantized already may have been calibrated
             check_dynamic(parsed)
         super().__init__(quant_method=Method.QUANTLIB)  # type: ignore[arg-type] # a method that is not of its enum
         self.spec, self.on_nonfinite = str(parsed), on_nonfinite

@@ -1,4 +1,4 @@
-"""How diffusers loads, keeps and saves a model whose weights are codes."""
+"""Load, keep and save a model whose weights are codes in diffusers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class QuantlibDiffusersQuantizer(Loading, DiffusersQuantizer):
     Attributes
     ----------
     report : Report or None
-        Of a model that was quantized while it was loaded: see `quantlib.quantize_`.
+        The report of a model that was quantized while it was loaded: see `quantlib.quantize_`.
     """
 
     quantization_config: Any  # a QuantlibConfig

@@ -1,4 +1,4 @@
-"""Which layers of a model that is being loaded become codes, and how: what the doors to several libraries share."""
+"""The choice and the replacement of layers while a model is loaded, shared by transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Loading:
     Attributes
     ----------
     report : Report or None
-        Of a model that was quantized while it was loaded: see `quantlib.quantize_`.
+        The report of a model that was quantized while it was loaded: see `quantlib.quantize_`.
     """
 
     quantization_config: QuantlibConfig
@@ -48,7 +48,7 @@ class Loading:
         return weights
 
     def _prepare(self, model: Any, pre_quantized: bool) -> None:
-        """Before the files are read: layers for codes that are in them, or a choice of layers to quantize."""
+        """Before the files are read, make layers for the codes in them, or choose layers to quantize."""
         self.places = places_of(model)
         if pre_quantized:
             self._build(model)
@@ -90,7 +90,7 @@ class Loading:
             raise ValueError(f"model must have a layer to quantize, got {skipped or 'none'}")
 
     def _unwanted(self, name: str, is_head: bool) -> str | None:
-        """Why a layer stays a float, though it could be quantized."""
+        """Return why a layer stays a float though it could be quantized, or None."""
         config, names = self.quantization_config, (name, f"{name}.weight")
         if pattern := next((p for p in config.skip if any(fnmatch.fnmatchcase(n, p) for n in names)), None):
             return f"matches {pattern}"
@@ -131,7 +131,7 @@ class Loading:
         return new
 
     def _share(self, model: Any, name: str, source: str, spec: Any) -> None:
-        """For the layer of weight ``name`` the codes of the one of weight ``source``."""
+        """Give the layer of weight ``name`` the codes of the layer of weight ``source``."""
         layer, first = (model.get_submodule(n.removesuffix(".weight")) for n in (name, source))
         put(share_weight(first, layer, QuantSpec.parse(spec)), layer, self.places)
         tied = tied_keys(model)
@@ -170,7 +170,7 @@ HEAD = "the output layer"
 
 
 def tied_keys(model: Any) -> dict[str, str]:
-    """Name of a weight -> the one that it shares, of a model of transformers; other libraries tie none."""
+    """Name of a weight -> the weight that it shares, in a model of transformers; other libraries tie none."""
     keys: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     return keys
 

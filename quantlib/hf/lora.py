@@ -1,4 +1,4 @@
-"""LoRA of peft over quantized layers: merging quantizes base + adapter, unmerging gives back the codes of before.
+"""LoRA of peft over quantized layers: merging quantizes base + adapter, unmerging restores the previous codes.
 
 peft offers no way to add a kind of layer to those that it knows for every model, so importing this module replaces two
 of its functions by ones that call them.
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Merging:
-    """What a LoRA layer of peft does differently over a quantized layer."""
+    """The methods of a LoRA layer of peft that differ over a quantized layer."""
 
     get_base_layer: Callable[[], Any]
     merged_adapters: list[str]
@@ -48,7 +48,7 @@ class Merging:
             log.info("merged into %s: the adapter is %.3g, the rounding %.3g", self.get_base_layer().spec, size, error)
 
     def unmerge(self) -> None:
-        """Have the codes of before the first merge."""
+        """Restore the codes from before the first merge."""
         if not self.merged_adapters:
             super().unmerge()  # type: ignore[misc]
             return
@@ -99,7 +99,7 @@ def rms(x: Tensor) -> float:
 
 
 def over_codes(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
-    """``cls`` with what ``mixin`` changes, by the same name, which peft compares."""
+    """Return ``cls`` with the changes of ``mixin``, under the same name, which peft compares."""
     return type(cls.__name__, (mixin, cls), {"__doc__": mixin.__doc__, "__module__": __name__})
 
 

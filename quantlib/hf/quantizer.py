@@ -1,4 +1,4 @@
-"""How transformers loads, keeps and saves a model whose weights are codes."""
+"""Load, keep and save a model whose weights are codes in transformers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class QuantlibQuantizer(Loading, HfQuantizer):
     Attributes
     ----------
     report : Report or None
-        Of a model that was quantized while it was loaded: see `quantlib.quantize_`.
+        The report of a model that was quantized while it was loaded: see `quantlib.quantize_`.
     """
 
     quantization_config: QuantlibConfig
@@ -187,7 +187,7 @@ def names_in(model: Any, weights: dict[str, Stored]) -> dict[str, Stored]:
 
 
 def conversions_for_saving(model: Any) -> list[Any]:
-    """What ``save_pretrained`` undoes to write the names and shapes of the files that ``model`` came from."""
+    """Return the conversions that ``save_pretrained`` undoes to write the names and shapes of the source files."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # as for a model that was not loaded
         made = get_model_conversion_mapping(model, add_legacy=False)

@@ -33,7 +33,7 @@ GRADIENT_OF_X = {1: conv1d_input, 2: conv2d_input}
 
 
 class QuantConv(QuantModule, nn.modules.conv._ConvNd):
-    """What `QuantConv1d` and `QuantConv2d` have in common.
+    """The common base of `QuantConv1d` and `QuantConv2d`.
 
     Parameters
     ----------
@@ -41,9 +41,9 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
         As for the float module.
     device : torch.device, optional
     dtype : torch.dtype, optional
-        Of the bias, and of the module that `dequantize` gives.
+        The dtype of the bias, and of the module that `dequantize` gives.
     spec : QuantSpec or what `QuantSpec.parse` takes
-        What the weight [out, in / groups, *kernel], viewed as [out, in / groups * kernel], is projected to. An
+        The spec of the weight [out, in / groups, *kernel], viewed as [out, in / groups * kernel]. An
         activation is left out of it: only weights are quantized here.
 
     Attributes

@@ -24,9 +24,9 @@ class QuantEmbedding(QuantModule, nn.Embedding):
         Kept for what asks for it. The row is looked up like every other: a table of codes has no gradient to leave out.
     device : torch.device, optional
     dtype : torch.dtype, optional
-        Of the result, and of the table that `dequantize` gives.
+        The dtype of the result, and of the table that `dequantize` gives.
     spec : QuantSpec or what `QuantSpec.parse` takes
-        What the table is projected to. An activation is left out of it: indices have no values to project.
+        The spec of the table. An activation is left out of it: indices have no values to project.
 
     Attributes
     ----------

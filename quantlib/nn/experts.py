@@ -30,14 +30,14 @@ from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
 from quantlib.nn.module import rebind_hooks, taken_over, zero_codes
 from quantlib.nn.weight import DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_name, dtype_of, least_negative
+from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 PARTS = ("codes", "scale", "zero_point")
-Way = str  # how a float weight lies: a word of `WAYS`
+Way = str  # the layout of a float weight: a word of `WAYS`
 
 # E matrices [N, K] that are multiplied by from the right after they are transposed, as the weight of nn.Linear is; the
 # same as [E, K, N]; and both with the first two axes as one.
@@ -54,7 +54,7 @@ class Stack(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the float weight."""
+        """The shape of the float weight."""
         E, N, K, way = self
         return {"enk": (E, N, K), "ekn": (E, K, N), "(en)k": (E * N, K), "(ek)n": (E * K, N)}[way]
 
@@ -86,7 +86,7 @@ class LowRank(NamedTuple):
     scaling: float
 
     def of(self, x: Tensor, e: int) -> Tensor:
-        """What it adds to x @ weight[e].T"""
+        """Return what the adapter adds to x @ weight[e].T"""
         y: Tensor = F.linear(F.linear(x.to(self.a.dtype), self.a[e]), self.b[e])
         return (y * self.scaling).to(x.dtype)
 
@@ -112,7 +112,7 @@ class QuantExperts(Leaf):
     <name>_zero_point : QuantParameter, int32 of the shape of the scale, or None
     spec : QuantSpec
     dtype : torch.dtype
-        Of the float module that `dequantize` gives.
+        The dtype of the float module that `dequantize` gives.
     """
 
     FLOAT: ClassVar[type[nn.Module]]
@@ -185,7 +185,7 @@ class QuantExperts(Leaf):
 
     @contextlib.contextmanager
     def adapted(self, name: str, adapters: Sequence[LowRank]) -> Iterator[None]:
-        """Inside the block ``adapters`` are added to the weight ``name``; gradients reach them."""
+        """Add ``adapters`` to the weight ``name`` inside the block; gradients reach them."""
         before = self._adapters.get(name, [])
         self._adapters[name] = [*before, *adapters]
         try:
@@ -195,7 +195,7 @@ class QuantExperts(Leaf):
 
     def parts(self, name: str) -> Weight:
         """Codes [E, ...], scales and zero points as they are kept."""
-        codes, scale, zero_point = (self._parameters[f"{name}_{part}"] for part in PARTS)
+        codes, scale, zero_point = (own(self._parameters[f"{name}_{part}"]) for part in PARTS)
         assert codes is not None
         return Weight(codes, scale, zero_point)
 
@@ -217,7 +217,7 @@ class QuantExperts(Leaf):
         super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As that of the float module; a group of tokens is multiplied by the codes of its expert."""
+        """Run the forward of the float module; a group of tokens is multiplied by the codes of its expert."""
         if "_is_expert_parallel" in vars(self):  # transformers says what all experts of its own kind compute
             return self._routed(*args, **kwargs)
         return super().forward(*args, **kwargs)
@@ -231,29 +231,23 @@ class QuantExperts(Leaf):
         x: Any = hidden_states
         (tokens, chosen), E = top_k_index.shape, self.num_experts
         owner, order = top_k_index.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(owner, torch.arange(E, device=owner.device), right=True).tolist()
+        ends = torch.searchsorted(owner, torch.arange(E, device=owner.device, dtype=owner.dtype), right=True)
         first, last = ("gate_up_proj", "down_proj") if self.has_gate else ("up_proj", "down_proj")
-        groups = [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if start < end]
-        h = self._product(first, x[order[: ends[-1]] // chosen], groups)
+        h = self._product(first, x[order // chosen], ends)
         h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
-        h = self._product(last, h, groups)
+        h = self._product(last, h, ends)
         h = self.post_expert_norm(h) if self.has_post_expert_norm else h
-        h = h * top_k_weights.reshape(-1)[order[: ends[-1]]].unsqueeze(-1)
-        y = h.new_zeros(tokens * chosen, h.shape[-1]).index_copy(0, order[: ends[-1]], h)
+        h = h * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        y = torch.empty_like(h).index_copy(0, order, h)
         return y.view(tokens, chosen, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
-    def _product(self, name: str, x: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
-        """y[r] = x[r] @ weight[e].T + bias[e] for the rows r of each group (e, first row, row behind the last)."""
-        bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        if not groups:
-            return x.new_zeros(0, self.stacks[name].N)
-        parts = []
-        for e, i, j in groups:
-            y = self.matrix(name, e).multiply(x[i:j], None if bias is None else bias[e])
-            for adapter in self._adapters.get(name, ()):
-                y = y + adapter.of(x[i:j], e)
-            parts.append(y)
-        return torch.cat(parts)
+    def _product(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """y[t] = x[t] @ weight[e].T + bias[e], ends[e - 1] <= t < ends[e]; 0 for rows of no expert."""
+        bias = own(getattr(self, f"{name}_bias")) if self.has_bias else None
+        y = self.matrices(name).multiply(x, ends, bias)
+        for adapter in self._adapters.get(name, ()):
+            y = y + by_expert(lambda x, e, adapter=adapter: adapter.of(x, e), x, ends)
+        return y
 
     def _decoded(self, name: str) -> Tensor:
         stack, adapters = self.stacks[name], self._adapters.get(name)
@@ -266,17 +260,20 @@ class QuantExperts(Leaf):
         like = torch.empty(stack.shape, dtype=self.dtype, device="meta")
         owner = Owner(self, name)
         decoded: DecodedStack = DecodedStack(like, self.parts(name).codes.device, owner.values, owner)
-        decoded._matrices, decoded._stack = functools.partial(self.matrix, name), stack
+        decoded._matrices, decoded._stack = self.matrices(name), stack
         return decoded
 
     def matrix(self, name: str, e: int) -> Matrix:
         """The codes of expert ``e``."""
+        return self.matrices(name)[e]
+
+    def matrices(self, name: str) -> Matrices:
+        """The codes of all experts."""
         codes, scale, zero_point = self.parts(name)
-        one = codes[e].flatten(1)  # [N, K], where a file may have an axis more
-        if one.dtype != dtype_of(self.spec.row):
-            one = one.view(dtype_of(self.spec.row))
-        parts = (None if p is None else p[e] for p in (scale, zero_point))
-        return Matrix(Weight(one, *parts), self.spec, self.stacks[name].K)
+        codes = codes.flatten(2)  # [E, N, K], where a file may have an axis more
+        if codes.dtype != dtype_of(self.spec.row):
+            codes = codes.view(dtype_of(self.spec.row))
+        return Matrices(Weight(codes, scale, zero_point), self.spec, self.stacks[name].K)
 
     def _allocate(self, stack: Stack, device: Any = "meta") -> Weight:
         E, N, K, _ = stack
@@ -345,6 +342,11 @@ class QuantExperts(Leaf):
         return remade, (self.FLOAT, vars(self))
 
 
+def own(t: Any) -> Any:
+    """``t``, or of experts that are dealt out over ranks those of this one."""
+    return t.to_local() if is_sharded(t) else t
+
+
 class Owner(NamedTuple):
     """The module and the name of a weight, as `DecodedWeight` asks for them."""
 
@@ -392,16 +394,53 @@ class Matrix(NamedTuple):
         return ops.dequant_matmul(x, codes, scale, spec.format, block=block, zero_point=zero_point, bias=bias)
 
 
+class Matrices:
+    """The codes of E matrices [N, K], one an expert."""
+
+    def __init__(self, weight: Weight, spec: QuantSpec, K: int) -> None:
+        self.weight, self.spec, self.K = weight, spec, K
+
+    def __getitem__(self, e: int) -> Matrix:
+        return Matrix(Weight(*(None if t is None else t[e] for t in self.weight)), self.spec, self.K)  # type: ignore[arg-type]
+
+    def multiply(self, x: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y[t] = bias[e] + x[t] @ weight[e].T, ends[e - 1] <= t < ends[e], as `Matrix` computes it; 0 for rows behind.
+
+        One call for all experts, whose number of rows the host need not know.
+        """
+        x, (codes, scale, zero_point), spec = autocast(x), self.weight, self.spec
+        activation, kernel = spec.activation, kernel_of(spec, self.K)
+        by_rows = activation is None or activation.per in ("row", "group")
+        if scale is None or x.dtype == torch.float64 or kernel == "scaled_matmul" or not by_rows:
+            return by_expert(lambda x, e: self[e].multiply(x, None if bias is None else bias[e]), x, ends)
+        bias = bias if bias is None or bias.dtype in SOURCES else bias.float()
+        op = ops.grouped_dynamic_matmul if kernel == "dynamic_matmul" else ops.grouped_dequant_matmul
+        if activation is not None and kernel != "dynamic_matmul":
+            x = project(x, activation)
+        block = spec.block((codes.shape[1], self.K))
+        return op(x, codes, scale, spec.format, ends, block=block, zero_point=zero_point, bias=bias)
+
+
+def by_expert(product: Callable[[Tensor, int], Tensor], x: Tensor, ends: Tensor) -> Tensor:
+    """``product(rows, e)`` of the rows of x of one expert after the other, and 0 for rows of none."""
+    parts, start = [], 0
+    for e, end in enumerate(ends.tolist()):
+        if start < end or (e == len(ends) - 1 and not parts):
+            parts.append(product(x[start:end], e))
+        start = end
+    return torch.cat([*parts, parts[0].new_zeros(len(x) - start, *parts[0].shape[1:])])
+
+
 class DecodedStack(DecodedWeight):
     """The float weight of E experts, or of one of them, or either transposed: decoded when it is read.
 
     ``weight[e]`` is the matrix of one expert, and a product with such a matrix multiplies by its codes.
     """
 
-    _matrices: Callable[[int], Matrix]
+    _matrices: Matrices
     _stack: Stack
     _one: int | None = None  # the expert that this is the matrix of
-    _turned: bool = False  # that matrix is the other way round than the float module has it
+    _turned: bool = False  # that matrix is the transpose of the float module's
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -440,18 +479,18 @@ class DecodedStack(DecodedWeight):
         return new
 
     def _decode_one(self, e: int, turned: bool) -> Tensor:
-        values = self._matrices(e).values(self.dtype)
+        values = self._matrices[e].values(self.dtype)
         return values.t() if self._stack.transposed != turned else values
 
     @property
     def _is_kn(self) -> bool:
-        """Whether the last two axes are [K, N], so that rows [.., K] are multiplied by it from the right."""
+        """True if the last two axes are [K, N], so that rows [.., K] are multiplied by it from the right."""
         return self._stack.transposed != self._turned
 
 
 def product(x: Tensor, w: DecodedStack, e: int, bias: Tensor | None = None) -> Tensor:
     """x @ w[e] by the codes."""
-    matrix = w._matrices(e)
+    matrix = w._matrices[e]
     if w._is_kn:
         return matrix.multiply(x, bias)
     codes, scale, zero_point = matrix.weight
@@ -463,10 +502,10 @@ def product(x: Tensor, w: DecodedStack, e: int, bias: Tensor | None = None) -> T
 
 
 def is_served(x: Any, w: Any) -> bool:
-    """Whether x @ w is one of a float matrix and a stack whose codes can be multiplied by."""
+    """True if x @ w multiplies a float matrix by a stack whose codes the kernels can multiply by."""
     if not isinstance(w, DecodedStack) or isinstance(x, DecodedWeight) or x.dtype != w.dtype:
         return False
-    return x.dtype in SOURCES and w._matrices(0).weight.scale is not None
+    return x.dtype in SOURCES and w._matrices.weight.scale is not None
 
 
 def mm(x: Tensor, w: Any) -> Tensor | None:
@@ -480,7 +519,17 @@ def addmm(bias: Tensor, x: Tensor, w: Any) -> Tensor | None:
 def bmm(x: Tensor, w: Any) -> Tensor | None:
     if not is_served(x, w) or w._one is not None or w.dim() != 3:
         return None
-    return torch.stack([product(x[e].contiguous(), w, e) for e in range(w._stack.E)])
+    E, rows, _ = x.shape
+    codes, scale, zero_point = w._matrices.weight
+    spec, K = w._matrices.spec, w._matrices.K
+    block, x = spec.block((codes.shape[1], K)), x.reshape(E * rows, -1)
+    ends = torch.arange(1, E + 1, dtype=torch.int32, device=x.device) * rows
+    if w._is_kn:
+        y = w._matrices.multiply(x, ends)
+    else:
+        backward = torch.ops.quantlib.grouped_dequant_matmul_backward
+        y = backward(x, codes, scale, spec.format, block, ends, zero_point, K)
+    return y.view(E, rows, -1)
 
 
 def linear(x: Tensor, w: Any, bias: Tensor | None = None) -> Tensor | None:
@@ -543,7 +592,7 @@ def form_of(cls: type[nn.Module]) -> type[QuantExperts]:
 
 
 def remade(cls: type[nn.Module], attributes: dict[str, Any]) -> QuantExperts:
-    """What pickle makes a module of: its class is not found by a name."""
+    """Rebuild a module for pickle, which cannot find its class by name."""
     new = form_of(cls).__new__(form_of(cls))
     vars(new).update(attributes)
     return new

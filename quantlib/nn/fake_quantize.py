@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantlib import ops
 from quantlib.formats import IntFormat
+from quantlib.nn import ranks
 from quantlib.nn.functional import Scale, Weight, kept_scale, project, quantize_weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
@@ -43,7 +44,7 @@ class FakeQuantize(Leaf, KeepsDtype):
     Parameters
     ----------
     shape : sequence of int
-        Of what is projected. Where all of a tensor shares a scale, only the last size of an activation is asked for.
+        The shape of x. Where all of a tensor shares a scale, only the last size of an activation is asked for.
     spec : QuantSpec or what `QuantSpec.parse` takes
         The format, and what shares a scale.
     scale : {"learned", "observed", "dynamic"}
@@ -63,9 +64,9 @@ class FakeQuantize(Leaf, KeepsDtype):
     base_zero : Tensor [blocks] float32, or None
         The zero point that was set, kept as ``base`` is; None unless the spec is affine.
     scale_bias : nn.Parameter [blocks] float32, or None where nothing is learned
-        What training adds to a gain of 1: ``scale = base * gain``, see `gain`.
+        The value that training adds to a gain of 1: ``scale = base * gain``, see `gain`.
     zero_point_bias : nn.Parameter [blocks] float32, or None
-        What training adds to the zero point that was set, in codes; None unless it is learned.
+        The value that training adds to the zero point that was set, in codes; None unless it is learned.
     enabled : bool
         Whether anything is projected: if not, y is x.
     observing : bool
@@ -121,7 +122,7 @@ class FakeQuantize(Leaf, KeepsDtype):
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64, device=device))
         self._passes: deque[Pass] = deque(maxlen=64)  # the latest first
         self._handle = handle_of(self)
-        self._provisional = False  # whether the observer saw what it did unasked, as in a validation before training
+        self._provisional = False  # the observer saw its data unasked, as in a validation before training
         n, static, learned = self.blocks[0] * self.blocks[1], self.source != "dynamic", self.source == "learned"
         affine = static and not self.spec.symmetric
         for name, there, trained, value in (
@@ -140,7 +141,7 @@ class FakeQuantize(Leaf, KeepsDtype):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Scales of 1, or none where an observer is to find them; nothing learned, nothing seen."""
+        """Set scales of 1, or none where an observer is to find them; forget everything learned and seen."""
         for tensor in (self.base_zero, self.scale_bias, self.zero_point_bias, self.forwards):
             if tensor is not None:
                 tensor.zero_()
@@ -165,7 +166,7 @@ class FakeQuantize(Leaf, KeepsDtype):
 
     @property
     def scale(self) -> Tensor | None:
-        """[blocks] float32: what codes are multiplied by, base * gain; None where it is dynamic."""
+        """[blocks] float32: the scale of the codes, base * gain; None where it is dynamic."""
         return None if self.base is None else self._learned(self.base, None)[0]
 
     @property
@@ -175,7 +176,7 @@ class FakeQuantize(Leaf, KeepsDtype):
 
     @property
     def watching(self) -> bool:
-        """Whether the observer sees the next x."""
+        """True if the observer sees the next x."""
         return self.observer is not None and self.observing and (self.training or self.calibrating)
 
     def train(self, mode: bool = True) -> Self:
@@ -207,7 +208,8 @@ class FakeQuantize(Leaf, KeepsDtype):
         base, zero_point = self.base, self.base_zero
         if self.watching:
             if not torch.compiler.is_compiling():
-                said = self._observe(x)
+                with ranks.whole(x) as seen:
+                    said = self._observe(seen)
             else:
                 n, affine = self.blocks[0] * self.blocks[1], not self.spec.symmetric
                 scale, z = observe(x.detach(), self._handle, self.forwards, n, affine)
@@ -291,7 +293,7 @@ class FakeQuantize(Leaf, KeepsDtype):
         self.calibrating, self._provisional = calibrating, False
 
     def learn(self, learning: bool) -> None:
-        """Have what is learned require a gradient; frozen, it loses the one that it has."""
+        """Make the learned parameters require a gradient; frozen ones lose the gradient that they have."""
         for parameter in (self.scale_bias, self.zero_point_bias):
             if parameter is not None:
                 parameter.requires_grad_(learning)
@@ -329,7 +331,7 @@ class FakeQuantize(Leaf, KeepsDtype):
     def _learned(self, base: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The scale and the zero point that training has made of those that were set.
 
-        What was set gets no gradient, also where ``model.requires_grad_(True)`` asks for one: it would be trained as
+        A set scale gets no gradient, also where ``model.requires_grad_(True)`` asks for one: it would be trained as
         the bare scale that it is.
         """
         base, gain = base.detach(), self.gain
@@ -341,7 +343,7 @@ class FakeQuantize(Leaf, KeepsDtype):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the observer says once it has seen x; what it said then, where the forward is a recomputed one."""
+        """Show x to the observer; return its scale and zero point, in a recomputed forward those of the first."""
         assert self.observer is not None
         if transformed():
             raise RuntimeError(
@@ -431,12 +433,12 @@ def flat(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | Non
 
 
 def recomputing() -> bool:
-    """Whether a backward is running: a forward in it is one that ``torch.utils.checkpoint`` repeats."""
+    """True if a backward is running: a forward in it is one that ``torch.utils.checkpoint`` repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is running, in which nothing outside can be written."""
+    """True if a transform of ``torch.func`` is running, in which nothing outside can be written."""
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 

@@ -31,7 +31,7 @@ def form_of(cls: type[nn.Module]) -> type[QuantModule] | None:
     """The class of codes for modules of class ``cls``; None where it is not known what they compute.
 
     Layers of the models of transformers that derive from one of torch, such as an embedding that scales its result,
-    compute by the forward of torch's layer or with its weight: both work over codes. Of other subclasses that is not
+    compute by the forward of torch's layer or with its weight: both work over codes. Of other subclasses this is not
     known. Routers, which few of them are, stay floats.
     """
     if cls in QUANTIZED:
@@ -60,7 +60,7 @@ def words_of(form: type[QuantModule]) -> dict[str, Any]:
 
 
 def reduced(module: QuantModule, protocol: Any) -> Any:
-    """What pickle writes: a class that is made when it is met has no name by which it is found."""
+    """Return what pickle writes for a module; its class is made at run time and cannot be found by name."""
     state = module.__getstate__() if isinstance(module, QuantLinear) else vars(module)
     return remade, (module.FLOAT, state)
 

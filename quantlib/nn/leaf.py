@@ -1,4 +1,4 @@
-"""Modules that torch.fx takes as they are: a call of one is one node of the graph."""
+"""Modules that torch.fx treats as leaves: a call of one is one node of the graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import Proxy
 class Leaf(nn.Module):
     """A module that every ``torch.fx.Tracer`` records as a ``call_module`` node instead of tracing through it.
 
-    What it computes depends on the dtype and the shape of its input, which a tracer does not know. By default a tracer
+    Its result depends on the dtype and the shape of its input, which a tracer does not know. By default a tracer
     does the same with the modules of ``torch.nn``, which it tells by their package.
     """
 
@@ -22,7 +22,7 @@ class Leaf(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What ``torch.jit.script`` asks every module of a model for."""
+        """Refuse ``torch.jit.script``, which calls this of every module of a model."""
         raise TypeError(
             f"model must be scripted without quantized layers, got a {type(self).__name__}: "
             "use torch.export.export, or torch.jit.trace once it is converted"
@@ -40,7 +40,7 @@ class Leaf(nn.Module):
 
 
 def check_inside(input: Any) -> None:
-    """``input`` of a forward is no proxy, as it is where a tracer was given the layer itself."""
+    """Check that ``input`` of a forward is not a proxy, as it is if a tracer was given the layer itself."""
     if isinstance(input, Proxy):
         raise TypeError(
             "layer must be inside of the model that is traced, got the layer alone: trace nn.Sequential(layer)"

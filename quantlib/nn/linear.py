@@ -17,6 +17,7 @@ from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of
 from quantlib.ops.scaled_matmul import X_FORMATS
+from quantlib.ops.sharding import cuts_columns
 from quantlib.spec import QuantSpec, check_dynamic
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class QuantLinear(QuantModule, nn.Linear):
         Whether there is a bias, which stays a float and may be trained.
     device : torch.device, optional
     dtype : torch.dtype, optional
-        Of the bias, and of the layer that `dequantize` gives.
+        The dtype of the bias, and of the layer that `dequantize` gives.
     spec : QuantSpec or what `QuantSpec.parse` takes
-        What the weight is projected to, and the input where the spec has an activation.
+        The spec of the weight, and of the input if it has an activation.
     batch_invariant : bool
         Give a row of the input the same bytes whatever rows come with it. May be set at any time.
 
@@ -51,7 +52,7 @@ class QuantLinear(QuantModule, nn.Linear):
         As in `QuantModule`.
     bias : nn.Parameter [N], or None
     input_scale : nn.Parameter [1, 1] float32, or None
-        Of all inputs, frozen; None unless the activation of the spec is static.
+        The scale of all inputs, frozen; None unless the activation of the spec is static.
     input_zero_point : nn.Parameter [1, 1] int32, or None
         None unless the static activation is affine.
     kernel : {"dequant_matmul", "dynamic_matmul", "scaled_matmul", "linear"}
@@ -130,7 +131,7 @@ class QuantLinear(QuantModule, nn.Linear):
         in_features : int, optional
             K of codes that are packed already.
         dtype : torch.dtype, optional
-            Of the layer that `dequantize` gives; that of ``bias``, or else the default dtype.
+            The dtype of the layer that `dequantize` gives; by default that of ``bias``, or the default dtype.
 
         Raises
         ------
@@ -203,11 +204,11 @@ class QuantLinear(QuantModule, nn.Linear):
             x = x if activation is None else project(x, activation, self._static())
             return F.linear(x, self.values(x.dtype), None if bias is None else bias.to(x.dtype))
         bias = bias if bias is None or bias.dtype in SOURCES else bias.float()
-        if self.kernel == "dynamic_matmul":
+        if self.kernel == "dynamic_matmul" and not cuts_columns(x):
             return ops.dynamic_matmul(x, codes, scale, spec.format, block=self.block, zero_point=zero_point, bias=bias)
         if activation is not None:
             static = self._static()
-            if self.kernel == "scaled_matmul":
+            if self.kernel in ("scaled_matmul", "dynamic_matmul"):
                 weight = Weight(codes, scale, zero_point)
                 return integer_matmul(x, activation, static, weight, spec.format, self.block, bias)
             x = project(x, activation, static)
@@ -228,7 +229,7 @@ class QuantLinear(QuantModule, nn.Linear):
         )
 
     def _static(self) -> Scale | None:
-        """What a static activation is quantized with."""
+        """The scale and the zero point of a static activation, or None."""
         return None if self.input_scale is None else Scale(self.input_scale, self.input_zero_point)
 
     @property
@@ -238,7 +239,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     @property
     def tiled(self) -> bool:
-        """Whether ``weight_codes`` is tiles, as `tile_` makes them."""
+        """True if ``weight_codes`` is tiles, as `tile_` makes them."""
         return self.weight_codes.dim() == 3 and self.weight_codes.shape[-1] > 1
 
     def tile_(self) -> Self:
@@ -429,5 +430,5 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether a CUDA graph records what happens to ``x``."""
+    """True if a CUDA graph records operations on ``x``."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

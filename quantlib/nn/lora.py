@@ -13,7 +13,7 @@ from quantlib.nn.linear import QuantLinear
 
 
 class MergeError(NamedTuple):
-    """What projecting the sum of a base and its adapter adds to it."""
+    """The error of projecting the sum of a base and its adapter."""
 
     snr_db: float  # 10 log10 of the sum of squares of base + adapter over that of the error
     adapter_snr_db: float  # the same of the adapter alone: below about 0 the codes are too coarse to hold it
@@ -31,7 +31,7 @@ class LoRALinear(nn.Module):
     alpha : float, optional
         The adapter is multiplied by alpha / rank; by default alpha is the rank.
     dtype : torch.dtype, optional
-        Of the adapter; by default that of ``base``.
+        The dtype of the adapter; by default that of ``base``.
 
     Attributes
     ----------

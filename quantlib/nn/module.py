@@ -1,4 +1,4 @@
-"""weight ~ decode(codes[n, k]) * scale[n // br, k // bk]: what every module whose weight is codes has in common."""
+"""weight ~ decode(codes[n, k]) * scale[n // br, k // bk]: the common base of every module whose weight is codes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from quantlib.nn.functional import SOURCES, Seen, Weight, dequantize_weight, quantize_weight, scale_dtype
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_name, dtype_of, least_negative
+from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
 from quantlib.ops.flops import register_if_counting
+from quantlib.ops.sharding import Matrix, refusal
 from quantlib.spec import SCALES, QuantSpec, check_dynamic, stored_shape
 
 if TYPE_CHECKING:
@@ -34,18 +35,18 @@ class QuantModule(Leaf):
     Attributes
     ----------
     weight : Tensor of the shape of the float weight and of ``dtype``
-        What the codes stand for, read-only: a tensor without storage that is decoded by the operation which takes it.
+        The values of the codes, read-only: a tensor without storage, decoded by the operation that takes it.
     weight_codes : QuantParameter [N, K] or [N, ceil(K / 2)]
         The codes, frozen: int8, uint8 for unsigned and packed formats and for the bytes of FP8, or a 16-bit float.
     weight_scale : QuantParameter [ceil(N / br), ceil(K / bk)] float32 or what the spec says, or None
-        What codes are multiplied by, frozen. None for a 16-bit float format without a scale.
+        The scales of the codes, frozen. None for a 16-bit float format without a scale.
     weight_zero_point : QuantParameter, int32 of weight_scale's shape, or None
         The code of zero, frozen; None unless the spec is affine.
     spec : QuantSpec
     block : (br, bk)
         Rows and columns of [N, K] that share a scale.
     dtype : torch.dtype
-        Of the float parameters, of ``weight``, and of the module that `dequantize` gives.
+        The dtype of the float parameters, of ``weight``, and of the module that `dequantize` gives.
 
     Notes
     -----
@@ -71,24 +72,24 @@ class QuantModule(Leaf):
     block: tuple[int, int]
     dtype: torch.dtype
     _viewed: torch.dtype | None
-    _shared: bool = False  # whether another module has the same parameters, or once had
+    _shared: bool = False  # True if another module has the same parameters, or once had
     weight_codes: Tensor
     weight_scale: nn.Parameter | None
     weight_zero_point: nn.Parameter | None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of the float weight."""
+        """The shape of the float weight."""
         raise NotImplementedError
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
-        """What about ``layer``, a `FLOAT`, this module cannot do; None if it serves it."""
+        """Return why this module cannot serve ``layer``, a `FLOAT`; None if it can."""
         return None
 
     @classmethod
     def like(cls, layer: Any, spec: QuantSpec) -> Self:
-        """This module in place of ``layer``: its bias, buffers, submodules, hooks and attributes, and codes on meta."""
+        """Make this module for ``layer``: its bias, buffers, submodules, hooks and attributes, and codes on meta."""
         new = cls.__new__(cls)
         vars(new).update(taken_over(layer))
         dtype = new._parameters.pop("weight").dtype  # type: ignore[union-attr]
@@ -213,25 +214,65 @@ class QuantModule(Leaf):
     def weight(self, value: Any) -> None:
         if not isinstance(value, DecodedWeight) or not isinstance(value._owner, QuantModule):
             raise RuntimeError(f"weight must not be assigned, it is decoded from codes: {WAY_OUT}")
-        self.share(value._owner)  # what `tie_weights` of transformers does
+        self.share(value._owner)  # as `tie_weights` of transformers does
 
     @weight.deleter
     def weight(self) -> None:
         raise RuntimeError(f"weight must not be deleted, it is decoded from codes: {WAY_OUT}")
 
+    def shard_(self, mesh: Any, dim: int, src_data_rank: int | None = 0) -> Self:
+        """Keep a part of the weight [N, K] on each rank: its rows (0) or its columns (1), whole blocks and bytes.
+
+        Parameters
+        ----------
+        mesh : torch.distributed.device_mesh.DeviceMesh
+            Of one axis.
+        dim : {0, 1}
+        src_data_rank : int, optional
+            Whose values all ranks get, as `torch.distributed.tensor.distribute_tensor` takes it; None for their own.
+
+        Returns
+        -------
+        QuantModule
+            The module itself, whose codes, scales and zero points are DTensors.
+
+        Raises
+        ------
+        ValueError
+            For a cut through a block of weights or through a byte of codes, with a way out.
+        """
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        self.untile_()
+        per_byte = self.spec.row.per_byte if self.spec.row.packed else 1
+        weight = Matrix(self._matrix, self.block if self.spec.scaled else (1, 1), per_byte)
+        if why := refusal(weight, dim, mesh.size()):
+            raise ValueError("weight must be {}, got {}".format(*why))
+        axis = weight.scale(dim, mesh.size())
+        for name in PARTS:
+            if (p := self._parameters[name]) is not None:
+                cut = dim if name == "weight_codes" else axis
+                placement = Replicate() if cut in (None, -1) else Shard(cut)
+                part = distribute_tensor(p.data, mesh, [placement], src_data_rank=src_data_rank)
+                self.register_parameter(name, nn.Parameter(part, requires_grad=p.requires_grad))
+        return self
+
     def register_parameter(self, name: str, param: Any) -> None:
+        if name == "weight" and is_sharded(param):  # what `RowwiseParallel` of torch does
+            self.shard_(param.device_mesh, next(p.dim for p in param.placements if p.is_shard()))
+            return
         if name == "weight" or isinstance(param, DecodedWeight):  # `torch.nn.utils.prune` keeps it under another name
             raise RuntimeError(f"weight must not be registered as a parameter, it is decoded from codes: {WAY_OUT}")
         super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # of which nn.Module would make a parameter
+        if name == "weight":  # nn.Module would make a parameter of it
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def share(self, other: QuantModule) -> None:
-        """Have the weight of ``other``, the same parameters: a tied weight.
+        """Share the weight of ``other``, the same parameters: a tied weight.
 
         Raises
         ------
@@ -271,7 +312,7 @@ class QuantModule(Leaf):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the codes in a file: see `stored_shape`."""
+        """The shape of the codes in a file: see `stored_shape`."""
         return stored_shape(self.spec, self.weight_shape)
 
     @property
@@ -280,11 +321,11 @@ class QuantModule(Leaf):
         return N, math.prod(rest)
 
     def _resize(self, N: int) -> bool:
-        """Have N rows, before the weight follows; False where this kind of module cannot."""
+        """Change to N rows, before the weight follows; return False if this kind of module cannot."""
         return False
 
     def _take(self, template: nn.Module, spec: Any, dtype: torch.dtype | None, device: Any) -> None:
-        """Have all of ``template``, a float module on meta that was made for this, and codes in place of its weight."""
+        """Take over all of ``template``, a float module on meta made for this, with codes in place of its weight."""
         vars(self).update(vars(template))
         self._parameters.pop("weight")
         self._allocate(QuantSpec.parse(spec), dtype, device)
@@ -314,7 +355,7 @@ class QuantModule(Leaf):
         return parts | {"weight_codes": parts["weight_codes"].view(stored_dtype(self.spec))}
 
     def _keep_kinds(self) -> None:
-        """Parameters that torch has made anew, plain ones, are `QuantParameter` again."""
+        """Make plain parameters that torch has created anew `QuantParameter` again."""
         for name in self.KEPT:
             if type(p := self._parameters.get(name)) is nn.Parameter:
                 self._parameters[name] = QuantParameter(p.data, requires_grad=p.requires_grad)
@@ -349,7 +390,7 @@ class QuantModule(Leaf):
         self._rename_codes(state_dict, prefix)
         if version > self._version:
             error_msgs.append(f"{prefix}weight must be of version {self._version} or older, got version {version}")
-        elif spec.weight_only != self.spec.weight_only:
+        elif spec.kept != self.spec.kept:
             error_msgs.append(f"{prefix}weight must be codes of {self.spec.weight_only}, got {spec.weight_only}")
         elif f"{prefix}weight" in state_dict:
             got = state_dict[f"{prefix}weight"]
@@ -371,7 +412,7 @@ class QuantModule(Leaf):
             self._keep_kinds()
 
     def _rename_codes(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Codes that a state holds as version 1 and files do, under the name and in the shape of the parameter."""
+        """Rename and reshape codes that a state holds as version 1 and files do to those of the parameter."""
         name, old = f"{prefix}weight_codes", state_dict.get(f"{prefix}weight")
         if isinstance(old, Tensor) and name not in state_dict and old.dtype == dtype_of(self.spec.row):
             shapes = self.stored_shape, self.spec.codes_shape(self._matrix)
@@ -405,7 +446,7 @@ def taken_over(layer: nn.Module) -> dict[str, Any]:
 
 
 def rebind_hooks(module: nn.Module) -> None:
-    """Hooks that hold the module they were registered on hold ``module``."""
+    """Make hooks that hold the module they were registered on hold ``module``."""
     hooks: dict[int, Any] = module._load_state_dict_pre_hooks
     for key, hook in hooks.items():
         if hook.with_module:
@@ -446,7 +487,7 @@ nn.Module._load_from_state_dict = refuse_codes(nn.Module._load_from_state_dict) 
 
 
 def is_fp8(spec: QuantSpec) -> bool:
-    """Whether codes are kept as bytes: gloo, and much else, does not know the dtypes of FP8."""
+    """True if codes are kept as bytes: gloo, and much else, does not know the dtypes of FP8."""
     return spec.row.is_float and spec.row.bits == 8
 
 
@@ -475,13 +516,8 @@ def zero_codes(spec: QuantSpec, shape: Sequence[int], device: Any) -> Tensor:
     return torch.zeros(tuple(shape), dtype=stored_dtype(spec), device=device).fill_(spec.row.zero_byte)
 
 
-def is_sharded(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
-    return hasattr(t, "device_mesh")
-
-
 def check_whole(model: nn.Module, way_out: str) -> None:
-    """No module of ``model`` is sharded by FSDP, whose parameters are whole only for a while, and no parameter is."""
+    """Check that FSDP shards no module and no parameter of ``model``: its parameters are whole only for a while."""
     for name, module in model.named_modules():
         of_fsdp = any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
         sharded = next((key for key, p in module._parameters.items() if p is not None and is_sharded(p)), None)

@@ -1,4 +1,4 @@
-"""What watches tensors go by, and says the scale that their values ask for."""
+"""Observers: they watch tensors and give the scale that their values ask for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantlib import formats
 from quantlib.nn import ranks
 from quantlib.ops.observe import Scale, lsq_scale, mse_scale, range_of, scale_of_range
+from quantlib.ops.search_scale import search_scale
 from quantlib.spec import QuantSpec, matrix_shape
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Observer(KeepsDtype):
     Parameters
     ----------
     shape : sequence of int
-        Of what is watched. Where all of a tensor shares a scale, only the last size of an activation is asked for.
+        The tensor's shape. Where all of a tensor shares a scale, only the last size of an activation is asked for.
     spec : QuantSpec or what `QuantSpec.parse` takes
         The format, and what shares a scale: tensor, row, group or tile.
     device : torch.device, optional
@@ -111,17 +112,17 @@ class Observer(KeepsDtype):
         raise NotImplementedError
 
     def scale(self) -> Scale:
-        """[I, J] float32, and the int32 zero point of an affine spec: of all that was seen."""
+        """[I, J] float32, and the int32 zero point of an affine spec, for everything seen so far."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget everything seen so far."""
         for buffer in self.buffers():
             buffer.zero_()
         self.reported = False
 
     def report(self) -> None:
-        """Warn, the first time that there is a reason, of values that were not finite."""
+        """Warn once of values that were not finite."""
         if not self.reported and not self.nonfinite.is_meta and (count := int(self.nonfinite)):
             self.reported = True
             of_all = "1 value that is" if count == 1 else f"{count} values that are"
@@ -137,7 +138,7 @@ class Observer(KeepsDtype):
         return ranks.groups_of_batch() if self.all_ranks else []
 
     def _reduced(self, t: Tensor, op: str) -> Tensor:
-        """``t`` over all ranks that see a part of the batch: of one rank, itself."""
+        """Reduce ``t`` over all ranks that see a part of the batch; with one rank it stays as it is."""
         groups = self.groups()
         return ranks.reduce_(t, getattr(torch.distributed.ReduceOp, op), groups) if groups else t
 
@@ -148,7 +149,7 @@ class MinMaxObserver(Observer):
     Attributes
     ----------
     lowest, highest : Tensor [I, J] float32
-        Of each block, widened to hold 0.
+        The range of each block, widened to hold 0.
     """
 
     lowest: Tensor
@@ -234,11 +235,11 @@ class HistogramObserver(MinMaxObserver):
         # 1. the power of two above the largest magnitude, from its exponent bits
         exponent = torch.maximum(-lowest, highest).view(-1, 1).view(torch.int32) & 0x7F800000
         top = torch.maximum(self.top, (exponent.view(torch.float32) * 2).clamp(max=2.0**127))
-        # 2. what was counted moves to the wider bins that its old ones, halved an integer number of times, lie in
+        # 2. the counts move to the wider bins that contain their old ones, halved an integer number of times
         centers = torch.arange(2 * half, device=x.device) + (0.5 - half)
         moved = (centers * (self.top / top) + half).floor().long()
         counts = torch.zeros_like(self.counts).scatter_add_(1, moved, self.counts)
-        # 3. what is new
+        # 3. the new values
         bin_of_x = (values / top * half + half).floor().long().clamp(0, 2 * half - 1)
         new = self._reduced(torch.zeros_like(counts).scatter_add_(1, bin_of_x, counted), "SUM")
         self.counts.copy_(counts + new)
@@ -261,7 +262,7 @@ class PercentileObserver(HistogramObserver):
     Parameters
     ----------
     percentile : float
-        Of the values, inside the range.
+        The share of the values inside the range, in percent.
     """
 
     def __init__(
@@ -327,7 +328,7 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     x : Tensor [..., K]
         float32, float16 or bfloat16.
     how : {"minmax", "mse", "lsq"}
-        That of `quantize_` (C4), the one of least squared error, or LSQ's 2 mean|x| / sqrt(Q).
+        The scale of `quantize_` (C4), that of least squared error, or LSQ's 2 mean|x| / sqrt(Q).
     """
     if how not in ("minmax", "mse", "lsq"):
         raise ValueError(f"initial must be minmax, mse or lsq, got {how!r}")
@@ -343,7 +344,11 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     lowest, highest = torch.where(alive, lowest, -width), torch.where(alive, highest, width)
     widest = scale_of_range(lowest, highest, spec.format, symmetric)
     if how == "minmax":
-        return widest
+        scale, zero_point = widest
+        if spec.search != "minmax":
+            how_kept = {"method": spec.search, "kept": spec.scale}
+            scale = search_scale(x, scale, spec.format, block=block, zero_point=zero_point, **how_kept)
+        return scale, zero_point
     if how == "lsq":
         uniform = width / math.sqrt(formats.get(spec.format).max)  # half of it is the mean
         return torch.where(alive, lsq_scale(x, spec.format, block), uniform), None

@@ -14,8 +14,9 @@ from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import QuantLinear
-from quantlib.nn.module import QuantModule, is_sharded, rebind_hooks, taken_over
+from quantlib.nn.module import QuantModule, rebind_hooks, taken_over
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
+from quantlib.ops.check import is_sharded
 from quantlib.spec import QuantSpec, check_of_weight
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class QATModule(Leaf):
     *args, **kwargs
         As for the float module.
     spec : QuantSpec or what `QuantSpec.parse` takes
-        What the weight is projected to, and the input of a linear layer where the spec has an activation.
+        The spec of the weight, and of the input of a linear layer if it has an activation.
     scale : {"learned", "dynamic"}
         Whether the scale of the weight is a parameter, or follows the weight at each forward, as `quantize_` takes it.
     initial : {"minmax", "mse", "lsq"}
@@ -43,7 +44,7 @@ class QATModule(Leaf):
     activation_scale : {"observed", "learned"}, optional
         Where the scale of a static activation comes from: see `quantlib.prepare_qat_`.
     observer : type of Observer
-        What watches a static activation.
+        The observer of a static activation.
 
     Attributes
     ----------
@@ -115,7 +116,7 @@ class QATModule(Leaf):
         return y.view(self.weight.shape)
 
     def codes(self) -> Weight:
-        """What the weight becomes: codes [N, K] or their bytes, scales and zero points, of this moment.
+        """Quantize the weight as it is now: codes [N, K] or their bytes, scales and zero points.
 
         Raises
         ------
@@ -130,7 +131,7 @@ class QATModule(Leaf):
         Parameters
         ----------
         shared : QuantModule, optional
-            What another module with the same weight has become: the codes are shared too.
+            The result for another module with the same weight: the codes are shared too.
 
         Raises
         ------
@@ -200,7 +201,7 @@ class QATModule(Leaf):
     def catch_up(self) -> None:
         """Start the scale from the weight once more, if the weight was trained without it until now.
 
-        That is where it is switched off, nothing of it is learned, and it is not frozen after it was in use.
+        It must be switched off, nothing of it may be learned, and it must not be frozen after it was in use.
         """
         quantizer = self.weight_quantizer
         learned = [t for t in (quantizer.scale_bias, quantizer.zero_point_bias) if t is not None]
@@ -296,7 +297,7 @@ class QATConv2d(QATModule, nn.Conv2d):
 
 
 def check_activation_scale(source: str | None, spec: QuantSpec) -> None:
-    """``source`` is one for the activation of ``spec``; None is any's."""
+    """Check that ``source`` suits the activation of ``spec``; None suits any."""
     static = spec.activation is not None and spec.activation.static
     if source is not None and not static:
         raise ValueError(f"activation_scale must be None unless activations are static, got {source!r} for {spec}")

@@ -72,7 +72,7 @@ class QuantParameter(nn.Parameter):
         return super().detach() if self.dtype.is_floating_point else QuantParameter(self.data, requires_grad=False)
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> QuantParameter:
-        """Codes take codes. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
+        """Copy codes only. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
 
         Raises
         ------
@@ -99,7 +99,7 @@ torch.serialization.add_safe_globals([QuantParameter])  # as nn.Parameter is, fo
 
 
 class DecodedWeight(Tensor):
-    """What ``layer.weight`` of a quantized layer is: the float weight, without storage of its own.
+    """``layer.weight`` of a quantized layer: the float weight, without storage of its own.
 
     Dtype, device and shape cost nothing. An operation that takes it computes with the values that the codes stand for
     at that moment. A view of it is such a tensor too. It cannot be written to and takes no gradient.
@@ -243,6 +243,6 @@ def decoded(weight: DecodedWeight) -> Tensor:
 
 
 def is_view(func: Any) -> bool:
-    """Whether the results of an operator lie in the memory of its first argument."""
+    """True if the results of an operator lie in the memory of its first argument."""
     returns = [r.alias_info for r in func._schema.returns]
     return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)

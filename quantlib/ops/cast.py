@@ -44,7 +44,7 @@ def cast(x: Tensor, format: str | torch.dtype, *, saturate: bool | None = None, 
     Returns
     -------
     Tensor [...]
-        Of the format's dtype. Every NaN is the format's one NaN. Between 32 and 16 bits the gradient is passed
+        A tensor of the format's dtype. Every NaN is the format's one NaN. Between 32 and 16 bits the gradient is passed
         straight through.
 
     Raises

@@ -1,4 +1,4 @@
-"""What an op accepts. Every check says what was expected and what came, in the words of ``csrc/check.h``.
+"""Checks of the arguments of ops. An error says what was expected and what came, in the words of ``csrc/check.h``.
 
 A result is (shape, dtype): what an op checks and returns is its shape function too.
 """
@@ -48,15 +48,20 @@ def described(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return f"{dtype_name(dtype)} [{', '.join(map(str, shape))}] on {device}"
 
 
+def is_sharded(t: Any) -> bool:
+    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
+    return hasattr(t, "device_mesh")
+
+
 def check_tensor(op: str, argument: str, got: Tensor, expected: Result, device: torch.device) -> None:
-    """``got`` has the expected shape and dtype, on ``device``."""
+    """Check that ``got`` has the expected shape and dtype, on ``device``."""
     shape, dtype = expected
     if got.dtype != dtype or got.device != device or list(got.shape) != list(shape):
         fail(op, argument, described(shape, dtype, device), described(got.shape, got.dtype, got.device))
 
 
 def check_dense(op: str, argument: str, got: Any) -> None:
-    """``got`` is a tensor whose elements lie in memory by strides."""
+    """Check that ``got`` is a tensor whose elements lie in memory by strides."""
     if not isinstance(got, Tensor):
         fail(op, argument, "a tensor", type(got).__name__)
     if got.is_nested:
@@ -67,9 +72,9 @@ def check_dense(op: str, argument: str, got: Any) -> None:
 
 
 def check_outs(op: str, outs: dict[str, Tensor]) -> None:
-    """Each result is written where no other element and no other result is."""
+    """Check that no two elements of the results share memory."""
     for name, out in outs.items():
-        span = 0  # what the axes of smaller strides reach
+        span = 0  # the extent of the axes of smaller strides
         for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
             if size > 1 and stride <= span and out.numel():
                 fail(op, name, "a tensor whose elements do not share memory", f"strides {list(out.stride())}")
@@ -82,7 +87,7 @@ def check_outs(op: str, outs: dict[str, Tensor]) -> None:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory of two tensors may have a byte in common."""
+    """True if the memory of two tensors may have a byte in common."""
     (first, end), (other, other_end) = _memory(a), _memory(b)
     return first < other_end and other < end
 
@@ -123,20 +128,33 @@ def check_block(op: str, shape: Sequence[int], block: Block) -> Result:
     return [-(-M // block[0]), -(-K // block[1])], torch.float32  # so a whole axis is 1 when its size is a symbol
 
 
-def check_scale(op: str, scale: Tensor, zero_point: Tensor | None, f: Format, expected: Result, like: Tensor) -> None:
-    """scale is as expected, or in 16 bits; zero_point has its shape and is int32, inside an integer format's range."""
+def check_scale(
+    op: str,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    f: Format,
+    expected: Result,
+    like: Tensor,
+    used: list[int] | None = None,
+) -> None:
+    """Check that scale is as expected or has 16 bits, and that zero_point has its shape and is int32 in the range.
+
+    Of several weights in one, only the values of those that are ``used`` are checked.
+    """
     dtype = scale.dtype if dtype_name(scale.dtype) in INPUTS else torch.float32
     check_tensor(op, "scale", scale, (expected[0], dtype), like.device)
-    check_not_negative(op, "scale", scale)
+    check_not_negative(op, "scale", scale if used is None else scale[used])
     if zero_point is None:
         return
     if isinstance(f, FloatFormat):
         fail(op, "zero_point", f"None for {f.name}", "a tensor")
-    check_zero_point(op, "zero_point", zero_point, f, (expected[0], torch.int32), like)
+    check_tensor(op, "zero_point", zero_point, (expected[0], torch.int32), like.device)
+    z = zero_point if used is None else zero_point[used]
+    check_zero_point(op, "zero_point", z, f, (z.shape, torch.int32), like)
 
 
 def check_not_negative(op: str, argument: str, scale: Tensor) -> None:
-    """No scale is negative where looking does not make a device wait: a kernel takes 2^-100 for one that is."""
+    """Check that no scale is negative, unless looking makes a device wait: a kernel takes 2^-100 for a negative one."""
     least = least_negative(scale)
     if least is not None:
         fail(op, argument, ">= 0", least)
@@ -144,14 +162,14 @@ def check_not_negative(op: str, argument: str, scale: Tensor) -> None:
 
 def least_negative(scale: Tensor) -> float | None:
     """The least of the negative scales, None without one or where looking would make a device wait."""
-    values = _visible(scale)
+    values = visible(scale)
     if values is None or not (negative := values < 0).any():
         return None
     return values[negative].min().item()
 
 
 def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expected: Result, like: Tensor) -> None:
-    """zero_point is as expected, and inside an integer format's range where looking does not make a device wait."""
+    """Check zero_point, and that it is inside an integer format's range, unless looking makes a device wait."""
     check_tensor(op, argument, zero_point, expected, like.device)
     values = host_values(zero_point)
     if values is not None:
@@ -164,14 +182,14 @@ def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expe
 
 def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
     """The least and the largest of ``x`` where looking does not make a device wait, or ``wait``; NaN where one is."""
-    values = _visible(x, wait)
+    values = visible(x, wait)
     if values is None:
         return None
     least, largest = values.aminmax()
     return least.item(), largest.item()
 
 
-def _visible(x: Tensor, wait: bool = False) -> Tensor | None:
+def visible(x: Tensor, wait: bool = False) -> Tensor | None:
     """The values of ``x``, those of every example under vmap, where they lie on the CPU, or on any device."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():  # x stands for others
         return None
@@ -189,7 +207,7 @@ def codes_of(shape: Sequence[int], f: Format) -> Result:
 
 
 def check_size(op: str, columns: int, f: Format, size: int | None) -> int:
-    """K of codes that are ``columns`` wide: ``size``, which bytes that several codes share cannot tell, or the most."""
+    """Return K of codes that are ``columns`` wide: ``size``, which packed bytes cannot tell, or the largest one."""
     sizes = f.sizes(columns)
     if size is not None and (size not in sizes or size < 0):
         fail(op, "size", one_of([str(K) for K in sizes if K >= 0]), size)
@@ -197,7 +215,7 @@ def check_size(op: str, columns: int, f: Format, size: int | None) -> int:
 
 
 def wants_gradient(op: str, argument: str, x: Any) -> bool:
-    """Whether autograd is to follow what is done to ``x``, which is a tensor: in reverse mode, or in forward mode."""
+    """True if autograd follows operations on ``x``, in reverse or in forward mode; ``x`` must be a tensor."""
     if not isinstance(x, Tensor):
         fail(op, argument, "a tensor", type(x).__name__)
     if x.requires_grad and torch.is_grad_enabled():
@@ -208,7 +226,7 @@ def wants_gradient(op: str, argument: str, x: Any) -> bool:
 
 
 def _is_followed(x: Tensor) -> bool:
-    """`wants_gradient` at every level of torch.func, and of a tensor that has a tangent."""
+    """True if autograd follows x at any level of torch.func, or if x has a tangent."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if _has_derivative(x):
             return True

@@ -1,4 +1,4 @@
-"""From two functions, what an op accepts and how a kernel is launched, to every registration the op needs.
+"""Make every registration of an op from two functions: the check of its arguments, and the launch of a kernel.
 
 Both take the arguments of the schema by name, those of a weight and of an epilogue as one record each: `Binder`.
 """
@@ -29,6 +29,7 @@ from quantlib.ops.check import (
     overlap,
 )
 from quantlib.ops.explain import worded
+from quantlib.ops.sharding import register_if_imported
 from quantlib.spec import matrix_shape
 
 Kernel = Callable[..., None]
@@ -50,7 +51,7 @@ class Binder:
         self.schema = getattr(packet, kind or "default")._schema.arguments
         self.names = [a.name for a in self.schema]
         self.defaults = {a.name: a.default_value for a in self.schema if a.has_default_value()}
-        self.tiled = "tiles" in self.names
+        self.tiled, self.grouped = "tiles" in self.names, "offsets" in self.names
         self.x = next((name for name in ("x", "x_codes") if name in self.names), None)
         reads = "codes" in self.names or self.tiled
         of_weight = ("codes", "tiles", "scale", "format", "block", "zero_point", "size") if reads else ()
@@ -77,11 +78,13 @@ class Binder:
             shape = given["size"], last_size(self.op, "x", given["x"])
             return QuantizedWeight(given["tiles"], scale, format, block, zero_point, shape, "tiles")
         codes = given["codes"]
+        if self.grouped and codes.dim() != 3:
+            fail(self.op, "codes", "[E, N, K], a matrix of each expert", list(codes.shape))
         if self.x is None:
             K = check_size(self.op, matrix_shape(codes.shape)[1], format, given.get("size"))
         else:
             K = last_size(self.op, self.x, given[self.x])
-        N = codes.shape[0] if codes.dim() == 2 else matrix_shape(codes.shape)[0]
+        N = codes.shape[-2] if codes.dim() == 2 or self.grouped else matrix_shape(codes.shape)[0]
         return QuantizedWeight(codes, scale, format, block, zero_point, (N, K))
 
     def _epilogue(self, given: Arguments) -> Epilogue:
@@ -144,6 +147,7 @@ def declare(
         return {**dict(zip(bound.names, args, strict=False)), **outs}
 
     def fake(*args: Any) -> Any:
+        register_if_imported()  # DTensor asks for shapes before it asks for a rule
         return _result(empty(checked(args)[1], args))
 
     def fake_out(*args: Any, **outs: Tensor) -> None:
@@ -176,12 +180,12 @@ def declare(
             results = [outs[name] for name in names]
             if not results[0].numel():
                 return
-            read = [a for a in args if isinstance(a, Tensor)]
+            read = [(n, a) for n, a in zip(bound.names, args, strict=False) if isinstance(a, Tensor)]
             dense = [
-                torch.empty_like(out, memory_format=DENSE)
-                if not out.is_contiguous() or any(overlap(out, a) for a in read)
-                else out
-                for out in results
+                out
+                if out.is_contiguous() and not any(overlap(out, a) and not in_place(name, out, n, a) for n, a in read)
+                else torch.empty_like(out, memory_format=DENSE)
+                for name, out in zip(names, results, strict=True)
             ]
             launch(kernel, dense, **arguments)
             for out, written in zip(results, dense, strict=True):
@@ -197,7 +201,7 @@ def declare(
         return call_out
 
     def out_of_negative(*args: Any, **outs: Tensor) -> None:
-        """Tensors that are kept as their negatives, which torch itself resolves only for ops that return one."""
+        """Resolve tensors that are stored as their negatives, which torch does only for ops that return one."""
         plain = {name: out.resolve_neg() for name, out in outs.items()}
         out_function(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args), **plain)
         for name, out in outs.items():
@@ -246,12 +250,19 @@ def declare(
     return function, out_function
 
 
+def in_place(name: str, out: Tensor, argument: str, value: Tensor) -> bool:
+    """True if the result ``m_out`` is the argument ``m`` itself: a kernel reads its elements before it writes them."""
+    if name != f"{argument}_out":
+        return False
+    return (out.data_ptr(), out.shape, out.stride()) == (value.data_ptr(), value.shape, value.stride())
+
+
 DENSE = torch.contiguous_format
 NESTED = ("NestedTensorCPU", "NestedTensorCUDA", "AutogradNestedTensor")  # dispatch keys without a kernel otherwise
 
 
 def matrices(shape: Sequence[int], block: Block) -> tuple[int, int, tuple[int, int]]:
-    """M, K and the block clamped to them, of a non-empty x of ``shape``."""
+    """Return M, K and the block clamped to them, for a non-empty x of ``shape``."""
     M, K = matrix_shape(shape)
     return M, K, (min(block[0], M), min(block[1], K))
 

@@ -26,7 +26,7 @@ def _results(x: Tensor, weight: QuantizedWeight, epilogue: Epilogue, batch_invar
 
 
 def check_layout(layout: str, rows: int | None) -> None:
-    """``layout`` is one there is; the rows of a weight are given where its codes are tiles, and only there."""
+    """Check that ``layout`` exists, and that the rows of a weight are given if and only if its codes are tiles."""
     if layout not in ("plain", "tiles"):
         fail(OP, "layout", "plain or tiles", layout)
     if (rows is None) == (layout == "tiles"):
@@ -62,7 +62,7 @@ def dequant_matmul(
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for a format of four bits; or the tiles of `quantlib.ops.tile`, as ``layout`` says.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
-        What codes are multiplied by, not negative. May require a gradient.
+        The scales of the codes, not negative. May require a gradient.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from quantlib.ops.autograd import Gradients, differentiable
 from quantlib.ops.check import INPUTS, Result, check_dtype, fail, last_size
 from quantlib.ops.declare import declare
 from quantlib.ops.dequant_matmul_backward_scale import gradient_of_scale
+from quantlib.ops.sharding import size_of
 from quantlib.ops.weight import check_weight
 from quantlib.spec import matrix_shape
 
@@ -45,13 +46,13 @@ def _gradients(
     dynamic: bool = False,
     **_: Any,
 ) -> Gradients:
-    """Of dequant_matmul, and of dynamic_matmul, through whose rounding of x the gradient passes straight."""
+    """Gradients of dequant_matmul, and of dynamic_matmul, whose rounding of x passes the gradient straight through."""
     _check_frozen(needs)
     weight, bias = weight.plain(), epilogue.bias
     dy = _through_activation(dy, x, weight, epilogue, dynamic)
     found: Gradients = {}
     if "x" in needs:
-        found["x"] = _backward(dy, *weight.arguments, x.shape[-1])
+        found["x"] = _backward(dy, *weight.arguments, size_of(weight.codes, x.shape[-1]))
     if "scale" in needs:
         found["scale"] = gradient_of_scale(dy, projected_rows(x) if dynamic else x, *weight.arguments)
     if bias is not None and "bias" in needs:
@@ -78,7 +79,7 @@ def _tangent(
 def tangent_of_product(
     x: Tensor, weight: QuantizedWeight, x_t: Tensor | None, scale_t: Tensor | None, bias_t: Tensor | None
 ) -> Tensor:
-    """y_t = x_t w^T + x w_t^T + bias_t, of what there is of it"""
+    """y_t = x_t w^T + x w_t^T + bias_t, of the terms that have a tangent"""
     terms: list[Tensor] = []
     if x_t is not None:
         terms.append(torch.ops.quantlib.dequant_matmul(x_t, *weight.arguments, bias_t))
@@ -90,7 +91,7 @@ def tangent_of_product(
 
 
 def _second_gradients(g: Tensor, needs: set[str], *, dy: Tensor, weight: QuantizedWeight) -> Gradients:
-    """Of dx, which is linear in dy and in the scale."""
+    """Gradients of dx, which is linear in dy and in the scale."""
     _check_frozen(needs)
     found: Gradients = {}
     if "dy" in needs:
@@ -104,7 +105,7 @@ def _second_tangent(tangents: dict[str, Tensor], *, dy: Tensor, weight: Quantize
     _check_frozen(tangents)
     terms = []
     if "dy" in tangents:
-        terms.append(_backward(tangents["dy"], *weight.arguments, weight.shape[1]))
+        terms.append(_backward(tangents["dy"], *weight.arguments, size_of(weight.codes, weight.shape[1])))
     if "scale" in tangents:
         terms.append(_product(dy, _values(weight, tangents["scale"])))
     return _sum(terms)
@@ -113,7 +114,7 @@ def _second_tangent(tangents: dict[str, Tensor], *, dy: Tensor, weight: Quantize
 def _second_gradients_of_scale(
     g: Tensor, needs: set[str], *, dy: Tensor, x: Tensor, weight: QuantizedWeight
 ) -> Gradients:
-    """Of dscale, which is linear in dy and in x, and does not depend on the scale."""
+    """Gradients of dscale, which is linear in dy and in x, and does not depend on the scale."""
     _check_frozen(needs)
     values = _values(weight, g)
     found: Gradients = {}
@@ -167,15 +168,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _through_activation(dy: Tensor, x: Tensor, weight: QuantizedWeight, epilogue: Epilogue, dynamic: bool) -> Tensor:
+    op = torch.ops.quantlib.dynamic_matmul if dynamic else torch.ops.quantlib.dequant_matmul
+    return through_activation(dy, epilogue.activation, lambda: op(x, *weight.arguments, epilogue.bias))
+
+
+def through_activation(dy: Tensor, activation: str | None, product: Callable[[], Tensor]) -> Tensor:
     """dy * activation'(before), which is the same in reverse and in forward mode.
 
-    ``before`` [..., N], the input of the activation, is computed again rather than kept.
+    ``before`` [..., N], the input of the activation, is computed again by ``product`` rather than kept.
     """
-    activation = epilogue.activation
     if activation is None:
         return dy
-    op = torch.ops.quantlib.dynamic_matmul if dynamic else torch.ops.quantlib.dequant_matmul
-    before: Tensor = op(x, *weight.arguments, epilogue.bias)
+    before = product()
     if activation == "relu":
         return torch.where(before > 0, dy, 0)
     if activation == "silu" and _followed():  # silu_backward has no derivative
@@ -189,12 +193,12 @@ def _through_activation(dy: Tensor, x: Tensor, weight: QuantizedWeight, epilogue
 
 
 def _followed() -> bool:
-    """Whether a derivative is itself differentiated."""
+    """True if a derivative is itself differentiated."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _check_frozen(asked: Collection[str]) -> None:
-    """No derivative is asked of codes; ``asked`` are the names of arguments."""
+    """Check that no derivative of codes is asked for; ``asked`` are the names of arguments."""
     if "codes" in asked or "tiles" in asked:
         fail("dequant_matmul", "codes", "frozen, they have no gradient", "codes that require one")
 

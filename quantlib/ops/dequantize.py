@@ -47,7 +47,7 @@ def dequantize(
     codes : Tensor [..., K] of the format's dtype
         Viewed as [M, K]; [..., ceil(K / 2)] uint8 for a format of four bits.
     scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16 or bfloat16
-        What codes are multiplied by, not negative.
+        The scales of the codes, not negative.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)
@@ -55,7 +55,7 @@ def dequantize(
     zero_point : Tensor, int32 of scale's shape, optional
         The code of zero, for integer formats.
     dtype : torch.dtype
-        Of the result: float32, float16 or bfloat16, rounded once from float32.
+        The dtype of the result: float32, float16 or bfloat16, rounded once from float32.
     size : int, optional
         K, for packed codes whose last byte holds one code only; twice the bytes by default.
     out : Tensor [..., K] of ``dtype``, optional

@@ -50,9 +50,9 @@ def dynamic_matmul(
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for int4.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
-        What codes are multiplied by, not negative. May require a gradient.
+        The scales of the codes, not negative. May require a gradient.
     format : {"int8", "uint8", "int4"} or a torch.dtype
-        Of the weight.
+        The format of the weight.
     block : (br, bk)
         Rows and columns of the weight that share a scale, -1 for the whole axis; a row each by default.
     zero_point : Tensor, int32 of scale's shape, optional

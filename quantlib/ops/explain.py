@@ -1,4 +1,4 @@
-"""Errors of torch in words that name the op and the argument, made only once a call has failed."""
+"""Reword errors of torch so that they name the op and the argument, after a call has failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantlib.ops.check import check_dense, described, fail, one_of
 # Errors of torch and Python that may say nothing about the call. Others, such as no memory on a GPU, are as clear as
 # they can be, or are meant for somebody else.
 VAGUE = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, OverflowError, NotImplementedError)
-OWN = re.compile(r"quantlib::\w+: |\w+ must ")  # how our messages begin
+OWN = re.compile(r"quantlib::\w+: |\w+ must ")  # the beginning of our messages
 
 
 def _sizes(value: Any) -> bool:
@@ -33,7 +33,7 @@ def _tensors(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value)
 
 
-# What stands in an annotation of a public function -> its name in a message, and whether a value is one.
+# Annotation in a public function -> its name in a message, and a check that a value is one.
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Tensor": ("a tensor", lambda value: isinstance(value, Tensor)),
     "None": ("None", lambda value: value is None),
@@ -66,7 +66,7 @@ def explain(op: str, function: Callable[..., Any], given: Mapping[str, Any], err
 
 
 def worded(op: str, arguments: Mapping[str, Any], error: Exception) -> Exception:
-    """``error`` with the op and its tensors in front, where it does not name them itself."""
+    """Return ``error`` with the op and its tensors in front, unless it names them itself."""
     if not _vague(error):
         return error
     tensors = [f"{n} {described(t.shape, t.dtype, t.device)}" for n, t in arguments.items() if isinstance(t, Tensor)]
@@ -76,7 +76,7 @@ def worded(op: str, arguments: Mapping[str, Any], error: Exception) -> Exception
 
 
 def unpacked(op: str, out: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """``out``, a tuple of as many results as there are ``names``."""
+    """Return ``out``, a tuple of as many results as there are ``names``."""
     if not isinstance(out, (tuple, list)) or len(out) != len(names):
         got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else type(out).__name__
         fail(op, "out", f"a tuple of {', '.join(names)}", got)

@@ -1,4 +1,4 @@
-"""y[...] = decode(encode(x[...])), with a gradient: what training sees of a float format without a scale"""
+"""y[...] = decode(encode(x[...])), with a gradient: fake quantization to a float format without a scale"""
 
 from __future__ import annotations
 

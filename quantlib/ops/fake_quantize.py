@@ -33,7 +33,7 @@ WIDEST = 1 << 16  # codes of a fake quantization: so few that t, clamped to one 
 def check_fake_quantize(
     op: str, x: Tensor, scale: Tensor, f: Format, block: Block, zero_point: Tensor | None, limits: Limits | None
 ) -> Result:
-    """What forward and backward ask alike; the shape and dtype of y."""
+    """Check the arguments that forward and backward share; return the shape and dtype of y."""
     check_dtype(op, "x", x.dtype, INPUTS)
     expected = check_block(op, x.shape, block)
     check_tensor(op, "scale", scale, expected, x.device)
@@ -100,7 +100,7 @@ def fake_quantize(
         For integer formats: int32, a code; or float32, to be learned, which is rounded and clamped to the codes there
         are.
     grad_factor : float
-        What the gradients of scale and zero point are multiplied by: :func:`grad_factor` of LSQ, or 1.
+        The factor of the gradients of scale and zero point: :func:`grad_factor` of LSQ, or 1.
     mask : {"rounded", "lsq"}
         Where x passes its gradient on: where its rounded code is in range, or where x / scale itself is.
     out : Tensor [..., K] of x's dtype, optional
@@ -154,7 +154,7 @@ def fake_quantize_per_tensor_affine(
     quant_min, quant_max : int
         The lowest and the highest code.
     grad_factor : float
-        What the gradients of scale and zero point are multiplied by.
+        The factor of the gradients of scale and zero point.
 
     Returns
     -------
@@ -228,7 +228,7 @@ def fake_quantize_per_channel_affine(
     quant_min, quant_max : int
         The lowest and the highest code.
     grad_factor : float
-        What the gradients of scale and zero point are multiplied by.
+        The factor of the gradients of scale and zero point.
 
     Returns
     -------
@@ -267,7 +267,7 @@ def fake_quantize_per_channel_affine(
 
 
 def grad_factor(n: int, qmax: float) -> float:
-    """1 / sqrt(n * qmax): what LSQ multiplies the gradient of a scale by that ``n`` elements share, as float32.
+    """1 / sqrt(n * qmax), float32: LSQ's factor for the gradient of a scale that ``n`` elements share.
 
     Notes
     -----
@@ -311,7 +311,7 @@ def _call(
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """Of a result: channels last where ``x`` is."""
+    """The memory format of a result: channels last if ``x`` is."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
         return last
@@ -319,7 +319,7 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def _as_torch(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, limits: Limits) -> bool:
-    """Whether the kernels give torch's bytes, as far as the host can see what is in the tensors."""
+    """True if the kernels give torch's bytes, as far as the host can see what is in the tensors."""
     qmin, qmax = limits
     if x.dtype == torch.float64 or type(qmin) is not int or type(qmax) is not int:
         return False
@@ -334,7 +334,7 @@ def _as_torch(x: Tensor, scale: Tensor | float, zero_point: Tensor | float, limi
 
 
 def _check_as_torch(x: Tensor, limits: Limits, zero_point: Tensor | float | None) -> None:
-    """What torch asks of both: an integer zero point that it looks at is a code."""
+    """Check what torch's two functions check: an integer zero point that torch looks at is a code."""
     check_dtype("fake_quantize", "input", x.dtype, (*INPUTS, "float64"))
     qmin, qmax = limits
     if qmin > qmax:
@@ -357,7 +357,7 @@ def _check_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> 
 
 
 def check_codes(zero_point: Tensor, name: str, limits: Limits | None) -> None:
-    """Integer zero points are codes; one that is learned may leave their range, and is clamped."""
+    """Check that integer zero points are codes; a learned one may leave their range, and is clamped."""
     f, values = formats.get(name), host_values(zero_point)
     if values is None or isinstance(f, formats.FloatFormat):
         return

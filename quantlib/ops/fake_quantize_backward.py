@@ -60,7 +60,7 @@ def _backward(
 def _tangent(
     tangents: dict[str, Tensor], *, x: Tensor, scale: Tensor, zero_point: Tensor | None, block: Block, **rest: Any
 ) -> Tensor:
-    """y_t = m ? x_t : 0, plus what the gradients of scale and zero point are a sum of, times their tangents."""
+    """y_t = m ? x_t : 0, plus the terms of the gradients of scale and zero point times their tangents."""
     M, K = matrix_shape(x.shape)
 
     def each(per_block: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 Shape = Sequence[int]
 COUNTER = "torch.utils.flop_counter"
 PRODUCTS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul", "dynamic_matmul")
+GROUPED = ("grouped_dequant_matmul", "grouped_dequant_matmul_backward", "grouped_dynamic_matmul")
 
 
 def register() -> None:
@@ -24,7 +25,9 @@ def register() -> None:
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    formulas: dict[Any, Callable[..., int]] = {getattr(torch.ops.quantlib, op): product_flops for op in PRODUCTS}
+    formulas: dict[Any, Callable[..., int]] = {
+        getattr(torch.ops.quantlib, op): product_flops for op in (*PRODUCTS, *GROUPED)
+    }
     formulas[torch.ops.quantlib.dequant_matmul_backward_scale] = gradient_of_scale_flops
     for op, formula in formulas.items():
         if op not in flop_registry:
@@ -32,22 +35,22 @@ def register() -> None:
 
 
 def register_if_counting() -> None:
-    """`register` where somebody has imported the counter."""
+    """Call `register` if the counter has been imported."""
     if COUNTER in sys.modules:
         register()
 
 
 def register_where_cheap() -> None:
-    """`register` where the counter is imported already, or imports no Triton."""
+    """Call `register` if the counter has been imported, or imports no Triton."""
     if COUNTER in sys.modules or "triton" in sys.modules or find_spec("triton") is None:
         register()
 
 
 def product_flops(a: Shape, *_: Any, out_shape: Shape = (), out: Shape | None = None, **__: Any) -> int:
-    """Of x [..., K] and a weight [N, K] to [..., N], or of dy [..., N] and it to [..., K]."""
+    """FLOPs of x [..., K] times a weight [N, K] to [..., N], or of dy [..., N] times it to [..., K]; of experts too."""
     return 2 * math.prod(out_shape if out is None else out) * (a[-1] if len(a) else 1)
 
 
 def gradient_of_scale_flops(dy: Shape, x: Shape, *_: Any, **__: Any) -> int:
-    """Of dy [..., N] and x [..., K] to [N, K]."""
+    """FLOPs of dy [..., N] and x [..., K] to [N, K]."""
     return 2 * math.prod(dy) * (x[-1] if len(x) else 1)

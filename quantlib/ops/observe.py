@@ -1,6 +1,6 @@
 """scale[I, J] of a range lowest[I, J]..highest[I, J], and the ranges and scales that one takes of x[i, j]
 
-What observers are made of. Expressions over whole tensors: nothing here waits for a device.
+Observers are made of these expressions over whole tensors: nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def range_of(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
 
 
 def scale_of_range(lowest: Tensor, highest: Tensor, format: str, symmetric: bool) -> Scale:
-    """C4 of blocks of which the least and the largest value [I, J] are known."""
+    """Return the scales (C4) of blocks whose least and largest values [I, J] are known."""
     ends = torch.stack([lowest, highest], -1)
     result = compute_scale(ends, format, (1, 2), symmetric=symmetric)
     scale, zero_point = (result, None) if isinstance(result, Tensor) else result

@@ -93,13 +93,13 @@ def scaled_matmul(
     x_codes : Tensor [..., K] int8 or uint8
         Viewed as [M, K]; any M, 0 and 1 too, any K whose sums an int32 holds (131071 for int8 without zero points).
     x_scale : Tensor [M, 1] or [1, 1] float32
-        What x_codes are multiplied by, not negative.
+        The scales of x_codes, not negative.
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for int4.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
-        What codes are multiplied by, not negative.
+        The scales of the codes, not negative.
     format : {"int8", "uint8", "int4"} or a torch.dtype
-        Of the weight.
+        The format of the weight.
     block : (br, bk)
         Rows and columns of the weight that share a scale, -1 for the whole axis; a row each by default.
     x_zero_point, zero_point : Tensor, int32 of the scale's shape, optional
@@ -109,7 +109,7 @@ def scaled_matmul(
     activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
         Applied in float32 before the result is rounded.
     dtype : torch.dtype
-        Of the result: float32, float16 or bfloat16.
+        The dtype of the result: float32, float16 or bfloat16.
     out : Tensor [..., N] of ``dtype``, optional
         Written to and returned; its dtype is the default of ``dtype``.
 

@@ -1,4 +1,4 @@
-"""Will it fit: what a model takes, known from its headers and its configuration before anything is loaded."""
+"""Plan what a model takes, from its headers and its configuration, before anything is loaded."""
 
 from quantlib.plan.lines import Line, Plan, Section
 from quantlib.plan.planner import plan

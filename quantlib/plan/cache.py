@@ -1,4 +1,4 @@
-"""What a decoder keeps of each token that it has seen: keys and values, latents, or a state of fixed size."""
+"""The cache of a decoder for each token that it has seen: keys and values, latents, or a state of fixed size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EIGHT = QuantSpec.parse("int8:row")  # a scale for the keys, and one for the val
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer keeps of a sequence.
+    """The cache of one layer for a sequence.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Layer:
     tokens: int
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
-        """In ``dtype``; in 8 bits with their scales where that is None. A state stays in 16 bits then."""
+        """Bytes in ``dtype``; if that is None in 8 bits with scales, while a state stays in 16 bits."""
         if dtype is None and self.kind != "state":
             return self.tokens * EIGHT.nbytes((self.vectors, self.size))
         return self.tokens * self.vectors * self.size * (dtype or torch.bfloat16).itemsize
@@ -91,7 +91,7 @@ def layers_of(config: Mapping[str, Any], context: int, source: int | None = None
 
 
 def kinds_of(text: Mapping[str, Any], layers: int) -> list[str]:
-    """What attends in each layer, in the words of ``layer_types``."""
+    """Return the kind of attention of each layer, in the words of ``layer_types``."""
     told = text.get("layer_types") or text.get("layers_block_type")
     if isinstance(told, list) and told:
         return [str(told[i % len(told)]) for i in range(layers)]
@@ -105,7 +105,7 @@ def kinds_of(text: Mapping[str, Any], layers: int) -> list[str]:
 
 
 def state_of(text: Mapping[str, Any], size: Callable[..., int | None], hidden: int) -> int | None:
-    """Elements of what a layer without attention keeps: the recurrent state and the last inputs of its convolution."""
+    """Elements that a layer without attention keeps: the recurrent state and the last inputs of its convolution."""
     if (heads := size("linear_num_value_heads")) is not None:  # a gated delta net
         keys, of_key, of_value = (
             size(f"linear_{name}") or 0 for name in ("num_key_heads", "key_head_dim", "value_head_dim")

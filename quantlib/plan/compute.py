@@ -1,4 +1,4 @@
-"""How long it takes: operations of training, compute-optimal tokens, and the bound that bandwidth sets on decoding."""
+"""Estimates of time: operations of training, compute-optimal tokens, and the bound of bandwidth on decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device has: bytes of memory, bytes a second, operations a second."""
+"""The properties of a device: bytes of memory, bytes a second, operations a second."""
 
 from __future__ import annotations
 

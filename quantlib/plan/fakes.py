@@ -33,7 +33,7 @@ class Peak:
     bytes : int
         At the moment with the most.
     largest : int
-        Of the largest one that was made.
+        Bytes of the largest one that was made.
     kept : int
         At the end.
     """
@@ -44,14 +44,14 @@ class Peak:
 
 
 class Tracker(TorchDispatchMode):
-    """Sums the storages that operations make inside the block.
+    """Sum the storages that operations make inside the block.
 
     A value that a program reads of a tensor without memory is 1: that no token is padded, and no sequence packed.
 
     Parameters
     ----------
     known : iterable of Tensor
-        What is there before, and does not count.
+        Tensors that exist before, and do not count.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -88,14 +88,14 @@ class Tracker(TorchDispatchMode):
 
 
 def one(tensor: Tensor) -> float | int | bool:
-    """What is read of a tensor without values."""
+    """Return the value that is read from a tensor without values."""
     return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:
     """The result of a product of each group of rows with a matrix of its own, of which torch knows bfloat16 only.
 
-    Of a [T, K] and b [E, K, N] it is [T, N]; of a [M, T] and b [T, N], the gradient of b, [E, M, N].
+    [T, N] for a [T, K] and b [E, K, N]; [E, M, N], the gradient of b, for a [M, T] and b [T, N].
     """
     shape = (a.shape[0], b.shape[2]) if b.dim() == 3 else (offs.shape[0], a.shape[0], b.shape[1])
     return a.new_empty(shape, dtype=out_dtype or a.dtype)
@@ -118,14 +118,14 @@ class Known(NamedTuple):
 
 
 class Even(TorchFunctionMode):
-    """Tokens are spread evenly over experts: the ends of their groups, when a program reads them, are evenly apart."""
+    """Spread tokens evenly over experts: the ends of their groups, when a program reads them, are evenly apart."""
 
     def __init__(self) -> None:
         super().__init__()
         self._rows: dict[int, tuple[Tensor, int]] = {}  # id of the ends of groups -> they, and how many rows there are
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.unbind and id(args[0]) in self._rows:  # what `tolist` of a fake tensor calls
+        if func is Tensor.unbind and id(args[0]) in self._rows:  # `tolist` of a fake tensor calls it
             ends, rows = self._rows.pop(id(args[0]))
             return tuple(Known(rows * (e + 1) // len(ends)) for e in range(len(ends)))
         out = func(*args, **(kwargs or {}))
@@ -153,7 +153,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 @contextlib.contextmanager
 def as_if_real() -> Iterator[None]:
-    """transformers takes fake tensors for a sign that a graph is traced, and masks then where it would not."""
+    """Have transformers see no fake tensors: it takes them for a sign of tracing, and masks then where it would not."""
     try:
         from transformers.utils import import_utils as words
     except ImportError:
@@ -168,7 +168,7 @@ def as_if_real() -> Iterator[None]:
 
 
 def peak_of(run: Callable[[nn.Module], Any], model: nn.Module) -> Peak:
-    """What ``run(model)`` takes beside the parameters of ``model``, which is `faked`."""
+    """Return the peak memory of ``run(model)`` beside the parameters of ``model``, which is `faked`."""
     with as_if_real(), MODE, Tracker(tensors_of(model)) as tracker, Even():
         kept = run(model)
         del kept

@@ -1,4 +1,4 @@
-"""What a plan says: lines of a quantity and its formula, in sections."""
+"""The lines of a plan: a quantity and its formula each, in sections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Line:
     formula : str
         How the value follows from the model, with the assumptions in it.
     parts : mapping of str to float
-        What the value is the sum of, in its unit; empty where it is not a sum.
+        The terms of the value, in its unit; empty if it is not a sum.
     """
 
     name: str
@@ -54,18 +54,18 @@ class Section:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model needs, as `quantlib.plan.plan` found it; prints as a table.
+    """The needs of a model, as `quantlib.plan.plan` found them; prints as a table.
 
     Attributes
     ----------
     title : str
     options : dict
-        What the plan was made for.
+        The options of the plan.
     sections : list of Section
     fits : list of str
         The verdict, one sentence a line; empty where no device was named.
     missing : list of str
-        What could not be planned, with the reason.
+        The parts that could not be planned, with the reason.
     """
 
     title: str
@@ -91,7 +91,7 @@ class Plan:
         return any(section.title == title for section in self.sections)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return {
             "title": self.title,
             "options": self.options,

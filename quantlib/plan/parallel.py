@@ -1,4 +1,4 @@
-"""How a model is split over devices, and what of it one device holds."""
+"""The split of a model over devices, and the part that one device holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Parallel:
     Attributes
     ----------
     kind : str
-        Of the copies: "ddp", "zero1", "zero2" or "zero3".
+        The kind of the copies: "ddp", "zero1", "zero2" or "zero3".
     data, tensor, pipeline : int
         How many copies there are, in how many parts each layer is split, in how many stages the layers.
     """
@@ -36,7 +36,7 @@ class Parallel:
 
     @classmethod
     def parse(cls, text: str | None, gpus: int) -> Parallel:
-        """What ``text`` means on so many devices.
+        """Parse ``text`` for so many devices.
 
         Raises
         ------
@@ -82,7 +82,7 @@ def unit_of(name: str) -> str:
 
 
 def layers_of(shapes: Shapes) -> int:
-    """How many numbered layers there are."""
+    """The number of numbered layers."""
     return len({unit_of(name) for name in shapes} - {""})
 
 

@@ -1,4 +1,4 @@
-"""Parameters by what they are for, and how many of them a token meets: known from names, shapes and config.json."""
+"""Parameters by purpose, and the number that a token uses: known from names, shapes and config.json."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters there are.
+    """The number of parameters, by kind.
 
     Attributes
     ----------
     kinds : dict of str to int
-        Of `KINDS`; what is shared counts once.
+        The number of each of `KINDS`; shared parameters count once.
     chosen, experts : int
-        Of how many experts of a layer a token meets how many; 1 of 1 where there are none.
+        The experts of a layer that a token uses, and all of them; 1 and 1 where there are none.
     tied : int
-        Of a head that shares the table of embeddings: they are counted as embeddings, and multiplied by as a head.
+        Those of a head that shares the embedding table: they are counted as embeddings, and multiplied by as a head.
     """
 
     kinds: Mapping[str, int]
@@ -52,13 +52,13 @@ class Parameters:
 
     @property
     def active(self) -> int:
-        """Those that one token meets."""
+        """The number of parameters that one token uses."""
         idle = self.kinds.get("experts", 0) * (self.experts - self.chosen) // self.experts
         return self.total - idle
 
     @property
     def multiplied(self) -> int:
-        """N of 6 N D: those of `active` that a token is multiplied by. A row of a table is only looked up."""
+        """N of 6 N D: the parameters of `active` that a token is multiplied by. A row of a table is only looked up."""
         return self.active - self.kinds.get("embedding", 0) + self.tied
 
     def section(self) -> Section:
@@ -79,7 +79,7 @@ class Parameters:
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
-    """Which of `KINDS` the tensor ``name`` is."""
+    """Return the kind, one of `KINDS`, of the tensor ``name``."""
     words = name.split(".")
     if "experts" in words[:-1] or words[-1].startswith("experts_"):
         return "experts"
@@ -100,7 +100,7 @@ def kind_of(name: str, shape: tuple[int, ...]) -> str:
 
 
 def experts_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(experts that a token meets, experts of a layer); (1, 1) where config.json names none."""
+    """(experts that a token uses, experts of a layer); (1, 1) if config.json names none."""
     for part in parts_of(config):
         count = next((n for key in COUNTS if type(n := part.get(key)) is int and n > 1), None)
         chosen = next((n for key in CHOSEN if type(n := part.get(key)) is int and n > 0), None)
@@ -125,6 +125,6 @@ def count(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> P
 
 
 def generates(config: Mapping[str, Any]) -> bool:
-    """Whether the model has a head over the vocabulary, by the name of its class."""
+    """True if the model has a head over the vocabulary, by the name of its class."""
     names = config.get("architectures") or ()
     return any(re.search(r"CausalLM|LMHead|ConditionalGeneration|MaskedLM", str(name)) for name in names)

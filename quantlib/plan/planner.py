@@ -1,4 +1,4 @@
-"""`plan`: everything that is known of a model before a byte of it is loaded."""
+"""`plan`: the needs of a model, before a byte of it is loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONTEXT, RANK, UTILIZATION = 2048, 8, 0.4
 
 @dataclass(frozen=True)
 class Options:
-    """What a plan is made for; `plan` says what each means."""
+    """The options of a plan; `plan` describes each."""
 
     to: tuple[QuantSpec, ...]
     context: int = CONTEXT
@@ -54,7 +54,7 @@ class Options:
     activations: bool = True
 
     def told(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         device = None if self.device is None else self.device.name
         words = {"to": [str(spec) for spec in self.to], "parallel": str(self.parallel), "device": device}
         return {**vars(self), **words}
@@ -80,7 +80,7 @@ def plan(
     inputs: Inputs | None = None,
     activations: bool = True,
 ) -> Plan:
-    """What a model takes: parameters, bytes in each format, cache, the peaks of a forward and of training, compute.
+    """Plan what a model takes: parameters, bytes in each format, cache, peaks of a forward and of training, compute.
 
     No weight is read and nothing is fetched. Bytes of weights are those that `quantize_file` or `save_quantized`
     write; peaks come of running the model on tensors without memory, by its own code.
@@ -99,12 +99,12 @@ def plan(
         Plan training: all parameters; `LoRALinear` adapters beside the first format of ``to``; `prepare_qat_` for it.
     optimizer : {"adamw", "adamw8bit", "sgd"}
     precision : {"float32", "bfloat16", "autocast"}, optional
-        Of the parameters that are trained, as the model is stored by default; autocast keeps float32 and multiplies
+        The dtype of what is trained, as the model is stored by default; autocast keeps float32 and multiplies
         in bfloat16.
     checkpointing : bool
         Whether activations of a layer are computed again in the backward pass.
     rank : int
-        Of the adapters.
+        The rank of the adapters.
     gpus : int
         Devices.
     parallel : str, optional
@@ -224,7 +224,7 @@ def on_gpu(device: Device | None) -> bool:
 
 
 def verdict(device: Device, needs: Mapping[str, int], memory: Memory | None) -> list[str]:
-    """Whether each need fits the device, and training."""
+    """Say whether each need, and training, fits the device."""
     room = device.memory - device.context
     lines = []
     for name, need in [*needs.items(), *([(training_of(memory), memory.total)] if memory else [])]:
@@ -407,7 +407,7 @@ class Planner:
             return None
 
     def quantizing(self) -> Section:
-        """What it takes to quantize the model."""
+        """The memory it takes to quantize the model."""
         largest = max((math.prod(shape) for shape in self.source.shapes.values() if len(shape) > 1), default=0)
         itemsize = self.source.dtype.itemsize
         lines = []
@@ -492,7 +492,7 @@ class Planner:
         return f"does not fit {device.name} with checkpointing, 8-bit states, sharding or adapters{least}"
 
     def changes(self) -> Sequence[tuple[str, Options]]:
-        """What may be changed, from what costs nothing to what trains less."""
+        """The changes to try, from one that costs nothing to one that trains less."""
         now = self.options
         steps: list[tuple[str, dict[str, Any]]] = []
         if now.gpus > 1 and now.parallel.data > 1:

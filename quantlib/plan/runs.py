@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from quantlib.api import places_of, put
 from quantlib.nn import LoRALinear, QuantLinear
 from quantlib.plan.fakes import MODE, Peak, faked, peak_of
-from quantlib.plan.sizes import quantized_skeleton, unheard
+from quantlib.plan.sizes import quantized_skeleton
 from quantlib.plan.source import on_meta
 from quantlib.qat import prepare_qat_
+from quantlib.report import unwarned
 from quantlib.spec import QuantSpec
 
 Inputs = Mapping[str, Any]
@@ -61,7 +62,7 @@ def as_fake(value: Any) -> Any:
 
 
 def forward_peak(model: nn.Module, batch: int, context: int, inputs: Inputs | None = None) -> Peak:
-    """Of a forward of a `faked` model over ``context`` new tokens, of which the last one's logits are asked for."""
+    """The peak of a forward of a `faked` model over ``context`` new tokens, with logits of the last one only."""
     model.eval()
     given = made_inputs(model, batch, context, inputs)
     names = parameters_of(model)
@@ -90,7 +91,7 @@ def step_peak(
     autocast: torch.dtype | None = None,
     keep: bool = True,
 ) -> Peak:
-    """Of forward and backward; gradients are made in it, and with ``keep`` they stay until the end."""
+    """The peak of forward and backward, gradients included; with ``keep`` they stay until the end."""
     model = faked(skeleton).train()
     for p in () if keep else trainable(model):
         p.register_post_accumulate_grad_hook(drop)
@@ -155,7 +156,7 @@ def lora_skeleton(model: nn.Module, spec: QuantSpec, rank: int) -> nn.Module:
 def qat_skeleton(model: nn.Module, spec: QuantSpec) -> nn.Module:
     """``model`` on meta, its linear layers trained as codes."""
     new = on_meta(model)
-    with unheard("quantlib.report"):
+    with unwarned():
         prepare_qat_(new, spec)
     return new
 

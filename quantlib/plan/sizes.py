@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +19,7 @@ from quantlib.nn.experts import QuantExperts
 from quantlib.plan.lines import Line, Section
 from quantlib.plan.parameters import KINDS, Parameters, kind_of
 from quantlib.plan.source import Source, on_meta
+from quantlib.report import unwarned
 from quantlib.spec import QuantSpec
 
 SHARD = 5_000_000_000  # bytes of a file that `save_quantized` writes, unless told otherwise
@@ -33,13 +32,13 @@ class Sizes:
     Attributes
     ----------
     codes, scales, zero_points : int
-        Of the weights that are quantized.
+        Bytes of the weights that are quantized.
     floats : int
-        Of everything else.
+        Bytes of everything else.
     headers : int
-        Of the files, beside the tensors.
+        Bytes of the files beside the tensors.
     quantized, parameters : int
-        Of how many parameters how many are quantized.
+        The number of quantized parameters, and of all.
     """
 
     codes: int = 0
@@ -53,12 +52,12 @@ class Sizes:
 
     @property
     def weights(self) -> int:
-        """Of the tensors: what a loaded model takes."""
+        """Bytes of the tensors, which a loaded model takes."""
         return self.codes + self.scales + self.zero_points + self.floats
 
     @property
     def files(self) -> int:
-        """Of the safetensors files."""
+        """Bytes of the safetensors files."""
         return self.weights + self.headers
 
     def read_a_step(self, found: Parameters) -> int:
@@ -90,7 +89,7 @@ def add(contents: Contents, slots: Iterable[Slot], headers: int, parameters: int
 
 
 def of_files(source: Source, spec: QuantSpec, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Sizes:
-    """What `quantize_file` makes of the files of ``source``.
+    """Return the sizes of what `quantize_file` makes of the files of ``source``.
 
     Raises
     ------
@@ -117,24 +116,13 @@ def of_files(source: Source, spec: QuantSpec, include: Sequence[str] = (), exclu
 def quantized_skeleton(model: nn.Module, spec: QuantSpec) -> nn.Module:
     """A copy of a model on meta with modules of codes."""
     new = on_meta(model)
-    with unheard("quantlib.report"):  # that few of the parameters are quantized is a number of the plan
+    with unwarned():  # the plan has the share of the parameters that are quantized
         quantize_(new, spec)
     return new
 
 
-@contextlib.contextmanager
-def unheard(logger: str) -> Iterator[None]:
-    """What ``logger`` is told inside the block goes nowhere."""
-    log, silent = logging.getLogger(logger), lambda record: False
-    log.addFilter(silent)
-    try:
-        yield
-    finally:
-        log.removeFilter(silent)
-
-
 def of_state(skeleton: nn.Module, parameters: int) -> Sizes:
-    """What `save_quantized` writes of a `faked` model with modules of codes."""
+    """Return the sizes of what `save_quantized` writes for a `faked` model with modules of codes."""
     batches, contents = state_of(skeleton)
     headers = 0
     for shard in cut(batches, SHARD):
@@ -172,7 +160,7 @@ def experts_apart(skeleton: nn.Module, sizes: Sizes) -> Sizes:
 
 
 def of_count(parameters: int, spec: QuantSpec) -> Sizes:
-    """Of so many parameters that all are quantized, whose shapes are not known: rows of one group each."""
+    """Sizes of so many parameters, all quantized, whose shapes are not known: rows of one group each."""
     kind, _, size = (spec.per or "").partition(":")
     columns = int(size) ** (2 if kind == "tile" else 1) if kind in ("group", "tile") else 0
     codes = parameters * max(spec.row.bits, 8) // 8 // spec.row.per_byte
@@ -186,7 +174,7 @@ def of_count(parameters: int, spec: QuantSpec) -> Sizes:
 
 
 def cast(parameters: int, dtype: torch.dtype) -> Sizes:
-    """Of so many parameters of ``dtype``, of which none is quantized."""
+    """Sizes of so many parameters of ``dtype``, none of them quantized."""
     return Sizes(floats=parameters * dtype.itemsize, parameters=parameters)
 
 

@@ -1,4 +1,4 @@
-"""Where a model is read from: the headers of its files, config.json, or a module on meta. No weight is read."""
+"""The source of a model: the headers of its files, config.json, or a module on meta. No weight is read."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Source:
     shapes : dict of str to tuple of int
         Every parameter once, by its name: of a quantized weight the shape of the float one.
     nbytes : int
-        Of the parameters as they are.
+        Bytes of the parameters as they are.
     config : dict
         config.json, or the ``config`` of the module.
     model : nn.Module, optional
         On meta.
     files : list of File
-        What there is of safetensors files.
+        The safetensors files, if any.
     missing : list of str
-        What is not known, with the reason.
+        The unknown parts, with the reason.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Source:
     model: nn.Module | None = None
     files: list[File] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    quantized: str | None = None  # what shows that the files hold codes
+    quantized: str | None = None  # the evidence that the files hold codes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,7 +78,7 @@ class Source:
 
 
 def source_of(model: Any) -> Source:
-    """What there is to know of ``model``: an ``nn.Module``, a folder, a safetensors file, or a config.json.
+    """Describe ``model``: an ``nn.Module``, a folder, a safetensors file, or a config.json.
 
     Raises
     ------
@@ -235,7 +235,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers says nothing below an error."""
+    """Silence transformers below errors."""
     from transformers.utils import logging as words
 
     before = words.get_verbosity()

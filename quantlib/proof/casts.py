@@ -162,7 +162,7 @@ NAN = {"float16": 0x7FFF, "bfloat16": 0x7FFF, "float8_e4m3fn": 0x7F, "float8_e5m
 
 
 def too_large(f: FloatFormat, saturate: bool, language: str) -> Case:
-    """In numbers that are typed, unlike everything else in here."""
+    """Claim the code of a number that is too large, in typed constants, unlike all other claims here."""
 
     def build(run: Run) -> Claim:
         x = float_variable("x")

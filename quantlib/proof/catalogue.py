@@ -12,7 +12,7 @@ SUBJECTS = (casts, scales, projections, training, products, instructions)
 
 @functools.cache
 def theorems() -> tuple[Theorem, ...]:
-    """By clause of the contract."""
+    """Return the theorems, by clause of the contract."""
     return tuple(theorem for subject in SUBJECTS for theorem in subject.theorems())
 
 

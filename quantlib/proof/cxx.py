@@ -1,6 +1,6 @@
 """The small C++ that csrc/numerics.h is written in, read from the file and run on terms.
 
-What is understood: macros, `#ifdef`, `#include` of a file beside it; structs of constants, of members and of static
+It understands: macros, `#ifdef`, `#include` of a file beside it; structs of constants, of members and of static
 functions; templates over types, bools and ints, with overloads, specialisations and `if constexpr`; declarations,
 assignments, `return`; expressions over bool, (u)int8 to 64 and float with C++'s promotions. Integers wrap, as those of
 vectors do. A declaration that is more than this is left out, and whoever uses its name gets a SyntaxError, never a
@@ -94,7 +94,7 @@ class Function:
 
 
 class Scope:
-    """What names mean: types, values, functions, templates."""
+    """The meaning of names: types, values, functions, templates."""
 
     def __init__(self, outer: Scope | None = None) -> None:
         self.outer = outer
@@ -414,7 +414,7 @@ class Reader:
         return found
 
     def until(self, token: str) -> list[str]:
-        """What stands before ``token``, which is passed."""
+        """Return the tokens before ``token``, and pass it."""
         start = self.at
         while self.peek() != token:
             if self.peek() in OPENING:
@@ -424,14 +424,14 @@ class Reader:
         return self.tokens[start : self.at - 1]
 
     def inside(self) -> list[str]:
-        """What the bracket here holds."""
+        """Return the tokens inside the bracket here."""
         end = _closing(self.tokens, self.at)
         inner = self.tokens[self.at + 1 : end]
         self.at = end + 1
         return inner
 
     def angles(self) -> list[str]:
-        """What < > hold; shifts do not occur in there."""
+        """Return the tokens inside < >; shifts do not occur in there."""
         self.expect("<")
         depth, start = 1, self.at
         while depth:
@@ -780,7 +780,7 @@ class Runner:
         return words.convert(value.term, value.type, TYPES["bool"])
 
     def path(self, path: list[tuple[str, list[list[str]] | None]]) -> Any:
-        """What a name means, its qualifiers and template arguments followed."""
+        """Resolve a name with its qualifiers and template arguments."""
         found: Any = None
         for i, (name, arguments) in enumerate(path):
             scope = self.scope if i == 0 else found.scope
@@ -864,7 +864,7 @@ class Runner:
 
 
 def _common(a: Type, b: Type) -> Type:
-    """What two operands are converted to: float over integers, and of integers the wider, unsigned where they tie."""
+    """Return the common type of two operands: float over integers, else the wider integer, unsigned where they tie."""
     if "float" in (a.kind, b.kind):
         return max((t for t in (a, b) if t.kind == "float"), key=lambda t: t.bits)
     promoted = [TYPES["int32"] if t.bits < 32 else t for t in (a, b)]

@@ -1,4 +1,4 @@
-"""What the formats are, in the words of docs/contract.md, apart from any code that converts to them.
+"""The formats in the words of docs/contract.md, apart from any code that converts to them.
 
 A float's code is worth (-1)^s * 2^(e - bias) * 1.f, or 2^(1 - bias) * 0.f at e = 0: as a float64, in which each value
 and each midpoint between two neighbours is exact. A code is right for x when x lies between the midpoints to its
@@ -50,7 +50,7 @@ class FloatDescription:
             self.largest = all_ones - f.has_inf
             self.nan = 1 << self.size if self.nan_codes == "negative zero" else self.largest
         self.negative_zero = self.nan_codes != "negative zero"
-        self.beyond = self.largest + 1 if f.has_inf else self.nan  # what is too large, unless it saturates
+        self.beyond = self.largest + 1 if f.has_inf else self.nan  # the code if too large and not saturating
 
     def magnitude(self, code: Term) -> Term:
         """A code's bits without the sign."""
@@ -60,7 +60,7 @@ class FloatDescription:
         return not_(same(terms.band(code, bits(1 << self.size, WIDTH)), bits(0, WIDTH)))
 
     def value(self, magnitude: Term, finer: int = 0) -> Term:
-        """What a magnitude is worth, as a float64; ``finer`` is how many fraction bits it has more than the format."""
+        """The value of a magnitude, as a float64, with ``finer`` fraction bits more than the format has."""
         fraction_bits = self.f.fraction_bits + finer
         exponent = terms.lshr(magnitude, fraction_bits)
         fraction = terms.shl(terms.band(magnitude, bits((1 << fraction_bits) - 1, WIDTH)), 52 - fraction_bits)
@@ -93,7 +93,7 @@ class FloatDescription:
         return number if self.negative_zero else and_(number, not_(self.is_nan(code)))
 
     def signed_value(self, code: Term) -> Term:
-        """What a finite code is worth, as a float64."""
+        """The value of a finite code, as a float64."""
         value = self.value(self.magnitude(code))
         return ite(self.sign(code), fp("neg", value), value)
 
@@ -114,7 +114,7 @@ class FloatDescription:
             end = self.midpoint(largest)
             too_large = or_(fp("lt", end, size), fp("eq", end, size) if self.largest % 2 else terms.FALSE)
             right = or_(finite, and_(same(m, bits(self.beyond, WIDTH)), too_large))
-        if not self.negative_zero:  # what rounds to zero is +0, and too large is the one NaN
+        if not self.negative_zero:  # a number that rounds to zero becomes +0, one that is too large the one NaN
             x_sign = and_(x_sign, not_(same(m, bits(0, WIDTH))))
         kept_sign = same(terms.lshr(code, self.size), ite(x_sign, bits(1, WIDTH), bits(0, WIDTH)))
         number = and_(kept_sign, right)
@@ -123,7 +123,7 @@ class FloatDescription:
         return ite(fp("isNaN", x), same(code, bits(self.nan, WIDTH)), number)
 
     def is_value_of(self, y: Term, code: Term) -> Term:
-        """Whether the float32 ``y`` is what ``code`` is worth: widening is exact, save that every NaN is C1's."""
+        """True if the float32 ``y`` is the value of ``code``: widening is exact, except that every NaN becomes C1's."""
         sign = ite(self.sign(code), bits(1 << 31, 32), bits(0, 32))
         return ite(
             self.is_nan(code),

@@ -183,7 +183,7 @@ def clamp_zero_point(f: IntFormat) -> Function:
 
 
 def zero(modules: SimpleNamespace) -> Any:
-    """What the reference takes where there is no zero point."""
+    """The zero point that the reference takes where there is none."""
     return modules.numerics.np.zeros((), modules.numerics.np.int32)
 
 
@@ -416,7 +416,7 @@ def dequantize(f: Format, affine: bool = False) -> Function:
 
 
 def _shared(program: Program, f: Format, s: Value, z: Value | None) -> tuple[Any, Object, Object, str]:
-    """What the elements of a block share in csrc/fake_quantize.h, its limits, and the name of the format there."""
+    """The values that a block's elements share in csrc/fake_quantize.h, its limits, and the format's name there."""
     s_eff = program.call("effective_scale", s, template=(f.name,))
     r = program.call("reciprocal", s_eff)
     qmin, qmax = f.range(z is not None) if isinstance(f, IntFormat) else (0, 0)

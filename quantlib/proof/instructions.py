@@ -1,6 +1,6 @@
-"""Theorems of conversion instructions: their documented meaning is, or is not, that of the kernels' formulas.
+"""Theorems of conversion instructions: whether their documented meaning is that of the kernels' formulas.
 
-What an instruction does is written here from its vendor's manual, Intel's Software Developer's Manual and NVIDIA's
+The meaning of an instruction is written from its vendor's manual, Intel's Software Developer's Manual and NVIDIA's
 PTX ISA. The vectors of csrc/cpu/lanes.h are the templates of csrc/numerics.h with those instructions for their lanes.
 """
 
@@ -219,7 +219,7 @@ def upper_halves(shift: int = 16) -> Case:
 
 
 def exact_in_bfloat16(name: str, language: str) -> Case:
-    """What csrc/cpu/pairs.h builds on: the lower half of the float32 is empty."""
+    """Claim the assumption of csrc/cpu/pairs.h: the lower half of the float32 is zero."""
     f = formats.get(name)
 
     def build(run: Run) -> Claim:
@@ -272,7 +272,7 @@ def saturated_bytes(affine: bool, everywhere: bool = False, nan: int = 0) -> Cas
         converted = cvt_rni_sat_s8(t)
         if affine or everywhere:
             return Claim(terms.TRUE, same(code, converted))
-        lowest = fp("lt", t, float_const(-127.5))  # what rounds to -128, which a symmetric code is not
+        lowest = fp("lt", t, float_const(-127.5))  # numbers that round to -128, which is not a symmetric code
         kept = same(code, ite(same(converted, integer(-128)), integer(-127), converted))
         at_tie = fp("eq", t, float_const(-127.5))
         return Claim(terms.TRUE, and_(kept, implies(not_(or_(lowest, at_tie)), same(code, converted))))

@@ -31,7 +31,7 @@ CHOICES = [
     for xz in (False, True)
     for wz in (False, True)
 ]
-CONTRACT_K = 131071  # what C11 says for int8 without zero points
+CONTRACT_K = 131071  # the limit of C11 for int8 without zero points
 WIDTH = 64
 
 
@@ -72,7 +72,7 @@ def extent(name: str, zero: bool) -> tuple[int, int]:
 
 
 def fits(x: str, w: str, x_zero: bool, w_zero: bool, more: int = 0) -> Case:
-    """By induction over the terms: before the last of K terms the sum is within K - 1 times the largest product."""
+    """Induction over the terms: before the last of K terms the sum is at most K - 1 times the largest product."""
 
     def build(run: Run) -> Claim:
         K = accepted(x, w, x_zero, w_zero) + more
@@ -192,7 +192,7 @@ SUM_WIDTH = PRODUCT_BITS + PLACES + 10
 def sum_bound(
     K: int, ascending: bool = True, sixteenths: int = 16, underflow: bool = False, long: bool = False
 ) -> Case:
-    """In integers of a small unit: any rounding of a result v is within u |v| of it, and nothing else is used.
+    """The bound in integers of a small unit: any rounding of v is within u |v| of it, and nothing else is used.
 
     |sum - exact| <= 2 K 2 u sum |x||w|, or so many sixteenths of that.
     """
@@ -237,7 +237,7 @@ def size(value: Term) -> Term:
 
 
 def on_the_op(model: Mapping[str, int]) -> None:
-    """What the sum of small floats shows is so of float32: products below 2^-150 are lost, and the bound with them."""
+    """Check on float32 what small floats show: products below 2^-150 are lost, and the bound with them."""
     import torch
 
     from quantlib import ops, reference
@@ -252,7 +252,7 @@ def on_the_op(model: Mapping[str, int]) -> None:
 
 
 def tight(model: Mapping[str, int]) -> None:
-    """So it is of float32: 1 + 2^-24 is 1."""
+    """Check the bound on float32: 1 + 2^-24 is 1."""
     import torch
 
     from quantlib import ops, reference
@@ -286,7 +286,7 @@ def split(count: int, smallest: float = SMALLEST_SPLIT, exact: bool | None = Non
     def build(run: Run) -> Claim:
         x = float_variable("x")
         _, rest = parts(run, x, count)
-        largest = float_const(float.fromhex("0x1.fep127"))  # what does not overflow
+        largest = float_const(float.fromhex("0x1.fep127"))  # numbers that do not overflow
         inside = and_(fp("leq", fp("abs", x), largest), fp("leq", float_const(smallest), fp("abs", x)))
         if exact if exact is not None else count == 3:
             return Claim(inside, fp("isZero", rest))

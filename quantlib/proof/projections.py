@@ -139,7 +139,7 @@ def flushed(f: IntFormat | FloatFormat, language: str) -> Case:
 
 
 def worth(f: IntFormat, affine: bool, language: str) -> Case:
-    """fl32(q - z) is exact, so one rounding is left: that of the product, which is the same one in both."""
+    """fl32(q - z) is exact, so one rounding is left, that of the product, which is the same in both."""
 
     def build(run: Run) -> Claim:
         code, s = int_variable("code"), float_variable("s")

@@ -29,7 +29,7 @@ class Question:
 
     @property
     def name(self) -> str:
-        """For a file."""
+        """The name of the question as a file name."""
         kind = "fault" if self.fault else "case"
         words = "".join(c if c.isalnum() else "_" for c in f"{self.theorem}__{kind}_{self.index}__{self.case.label}")
         return "_".join(filter(None, words.split("_")))
@@ -37,7 +37,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a question; ``found`` is the counter-example in words, ``wrong`` what is not as it should be."""
+    """The answer to a question; ``found`` is the counter-example in words, ``wrong`` says what is not as expected."""
 
     question: Question
     verdict: str

@@ -24,7 +24,7 @@ class UnfaithfulError(AssertionError):
 
 
 def replay(fault: Fault, model: Mapping[str, int], run: Run, claim: Any) -> str:
-    """Confirm ``model``, which refutes ``claim`` built by ``run``; the confirmation in words.
+    """Confirm ``model``, which refutes ``claim`` built by ``run``; return the confirmation in words.
 
     Raises
     ------

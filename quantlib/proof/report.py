@@ -1,4 +1,4 @@
-"""What was proven, printed: a line a theorem, its domain, the solver and the time, and the planted faults."""
+"""Print the results of proofs: a line a theorem, its domain, the solver and the time, and the planted faults."""
 
 from __future__ import annotations
 

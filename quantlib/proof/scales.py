@@ -128,7 +128,7 @@ def product_is_finite(f: Format, language: str) -> Case:
 
 
 def quotient(f: Format, language: str) -> Case:
-    """By the solver's own division, which is that of IEEE 754."""
+    """Claim the scale by the solver's own division, which is that of IEEE 754."""
 
     def build(run: Run) -> Claim:
         amax = int_variable("amax")
@@ -180,7 +180,7 @@ def true_division(f: Format, language: str, long: bool = False) -> Case:
 
 
 def short(q: float) -> bool:
-    """Whether a product with ``q`` is one that the solver can invert: its odd part has at most 3 bits."""
+    """True if the solver can invert a product with ``q``: its odd part has at most 3 bits."""
     numerator = q.as_integer_ratio()[0]
     return numerator // (numerator & -numerator) < 8
 

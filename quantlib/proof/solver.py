@@ -13,16 +13,16 @@ INSTALL = "pip install bitwuzla"
 
 @dataclass(frozen=True)
 class Answer:
-    """What the solver says of a claim, of which it was given the negation."""
+    """The solver's answer to the negation of a claim."""
 
     verdict: str
     seconds: float  # of this process: what else the machine does is not counted
     model: dict[str, int]  # the bits of every declared constant, where it is refuted
-    why: str = ""  # where it is undecided
+    why: str = ""  # the reason if it is undecided
 
 
 def missing(solver: str = "bitwuzla") -> str | None:
-    """Why ``solver`` cannot be asked, or None."""
+    """Return why ``solver`` cannot be asked, or None."""
     module = {"z3": "z3", "cvc5": "cvc5", "bitwuzla": "bitwuzla"}[solver]
     if importlib.util.find_spec(module) is None:
         return f"{solver} is not installed ({INSTALL.replace('bitwuzla', PACKAGES[solver])})"

@@ -68,7 +68,7 @@ class Term:
         return f"({self.op} {' '.join(map(repr, (*self.parameters, *self.args)))})"
 
     def __bool__(self) -> bool:
-        raise TypeError("a term is no Python bool: what depends on an unknown value cannot decide a branch")
+        raise TypeError("a term is no Python bool: a term that depends on an unknown value cannot decide a branch")
 
 
 _nodes: dict[tuple[Any, ...], Term] = {}
@@ -325,7 +325,7 @@ def _type(sort: Sort) -> Any:
 
 
 def _rounded(value: Array, sort: Sort) -> Array:
-    """To nearest, ties to even, where NumPy has no such float. A float64 holds sums and products of its values."""
+    """Round to nearest, ties to even, in any float sort. A float64 holds sums and products of its values."""
     if sort in FLOAT_TYPES:
         return np.asarray(value).astype(FLOAT_TYPES[sort])
     fraction_bits, bias = sort.bits - 1 - sort.exponent, (1 << (sort.exponent - 1)) - 1

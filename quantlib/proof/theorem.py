@@ -1,4 +1,4 @@
-"""What a theorem is made of: the functions it is about, its claim in each case, and the faults it must find."""
+"""The parts of a theorem: the functions it is about, its claim in each case, and the faults it must find."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Function:
     header: Callable[..., Any] | None  # (program, **inputs) on Values
     op: Callable[..., Any] | None = None  # (**inputs) as arrays of one element: what the public op gives
     sums: bool = False  # the op adds its results up from +0, so that it has no -0
-    code_bits: int = 32  # how many bits of an integer the op writes
-    accepts: Callable[..., Term] = lambda **inputs: terms.TRUE  # what the op does not refuse
+    code_bits: int = 32  # the number of bits of an integer that the op writes
+    accepts: Callable[..., Term] = lambda **inputs: terms.TRUE  # the inputs that the op does not refuse
 
     def terms(self, sources: Sources, language: str, inputs: Mapping[str, Term]) -> dict[str, Term]:
         """The outputs for any inputs, each of the sort of its type."""
@@ -63,7 +63,7 @@ class Call:
 
 @dataclass
 class Run:
-    """Builds a claim from ``sources``, and remembers which functions it applied to what."""
+    """Build a claim from ``sources``, and record the functions that it applied and their arguments."""
 
     sources: Sources
     calls: list[Call] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Claim:
-    """For all values of the variables for which ``assume`` holds, ``goal`` holds."""
+    """assume => goal, for all values of the variables."""
 
     assume: Term
     goal: Term
@@ -87,7 +87,7 @@ class Claim:
     open_products: bool = False
 
     def negated(self, calls: Iterable[Call] = ()) -> list[Term]:
-        """What a solver is asked to satisfy; of ``calls`` nothing that an op would refuse."""
+        """Return the terms that a solver is asked to satisfy, for inputs of ``calls`` that the ops accept."""
         accepted = [call.function.accepts(**call.inputs) for call in calls]
         return [self.assume, *accepted, terms.not_(self.goal)]
 
@@ -114,7 +114,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Theorem:
-    """What is claimed, of which inputs, case by case."""
+    """A statement, its domain, and its cases."""
 
     name: str
     clause: str

@@ -1,4 +1,4 @@
-"""Theorems of what training sees of a projection: C10."""
+"""Theorems of fake quantization: C10."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training sees of a projection, forward and backward, in NumPy (contract C10).
+"""Fake quantization, forward and backward, in NumPy (contract C10).
 
 y[i, j] = dequantize(quantize(x[i, j])), and the gradients of a straight-through rounding whose scale is learned. ``x``
 and ``dy`` are float32: a narrower one is decoded first, and y and dx are cast back.
@@ -19,7 +19,7 @@ from quantlib.reference.ops import Block, matrix, spread
 
 @dataclass(frozen=True)
 class Gradients:
-    """What each element adds; the op returns dx, and the sums of the other two over each block."""
+    """The gradient terms of each element; the op returns dx, and the sums of the other two over each block."""
 
     dx: Array  # [M, K] float32: m ? dy : +0
     dscale: Array  # [M, K] float32: dy * (m ? fl(k - t) : c)
@@ -61,7 +61,7 @@ def fake_quantize_backward(
 
 
 def grad_factor(n: int, qmax: float) -> float:
-    """1 / sqrt(n * qmax), n elements a scale: what LSQ multiplies dscale by, as float32 (Esser et al. 2020, 2.2)."""
+    """1 / sqrt(n * qmax), n elements a scale: LSQ's factor of dscale, as float32 (Esser et al. 2020, 2.2)."""
     return float(np.float32(1.0 / np.sqrt(float(n) * float(qmax))))
 
 

@@ -1,4 +1,4 @@
-"""Multiplying with quantized weights, in NumPy (contract C11).
+"""Products with quantized weights, in NumPy (contract C11).
 
 x is viewed as [M, K], a weight is codes [N, K] (several a byte where the format is packed) with a float32 scale and
 maybe an int32 zero point of shape [ceil(N / br), ceil(K / bk)]. Element (n, k) stands for
@@ -6,6 +6,9 @@ w[n, k] = fl(fl32(code - zero_point) * scale), which is what ``dequantize`` give
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -146,6 +149,45 @@ def dynamic_matmul(
         dtype=dtype,
     )
     return y.reshape(*np.shape(x)[:-1], y.shape[1])
+
+
+def grouped_dequant_matmul(x: Array, codes: Array, scale: Array, format: str, offsets: Array, **options: Any) -> Array:
+    """y[t, n] = activation(sum over k of x[t, k] * w[e, n, k] + bias[e, n]), offsets[e - 1] <= t < offsets[e]
+
+    A row from the last offset on belongs to no expert, and its y is 0. ``options`` are those of `dequant_matmul`.
+    """
+    return _grouped(dequant_matmul, x, codes, scale, format, offsets, codes.shape[1], options)
+
+
+def grouped_dynamic_matmul(x: Array, codes: Array, scale: Array, format: str, offsets: Array, **options: Any) -> Array:
+    """`dynamic_matmul` of the rows of each expert"""
+    return _grouped(dynamic_matmul, x, codes, scale, format, offsets, codes.shape[1], options)
+
+
+def grouped_dequant_matmul_backward(
+    dy: Array, codes: Array, scale: Array, format: str, offsets: Array, *, size: int, **options: Any
+) -> Array:
+    """dx[t, k] = sum over n of dy[t, n] * w[e, n, k], offsets[e - 1] <= t < offsets[e]; 0 for rows of no expert"""
+    return _grouped(dequant_matmul_backward, dy, codes, scale, format, offsets, size, {"size": size, **options})
+
+
+def _grouped(
+    op: Callable[..., Array],
+    x: Array,
+    codes: Array,
+    scale: Array,
+    format: str,
+    offsets: Array,
+    columns: int,
+    options: dict[str, Any],
+) -> Array:
+    """``op`` of the rows of each expert with what is its own of the weight."""
+    storage = _float(options.get("dtype", "float32")).storage
+    y = np.zeros((len(x), columns), storage)
+    for e, (start, end) in enumerate(zip([0, *offsets], offsets, strict=False)):
+        own = {name: options[name][e] for name in ("zero_point", "bias") if options.get(name) is not None}
+        y[start:end] = op(x[start:end], codes[e], scale[e], format, **{**options, **own})
+    return y
 
 
 def epilogue(total: Array, bias: Array | None, activation: str | None, dtype: str) -> Array:

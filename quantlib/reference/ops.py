@@ -1,4 +1,4 @@
-"""What every op means, in NumPy, on one page (contract C3-C7).
+"""The numeric meaning of every op, in NumPy, on one page (contract C3-C7).
 
 An n-D x is viewed as [M, K] = [product of the leading sizes, last size]; element (i, j) uses
 ``scale[i // br, j // bk]`` of a float32 scale of shape [ceil(M / br), ceil(K / bk)]. ``x`` is float32: a narrower

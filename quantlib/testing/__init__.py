@@ -1,4 +1,4 @@
-"""What proves a backend: values where rounding is decided, a table of cases, and a comparison of bytes.
+"""Tests of a backend: values where rounding is decided, a table of cases, and a comparison of bytes.
 
 >>> from quantlib import testing
 >>> for case in testing.cases("cast", "float8_e4m3fn"):

@@ -1,4 +1,4 @@
-"""Equality is equality of bytes: what NaN is, which zero it is and how an infinity is spelled are part of a result."""
+"""Compare bytes: the bits of a NaN, the sign of zero and the code of infinity are part of a result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> t
 def assert_same_bytes(
     got: torch.Tensor | Array, want: torch.Tensor | Array, where: str = "", x: torch.Tensor | Array | None = None
 ) -> None:
-    """``got`` and ``want`` have one shape, one size of element and the same bytes.
+    """Check that ``got`` and ``want`` have one shape, one size of element and the same bytes.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def assert_same_bytes(
     where : str
         Names the call in the message.
     x : Tensor or array [...], optional
-        What the values were made of: the message shows the one behind the first mismatch.
+        The inputs that the values were made of: the message shows the one behind the first mismatch.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def _dtype(values: torch.Tensor | Array) -> str:
 
 
 def _format(values: torch.Tensor | Array) -> Format | None:
-    """What the bits of ``values`` mean, where its dtype says so."""
+    """Return the format of the bits of ``values``, if its dtype says so."""
     f = formats.FORMATS.get(_dtype(values))
     return f if isinstance(values, torch.Tensor) or _dtype(values) != "uint8" else None
 

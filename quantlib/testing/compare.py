@@ -1,4 +1,4 @@
-"""What a case must give, bit for bit, and the run that compares it."""
+"""The expected results of a case, bit for bit, and the run that compares them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from quantlib import formats, ops, reference
 from quantlib.formats import FloatFormat
 from quantlib.testing.bytes import Array, assert_same_bytes, bits, poisoned, tensor
-from quantlib.testing.generate import inputs, matrix_shape, resolved
+from quantlib.testing.generate import inputs
 from quantlib.testing.table import Case
 
 Tensors = dict[str, torch.Tensor | None]
@@ -22,19 +22,19 @@ GUARD = 64  # elements before and after an out, which a kernel must leave alone
 
 @functools.lru_cache(64)
 def expected(case: Case) -> tuple[Array, ...]:
-    """What ``case`` gives, bit for bit, by :mod:`quantlib.reference`."""
+    """Return the results of ``case``, bit for bit, by :mod:`quantlib.reference`."""
     given = inputs(case)
     if case.op == "cast":
         return (reference.cast(_widened(given["x"], case.dtype), case.format, saturate=case.saturate),)
-    scaled: dict[str, Any] = {"block": resolved(case), "zero_point": given.get("zero_point")}
+    scaled: dict[str, Any] = {"block": case.resolved, "zero_point": given.get("zero_point")}
     if case.op == "dequantize":
-        scaled |= {"dtype": case.dtype, "size": matrix_shape(case)[1]}
+        scaled |= {"dtype": case.dtype, "size": case.matrix[1]}
         return (reference.dequantize(given["codes"], given["scale"], case.format, **scaled),)
     x = _widened(given["x"], case.dtype)
     if case.op == "quantize":
         return (reference.quantize(x, given["scale"], case.format, **scaled),)
     function: Any = getattr(reference, case.op)
-    result = function(x, case.format, block=resolved(case), symmetric=case.symmetric)
+    result = function(x, case.format, block=case.resolved, symmetric=case.symmetric)
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -62,7 +62,7 @@ def call(case: Case, given: Tensors, out: Sequence[torch.Tensor] | None = None) 
         source = given["x" if case.op == "quantize" else "codes"]
         more: dict[str, Any] = {"block": case.block, "zero_point": given["zero_point"], "out": into}
         if case.op == "dequantize":
-            K = matrix_shape(case)[1]
+            K = case.matrix[1]
             ragged = K % formats.get(case.format).per_byte > 0
             more |= {"dtype": getattr(torch, case.dtype), "size": K if ragged else None}
         result = function(source, given["scale"], case.format, **more)
@@ -91,7 +91,7 @@ def prove(
     run: Callable[[Sequence[torch.Tensor] | None], tuple[torch.Tensor, ...]],
     layout: str = "contiguous",
 ) -> None:
-    """``run`` gives ``want`` from ``given``, and the same into tensors full of other bytes, lying as ``layout`` says.
+    """Check that ``run`` gives ``want`` from ``given``, also into tensors full of other bytes in ``layout``.
 
     Raises
     ------

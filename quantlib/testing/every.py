@@ -1,4 +1,4 @@
-"""All tables together, and of them the calls that start every kernel in every way it is launched."""
+"""All tables together, and the calls among them that start every kernel in every way it is launched."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import itertools
 from collections.abc import Iterator
 
 from quantlib import backends, formats
-from quantlib.testing import compare, learned, product, table
+from quantlib.testing import compare, learned, product, searched, steps, table
+from quantlib.testing.call import Block
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
-from quantlib.testing.table import CASTS, DTYPES, Block, Case
+from quantlib.testing.searched import Searched
+from quantlib.testing.steps import Step
+from quantlib.testing.table import CASTS, DTYPES, Case
 
-AnyCase = Case | Product | Learned
-OPS = (*table.OPS, *product.OPS, *learned.OPS)
+AnyCase = Case | Product | Learned | Searched | Step
+OPS = (*table.OPS, *product.OPS, *learned.OPS, *searched.OPS, *steps.OPS)
 Way = tuple[tuple[int, int], Block, str]
 
 # Three ways of a projection on a GPU: blocks that some lanes of a warp share, blocks that a thread block holds in its
@@ -40,7 +43,13 @@ LARGE: tuple[Way, ...] = (
 
 def every(op: str | None = None, format: str | None = None, *, large: bool = False) -> tuple[AnyCase, ...]:
     """The tables; ``large`` adds the products for which a GPU has ways of its own."""
-    return (*table.cases(op, format), *product.products(op, format, large), *learned.learned(op, format))
+    return (
+        *table.cases(op, format),
+        *product.products(op, format, large),
+        *learned.learned(op, format),
+        *searched.searched(op, format),
+        *steps.steps(op, format),
+    )
 
 
 def launches(op: str | None = None, format: str | None = None) -> tuple[AnyCase, ...]:
@@ -62,12 +71,14 @@ def _launches() -> Iterator[AnyCase]:
                 yield Case(op, f.name, dtype, shape, block, layout, symmetric)
             n += 1
     yield from learned.learned()
+    yield from searched.searched()
+    yield from steps.steps()
     for op in product.OPS:  # of each weight, tiled or not, and dtype: few rows, and more
         kinds: dict[object, list[Product]] = {}
         for p in product.products(op):
             kinds.setdefault((p.format, p.symmetric, p.dtype, p.tiled, p.x_format, p.x_symmetric), []).append(p)
         for found in kinds.values():
-            yield from {p.shape[0] > 16: p for p in found}.values()
+            yield from {p.sizes[0] > 16: p for p in found}.values()
 
 
 def overload(case: AnyCase) -> str:
@@ -76,15 +87,19 @@ def overload(case: AnyCase) -> str:
 
 
 def refuses(case: AnyCase, backend: str, device: str) -> str | None:
-    """Why ``backend`` cannot run ``case``; "auto" can."""
+    """Return why ``backend`` cannot run ``case``, or None; "auto" can."""
     return None if backend == "auto" else backends.refuses(backend, device, overload(case))
 
 
 def check(case: AnyCase, device: str = "cpu") -> None:
-    """Whichever kind it is: AssertionError where a byte is wrong."""
+    """Check a case of any kind: AssertionError if a byte is wrong."""
     if isinstance(case, Product):
         product.check(case, device)
     elif isinstance(case, Learned):
         learned.check(case, device)
+    elif isinstance(case, Searched):
+        searched.check(case, device)
+    elif isinstance(case, Step):
+        steps.check(case, device)
     else:
         compare.check(case, device)

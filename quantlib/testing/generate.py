@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
 
 import numpy as np
 
 from quantlib import formats, reference
 from quantlib.formats import FloatFormat, IntFormat
 from quantlib.reference.numerics import effective_scale, encode_float
-from quantlib.reference.ops import matrix, spread
+from quantlib.reference.ops import spread
 from quantlib.testing import values
-from quantlib.testing.table import Block, Case
+from quantlib.testing.table import Case
 from quantlib.testing.values import Array
 
 
 @functools.lru_cache(64)
 def inputs(case: Case) -> dict[str, Array]:
     """The tensors that ``case`` is called with, as bits: x or codes, scale and zero_point where it has them."""
-    rng = np.random.default_rng(case.seed)
+    rng = case.random()
     if case.op == "cast":
         return {"x": _cast_x(case, rng)}
     if case.op == "dequantize":
         return _dequantize_inputs(case, rng)
     if case.op == "quantize":
         return _quantize_inputs(case, rng)
-    x = _dynamic_every() if case.shape is None else _dynamic_x(case, rng)
+    x = values.ranges() if case.shape is None else _dynamic_x(case, rng)
     return {"x": _narrowed(_placed(x, case), case.dtype, rng)}
 
 
@@ -49,19 +49,19 @@ def _cast_pool(format: str) -> Array:
 
 
 def _quantize_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]:
-    (M, K), f = matrix_shape(case), formats.get(case.format)
+    (M, K), f = case.matrix, formats.get(case.format)
     scale, zero_point = _scales(case)
     halves = values.midpoints(case.format, not case.symmetric)
     if case.shape is None:
-        pool = values.neighbours(_thinned(halves, 2000))
+        pool = values.neighbours(values.few_midpoints(case.format, not case.symmetric))
         rows = np.broadcast_to(np.concatenate([pool, values.edges()]), (M, K)).copy()
         t = rows[:, : len(pool)]
         s = effective_scale(scale, f)
     else:
         rows = t = rng.choice(values.neighbours(halves), (M, K))
-        s = spread(effective_scale(scale, f), (M, K), resolved(case))
+        s = spread(effective_scale(scale, f), (M, K), case.resolved)
     with np.errstate(all="ignore"):
-        z = np.int32(0) if zero_point is None else spread(zero_point, (M, t.shape[1]), resolved(case))
+        z = np.int32(0) if zero_point is None else spread(zero_point, (M, t.shape[1]), case.resolved)
         t[:] = (t - z) * s  # back from units of the scale
         t[:] = np.nextafter(t, rng.choice(np.array([-np.inf, 0, np.inf], np.float32), t.shape))
     if case.shape is not None:
@@ -76,11 +76,12 @@ def _quantize_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]:
 
 
 def _dequantize_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]:
-    (M, K), f = matrix_shape(case), formats.get(case.format)
-    every = values.codes(case.format)
+    (M, K), f = case.matrix, formats.get(case.format)
     shape = (M, K) if case.shape is None else case.shape
-    codes = np.broadcast_to(_thinned(every, 4000), shape).copy() if case.shape is None else rng.choice(every, shape)
-    codes = _placed(codes, case)
+    if case.shape is None:
+        codes = np.broadcast_to(values.few_codes(case.format), shape).copy()
+    else:
+        codes = _placed(rng.choice(values.codes(case.format), shape), case)
     if not f.whole:
         columns = f.columns(K) if f.packed else K
         codes = reference.pack(codes.reshape(M, K), f).reshape((*shape[:-1], columns) if f.packed else shape)
@@ -93,11 +94,9 @@ def _dequantize_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]
 
 def _scales(case: Case) -> tuple[Array, Array | None]:
     """All scales and zero points over the blocks of ``case``, beginning anywhere."""
-    (M, K), (br, bk) = matrix_shape(case), resolved(case)
-    shape = -(-M // br), -(-K // bk)
     every = values.accepted_scales(case.format)
     first = 0 if case.shape is None else case.seed
-    index = (np.arange(shape[0] * shape[1]) + first).reshape(shape)
+    index = (np.arange(math.prod(case.grid)) + first).reshape(case.grid)
     scale = every[index % len(every)]
     if case.symmetric:
         return scale, None
@@ -105,17 +104,9 @@ def _scales(case: Case) -> tuple[Array, Array | None]:
     return scale, points[(index // len(every) if case.shape is None else index * 7) % len(points)]
 
 
-def _dynamic_every() -> Array:
-    """[M, 3] whose rows have every kind of range."""
-    edges = values.edges()[::7]
-    with np.errstate(all="ignore"):
-        return np.stack([edges, np.roll(edges, 1) * np.float32(2**-9), edges * np.float32(0.4)], -1)
-
-
 def _dynamic_x(case: Case, rng: np.random.Generator) -> Array:
     """[M, K] whose blocks take turns: ties under the block's own scale, and ranges that are special."""
-    (M, K), f, block = matrix_shape(case), formats.get(case.format), resolved(case)
-    grid = -(-M // block[0]), -(-K // block[1])
+    (M, K), f, block, grid = case.matrix, formats.get(case.format), case.resolved, case.grid
 
     def over(per_block: Array) -> Array:
         return spread(per_block, (M, K), block)
@@ -173,38 +164,6 @@ def _placed(x: Array, case: Case) -> Array:
         return x
     x = x.reshape(*case.shape[:-1], x.shape[-1]) if case.shape else x.reshape(())
     return np.broadcast_to(x[:1], x.shape).copy() if case.layout == "expanded" else x
-
-
-def resolved(case: Case) -> Block:
-    """The block of ``case`` without -1."""
-    br, bk = (max(size, 1) if b == -1 else b for b, size in zip(case.block, matrix_shape(case), strict=True))
-    return br, bk
-
-
-def matrix_shape(case: Case) -> tuple[int, int]:
-    """x of ``case`` viewed as [M, K]."""
-    if case.shape is None:
-        return _every_shape(case.op, case.format, case.dtype, case.symmetric)
-    M, K = matrix(np.broadcast_to(np.int8(0), case.shape)).shape
-    return M, K
-
-
-@functools.cache
-def _every_shape(op: str, format: str, dtype: str, symmetric: bool) -> tuple[int, int]:
-    """The matrix of a case without a shape: a row for each scale and zero point, a column for each value."""
-    if op in ("compute_scale", "quantize_dynamic"):
-        M, K = _dynamic_every().shape
-        return M, K
-    rows = len(values.accepted_scales(format)) * (1 if symmetric else len(values.zero_points(format)))
-    if op == "dequantize":
-        return rows, len(_thinned(values.codes(format), 4000))
-    return rows, 3 * len(_thinned(values.midpoints(format, not symmetric), 2000)) + len(values.edges())
-
-
-def _thinned(array: Any, size: int) -> Any:
-    """Every n-th element, so that about ``size`` are left; all where there are few. The last one stays."""
-    step = -(-len(array) // size)
-    return array[::-1][::step][::-1]
 
 
 def _float(name: str) -> FloatFormat:

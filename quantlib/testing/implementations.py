@@ -1,4 +1,4 @@
-"""What can be swept: the reference, a backend on a device, and two oracles that share no code with this library."""
+"""Implementations to sweep: the reference, a backend on a device, and two oracles that share no code with quantlib."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Backend:
             return bits(self.run(case, x))
 
     def forced(self) -> contextlib.AbstractContextManager[None]:
-        """Only this backend inside; costs nothing where that is so already."""
+        """Force this backend inside the block; costs nothing if it is forced already."""
         already = backends.current() == self.backend
         return contextlib.nullcontext() if already else backends.use_backend(self.backend)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,9 @@ from quantlib.reference.numerics import effective_scale, encode_float
 from quantlib.reference.ops import reduce_blocks, spread
 from quantlib.testing import values
 from quantlib.testing.bytes import Array, bits, tensor
+from quantlib.testing.call import Block, OneCall
 from quantlib.testing.compare import Sum, prove
-from quantlib.testing.table import DTYPES, Block
+from quantlib.testing.table import DTYPES
 
 OPS = ("fake_quantize", "fake_quantize_backward")
 GRID: tuple[tuple[tuple[int, int], Block], ...] = (
@@ -35,45 +35,31 @@ GRID: tuple[tuple[tuple[int, int], Block], ...] = (
 
 
 @dataclass(frozen=True)
-class Learned:
+class Learned(OneCall):
     """One call of fake_quantize or of its gradient."""
 
-    op: str
-    format: str
-    dtype: str
-    shape: tuple[int, int]
-    block: Block
-    symmetric: bool = True
     lsq: bool = False
-    layout: str = "contiguous"  # or offset
 
     def __str__(self) -> str:
-        br, bk = ("all" if b == -1 else b for b in self.block)
-        words = [self.op, self.format, self.dtype, "x".join(map(str, self.shape)), f"block{br}x{bk}", self.layout]
-        return "-".join([*words, "symmetric" if self.symmetric else "affine", "lsq" if self.lsq else "rounded"])
-
-    @property
-    def resolved(self) -> Block:
-        br, bk = (n if b == -1 else min(b, n) for b, n in zip(self.block, self.shape, strict=True))
-        return br, bk
+        words = [self.op, self.format, self.dtype, "x".join(map(str, self.matrix)), self.block_words, self.layout]
+        return "-".join([*words, self.zero_points, "lsq" if self.lsq else "rounded"])
 
 
 @functools.lru_cache(64)
 def inputs(case: Learned) -> dict[str, Array]:
     """x at the midpoints between codes times its scale and beside them; then what is special. float32, all of it."""
-    rng, f = np.random.default_rng(zlib.crc32(str(case).encode())), formats.get(case.format)
-    grid = tuple(-(-n // b) for n, b in zip(case.shape, case.resolved, strict=True))
+    rng, f, grid, shape = case.random(), formats.get(case.format), case.grid, case.matrix
     scale = np.exp2(rng.uniform(-8, 8, grid)).astype(np.float32)
     z = None if case.symmetric else (rng.standard_normal(grid) * 40).astype(np.float32)
     backward = case.op.endswith("backward")
     with np.errstate(all="ignore"):
-        s = spread(effective_scale(scale, f), case.shape, case.resolved)
-        x = (rng.choice(values.midpoints(case.format, not case.symmetric), case.shape) * s).astype(np.float32)
-        x = np.where(rng.random(case.shape) < 0.3, np.nextafter(x, np.float32(np.inf)), x)
+        s = spread(effective_scale(scale, f), shape, case.resolved)
+        x = (rng.choice(values.midpoints(case.format, not case.symmetric), shape) * s).astype(np.float32)
+        x = np.where(rng.random(shape) < 0.3, np.nextafter(x, np.float32(np.inf)), x)
     special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 3e38], np.float32)
-    x = np.where(rng.random(case.shape) < (0.001 if backward else 0.1), rng.choice(special, case.shape), x)
+    x = np.where(rng.random(shape) < (0.001 if backward else 0.1), rng.choice(special, shape), x)
     given = {"x": _rounded(x.astype(np.float32), case.dtype), "scale": scale} | ({} if z is None else {"zero_point": z})
-    dy = rng.standard_normal(case.shape).astype(np.float32)
+    dy = rng.standard_normal(shape).astype(np.float32)
     return given | ({"dy": _rounded(dy, case.dtype)} if backward else {})
 
 
@@ -91,7 +77,7 @@ def _encoded(x: Array, dtype: str) -> Array:
 
 
 def expected(case: Learned) -> tuple[Array | Sum, ...]:
-    """What ``case`` gives: y, or dx and the sums of the scales and the zero points."""
+    """Return the results of ``case``: y, or dx and the sums of the scales and the zero points."""
     given, options = inputs(case), {"block": case.resolved}
     x, scale, z = given["x"], given["scale"], given.get("zero_point")
     if case.op == "fake_quantize":
@@ -142,7 +128,7 @@ def call(case: Learned, given: dict[str, torch.Tensor], out: Any = None) -> tupl
 
 
 def check(case: Learned, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`; the sums within their bound, and the same bytes in every run."""
+    """Check as :func:`quantlib.testing.check`; the sums within their bound, and the same bytes in every run."""
     given = tensors(case, device)
     names = ("dx", "dscale", "dzero_point") if case.op.endswith("backward") else ("y",)
     want = expected(case)
@@ -162,5 +148,5 @@ def _table() -> tuple[Learned, ...]:
             for k, (shape, block) in enumerate(GRID):
                 if dtype == "float32" or (k + n) % 3 == 0:
                     layout = "offset" if (k + n) % 4 == 3 else "contiguous"
-                    cases.append(Learned(op, f.name, dtype, shape, block, symmetric, (k + n) % 2 == 1, layout))
+                    cases.append(Learned(op, f.name, dtype, shape, block, layout, symmetric, (k + n) % 2 == 1))
     return tuple(cases)

@@ -1,4 +1,4 @@
-"""What the name of a format says, without the table of formats: an independent description of every row.
+"""The meaning of the name of a format, without the table of formats: an independent description of every row.
 
 The names are those of ml_dtypes, ``float<bits>_e<exponent bits>m<fraction bits>[b<bias>][f][n][uz]``. Without more a
 format is as IEEE 754 has it: the top exponent is infinity at a fraction of 0 and NaN otherwise, the bias is
@@ -65,7 +65,7 @@ class FloatName:
         magnitudes = self.values[: 1 << (self.bits - 1)]
         finite = magnitudes[np.isfinite(magnitudes)]  # in ascending order, code by code
         largest = len(finite) - 1
-        beyond = 2 * finite[-1] - finite[-2]  # what would be the next value
+        beyond = 2 * finite[-1] - finite[-2]  # the value that would be next
         ends = np.append(finite, beyond)
         halves = (ends[:-1] + ends[1:]) / 2
         a = np.abs(x.astype(np.float64))
@@ -79,7 +79,7 @@ class FloatName:
         is_nan = np.isnan(x)
         if self.nan == "negative zero":
             code = np.where(code == 1 << (self.bits - 1), 0, code)  # there is one zero
-        if self.finite and not saturate and self.nan != "none":  # what is too large becomes NaN with its sign
+        if self.finite and not saturate and self.nan != "none":  # a number that is too large becomes NaN with its sign
             too_large = below + (tie & (below % 2 == 1)) > largest
             code = np.where(too_large, self.nan_code | np.where(negative, 1 << (self.bits - 1), 0), code)
         return np.where(is_nan, self.nan_code, code)
@@ -91,7 +91,7 @@ class FloatName:
 
 
 def float_name(name: str) -> FloatName:
-    """What the name of a float format says.
+    """Parse the name of a float format.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def _halves(named: FloatName) -> Array:
 
 
 def _check_place(f: Format) -> None:
-    """Where several codes share a byte, the first is in its lowest bits."""
+    """Check that the first of several codes in a byte is in its lowest bits."""
     if not f.packed:
         return
     lowest, highest = f.code_range

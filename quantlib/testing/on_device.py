@@ -1,4 +1,4 @@
-"""All inputs of a case on a device: two backends there, and nothing comes to the host but what differs."""
+"""Sweep all inputs of a case over two backends on a device; only differences are copied to the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST, WORKSPACE = 1 << 27, 256  # inputs at a time; bytes of memory that pure to
 def sweep_on_device(
     case: Case, candidate: Backend, authority: Backend, tick: Callable[[int], object] = lambda inputs: None
 ) -> Result:
-    """What :func:`quantlib.testing.sweep.sweep` finds for all inputs, of two backends on one device."""
+    """Run :func:`quantlib.testing.sweep.sweep` over all inputs, with two backends on one device."""
     started, mismatches, first = time.perf_counter(), 0, None
     batch = min(case.inputs, batch_of(candidate.device))
     for start in range(0, case.inputs, batch):
@@ -62,7 +62,7 @@ def integers(y: torch.Tensor) -> torch.Tensor:
 def differing(
     case: Case, start: int, batch: int, expected: torch.Tensor, got: torch.Tensor
 ) -> tuple[int, Mismatch | None]:
-    """How many results of a batch differ, and the first; only the part from the first on comes to the host."""
+    """Count the differing results of a batch, and return the first; only the part from it on is copied to the host."""
     at, of, results = int((expected != got).to(torch.uint8).argmax()), batch, got.numel()
     first, last = at * of // results, min(at * of // results + (1 << 20), of)  # codes, of which a byte may hold two
     codes = np.arange(start + first, start + last, dtype=np.uint64).astype(f"uint{case.inputs.bit_length() - 1}")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,15 @@ from quantlib.formats import FloatFormat, IntFormat
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing.bytes import Array, bits, tensor
+from quantlib.testing.call import Block, OneCall
 from quantlib.testing.compare import prove
-from quantlib.testing.table import DTYPES, Block
+from quantlib.testing.table import DTYPES
 
-OPS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul", "dynamic_matmul")
+SINGLE = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul", "dynamic_matmul")
+GROUPED = ("grouped_dequant_matmul", "grouped_dequant_matmul_backward", "grouped_dynamic_matmul")
+OPS = (*SINGLE, *GROUPED)
+INTEGERS = ("scaled_matmul", "dynamic_matmul", "grouped_dynamic_matmul")  # whose weights are integers
+EXPERTS = 5  # of a grouped product; one of them has no rows
 WEIGHTS = tuple(
     (f.name, symmetric) for f in formats.TABLE for symmetric in (True, False) if symmetric or not f.is_float
 )
@@ -36,18 +40,11 @@ LARGE = ((1, 96, 4096), (4, 64, 2048), (600, 130, 256))
 
 
 @dataclass(frozen=True)
-class Product:
-    """One call of one matmul."""
+class Product(OneCall):
+    """One call of one matmul, of x [M, K] and a weight [N, K]; the format and the block are the weight's."""
 
-    op: str
-    format: str  # of the weight
-    shape: tuple[int, int, int]  # M, N, K
-    block: Block = (1, -1)
-    dtype: str = "bfloat16"  # of x and y; for scaled_matmul of y
-    symmetric: bool = True
     bias: bool = False
     activation: str | None = None
-    layout: str = "contiguous"  # or offset: x begins at no address that a vector load likes
     tiled: bool = False
     batch_invariant: bool = False
     x_format: str = "int8"  # of scaled_matmul
@@ -55,35 +52,50 @@ class Product:
     per_row: bool = True  # x_scale
 
     def __str__(self) -> str:
-        (M, N, K), (br, bk) = self.shape, ("all" if b == -1 else b for b in self.block)
-        words = [self.op, self.format, "symmetric" if self.symmetric else "affine", self.dtype, f"{M}x{N}x{K}"]
-        words += [f"block{br}x{bk}", self.layout, str(self.activation)] + ["bias"] * self.bias
+        words = [self.op, self.format, self.zero_points, self.dtype, "x".join(map(str, self.sizes))]
+        words += [self.block_words, self.layout, str(self.activation)] + ["bias"] * self.bias
         words += ["tiled"] * self.tiled + ["invariant"] * self.batch_invariant
         if self.op == "scaled_matmul":
             words += [self.x_format, "" if self.x_symmetric else "affine", "rows" if self.per_row else "one"]
         return "-".join(filter(None, words))
 
     @property
-    def resolved(self) -> Block:
-        _, N, K = self.shape
-        br, bk = (n if b == -1 else min(b, n) for b, n in zip(self.block, (N, K), strict=True))
-        return br, bk
+    def sizes(self) -> tuple[int, int, int]:
+        """M, N, K."""
+        assert self.shape is not None
+        M, N, K = self.shape
+        return M, N, K
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return self.sizes[1:]
+
+    @property
+    def grouped(self) -> bool:
+        return self.op in GROUPED
 
 
 @functools.lru_cache(64)
 def inputs(case: Product) -> dict[str, Array]:
     """The arrays of ``case``, x as float32: what it is called with and what the reference is."""
-    (M, N, K), rng = case.shape, np.random.default_rng(zlib.crc32(str(case).encode()))
-    given = _weight(case, rng) if case.op.startswith("dequant") else _codes(case, rng)
+    (M, N, K), rng = case.sizes, case.random()
+    make = _codes if case.op in INTEGERS else _weight
+    if case.grouped:
+        experts = [make(case, rng) for _ in range(EXPERTS)]
+        given = {name: np.stack([one[name] for one in experts]) for name in experts[0]}
+        ends = np.sort(rng.integers(0, M + 1, EXPERTS - 1))
+        given["offsets"] = np.insert(ends, 2, ends[1]).astype(np.int32)
+    else:
+        given = make(case, rng)
     if case.bias:
-        given["bias"] = rng.integers(-4, 5, N).astype(np.float32)
+        given["bias"] = rng.integers(-4, 5, (EXPERTS, N) if case.grouped else N).astype(np.float32)
     if case.op == "scaled_matmul":
         given["x_codes"] = rng.integers(0, 256, (M, K), np.uint8).view(case.x_format)
         given["x_scale"] = rng.uniform(0.01, 2, (M if case.per_row else 1, 1)).astype(np.float32)
         if not case.x_symmetric:
             low, high = _int(case.x_format).range(affine=True)
             given["x_zero_point"] = rng.integers(low, high + 1, given["x_scale"].shape, np.int32)
-    elif case.op == "dynamic_matmul":
+    elif case.op in INTEGERS:
         x = rng.standard_normal((M, K)) * np.exp2(rng.integers(-20, 20, (M, 1)))
         given["x"] = _rounded(x.astype(np.float32), case.dtype)
     else:
@@ -94,8 +106,7 @@ def inputs(case: Product) -> dict[str, Array]:
 
 def _weight(case: Product, rng: np.random.Generator) -> dict[str, Array]:
     """Codes of small integers times a power of two."""
-    (_, N, K), (br, bk) = case.shape, case.resolved
-    grid = -(-N // br), -(-K // bk)
+    (N, K), (br, bk), grid = case.matrix, case.resolved, case.grid
     scale = np.exp2(rng.integers(-3, 4, grid)).astype(np.float32)
     f = formats.get(case.format)
     z = None if case.symmetric else rng.integers(0, min(4, f.code_range[1] + 1), grid, np.int32)
@@ -107,8 +118,7 @@ def _weight(case: Product, rng: np.random.Generator) -> dict[str, Array]:
 
 def _codes(case: Product, rng: np.random.Generator) -> dict[str, Array]:
     """Any codes, and anything in the nibble past an odd row's end."""
-    (_, N, K), (br, bk), f = case.shape, case.resolved, _int(case.format)
-    grid = -(-N // br), -(-K // bk)
+    (N, K), grid, f = case.matrix, case.grid, _int(case.format)
     codes = rng.integers(0, 256, (N, f.columns(K)), np.uint8).view(f.storage)
     given: dict[str, Array] = {"codes": codes, "scale": rng.uniform(0.5, 2, grid).astype(np.float32)}
     low, high = f.range(affine=True)
@@ -129,10 +139,17 @@ def _int(name: str) -> IntFormat:
 
 @functools.lru_cache(64)
 def expected(case: Product) -> Array:
-    """What ``case`` gives, bit for bit, by :mod:`quantlib.reference`."""
-    given: dict[str, Any] = {**inputs(case), "block": case.resolved, "format": case.format, "dtype": case.dtype}
-    if case.op == "dequant_matmul_backward":
-        return reference.dequant_matmul_backward(given.pop("x"), size=case.shape[2], **given)
+    """Return the result of ``case``, bit for bit."""
+    return meaning(case, inputs(case))
+
+
+def meaning(case: Product, arrays: Mapping[str, Array]) -> Array:
+    """Return the result of ``case`` for these arrays in place of :func:`inputs`, by :mod:`quantlib.reference`."""
+    given: dict[str, Any] = {**arrays, "block": case.resolved, "format": case.format, "dtype": case.dtype}
+    if case.op.endswith("backward"):
+        backward: Any = getattr(reference, case.op)
+        dx: Array = backward(given.pop("x"), size=case.sizes[2], **given)
+        return dx
     function: Any = getattr(reference, case.op)
     result: Array = function(activation=case.activation, **given)
     return result
@@ -149,7 +166,7 @@ def tensors(case: Product, device: str = "cpu") -> dict[str, torch.Tensor]:
         else:
             given[name] = torch.from_numpy(array.copy()).to(device)
     if case.tiled:
-        size = case.shape[2] if formats.get(case.format).packed else None
+        size = case.sizes[2] if formats.get(case.format).packed else None
         given["codes"] = ops.tile(given["codes"], case.format, size=size)
     if case.layout == "offset":
         name = "x_codes" if case.op == "scaled_matmul" else "x"
@@ -160,18 +177,20 @@ def tensors(case: Product, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
     """Run ``case``, into ``out`` where there is one."""
-    if case.op == "dequant_matmul_backward":
-        packet = torch.ops.quantlib.dequant_matmul_backward
-        z = given.get("zero_point")
-        args = (given["x"], given["codes"], given["scale"], case.format, case.resolved, z, case.shape[2])
+    if case.op.endswith("backward"):
+        packet = getattr(torch.ops.quantlib, case.op)
+        last = (given.get("zero_point"), case.sizes[2])
+        if case.grouped:
+            last = (given["offsets"], *last)  # type: ignore[assignment]
+        args = (given["x"], given["codes"], given["scale"], case.format, case.resolved, *last)
         if out is not None:
             packet.out(*args, out=out)
         return packet(*args) if out is None else out
     more: dict[str, Any] = {"format": case.format, "block": case.block, "activation": case.activation, "out": out}
-    if case.op == "dequant_matmul":
+    if case.op.endswith("dequant_matmul"):
         more |= {"batch_invariant": case.batch_invariant}
         if case.tiled:
-            more |= {"layout": "tiles", "rows": case.shape[1]}
+            more |= {"layout": "tiles", "rows": case.sizes[1]}
     elif case.op == "scaled_matmul":
         more |= {"dtype": getattr(torch, case.dtype)}
     function: Any = getattr(ops, case.op)
@@ -180,7 +199,7 @@ def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None
 
 
 def check(case: Product, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
+    """Check as :func:`quantlib.testing.check`: the bytes of the reference, twice, and no others written."""
     given = tensors(case, device)
 
     def run(out: Any) -> tuple[torch.Tensor, ...]:
@@ -208,23 +227,22 @@ def _cases(op: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Produc
     n = 0
     for (format, symmetric), dtype, block in itertools.product(WEIGHTS, DTYPES, BLOCKS):
         f = formats.get(format)
-        if f.is_float and op in ("scaled_matmul", "dynamic_matmul"):
+        if f.is_float and op in INTEGERS:
             continue
         turns = (n, n + 3, n + 5, n + 8) if len(shapes) > len(SHAPES) else (n, n + 3)
         for turn in turns:
             shape, layout = shapes[turn % len(shapes)], "offset" if turn % 5 == 4 else "contiguous"
-            if op == "dequant_matmul_backward":
-                yield Product(op, format, shape, block, dtype, symmetric, layout=layout)
+            if op.endswith("backward"):
+                yield Product(op, format, dtype, shape, block, layout, symmetric)
                 continue
             bias, activation = next(epilogues)
-            case = Product(op, format, shape, block, dtype, symmetric, bias, activation, layout)
-            if op == "dequant_matmul":
-                tiled, invariant = f.bits <= 8 and turn % 2 == 1, turn % 7 == 3
-                yield Product(**vars(case) | {"tiled": tiled, "batch_invariant": invariant})
+            case = Product(op, format, dtype, shape, block, layout, symmetric, bias, activation)
+            if op.endswith("dequant_matmul"):
+                tiled, invariant = op == "dequant_matmul" and f.bits <= 8 and turn % 2 == 1, turn % 7 == 3
+                yield replace(case, tiled=tiled, batch_invariant=invariant)
             elif op == "scaled_matmul":
                 x_format, x_symmetric, per_row = next(sides)
-                side = {"x_format": x_format, "x_symmetric": x_symmetric, "per_row": per_row}
-                yield Product(**vars(case) | side)
+                yield replace(case, x_format=x_format, x_symmetric=x_symmetric, per_row=per_row)
             else:
                 yield case
         n += 1

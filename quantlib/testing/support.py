@@ -1,4 +1,4 @@
-"""Who serves what: every overload of ops.def x format, run on every backend that is there.
+"""The support table: every overload of ops.def x format, run on every backend that is there.
 
 ``python -m quantlib.testing.support FILE`` writes the table to FILE, and keeps from it what only another machine can
 tell. A kernel that silently stops being reached shows as a ``-`` where a name was.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from quantlib import backends, formats, ops  # noqa: F401 (the ops have to be there)
+from quantlib.ops.adamw_step import states_of
 from quantlib.testing.bytes import poisoned
 
 COLUMNS = tuple(reversed(backends.BACKENDS))
@@ -44,7 +45,7 @@ def device_of(backend: str) -> str:
 
 
 def refusal(backend: str) -> str | None:
-    """Why nothing can be said of ``backend`` on this machine."""
+    """Return why ``backend`` cannot be tested on this machine, or None."""
     return _refusal(backend, device_of(backend))
 
 
@@ -61,7 +62,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def serves(backend: str, row: Row) -> bool:
-    """Whether ``backend``, forced, runs the call; one it refuses it must refuse with NotImplementedError."""
+    """True if ``backend``, forced, runs the call; it must refuse others with NotImplementedError."""
     with backends.use_backend(backend):
         try:
             _call(row, device_of(backend))
@@ -143,6 +144,15 @@ def _call(row: Row, device: str) -> None:
 
 
 def _argument(argument: Any, row: Row, device: str) -> Any:
+    value = _of_one(argument, row, device)
+    if not row.overload.startswith("grouped"):
+        return value
+    if argument.name == "offsets":
+        return torch.tensor([SHAPE[0]], dtype=torch.int32, device=device)
+    return value[None] if argument.name in ("codes", "scale", "zero_point") and value is not None else value
+
+
+def _of_one(argument: Any, row: Row, device: str) -> Any:
     f, (M, K) = formats.get(row.format), SHAPE
     blocks = M // BLOCK[0], K // BLOCK[1]
     if argument.name == "zero_point":
@@ -156,8 +166,18 @@ def _argument(argument: Any, row: Row, device: str) -> Any:
     given: dict[str, Any] = {"x": torch.ones(SHAPE, device=device), "scale": torch.ones(blocks, device=device)}
     given |= {"x_codes": given["x"].to(torch.int8), "x_scale": torch.ones(M, 1, device=device)}
     given |= {"dy": given["x"][:, :M] if "matmul" in row.overload else given["x"]}
-    given |= {"format": row.format, "block": list(BLOCK), "saturate": True}
+    given |= {"format": row.format, "block": list(BLOCK), "saturate": True, "method": "mse", "kept": "float32"}
+    if row.overload.startswith("adamw_step"):  # whose formats are those of its states
+        given |= _step(row, device)
     return given.get(argument.name, argument.default_value)
+
+
+def _step(row: Row, device: str) -> dict[str, Any]:
+    block = {"float32": 0, "int8": 32}.get(row.format, -1)
+    shapes = states_of(*SHAPE, max(block, 0))
+    states = {name: torch.ones(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+    x = torch.ones(SHAPE, device=device)
+    return {"parameter": x, "gradient": x, **states, "constants": x[0, :9].contiguous(), "block": block}
 
 
 if __name__ == "__main__":

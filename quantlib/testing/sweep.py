@@ -1,4 +1,4 @@
-"""All inputs of every unary op, one implementation against another: what ``quantlib verify`` proves (contract C12).
+"""Sweep all inputs of every unary op, one implementation against another: ``quantlib verify`` (contract C12).
 
 A `Case` is an op with everything but x fixed, so that its inputs are the codes of one format: 2^32 of float32, 65,536
 of a 16-bit float. An `Implementation` gives the result of a case for a batch of those codes, as unsigned integers;
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def inputs(self) -> int:
-        """How many inputs there are; codes of fewer than eight bits come as bytes, every one."""
+        """The number of inputs; codes of fewer than eight bits come as bytes, every one."""
         return 1 << max(formats.get(self.source).bits, 8)
 
     @property
@@ -76,7 +76,7 @@ class Suite:
 
 
 def suites() -> Iterator[Suite]:
-    """Everything there is to prove."""
+    """Return every suite of the contract."""
     for name in FLOATS[1:]:
         for saturate in (False, True):
             yield Suite(f"cast {name}, saturate={saturate}", (Case("cast", "float32", name, saturate),))
@@ -182,11 +182,11 @@ class Implementation(Protocol):
 
     @property
     def missing(self) -> str | None:
-        """Why it is not here, or None."""
+        """The reason why it cannot be used here, or None."""
         ...
 
     def refuses(self, case: Case) -> str | None:
-        """Why it cannot, or None."""
+        """Return why it cannot run ``case``, or None."""
         ...
 
     def __call__(self, case: Case, codes: Array) -> Array:
@@ -211,7 +211,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Result:
-    """What a sweep found."""
+    """The result of a sweep."""
 
     inputs: int
     mismatches: int
@@ -233,7 +233,7 @@ def sweep(
     ----------
     case : Case
     candidate, authority : Implementation
-        What is to be proved, and what it should equal.
+        The implementation to check, and the one that it should equal.
     share : Fraction, optional
         The part of 2^32 inputs that is looked at, see `Inputs`; 0 is only those at which the case decides.
     jobs : int, optional
@@ -262,7 +262,7 @@ def sweep(
 
 
 def compare_codes(case: Case, codes: Array, expected: Array, got: Array) -> tuple[int, Mismatch | None]:
-    """How many results differ, and the first; packed results are looked at one by one."""
+    """Count the results that differ, and return the first; packed results are compared one by one."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         sides = (f"{a.dtype} {list(a.shape)}" for a in (expected, got))
         raise RuntimeError("{}: result must be {}, got {}".format(case, *sides))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from quantlib import formats
-
-Block = tuple[int, int]
+from quantlib.testing import values
+from quantlib.testing.call import Block, OneCall
 
 OPS = ("cast", "compute_scale", "quantize", "dequantize", "quantize_dynamic")
 DTYPES = ("float32", "float16", "bfloat16")  # of x, and of what dequantize returns
@@ -45,17 +44,24 @@ GRID: tuple[tuple[tuple[int, ...], Block, str], ...] = (
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(OneCall):
     """One call of one op. Without a shape its inputs are all that :mod:`quantlib.testing.values` has for the format."""
 
-    op: str
-    format: str
-    dtype: str  # of x; for dequantize of the result
-    shape: tuple[int, ...] | None = None
-    block: Block = (1, -1)
-    layout: str = "contiguous"
-    symmetric: bool = True
     saturate: bool | None = None  # cast only
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[M, K]; in a case without a shape, a row for each scale and zero point, a column for each value."""
+        if self.shape is not None:
+            return super().matrix
+        if self.op in ("compute_scale", "quantize_dynamic"):
+            rows, columns = values.ranges().shape
+            return rows, columns
+        affine = not self.symmetric
+        rows = len(values.accepted_scales(self.format)) * (len(values.zero_points(self.format)) if affine else 1)
+        if self.op == "dequantize":
+            return rows, len(values.few_codes(self.format))
+        return rows, 3 * len(values.few_midpoints(self.format, affine)) + len(values.edges())
 
     def __str__(self) -> str:
         words = [self.op, self.format, self.dtype]
@@ -66,13 +72,8 @@ class Case:
         if self.op == "cast":
             words.append({None: "default", True: "saturate", False: "overflow"}[self.saturate])
         else:
-            br, bk = ("all" if b == -1 else b for b in self.block)
-            words += [f"block{br}x{bk}", "symmetric" if self.symmetric else "affine"]
+            words += [self.block_words, self.zero_points]
         return "-".join(words)
-
-    @property
-    def seed(self) -> int:
-        return zlib.crc32(str(self).encode())
 
 
 def cases(op: str | None = None, format: str | None = None) -> tuple[Case, ...]:

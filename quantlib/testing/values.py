@@ -71,7 +71,7 @@ def scales(format: str) -> Array:
 
 
 def accepted_scales(format: str) -> Array:
-    """Those of `scales` that the ops do not refuse on the CPU: none is negative."""
+    """Return the `scales` that the ops do not refuse on the CPU: none is negative."""
     every = scales(format)
     return every[~(every < 0)]
 
@@ -106,3 +106,26 @@ def _range(f: Format) -> tuple[int, int]:
 def _readonly(values: Array) -> Array:
     values.setflags(write=False)
     return values
+
+
+@functools.cache
+def ranges() -> Array:
+    """[M, 3] whose rows have every kind of range."""
+    every = edges()[::7]
+    with np.errstate(all="ignore"):
+        return np.stack([every, np.roll(every, 1) * np.float32(2**-9), every * np.float32(0.4)], -1)
+
+
+def few_midpoints(format: str, affine: bool = False) -> Array:
+    """About 2000 of :func:`midpoints`, the last one too."""
+    return _thinned(midpoints(format, affine), 2000)
+
+
+def few_codes(format: str) -> Array:
+    """About 4000 of :func:`codes`, the last one too."""
+    return _thinned(codes(format), 4000)
+
+
+def _thinned(array: Array, size: int) -> Array:
+    step = -(-len(array) // size)
+    return array[::-1][::step][::-1]

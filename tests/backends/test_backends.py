@@ -170,3 +170,46 @@ def test_blocks_may_be_left_in_any_order_and_by_any_thread() -> None:
     thread.join()
     assert backends.current() == before
     quantlib.cast(x(), "float16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "serves", "why"),
+    [
+        ((7, 5), "composite", "is compiled for sm_80, sm_90, compute_90, got compute capability 7.5"),
+        ((8, 6), "cuda", None),
+        ((12, 0), "cuda", None),
+    ],
+)
+def test_a_gpu_that_no_kernel_was_compiled_for_gets_pure_torch(
+    capability: tuple[int, int], serves: str, why: str | None, tmp_path: Path
+) -> None:
+    """A torch that says it has such a GPU, and a CUDA library that registers kernels which cannot start."""
+    code = f"""if True:
+        import sys; sys.argv[0] = "quantlib"  # `import quantlib` alone then loads no kernels
+        import pathlib, torch
+        from quantlib import _build
+        torch.version.cuda, torch.cuda.is_available = "13.0", lambda: True
+        torch.cuda.get_device_capability = lambda device: {capability}
+        file = pathlib.Path("{tmp_path}/_C_cuda.so")
+        file.write_bytes(b"ELF" + _build.TARGETS.encode() + b"sm_80 sm_90 compute_90" + bytes(3))
+        library, load = _build.library, torch.ops.load_library
+        _build.library = lambda name, build=True: file if name == "cuda" else library(name, build)
+        kernels = torch.library.Library("quantlib", "IMPL")
+        def no_image(*args): raise RuntimeError("no kernel image")
+        def load_library(path):
+            from quantlib.backends import SCHEMAS
+            for overload in SCHEMAS if path == str(file) else (): kernels.impl(overload, no_image, "CUDA")
+            if path != str(file): load(path)
+        torch.ops.load_library = load_library
+        from quantlib import backends, ops
+        from quantlib.cli.info import server
+        print(backends.serving("cuda"), *{{server(op, "cuda") for op in ops.__dict__ if op in backends.OPS}})
+        print(backends.refuses("cuda", "cuda"))
+        cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        print(torch.library.get_kernel("quantlib::cast", "CUDA").call_boxed(cuda, torch.ones(3), "float16", False))
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # so that Triton serves no GPU
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)
+    assert done.stdout.splitlines()[:2] == [f"{serves} {serves}", str(why)], done.stderr
+    assert ("no kernel image" in done.stderr) == (serves == "cuda")
+    assert ("dtype=torch.float16" in done.stdout) == (serves == "composite")

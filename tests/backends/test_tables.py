@@ -27,7 +27,7 @@ def test_every_kernel_is_launched(op: str) -> None:
     """With every format, dtype and kind of zero point that the op has, tiles and both masks too."""
     table = every.launches(op)
     found = {(case.format, case.symmetric, case.dtype) for case in table}
-    integers = op in ("scaled_matmul", "dynamic_matmul")
+    integers = op in product.INTEGERS
     assert found == {(f, s, d) for f, s in KINDS for d in DTYPES if not (integers and formats.get(f).is_float)}
     if op == "dequant_matmul":
         tiled = {case.format for case in table if isinstance(case, Product) and case.tiled}

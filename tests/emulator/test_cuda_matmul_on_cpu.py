@@ -30,6 +30,7 @@ from quantlib.reference import numerics
 from quantlib.reference.matmul import bound
 from quantlib.testing import assert_same_bytes, bits, tensor, values
 from quantlib.testing.bytes import Array
+from quantlib.testing.product import Product
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no {COMPILER[0]}")
 
@@ -40,37 +41,23 @@ ACTIVATIONS = (None, "gelu", "relu", "silu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Product):
     """One product. ``exact`` operands are small integers times powers of two, others every code there is."""
 
-    op: str
-    format: str
-    shape: tuple[int, int, int]  # M, N, K
-    block: tuple[int, int] = (1, -1)
-    dtype: str = "bfloat16"  # of x and y, or of y where x is codes
-    affine: bool = False
     exact: bool = True
-    tiled: bool = False
     shift: int = 0  # elements past an aligned address
-    seed: int = 0
-    activation: str | None = None
+    turn: int = 0  # another order of threads, other operands
     huge: bool = False  # sums of x times codes are infinite, those of x times the weight are not
-    x_format: str = "int8"  # of scaled_matmul
-
-    @property
-    def resolved(self) -> tuple[int, int]:
-        br, bk = (max(n, 1) if b == -1 else min(b, max(n, 1)) for n, b in zip(self.shape[1:], self.block, strict=True))
-        return br, bk
 
     def random(self) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *self.shape])
+        return np.random.default_rng([self.turn, *self.sizes])
 
     def weight(self) -> tuple[Array, Array, Array | None]:
         """codes [N, K] or [N, ceil(K / 2)], scale, zero_point"""
-        (_, N, K), (br, bk), f, random = self.shape, self.resolved, formats.get(self.format), self.random()
-        blocks = (-(-N // br), -(-K // bk))
+        (N, K), (br, bk), blocks = self.matrix, self.resolved, self.grid
+        f, random = formats.get(self.format), self.random()
         z = None
-        if self.affine:
+        if not self.symmetric:
             assert isinstance(f, IntFormat)
             z = random.integers(*f.range(affine=True), blocks, np.int32, endpoint=True)
         if not self.exact:
@@ -102,19 +89,19 @@ def given(values: Array | None, shift: int = 0) -> Buffer | None:
 
 def expected(case: Case) -> tuple[Call, Array, Array]:
     """The call, what it gives, and how far a sum may be off."""
-    (M, N, K), (codes, scale, z), f = case.shape, case.weight(), formats.get(case.format)
+    (M, N, K), (codes, scale, z), f = case.sizes, case.weight(), formats.get(case.format)
     options = {"block": case.resolved, "zero_point": z}
     w = reference.dequantize(codes, scale, case.format, **options, size=K).view(np.float32)
     bias = case.random().integers(-4, 4, N).astype(np.float32)
     shared = (given(codes), given(scale), given(z))
     grid = (N, K, *case.resolved)
-    kept = {"seed": case.seed, "grid": grid, "result": case.dtype, "activation": case.activation, "M": M}
+    kept = {"seed": case.turn, "grid": grid, "result": case.dtype, "activation": case.activation, "M": M}
     if case.op == "scaled_matmul":
         x = case.random().integers(0, 256, (M, K), np.uint8).view(case.x_format)
-        per_row = case.seed % 2 == 0
+        per_row = case.turn % 2 == 0
         x_scale = case.random().uniform(0.01, 2, (M if per_row else 1, 1)).astype(np.float32)
         x_range = formats.get(case.x_format).range(affine=True)
-        x_z = case.random().integers(*x_range, x_scale.shape, np.int32, endpoint=True) if case.affine else None
+        x_z = case.random().integers(*x_range, x_scale.shape, np.int32, endpoint=True) if not case.symmetric else None
         y = reference.scaled_matmul(
             x, x_scale, codes, scale, case.format, **options, x_zero_point=x_z, bias=bias, activation=case.activation,
             dtype=case.dtype,
@@ -186,8 +173,9 @@ MANY = (((130, 37, 72), (1, -1)), ((129, 66, 160), (3, 36)), ((131, 40, 256), (-
 @pytest.mark.parametrize("format", EIGHT)
 def test_matrix_instructions_give_the_bytes_of_exact_sums(emulator: Emulator, format: str, tiled: bool) -> None:
     check(emulator, [
-        Case("dequant_matmul", format, shape, block, dtype, affine, True, tiled, 0, seed, ACTIVATIONS[seed % 5])
-        for seed, (dtype, (shape, block), affine) in
+        Case("dequant_matmul", format, dtype, shape, block, symmetric=not affine, tiled=tiled, turn=turn,
+             activation=ACTIVATIONS[turn % 5])
+        for turn, (dtype, (shape, block), affine) in
         enumerate(itertools.product(("bfloat16", "float16"), SMALL, affines(format)))
     ])  # fmt: skip
 
@@ -198,8 +186,8 @@ def test_matrix_instructions_with_every_code_stay_within_the_bound(
     emulator: Emulator, format: str, tiled: bool
 ) -> None:
     check(emulator, [
-        Case("dequant_matmul", format, shape, block, dtype, affine, False, tiled, 0, seed)
-        for seed, (dtype, (shape, block), affine) in
+        Case("dequant_matmul", format, dtype, shape, block, symmetric=not affine, tiled=tiled, exact=False, turn=turn)
+        for turn, (dtype, (shape, block), affine) in
         enumerate(itertools.product(("bfloat16", "float16"), SMALL[2:4], affines(format)))
     ])  # fmt: skip
 
@@ -207,8 +195,9 @@ def test_matrix_instructions_with_every_code_stay_within_the_bound(
 @pytest.mark.parametrize("format", EIGHT)
 def test_a_sum_is_infinite_only_where_y_is(emulator: Emulator, format: str) -> None:
     check(emulator, [
-        Case("dequant_matmul", format, shape, block, "bfloat16", affine, True, tiled, 0, seed, huge=True)
-        for seed, ((shape, block), affine, tiled) in
+        Case("dequant_matmul", format, "bfloat16", shape, block, symmetric=not affine, tiled=tiled, turn=turn,
+             huge=True)
+        for turn, ((shape, block), affine, tiled) in
         enumerate(itertools.product((SMALL[0], SMALL[3], MANY[0]), affines(format), (False, True)))
     ])  # fmt: skip
 
@@ -242,8 +231,9 @@ def test_every_code_becomes_its_value(emulator: Emulator, format: str, dtype: st
 def test_ordinary_instructions_serve_everything_else(emulator: Emulator, format: str) -> None:
     shapes = (((5, 9, 37), (1, -1)), ((65, 70, 21), (3, 7)), ((2, 5, 128), (1, 32)), ((3, 4, 0), (1, -1)))
     cases = [
-        Case("dequant_matmul", format, shape, block, dtype, affine, exact, False, seed % 3, seed)
-        for seed, ((shape, block), (dtype, exact), affine) in enumerate(itertools.product(
+        Case("dequant_matmul", format, dtype, shape, block, symmetric=not affine, exact=exact, shift=turn % 3,
+             turn=turn)
+        for turn, ((shape, block), (dtype, exact), affine) in enumerate(itertools.product(
             shapes, (("float32", False), ("bfloat16", True)), affines(format)
         ))
     ]  # fmt: skip
@@ -255,8 +245,9 @@ def test_ordinary_instructions_serve_everything_else(emulator: Emulator, format:
 def test_slabs_of_a_weight(emulator: Emulator, format: str) -> None:
     tiles = (False, True) if format in EIGHT else (False,)
     check(emulator, [
-        Case("dequant_matmul", format, shape, block, dtype, affine, True, tiled, seed % 2, seed, ACTIVATIONS[seed % 5])
-        for seed, (((shape, block), dtype), affine, tiled) in enumerate(itertools.product(
+        Case("dequant_matmul", format, dtype, shape, block, symmetric=not affine, tiled=tiled, shift=turn % 2,
+             turn=turn, activation=ACTIVATIONS[turn % 5])
+        for turn, (((shape, block), dtype), affine, tiled) in enumerate(itertools.product(
             zip(MANY, ("bfloat16", "bfloat16", "bfloat16", "float16"), strict=True), affines(format), tiles
         ))
     ])  # fmt: skip
@@ -265,20 +256,20 @@ def test_slabs_of_a_weight(emulator: Emulator, format: str) -> None:
 def test_every_kernel_runs(emulator: Emulator) -> None:
     """Every instance of every template, in three orders of threads, and its bytes."""
     tensor_core = [
-        Case("dequant_matmul", format, (M, 20, 128), dtype=dtype, tiled=tiled)
+        Case("dequant_matmul", format, dtype, (M, 20, 128), tiled=tiled)
         for format, dtype, tiled, M in itertools.product(EIGHT, ("bfloat16", "float16"), (False, True), (3, 129))
     ]  # fmt: skip
     scaled = [
-        Case("scaled_matmul", format, (M, 20, 64), affine=affine, exact=False)
+        Case("scaled_matmul", format, shape=(M, 20, 64), symmetric=not affine, exact=False)
         for format, M, affine in itertools.product(("int8", "int4"), (3, 65), (False, True))
     ]
     others = [
-        Case("dequant_matmul", "bfloat16", (129, 20, 64), (1, 4)),
-        Case("dequant_matmul", "int8", (3, 20, 37)),
-        Case("dequant_matmul_backward", "int8", (3, 20, 37)),
+        Case("dequant_matmul", "bfloat16", shape=(129, 20, 64), block=(1, 4)),
+        Case("dequant_matmul", "int8", shape=(3, 20, 37)),
+        Case("dequant_matmul_backward", "int8", shape=(3, 20, 37)),
     ]
     launched: set[str] = set()
-    check(emulator, [replace(c, seed=n) for c in (*tensor_core, *scaled, *others) for n in range(3)], launched)
+    check(emulator, [replace(c, turn=n) for c in (*tensor_core, *scaled, *others) for n in range(3)], launched)
     assert launched == set(emulator.kernels().values())
 
 
@@ -286,11 +277,12 @@ def test_every_kernel_runs(emulator: Emulator) -> None:
 def test_backward(emulator: Emulator, format: str) -> None:
     shapes = (((5, 9, 37), (1, -1)), ((66, 70, 65), (3, 7)), ((2, 33, 128), (-1, 32)))
     check(emulator, [
-        Case("dequant_matmul_backward", format, shape, block, dtype, affine, True, False, 0, seed)
-        for seed, ((shape, block), dtype, affine) in
+        Case("dequant_matmul_backward", format, dtype, shape, block, symmetric=not affine, turn=turn)
+        for turn, ((shape, block), dtype, affine) in
         enumerate(itertools.product(shapes, ("float32", "float16"), affines(format)))
     ] + [
-        Case("dequant_matmul_backward", format, shape, block, affine=affine)  # two slabs, of which one may be empty
+        Case("dequant_matmul_backward", format, shape=shape, block=block, symmetric=not affine)
+        # two slabs, of which one may be empty
         for shape, block in (((130, 21, 264), (1, -1)), ((129, 16, 40), (3, 8))) for affine in affines(format)
         if format != "float16"
     ])  # fmt: skip
@@ -313,15 +305,15 @@ def test_scaled_matmul_is_exact(emulator: Emulator, format: str, affine: bool) -
     )
     dtypes = itertools.cycle(("float32", "bfloat16", "float16"))
     check(emulator, [
-        Case("scaled_matmul", format, shape, block, next(dtypes), affine, False, False, seed % 3, seed,
-             ACTIVATIONS[seed % 5], x_format)
-        for seed, ((shape, block), x_format) in enumerate(itertools.product(shapes, ("int8", "uint8")))
+        Case("scaled_matmul", format, next(dtypes), shape, block, symmetric=not affine, exact=False, shift=turn % 3,
+             turn=turn, activation=ACTIVATIONS[turn % 5], x_format=x_format)
+        for turn, ((shape, block), x_format) in enumerate(itertools.product(shapes, ("int8", "uint8")))
     ])  # fmt: skip
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_a_row_has_the_same_bytes_in_every_batch(emulator: Emulator, format: str) -> None:
-    case = Case("dequant_matmul", format, (37, 40, 256), (1, 128), affine=True, exact=False, tiled=True)
+    case = Case("dequant_matmul", format, shape=(37, 40, 256), block=(1, 128), symmetric=False, exact=False, tiled=True)
     call, _, _ = expected(case)
     x, *weight, out = call.buffers
     whole = emulator.run([call])[0][-1]
@@ -346,9 +338,9 @@ class Fault:
         return self.name
 
 
-ROWS = Case("dequant_matmul", "int8", (5, 40, 1024))
+ROWS = Case("dequant_matmul", "int8", shape=(5, 40, 1024))
 TILES = replace(ROWS, tiled=True)
-CODES = Case("scaled_matmul", "int8", (70, 66, 200), (1, 80), affine=True)
+CODES = Case("scaled_matmul", "int8", shape=(70, 66, 200), block=(1, 80), symmetric=False)
 FEW = replace(CODES, shape=(9, 37, 672), block=(1, -1))
 EARLY = "which nobody wrote|race: it reads what is written"
 FAULTS = (
@@ -395,7 +387,7 @@ def test_a_planted_fault_is_caught(fault: Fault, cache: Path, tmp_path: Path) ->
     assert place.read_text().count(fault.right) == 1, "the fault's place has changed"
     place.write_text(place.read_text().replace(fault.right, fault.wrong))
     emulator = build(cache, (fault.case.op,), csrc)
-    cases = [replace(fault.case, seed=seed) for seed in range(4)]
+    cases = [replace(fault.case, turn=turn) for turn in range(4)]
     if fault.caught:
         with pytest.raises(KernelError, match=fault.caught):
             check(emulator, cases)

@@ -31,7 +31,16 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     glue = sorted(p for p in csrc.glob("ops/*.cpp") if (csrc / f"cuda/{p.stem}.cu").exists())
     sources = (HERE / "library.cpp", *RUNTIME, csrc / "cuda/backend.cpp", *glue, *kernels)
     needed = ("-x", "none", str(installed / "lib/libtorch_cpu.so"))
-    flags = (*FLAGS, *_build.COMMON[2:], "-DUSE_CUDA", "-fvisibility=hidden", "-fPIC", "-shared", "-O0")
+    flags = (
+        *FLAGS,
+        *_build.COMMON[2:],
+        "-DUSE_CUDA",
+        '-DQL_TARGETS="a CPU"',
+        "-fvisibility=hidden",
+        "-fPIC",
+        "-shared",
+        "-O0",
+    )
     read = (
         torch.__version__,
         digest((HERE, csrc)),

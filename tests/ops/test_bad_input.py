@@ -297,9 +297,122 @@ DYNAMICALLY = [
         lambda: quant.dynamic_matmul.out(ROWS, *WEIGHT, out=ones(4, 6, dtype=f16)),
     ),
 ]
+SEARCHING: list[tuple[str, Callable[[], Any]]] = [
+    (f"format must be {TARGETS}, got int2", lambda: quant.search_scale(X, S, "int2", B, "mse", "float32")),
+    (f"x must be {INPUTS}, got int32", lambda: quant.search_scale(X.int(), S, "int8", B, "mse", "float32")),
+    (
+        "scale must be float32 [6, 5] on cpu, got float32 [6, 4] on cpu",
+        lambda: quant.search_scale(X, S[:, :4], "int8", B, "mse", "float32"),
+    ),
+    ("scale must be >= 0, got -1.0", lambda: quant.search_scale(X, -S, "int8", B, "mse", "float32")),
+    ("method must be mse or magnitude, got lsq", lambda: quant.search_scale(X, S, "int8", B, "lsq", "float32")),
+    (f"kept must be {INPUTS}, got int8", lambda: quant.search_scale(X, S, "int8", B, "mse", "int8")),
+    (
+        "zero_point must be None for nf4, got a tensor",
+        lambda: quant.search_scale(X, S, "nf4", B, "mse", "float32", Z),
+    ),
+    (
+        "zero_point must be in -128..127, got 128",
+        lambda: quant.search_scale(X, S, "int8", B, "mse", "float32", Z + 127),
+    ),
+    (
+        "energy must be float32 [35] on cpu, got float32 [34] on cpu",
+        lambda: quant.search_scale(X, S, "int8", B, "mse", "float32", None, ones(34)),
+    ),
+    (
+        "energy must be float32 [35] on cpu, got float64 [35] on cpu",
+        lambda: quant.search_scale(X, S, "int8", B, "mse", "float32", None, ones(35, dtype=f64)),
+    ),
+    *(
+        (
+            f"energy must be finite and >= 0, got {said}",
+            lambda value=value: quant.search_scale(
+                X, S, "int8", B, "mse", "float32", None, torch.where(torch.arange(35) == 9, value, 1.0)
+            ),
+        )
+        for said, value in (("-0.5", -0.5), ("nan", float("nan")), ("inf", float("inf")))
+    ),
+    (
+        "out must be float32 [6, 5] on cpu, got float16 [6, 5] on cpu",
+        lambda: quant.search_scale.out(X, S, "int8", B, "mse", "float32", out=ones(6, 5, dtype=f16)),
+    ),
+]
+STACK = (C8.expand(2, -1, -1), S.expand(2, -1, -1), "int8", B)
+ENDS = torch.tensor([1, 4], dtype=i32)
+OF_EXPERTS = [
+    (f"x must be {INPUTS}, got int8", lambda: quant.grouped_dequant_matmul(QX, *STACK, ENDS)),
+    (
+        "x must be [T, K], the rows of all experts, got [1, 4, 35]",
+        lambda: quant.grouped_dequant_matmul(ROWS[None], *STACK, ENDS),
+    ),
+    (
+        "codes must be [E, N, K], a matrix of each expert, got [6, 35]",
+        lambda: quant.grouped_dequant_matmul(ROWS, *WEIGHT, ENDS),
+    ),
+    (
+        "codes must be int8 [E, N, 34] on cpu, got int8 [2, 6, 35] on cpu",
+        lambda: quant.grouped_dequant_matmul(ROWS[:, 1:], *STACK, ENDS),
+    ),
+    (
+        "scale must be float32 [2, 6, 5] on cpu, got float32 [6, 5] on cpu",
+        lambda: quant.grouped_dequant_matmul(ROWS, STACK[0], S, "int8", B, ENDS),
+    ),
+    (
+        "offsets must be int32 [2] on cpu, got int32 [3] on cpu",
+        lambda: quant.grouped_dequant_matmul(ROWS, *STACK, torch.zeros(3, dtype=i32)),
+    ),
+    (
+        "offsets must be int32 [2] on cpu, got float32 [2] on cpu",
+        lambda: quant.grouped_dequant_matmul(ROWS, *STACK, ones(2)),
+    ),
+    (
+        "offsets must be ascending ends of groups in 0..4, got 1 for expert 1, which begins at 3",
+        lambda: quant.grouped_dequant_matmul(ROWS, *STACK, torch.tensor([3, 1], dtype=i32)),
+    ),
+    (
+        "offsets must be ascending ends of groups in 0..4, got 5 for expert 1, which begins at 1",
+        lambda: quant.grouped_dequant_matmul(ROWS, *STACK, torch.tensor([1, 5], dtype=i32)),
+    ),
+    (
+        "offsets must be ascending ends of groups in 0..4, got -1 for expert 0, which begins at 0",
+        lambda: quant.grouped_dequant_matmul(ROWS, *STACK, torch.tensor([-1, 4], dtype=i32)),
+    ),
+    (
+        "bias must be float32 [2, 6] on cpu, got float32 [6] on cpu",
+        lambda: quant.grouped_dequant_matmul(ROWS, *STACK, ENDS, None, ones(6)),
+    ),
+    (
+        "scale must be >= 0, got -1.0",
+        lambda: quant.grouped_dequant_matmul(ROWS, STACK[0], -ones(2, 6, 5), "int8", B, ENDS),
+    ),
+    (
+        "zero_point must be in -128..127, got 300",
+        lambda: quant.grouped_dequant_matmul(ROWS, *STACK, ENDS, torch.full((2, 6, 5), 300, dtype=i32)),
+    ),
+]
+OF_EXPERTS_BACK = [
+    ("dy must be [T, 6], got [4, 35]", lambda: quant.grouped_dequant_matmul_backward(ROWS, *STACK, ENDS)),
+    (
+        "dy must be [T, N], the rows of all experts, got [6]",
+        lambda: quant.grouped_dequant_matmul_backward(ones(6), *STACK, ENDS),
+    ),
+]
+OF_EXPERTS_DYNAMICALLY = [
+    (
+        f"format must be {INTEGERS}, got float8_e5m2",
+        lambda: quant.grouped_dynamic_matmul(ROWS, *STACK[:2], "float8_e5m2", B, ENDS),
+    ),
+    (
+        "K must be at most 2097151, so that an int32 holds the sum, got 2097152",
+        lambda: quant.grouped_dynamic_matmul(
+            ones(1, 1).expand(1, 2**21), C4[:1, :1].expand(1, 1, 2**20), S[None, :1, :1], "int4", [1, 2**21], ENDS[:1]
+        ),
+    ),
+]
 BAD = {
     "cast": CASTING,
     "compute_scale": SCALING,
+    "search_scale": SEARCHING,
     "quantize": QUANTIZING,
     "dequantize": DEQUANTIZING,
     "quantize_dynamic": DYNAMIC,
@@ -307,6 +420,9 @@ BAD = {
     "dequant_matmul_backward": TRANSPOSED,
     "scaled_matmul": SCALED,
     "dynamic_matmul": DYNAMICALLY,
+    "grouped_dequant_matmul": OF_EXPERTS,
+    "grouped_dequant_matmul_backward": OF_EXPERTS_BACK,
+    "grouped_dynamic_matmul": OF_EXPERTS_DYNAMICALLY,
 }
 EVERY = [(f"quantlib::{op}: {said}", call) for op, table in BAD.items() for said, call in table]
 CPU = backends.order("cpu")

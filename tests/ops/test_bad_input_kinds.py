@@ -21,11 +21,17 @@ X, W, V = torch.ones(4, 8), torch.ones(6, 8, dtype=torch.int8), torch.ones(4, 8,
 S, T, Z = torch.ones(6, 1), torch.ones(4, 1), torch.zeros(6, 1, dtype=torch.int32)
 B = (1, 8)
 TILES = ops.tile(W, "int8")
+ENDS = torch.tensor([4], dtype=torch.int32)
+EXPERTS = {"x": X, "codes": W[None], "scale": S[None], "format": "int8", "block": B, "offsets": ENDS}
 
 # what a call is given; each tensor of it is replaced in turn
 RAW: dict[Callable[..., Any], dict[str, Any]] = {
     quant.cast: {"x": X, "format": "float16", "saturate": False},
     quant.compute_scale: {"x": X, "format": "int8", "block": B},
+    quant.search_scale: {
+        "x": X, "scale": T, "format": "int8", "block": B, "method": "mse", "kept": "float32", "zero_point": Z[:4],
+        "energy": torch.ones(8),
+    },
     quant.quantize: {"x": X, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4]},
     quant.dequantize: {"codes": V, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4]},
     quant.quantize_dynamic: {"x": X, "format": "int8", "block": B},
@@ -40,6 +46,11 @@ RAW: dict[Callable[..., Any], dict[str, Any]] = {
         "x_codes": V, "x_scale": T, "codes": W, "scale": S, "format": "int8", "block": B, "zero_point": Z,
     },
     quant.dynamic_matmul: {"x": X, "codes": W, "scale": S, "format": "int8", "block": B},
+    quant.grouped_dequant_matmul: EXPERTS,
+    quant.grouped_dynamic_matmul: EXPERTS,
+    quant.grouped_dequant_matmul_backward: {
+        "dy": X[:, :6].contiguous(), "codes": W[None], "scale": S[None], "format": "int8", "block": B, "offsets": ENDS,
+    },
 }  # fmt: skip
 PUBLIC: dict[Callable[..., Any], dict[str, Any]] = {
     **{getattr(ops, f.__name__): given for f, given in RAW.items() if f.__name__ in ops.__all__},

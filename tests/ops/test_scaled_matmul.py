@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,15 +16,14 @@ from conftest import Served, forced, serving
 from torch import Tensor
 
 import quantlib
-from quantlib import _build, backends, formats, ops, reference
-from quantlib.formats import IntFormat
+from quantlib import _build, backends, ops
 from quantlib.reference.activation import ACTIVATIONS
-from quantlib.reference.numerics import Array
 from quantlib.testing import assert_same_bytes
+from quantlib.testing.product import Product, call, expected, meaning, tensors
+from quantlib.testing.table import DTYPES
 
 BLOCKS = [(1, -1), (-1, -1), (1, 32), (3, 7), (4, 16), (1, 1)]
 WEIGHTS = [(format, affine) for format in ("int8", "uint8", "int4") for affine in (False, True)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(0, 64), (1, 0), (2, 1), (17, 7), (1, 63), (17, 64), (2, 65), (17, 65), (1, 1000), (17, 1000)]  # M, K
 EPILOGUES = [(None, None), *((torch.float32, name) for name in ACTIVATIONS), (torch.bfloat16, None)]
 
@@ -35,74 +34,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Served]:
     yield from forced(request.param)
 
 
-def int_format(name: str) -> IntFormat:
-    f = formats.get(name)
-    assert isinstance(f, IntFormat)
-    return f
+def scaled(M: int, N: int, K: int, format: str = "int8", affine: bool = False, **more: Any) -> Product:
+    """x [M, K] of codes times a weight [N, K] in ``format``."""
+    return Product("scaled_matmul", format, shape=(M, N, K), symmetric=not affine, **more)
 
 
-def random_codes(rows: int, columns: int, format: str) -> Tensor:
-    """Every code, -128 too, and anything in the nibble past an odd row's end."""
-    f = int_format(format)
-    dtype = getattr(torch, f.dtype_name)
-    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1
-    return torch.randint(low, high, (rows, (columns + 1) // 2 if f.packed else columns)).to(dtype)
-
-
-def random_zero_point(shape: torch.Size, format: str) -> Tensor:
-    low, high = int_format(format).range(affine=True)
-    return torch.randint(low, high + 1, shape, dtype=torch.int32)
-
-
-def as_array(x: Tensor | None) -> Array | None:
-    return None if x is None else (x.float() if x.is_floating_point() else x).numpy()
-
-
-@dataclass
-class Case:
-    """One call, and what the reference makes of it."""
-
-    M: int
-    N: int
-    K: int
-    x_format: str
-    x_affine: bool
-    format: str
-    affine: bool
-    block: tuple[int, int]
-    per_row: bool = True
-    bias: torch.dtype | None = None
-    activation: str | None = None
-    dtype: torch.dtype = torch.float32
-    tensors: dict[str, Tensor | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        br, bk = (max(size, 1) if b == -1 else b for b, size in zip(self.block, (self.N, self.K), strict=True))
-        self.block = br, bk
-        scale = torch.rand(-(-self.N // br), -(-self.K // bk)) * 2.0**-6
-        x_scale = torch.rand(self.M if self.per_row else 1, 1)
-        self.tensors = {
-            "x_codes": random_codes(self.M, self.K, self.x_format),
-            "x_scale": x_scale,
-            "codes": random_codes(self.N, self.K, self.format),
-            "scale": scale,
-            "x_zero_point": random_zero_point(x_scale.shape, self.x_format) if self.x_affine else None,
-            "zero_point": random_zero_point(scale.shape, self.format) if self.affine else None,
-            "bias": None if self.bias is None else torch.randn(self.N).to(self.bias),
-        }
-
-    def call(self, **more: Any) -> Tensor:
-        given = {**self.tensors, "format": self.format, "block": self.block, "activation": self.activation}
-        y: Tensor = quantlib.scaled_matmul(**{**given, "dtype": self.dtype, **more})
-        return y
-
-    def expected(self) -> Array:
-        arrays = {name: as_array(t) for name, t in self.tensors.items()}
-        given = {"format": self.format, "block": self.block, "activation": self.activation}
-        return reference.scaled_matmul(**arrays, **given, dtype=str(self.dtype).removeprefix("torch."))
-
-    def check(self) -> None:
-        assert_same_bytes(self.call(), self.expected(), str(self))
+def assert_right(case: Product, **changed: Tensor) -> None:
+    """The bytes of the reference, with some of the case's tensors changed."""
+    given = tensors(case) | changed
+    arrays = {name: (x.float() if x.is_floating_point() else x).numpy() for name, x in given.items()}
+    assert_same_bytes(call(case, given), meaning(case, arrays), str(case))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -116,8 +57,9 @@ def test_bytes_of_the_reference(
     for M, K in [(3, 65)] if interpreted else SIZES:
         dtype, (bias, activation) = next(variants)
         N = 5 if interpreted or K > 100 else 67
-        per_row = (M + K) % 3 > 0
-        Case(M, N, K, x_format, x_affine, format, affine, block, per_row, bias, activation, dtype).check()
+        more = {"dtype": dtype, "activation": activation, "bias": bias is not None, "per_row": (M + K) % 3 > 0}
+        case = scaled(M, N, K, format, affine, block=block, x_format=x_format, x_symmetric=not x_affine, **more)
+        assert_right(case, **({} if bias is None else {"bias": tensors(case)["bias"].to(bias)}))
 
 
 @pytest.mark.parametrize(("format", "affine"), WEIGHTS, ids=str)
@@ -126,7 +68,8 @@ def test_larger_than_what_stays_in_a_cache(backend: Served, format: str, affine:
     if backend.interpreted:
         pytest.skip("the interpreter would take minutes")
     for x_format, block in (("int8", (1, -1)), ("uint8", (1, 2700))):
-        Case(261, 131, 5301, x_format, affine, format, affine, block, bias=torch.float16).check()
+        more = {"block": block, "x_format": x_format, "x_symmetric": not affine, "dtype": "float32"}
+        assert_right(scaled(261, 131, 5301, format, affine, bias=True, **more))
 
 
 # M, N, K, block: where the C++ kernels of the CPU change their way
@@ -152,19 +95,20 @@ def test_edges_of_blocks(backend: Served, edge: str, format: str, affine: bool) 
     if backend.interpreted or (backend.backend != "cpp" and M * N * K > 1 << 22):
         pytest.skip("slow, and made for the C++ kernels")
     for x_format, x_affine in (("int8", False), ("uint8", affine))[: 2 if M < 500 else 1]:
-        Case(M, N, K, x_format, x_affine, format, affine, block, dtype=torch.bfloat16).check()
+        assert_right(scaled(M, N, K, format, affine, block=block, x_format=x_format, x_symmetric=not x_affine))
 
 
 def test_threads(backend: Served) -> None:
     """Sums are exact: who makes which part of them does not matter."""
     if backend.interpreted:
         pytest.skip("runs in one thread")
-    case = Case(70, 300, 256, "int8", False, "int4", True, (1, 64), bias=torch.float32)
-    before, y = torch.get_num_threads(), case.call()
+    case = scaled(70, 300, 256, "int4", True, block=(1, 64), bias=True)
+    given = tensors(case)
+    before, y = torch.get_num_threads(), call(case, given)
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            assert_same_bytes(case.call(), y, f"{threads} threads")
+            assert_same_bytes(call(case, given), y, f"{threads} threads")
     finally:
         torch.set_num_threads(before)
 
@@ -174,84 +118,70 @@ def test_the_largest_sums(backend: Served, affine: bool) -> None:
     """At the largest K an int32 holds the sum, of either sign; one more is an error that says so."""
     K = (2**31 - 1) // (255 * 255) if affine else (2**31 - 1) // (128 * 128)
     for x_code, code in itertools.product((-128, 127), repeat=2):
-        case = Case(2, 3, K, "int8", affine, "int8", affine, (1, -1))
-        for name, value in (("x_codes", x_code), ("codes", code)):
-            t = case.tensors[name]
-            assert t is not None
-            t.fill_(value)
-            z = case.tensors[name.replace("codes", "zero_point")]
-            if z is not None:
-                z.fill_(-1 - value)
-        case.check()
-    longer = Case(2, 3, K + 1, "int8", affine, "int8", affine, (1, -1))
+        case = scaled(2, 3, K, affine=affine, x_symmetric=not affine)
+        same = {"x_codes": x_code, "codes": code, "x_zero_point": -1 - x_code, "zero_point": -1 - code}
+        assert_right(case, **{n: torch.full_like(x, same[n]) for n, x in tensors(case).items() if n in same})
+    longer = scaled(2, 3, K + 1, affine=affine, x_symmetric=not affine)
     with pytest.raises(RuntimeError, match=rf"K must be at most {K}, so that an int32 holds the sum, got {K + 1}$"):
-        longer.call()
-    Case(2, 3, K + 1, "int8", affine, "int8", affine, (1, K)).check()
+        call(longer, tensors(longer))
+    assert_right(replace(longer, block=(1, K)))
 
 
 @pytest.mark.parametrize("block", [(1, -1), (1, 16), (-1, -1)], ids=str)
 def test_special_scales(backend: Served, block: tuple[int, int]) -> None:
-    special = [torch.nan, torch.inf, 0.0, -0.0, 1e-40, 3e38, 1.0]
-    case = Case(8, 19, 40, "int8", True, "int8", True, block, bias=torch.float32, activation="relu")
-    for name in ("x_scale", "scale"):
-        t = case.tensors[name]
-        assert t is not None
-        t.view(-1)[: len(special)] = torch.tensor(special)[: t.numel()]
-    case.check()
+    special = torch.tensor([torch.nan, torch.inf, 0.0, -0.0, 1e-40, 3e38, 1.0])
+    case = scaled(8, 19, 40, affine=True, block=block, x_symmetric=False, bias=True, activation="relu", dtype="float32")
+    scales = {name: tensors(case)[name] for name in ("x_scale", "scale")}
+    for scale in scales.values():
+        scale.view(-1)[: len(special)] = special[: scale.numel()]
+    assert_right(case, **scales)
     for dtype in DTYPES:
-        case.dtype, case.activation = dtype, None
-        case.check()
+        assert_right(replace(case, dtype=dtype, activation=None), **scales)
 
 
 @pytest.mark.parametrize("backend", [s for s in serving("scaled_matmul") if s.device == "cpu"], ids=str, indirect=True)
 def test_a_zero_point_out_of_range(backend: Served) -> None:
     """Which is told where no device has to be waited for."""
-    case = Case(2, 5, 9, "uint8", True, "int4", True, (1, -1))
+    case = scaled(2, 5, 9, "int4", True, x_format="uint8", x_symmetric=False)
+    given = tensors(case)
     for name, qmax in (("x_zero_point", 255), ("zero_point", 7)):
-        kept = case.tensors[name]
-        assert kept is not None
-        case.tensors[name] = torch.full_like(kept, qmax + 1)
         with pytest.raises(RuntimeError, match=rf"zero_point must be in .*\.\.{qmax}, got {qmax + 1}$"):
-            case.call()
-        case.tensors[name] = kept
+            call(case, given | {name: torch.full_like(given[name], qmax + 1)})
 
 
 @pytest.mark.parametrize("per_row", [False, True])
 def test_a_row_alone_and_in_batches(backend: Served, per_row: bool) -> None:
     M, N, K = (9, 18, 40) if backend.interpreted else (300, 70, 333)
-    case = Case(M, N, K, "int8", True, "int8", True, (1, 32), per_row, torch.float32, "silu", torch.bfloat16)
-    y = case.call()
-    assert_same_bytes(case.call(), y, "a second run")
+    more = {"block": (1, 32), "x_symmetric": False, "per_row": per_row, "bias": True, "activation": "silu"}
+    case = scaled(M, N, K, affine=True, **more)
+    given = tensors(case)
+    y = call(case, given)
+    assert_same_bytes(call(case, given), y, "a second run")
     for m in (0, M // 2, M - 1):
-        rows = {name: case.tensors[name] for name in ("x_codes", "x_scale", "x_zero_point")}
-        one = {n: t[m : m + 1] if t is not None and len(t) == M else t for n, t in rows.items()}
-        assert_same_bytes(case.call(**one), y[m : m + 1], f"row {m}")
+        rows = {name: given[name] for name in ("x_codes", "x_scale", "x_zero_point")}
+        one = {n: t[m : m + 1] if len(t) == M else t for n, t in rows.items()}
+        assert_same_bytes(call(case, given | one), y[m : m + 1], f"row {m}")
 
 
 def test_leading_axes_strides_and_out(backend: Served) -> None:
-    case = Case(6, 12, 32, "int8", True, "uint8", True, (1, 8), bias=torch.float32)
-    want = case.expected()
-    apart = {n: t.repeat_interleave(2, -1)[..., ::2] for n, t in case.tensors.items() if t is not None}
+    case = scaled(6, 12, 32, "uint8", True, block=(1, 8), x_symmetric=False, bias=True, dtype="float32")
+    given, want = tensors(case), expected(case)
+    apart = {n: t.repeat_interleave(2, -1)[..., ::2] for n, t in given.items()}
     assert not any(t.is_contiguous() for n, t in apart.items() if t.shape[-1] > 1)
-    assert_same_bytes(case.call(**apart), want)
-    x_codes = case.tensors["x_codes"]
-    assert x_codes is not None
-    assert_same_bytes(case.call(x_codes=x_codes.view(2, 3, 32)).view(6, 12), want)
+    assert_same_bytes(call(case, apart), want)
+    assert_same_bytes(call(case, given | {"x_codes": given["x_codes"].view(2, 3, 32)}).view(6, 12), want)
     out = torch.full((6, 24), 7.0)
-    assert case.call(out=out[:, ::2]).data_ptr() == out.data_ptr()
+    assert call(case, given, out[:, ::2]).data_ptr() == out.data_ptr()
     assert_same_bytes(out[:, ::2].contiguous(), want)
     assert bool((out[:, 1::2] == 7).all())
 
 
 def test_an_output_over_an_input(backend: Served) -> None:
     """What is still read is not yet written."""
-    case = Case(4, 16, 16, "int8", False, "int8", False, (1, -1), bias=torch.float32)
-    memory = torch.zeros(4 * 16)
-    bias = case.tensors["bias"]
-    assert bias is not None
-    want = case.expected()
-    memory[:16] = bias
-    assert_same_bytes(case.call(bias=memory[:16], out=memory.view(4, 16)), want)
+    case = scaled(4, 16, 16, bias=True, dtype="float32")
+    given, memory = tensors(case), torch.zeros(4 * 16)
+    memory[:16] = given["bias"]
+    assert_same_bytes(call(case, given | {"bias": memory[:16]}, memory.view(4, 16)), expected(case))
 
 
 @pytest.mark.parametrize("block", [(1, -1), (4, 16)], ids=str)
@@ -263,23 +193,17 @@ def test_dynamic_matmul_is_quantize_dynamic_and_scaled_matmul(
     variants = itertools.cycle(itertools.product(DTYPES, EPILOGUES))
     for M, K in [(3, 65)] if interpreted else [*SIZES, (140, 200)]:
         dtype, (bias, activation) = next(variants)
-        case = Case(M, 13, K, "int8", False, format, affine, block, True, bias, activation, dtype)
-        x = (torch.randn(M, K) * torch.exp2(torch.arange(M) % 40 - 20)[:, None]).to(dtype)
-        if x.numel() > 100:
-            x[0], x[-1, -1] = 0, torch.inf
-        weight = {name: case.tensors[name] for name in ("codes", "scale", "zero_point", "bias")}
-        call = {**weight, "format": format, "block": case.block, "activation": activation}
-        y = quantlib.dynamic_matmul(x, **call)
+        case = Product("dynamic_matmul", format, dtype, (M, 13, K), block, symmetric=not affine, activation=activation)
+        given = tensors(case) | ({} if bias is None else {"bias": torch.randn(13).to(bias)})
+        if M * K > 100:
+            given["x"][0], given["x"][-1, -1] = 0, torch.inf
+        assert_right(case, **given)
+        y, out = call(case, given), torch.empty(M, 13, dtype=getattr(torch, dtype))
+        assert_same_bytes(call(case, given, out), y, str(case))
         if K:
-            codes, scale = quantlib.quantize_dynamic(x, "int8", block=(1, -1))
-            assert_same_bytes(y, case.call(x_codes=codes, x_scale=scale), str(case))
-        arrays = {name: as_array(t) for name, t in weight.items()}
-        given = {"format": format, "block": case.block, "activation": activation}
-        name = str(dtype).removeprefix("torch.")
-        assert_same_bytes(y, reference.dynamic_matmul(x.float().numpy(), **arrays, **given, dtype=name), str(case))
-        out = torch.empty_like(y)
-        quantlib.dynamic_matmul(x, **call, out=out)
-        assert_same_bytes(out, y)
+            x_codes, x_scale = quantlib.quantize_dynamic(given.pop("x"), "int8", block=(1, -1))
+            parts = given | {"x_codes": x_codes, "x_scale": x_scale}
+            assert_same_bytes(call(replace(case, op="scaled_matmul"), parts), y, str(case))
 
 
 def test_public_defaults(backend: Served) -> None:

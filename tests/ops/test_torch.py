@@ -45,7 +45,19 @@ def bias() -> Tensor:
     return torch.linspace(-3, 3, M)
 
 
+def step() -> tuple[Tensor, ...]:
+    """A parameter, its gradient and its states in blocks of 32, and the constants of a step."""
+    return (x(), x().flip(0), codes(), codes().abs().to(torch.uint8), scale()[:, :2].clone(), scale()[:, 2:4].clone(),
+            torch.linspace(0.5, 1, 9))  # fmt: skip
+
+
+def experts(of_one: Tensor) -> Tensor:
+    """The same for each of three experts."""
+    return torch.stack([of_one] * 3)
+
+
 BLOCK = [1, 8]
+OFFSETS = torch.tensor([2, 2, 2], dtype=torch.int32)
 
 # name -> (overload, its arguments): what stays out has tests of its own
 CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -54,6 +66,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cast up": (quant.cast.default, (x().half(), "float32", False)),
     "compute_scale": (quant.compute_scale.default, (x(), "int8", BLOCK)),
     "compute_scale affine": (quant.compute_scale.affine, (x(), "int8", BLOCK)),
+    "search_scale": (quant.search_scale.default, (x(), scale(), "int4", BLOCK, "mse", "bfloat16", zero_point())),
     "quantize": (quant.quantize.default, (x(), scale(), "int8", BLOCK, None)),
     "quantize packed": (quant.quantize.default, (x(), scale(), "int4", BLOCK, zero_point())),
     "dequantize": (quant.dequantize.default, (x().to(torch.int8), scale(), "int8", BLOCK, zero_point())),
@@ -96,16 +109,43 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
             torch.half,
         ),
     ),
+    "adamw_step": (quant.adamw_step.default, (*step(), 32, None, [3, 0])),
     "dynamic_matmul": (quant.dynamic_matmul.default, (x(), codes(), scale(), "int8", BLOCK, None, bias(), "gelu_tanh")),
+    "grouped_dequant_matmul": (
+        quant.grouped_dequant_matmul.default,
+        (
+            x(),
+            experts(codes()),
+            experts(scale()),
+            "int8",
+            BLOCK,
+            OFFSETS,
+            experts(zero_point()),
+            experts(bias()),
+            "silu",
+        ),
+    ),
+    "grouped_dequant_matmul_backward": (
+        quant.grouped_dequant_matmul_backward.default,
+        (x()[:, :M], experts(codes(18).view(torch.uint8)), experts(scale()), "int4", BLOCK, OFFSETS, None, K),
+    ),
+    "grouped_dynamic_matmul": (
+        quant.grouped_dynamic_matmul.default,
+        (x(), experts(codes()), experts(scale()), "int8", BLOCK, OFFSETS, None, experts(bias()), "relu"),
+    ),
 }
 Call = tuple[Any, tuple[Any, ...]]
 
-# op -> how many of its arguments have the rows of x; the others are a weight
+# op -> how many of its arguments have the rows of x; the others are a weight, or constants
 WITH_ROWS = {
+    "quantlib::adamw_step": 6,
     "quantlib::dequant_matmul": 1,
     "quantlib::dequant_matmul_backward": 1,
     "quantlib::dequant_matmul_backward_scale": 2,
     "quantlib::dynamic_matmul": 1,
+    "quantlib::grouped_dequant_matmul": 1,
+    "quantlib::grouped_dequant_matmul_backward": 1,
+    "quantlib::grouped_dynamic_matmul": 1,
     "quantlib::scaled_matmul": 2,
 }
 

@@ -29,7 +29,7 @@ def dequant_matmul(x: Tensor, weight: QuantizedWeight, epilogue: Epilogue, batch
 
 
 def weight_slabs(weight: QuantizedWeight) -> Iterator[tuple[slice, Tensor]]:
-    """Rows n of a plain weight and their values, [len(n), K] float32: never all of them at once."""
+    """Yield rows n of a plain weight and their values, [len(n), K] float32, never all of them at once."""
     codes, scale, zero_point, (N, K), (br, bk) = (
         weight.codes,
         weight.scale,

@@ -17,7 +17,7 @@ KERNELS = Kernels(__name__)
 
 
 def refuses(device: torch.device) -> str | None:
-    """Why this backend cannot serve tensors on ``device``, or None."""
+    """Return why this backend cannot serve tensors on ``device``, or None."""
     if not installed():
         return "the package triton is not installed"
     if interpreted():
@@ -38,7 +38,7 @@ def installed() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU; it decides so once, when it is imported."""
+    """True if Triton runs kernels on the CPU; Triton decides it once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 

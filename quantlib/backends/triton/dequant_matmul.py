@@ -111,7 +111,7 @@ def dequant_matmul(
     y: torch.Tensor,
     tile: tuning.MatmulTile | None = None,
 ) -> None:
-    """Cut as ``tile`` says, or as `tuning` does."""
+    """Launch with ``tile``, or with the tile that `tuning` chooses."""
     M, (N, K), device, tiled = len(x), weight.shape, x.device, weight.tiled
     if tile is None:
         tile = tuning.choose_matmul(
@@ -134,7 +134,7 @@ def dequant_matmul(
 
 
 def scales(x: torch.Tensor, weight: QuantizedWeight, tile: tuning.MatmulTile) -> str:
-    """What a scale multiplies: the sum of a row, the sum of a step, the weights of a step, or each weight its own.
+    """Return what a scale multiplies: the sum of a row, the sum of a step, the weights of a step, or a single weight.
 
     A weight times its scale is rounded to x's type, for which it may be too large where that is float16. A sum comes
     before its scale, and overflows where that of |x| |q - z| does: with values of x from 1e31 on.

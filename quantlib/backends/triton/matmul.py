@@ -1,4 +1,4 @@
-"""What the matmuls share: codes of a weight as operands of a dot, where they lie, and what follows the sum.
+"""Shared parts of the matmuls: codes of a weight as operands of a dot, their addresses, and the steps after the sum.
 
 A dot takes values of type D: float32, or x's own 16-bit type where that holds every q - z exactly, as it does of the
 usual formats of at most eight bits. Integers are read as signed bytes, uint8 less 128, its zero point too.
@@ -238,7 +238,7 @@ def subtract_zero_point(w, zero_point_ptr, at, exists, F: tl.constexpr):
 
 @triton.jit
 def arrive(total, partial_ptr, ticket_ptr, inside, SPLITS: tl.constexpr):
-    """Leave the sum of a split at its pointers; whether it was the last of its tile to come"""
+    """Store the sum of a split at its pointers; return True for the split of its tile that arrives last"""
     tl.store(partial_ptr, total, inside)
     tl.debug_barrier()  # the ticket of one thread stands for the stores of all
     return tl.atomic_add(ticket_ptr, 1) == SPLITS - 1

@@ -238,7 +238,7 @@ def effective_scale(s, F: tl.constexpr):
 
 @triton.jit
 def reciprocal(s_eff):
-    """What x is multiplied by: r = fl(1 / s_eff). t = x * r is x in units of the scale (C5, C6)."""
+    """r = fl(1 / s_eff). t = x * r is x in units of the scale (C5, C6)."""
     return tl.div_rn(tl.full(s_eff.shape, 1.0, tl.float32), s_eff)
 
 

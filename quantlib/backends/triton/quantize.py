@@ -36,7 +36,7 @@ def quantize_tile(
     t = decode_float(x, X, ARCH) * spread(reciprocal(s_eff), edge, T)
     codes = encode(t, spread(z, edge, T) if AFFINE else z, F, AFFINE, ARCH)
     if not F.whole:
-        if MASKED:  # what follows the last code of a byte is 0
+        if MASKED:  # the bits after the last code of a byte are 0
             codes = tl.where(j < cols, codes, 0)
         codes = pack(codes, F)
         j, cols = tl.arange(0, T.cols // F.per_byte)[None, :], (cols + F.per_byte - 1) // F.per_byte

@@ -40,7 +40,7 @@ def quantize_dynamic_kernel(
         codes = encode(decode_float(chunks[u], X, ARCH) * r_scale, z, F, AFFINE, ARCH)
         inside = exists & (r < rows)
         if not F.whole:
-            if not B.exact:  # what follows the last code of a byte is 0
+            if not B.exact:  # the bits after the last code of a byte are 0
                 codes = tl.where(c < cols, codes, 0)
             codes = pack(codes.reshape(B.count * B.rows, B.cols), F).reshape(B.count, B.rows, WIDTH)
             c = tl.arange(0, WIDTH)[None, None, :] + (0 if B.rows > 1 else u * WIDTH)

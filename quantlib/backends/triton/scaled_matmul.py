@@ -114,7 +114,7 @@ def scaled_matmul(
     y: torch.Tensor,
     tile: tuning.MatmulTile | None = None,
 ) -> None:
-    """Cut as ``tile`` says, or as `tuning` does."""
+    """Launch with ``tile``, or with the tile that `tuning` chooses."""
     M, (N, K), scale, bk, device = len(x_codes), weight.shape, weight.scale, weight.block[1], y.device
     if tile is None:
         tile = tuning.choose_scaled(

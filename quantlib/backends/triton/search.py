@@ -44,7 +44,7 @@ def keys(families: Iterable[str], shapes: Iterable[tuple[int, int]], rows: Itera
 
 @dataclass(frozen=True)
 class Machine:
-    """What the search must know of a device."""
+    """The properties of a device that the search uses."""
 
     device: torch.device
     name: str
@@ -89,7 +89,7 @@ def starts(key: Key, on: Machine, describable: bool) -> list[MatmulTile]:
     if default.slab:
         others = [tuning.fitted(key, MatmulTile(128, 128, default.tile_k, 1, 8, 3), on.shared)]
     elif key.op == "dequant_matmul":
-        others = [MatmulTile(64, 0, default.tile_k, 1, 4, 1, tuning.slab_rows(key.K))]
+        others = [MatmulTile(64, 0, default.tile_k, 1, 4, 1, tuning.slab_rows(key.M, key.K))]
     elif default.described:
         others = [default_tile(key, on, False)]
     elif describable:
@@ -118,7 +118,7 @@ def neighbours(key: Key, tile: MatmulTile, shared: int) -> Iterator[MatmulTile]:
 
 
 def gives(matmul: Matmul, tile: MatmulTile, want: torch.Tensor) -> bool:
-    """Whether a tile compiles, starts and gives the bytes of the default."""
+    """True if a tile compiles, starts and gives the bytes of the default tile."""
     try:
         same = torch.equal(matmul.exact(tile), want)
     except (triton.TritonError, RuntimeError):  # the compiler's, and the device's that lacks what the tile needs
@@ -153,7 +153,7 @@ class Matmul:
         self.describable = key.op == "scaled_matmul" and describable(self.x, self.weight(self.codes[0]), None)
 
     def exact(self, tile: MatmulTile) -> torch.Tensor:
-        """y of a tile, whose memory held NaN before."""
+        """Return y of a tile, written into memory that held NaN."""
         self.y.fill_(float("nan"))
         self.call(self.exact_x, self.codes[0], tile)
         return self.y.view(torch.uint8).clone()

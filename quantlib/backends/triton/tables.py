@@ -1,4 +1,4 @@
-"""What was fastest on a device: one JSON file a device, written by ``quantlib tune``, read when a matmul first asks.
+"""The fastest tiles of a device: one JSON file a device, written by ``quantlib tune``, read when a matmul first asks.
 
 The tables of the package are read first, then the user's, which win: those in ``QUANTLIB_TUNED``, by default ``tuned``
 in the cache. Nothing here is trusted: an entry that is not sound is left out with one warning, and its matmuls run
@@ -31,7 +31,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 @dataclass(frozen=True)
 class MatmulTile:
-    """What one program multiplies: tile_n rows of the weight by tile_m rows of x, tile_k columns at a time."""
+    """The work of one program: tile_n rows of the weight by tile_m rows of x, tile_k columns at a time."""
 
     tile_n: int
     tile_m: int
@@ -45,7 +45,7 @@ class MatmulTile:
 
 @dataclass(frozen=True)
 class Key:
-    """Which matmuls an entry serves: those of a weight [N, K] with up to M rows of x."""
+    """The matmuls that an entry serves: those of a weight [N, K] with up to M rows of x."""
 
     op: str
     N: int
@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass
 class Table:
-    """All that was measured on a device."""
+    """The measurements of a device."""
 
     device: str
     shared: int  # bytes of shared memory that a program may have
@@ -110,7 +110,7 @@ def bucket(M: int) -> int:
 
 
 def lookup(device: str, key: Key) -> MatmulTile | None:
-    """What was fastest for ``key`` on the device of that name, or None."""
+    """Return the fastest tile for ``key`` on the device of that name, or None."""
     entry = of_device(device).get(key)
     return entry.tile if entry else None
 
@@ -224,6 +224,7 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
     expect("tiled", k.tiled, not k.tiled or (k.op == OPS[0] and k.format in layout.FORMATS), f"false but for {OPS[0]}")
     expect("tile_n", t.tile_n, is_power(t.tile_n, 16, 256), "a power of two from 16 to 256")
     expect("slab", t.slab, t.slab >= 0 and (not slab or takes_slab(k)), "0 here")
+    expect("slab", t.slab, k.op != OPS[1] or t.slab % t.tile_k == 0, "a multiple of tile_k")
     least, most = (0, 0) if slab else (8, FEW if k.M <= FEW else 256)  # few rows: the same sums for each of them
     expect("tile_m", t.tile_m, t.tile_m == 0 if slab else is_power(t.tile_m, least, most), f"from {least} to {most}")
     least = 32 if scaled else 16
@@ -242,26 +243,21 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
 
 
 def takes_slab(key: Key) -> bool:
-    """Weights may be made x's type (C11): many rows, and their codes or, in bfloat16, their products fit."""
+    """True if weights may be made x's type (C11): many rows, and their codes or, in bfloat16, their products fit."""
     x_format = formats.get(key.dtype)
     fits = isinstance(x_format, formats.FloatFormat) and x_format.holds(formats.get(key.format))
-    return (
-        key.op == OPS[0]
-        and key.M > 64
-        and key.dtype != "float32"
-        and fits
-        and (key.group == 0 or key.dtype == "bfloat16")
-    )
+    scaled = key.op == OPS[1] or key.group > 0
+    return key.op in OPS[:2] and key.M > 64 and fits and key.dtype in ("bfloat16", *(() if scaled else ("float16",)))
 
 
 def takes_descriptors(key: Key, tile: MatmulTile) -> bool:
-    """See descriptors.py."""
+    """True if a matmul may load its tiles through tensor descriptors: see descriptors.py."""
     fits = key.K % 16 == 0 and 32 <= tile.tile_k <= 128 and tile.warps % 4 == 0 and tile.tile_m >= 64
     return key.op == OPS[2] and formats.get(key.format).storage == "int8" and key.group == 0 and fits
 
 
 def shared_bytes(key: Key, tile: MatmulTile) -> int:
-    """At most what a program of the tile needs: its loads in flight, and operands or sums that change threads."""
+    """An upper bound of what a program of the tile needs: loads in flight, and operands or sums that change threads."""
     t, backward, scaled = tile, key.op == OPS[1], key.op == OPS[2]
     steps, cols = (t.tile_n, t.tile_k) if backward else (t.tile_k, t.tile_n)  # of a sum, and of sums
     wide = 1 if scaled else DTYPES[key.dtype]

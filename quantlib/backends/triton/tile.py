@@ -1,4 +1,4 @@
-"""Where a program's tile lies in x, and the scale of each of its elements: element (i, j) uses scale[i // br, j // bk].
+"""The place of a program's tile in x, and the scale of each of its elements: (i, j) uses scale[i // br, j // bk].
 
 A tile never straddles two block rows, unless br is 1 and every row of it has its own. Along K it lies inside one
 block, straddles two, or holds several, each a whole number of runs of RUN elements.
@@ -25,7 +25,7 @@ def codes_at(ptr, F: tl.constexpr):
 
 @triton.jit
 def load(ptr, mask, MASKED: tl.constexpr):
-    """Without its mask a load keeps 128-bit accesses where nothing is known of the size; nothing there reads as 0."""
+    """Load elements; those that ``mask`` excludes read as 0. Without a mask a load keeps its 128-bit accesses."""
     return tl.load(ptr, mask, 0) if MASKED else tl.load(ptr)
 
 

@@ -197,7 +197,7 @@ def packed(tensors: Tensors, prefix: str, scheme: Mapping[str, Any]) -> Found:
 
 
 def described(tensors: Tensors, prefix: str, scheme: Mapping[str, Any], found: Found) -> Found:
-    """``found`` with the activation that its scheme asks for, or with a word on what is lost of it."""
+    """Return ``found`` with the activation of its scheme, or with a note on what is lost of it."""
     static = [f"{prefix}{part}" for part in LEFT if f"{prefix}{part}" in tensors]
     activation, why = activation_of(scheme), ""
     assert found.spec is not None

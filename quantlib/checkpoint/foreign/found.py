@@ -1,4 +1,4 @@
-"""What is known of a foreign weight before its values are read, and how they are read, some rows at a time."""
+"""A foreign weight: its description before its values are read, and the reading of its values, some rows at a time."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Found:
     Attributes
     ----------
     name : str
-        Of the float weight, as the model has it.
+        The name of the float weight in the model.
     method : str
         Who quantized it, and what is special.
     shape : (N, K)
     dtype : torch.dtype
-        What its own library decodes it to.
+        The dtype that its own library decodes it to.
     parts : tuple of str
         The tensors of the files that make it up.
     spec : QuantSpec, optional
-        What holds its codes and scales as they are; None where nothing does.
+        The spec that holds its codes and scales as they are; None if there is none.
     codes : callable (rows) -> Weight, optional
         Codes of some rows, with their scales, where there is a ``spec``. Rows begin and end where a block does.
     values : callable (rows) -> Tensor [R, K] of ``dtype``, optional
-        What its own library decodes these rows to, where there is no ``spec``.
+        These rows as its own library decodes them, where there is no ``spec``.
     why : str
-        What cannot be held exactly; empty where everything is.
+        The part that cannot be held exactly; empty if there is none.
     forget : callable
         Lets go of what was read of it.
     """
@@ -122,7 +122,7 @@ class Tensors:
         return self.owner[name]
 
     def named(self, last: str) -> Iterator[str]:
-        """What comes before ``.last`` in each name that ends so; empty for a tensor of that name alone."""
+        """Yield the text before ``.last`` in each name that ends so; empty for a tensor of that name alone."""
         for name in self.owner:
             if name == last or name.endswith(f".{last}"):
                 yield name.removesuffix(last)
@@ -228,7 +228,7 @@ def as_int4(codes: Tensor) -> Tensor:
 
 
 def per(group: int, K: int) -> str:
-    """Which weights share a scale where each ``group`` of a row does."""
+    """Return the ``per`` of a spec whose scales each serve ``group`` weights of a row of K."""
     return "row" if group >= K else f"group:{group}"
 
 
@@ -237,7 +237,7 @@ def integer_weight(
 ) -> Weight:
     """Codes [N, K] and zero points [N, G] of ``bits`` as those of int4 or int8; unsigned ones are moved to be signed.
 
-    What is multiplied by the scale, code less zero point, is the same.
+    The code less its zero point, which is multiplied by the scale, stays the same.
     """
     half = 1 << (bits - 1) if unsigned and bits >= 4 else 0
     moved = (codes.to(torch.int16) - half).to(torch.int8)

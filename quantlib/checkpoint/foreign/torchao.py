@@ -29,7 +29,7 @@ def find(tensors: Tensors) -> Iterator[Found]:
 
 
 def parts_of(name: str) -> str:
-    """What the names of the parts of a tensor begin with."""
+    """Return the prefix of the names of the parts of a tensor."""
     owner, _, last = name.rpartition(".")
     return f"{owner}._{last}_" if owner else f"_{last}_"
 

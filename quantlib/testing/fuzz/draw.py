@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from quantlib import backends, formats, ops, reference
+from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
-from quantlib.testing import compare, learned, product, table
+from quantlib.testing import compare, learned, product, searched, steps, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
-from quantlib.testing.generate import matrix_shape, resolved
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.searched import Searched
+from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
 
 Rng = np.random.Generator
@@ -29,7 +31,16 @@ BLOCKS = (-1, 1, 2, 3, 8, 16, 32, 100)
 LAYOUTS = ("contiguous", "offset", "strided", "transposed", "expanded")
 HELPERS = ("pack", "unpack", "tile", "untile", "fake_cast")
 PER_AXIS = ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine")
-OPS = (*table.OPS, *learned.OPS, *product.OPS, "dequant_matmul_backward_scale", *HELPERS, *PER_AXIS)
+OPS = (
+    *table.OPS,
+    *searched.OPS,
+    *learned.OPS,
+    *product.OPS,
+    *steps.OPS,
+    "dequant_matmul_backward_scale",
+    *HELPERS,
+    *PER_AXIS,
+)
 
 
 @dataclass
@@ -91,8 +102,12 @@ def valid(rng: Rng, op: str | None = None) -> Call:
     want: tuple[Array | Sum, ...]
     if op in table.OPS:
         overload, arguments, want = _table(rng, op)
+    elif op in searched.OPS:
+        overload, arguments, want = _searched(rng, op)
     elif op in learned.OPS:
         overload, arguments, want = _learned(rng, op)
+    elif op in steps.OPS:
+        overload, arguments, want = _step(rng, op)
     elif op in HELPERS:
         return _helper(rng, op)
     elif op in PER_AXIS:
@@ -118,11 +133,22 @@ def _table(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
     layout = pick(rng, LAYOUTS) if shape else "contiguous"
     case = Case(op, f, dtype, shape, block, layout, symmetric, saturate)
     given: dict[str, Any] = dict(compare.tensors(case))
-    given |= {"format": f, "block": list(resolved(case)), "saturate": saturate, "dtype": getattr(torch, dtype)}
-    given["size"] = matrix_shape(case)[1]
+    given |= {"format": f, "block": list(case.resolved), "saturate": saturate, "dtype": getattr(torch, dtype)}
+    given["size"] = case.matrix[1]
     dynamic = op in ("compute_scale", "quantize_dynamic")
     overload = f"{op}.affine" if dynamic and not symmetric else op
     return overload, named(overload, given), compare.expected(case)
+
+
+def _searched(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
+    f = formats.get(pick(rng, [f.name for f in formats.TABLE]))
+    shape = int(rng.integers(1, 20)), pick(rng, SIZES[1:])
+    block, method, kept = (pick(rng, BLOCKS), pick(rng, BLOCKS)), pick(rng, searched.SEARCHES), pick(rng, DTYPES)
+    symmetric, weighted = f.is_float or rng.random() < 0.5, bool(rng.integers(2))
+    case = Searched(f.name, pick(rng, DTYPES), shape, block, method, kept, symmetric, weighted)
+    given: dict[str, Any] = {"zero_point": None, "energy": None, **searched.tensors(case)}
+    given |= {"format": f.name, "block": list(case.resolved), "method": method, "kept": kept}
+    return op, named(op, given), searched.expected(case)
 
 
 def _learned(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array | Sum, ...]]:
@@ -131,28 +157,38 @@ def _learned(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array | Sum,
     shape = int(rng.integers(1, 20)), pick(rng, SIZES[1:])
     block = pick(rng, BLOCKS), pick(rng, BLOCKS)
     layout = pick(rng, ("contiguous", "offset"))
-    case = Learned(op, f.name, pick(rng, DTYPES), shape, block, symmetric, bool(rng.integers(2)), layout)
+    case = Learned(op, f.name, pick(rng, DTYPES), shape, block, layout, symmetric, bool(rng.integers(2)))
     given: dict[str, Any] = {"zero_point": None, **learned.tensors(case)}
     given |= {"format": f.name, "block": list(case.resolved), "limits": None, "lsq_mask": case.lsq, "grad_factor": 1.0}
     overload = f"{op}.affine" if op.endswith("backward") and not symmetric else op
     return overload, named(overload, given), learned.expected(case)
 
 
+def _step(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
+    dtype, shape = pick(rng, DTYPES), (int(rng.integers(1, 20)), pick(rng, SIZES[1:]))
+    random = dtype == "bfloat16" and rng.random() < 0.5
+    flags = bool(rng.integers(2)), bool(rng.integers(2)), pick(rng, ("contiguous", "offset"))
+    case = Step(dtype, shape, pick(rng, STATE_BLOCKS), random, *flags)
+    given: dict[str, Any] = dict(steps.tensors(case))
+    given |= {"block": case.block, "origin": None if case.origin is None else list(case.origin)}
+    return op, named(op, given), steps.expected(case)
+
+
 def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
-    integer = op in ("scaled_matmul", "dynamic_matmul")
+    integer = op in product.INTEGERS
     f = formats.get(pick(rng, [f.name for f in formats.TABLE if not (integer and f.is_float)]))
     shape = int(rng.integers(1, 20)), int(rng.integers(1, 40)), int(rng.integers(1, 140))
     of_scale = op == "dequant_matmul_backward_scale"
     case = Product(
         "dequant_matmul_backward" if of_scale else op,
         f.name,
+        pick(rng, DTYPES),
         shape,
         (pick(rng, BLOCKS), pick(rng, BLOCKS)),
-        pick(rng, DTYPES),
+        pick(rng, ("contiguous", "offset")),
         f.is_float or rng.random() < 0.5,
-        bias=not op.startswith("dequant_matmul_backward") and rng.random() < 0.5,
+        bias="backward" not in op and rng.random() < 0.5,
         activation=pick(rng, (None, *ACTIVATIONS)),
-        layout=pick(rng, ("contiguous", "offset")),
         tiled=op == "dequant_matmul" and f.bits <= 8 and rng.random() < 0.3,
         batch_invariant=bool(rng.integers(2)),
         x_format=pick(rng, X_FORMATS),
@@ -164,7 +200,7 @@ def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]
     given |= {"batch_invariant": case.batch_invariant, "dtype": getattr(torch, case.dtype)}
     given |= {"tiles": given["codes"], "size": shape[1] if case.tiled else shape[2]}
     want = product.expected(case)
-    if op.startswith("dequant_matmul_backward"):
+    if "backward" in op:
         given["dy"] = given["x"]
     if of_scale:
         x = rng.integers(-8, 9, (shape[0], shape[2])).astype(np.float32)
@@ -208,7 +244,7 @@ def _helper(rng: Rng, op: str) -> Call:
 
 
 def _per_axis(rng: Rng, op: str) -> Call:
-    """torch's fake quantization by other names: torch says what it gives."""
+    """Draw a call of torch's fake quantization by our names: torch gives the expected result."""
     shape = int(rng.integers(1, 20)), int(rng.integers(1, 40))
     x, axis = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)), int(rng.integers(2))
     low, high = pick(rng, ((-128, 127), (0, 255), (-8, 7), (0, 15)))
@@ -259,12 +295,14 @@ def _with_outs(call: Call, overload: str) -> None:
 
 
 def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
-    """Of the results that ``call`` may have."""
+    """The dtypes of the results that ``call`` may have."""
     given = call.arguments
     if call.op in ("cast", "quantize", "quantize_dynamic"):
         return getattr(torch, formats.get(given["format"]).dtype_name), torch.float32, torch.int32
-    if call.op == "compute_scale":
+    if call.op in ("compute_scale", "search_scale"):
         return torch.float32, torch.int32
+    if call.op == "adamw_step":
+        return tuple(given[name].dtype for name in ("parameter", *steps.STATES))
     if call.op in ("dequantize", "scaled_matmul"):
         return (given["dtype"],)
     if call.op == "dequant_matmul_backward_scale":
@@ -273,7 +311,7 @@ def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
 
 
 def named(overload: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Of ``given`` what the schema of ``overload`` names, in its order."""
+    """Return the arguments of ``given`` that the schema of ``overload`` names, in its order."""
     op, _, kind = overload.partition(".")
     schema = getattr(getattr(torch.ops.quantlib, op), kind or "default")._schema
     return {argument.name: given[argument.name] for argument in schema.arguments}

@@ -1,4 +1,4 @@
-"""What is done to a valid call: things that change nothing, things that may be refused, and things that are wrong."""
+"""Changes to a valid call: some change nothing, some may be refused, and some are wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantlib.testing.fuzz.draw import Call, Rng, pick
 
 
 class After(enum.Enum):
-    """What may happen to a call after something has been done to it."""
+    """The outcomes that a call may have after a change."""
 
     SERVED = "the right bytes"
     SAME = "the right bytes, or an error"
@@ -28,7 +28,7 @@ class After(enum.Enum):
 
 @dataclass(frozen=True)
 class Fault:
-    """Something done to one argument, or to the whole call where it has no ``fits``.
+    """A change to one argument, or to the whole call if it has no ``fits``.
 
     ``change`` gives the new value, and raises where there is none; ``fits`` says to which values it can be done.
     """
@@ -392,7 +392,7 @@ def all_fake(call: Call, rng: Rng) -> After:
     """The shapes alone, as torch.compile and torch.export ask for them."""
     if call.around is not None:  # torch itself cannot make a dual number of a FakeTensor
         raise ValueError("not inside of a transform")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # what is done later may put in an ordinary tensor
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a later change may put in an ordinary tensor
     for name, value in call.arguments.items():
         if isinstance(value, Tensor):
             call.arguments[name] = mode.from_tensor(value)
@@ -431,7 +431,7 @@ WHOLE: tuple[tuple[str, Callable[[Call, Rng], After]], ...] = (
 
 
 def inflict(call: Call, rng: Rng) -> tuple[After, bool]:
-    """Do one thing to ``call``; what may come of it, and whether the schema of an op is what refuses it."""
+    """Make one change to ``call``; return the outcomes it may have, and True if the schema of an op refuses it."""
     for _ in range(20):  # some do not fit
         call.faults.append("")
         try:

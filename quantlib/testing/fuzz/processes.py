@@ -65,7 +65,7 @@ def hunt(
 def _batch(
     seeds: Sequence[int], first: int, backends: Sequence[str], op: str | None, limit: float
 ) -> tuple[int, list[Finding]]:
-    """How many calls a child got done, and what it found."""
+    """Run calls in a child; return the number that it finished, and its findings."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
     with tempfile.TemporaryFile("w+") as stack:
@@ -131,6 +131,6 @@ def _run(
 
 
 def _dispatcher() -> tuple[int, int]:
-    """What torch's dispatcher is told to leave out and to take in, which belongs to the thread."""
+    """Return the dispatch keys that this thread excludes and includes."""
     excluded, included = torch._C._dispatch_tls_local_exclude_set(), torch._C._dispatch_tls_local_include_set()
     return excluded.raw_repr(), included.raw_repr()

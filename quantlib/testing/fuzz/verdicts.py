@@ -1,4 +1,4 @@
-"""What came of a call: nothing, or one of the classes of fault that a caller must never see."""
+"""The outcome of a call: nothing, or one of the classes of fault that a caller must never see."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Finding:
 def make(seed: int, op: str | None = None, kept: Sequence[int] | None = None) -> tuple[Call, After, bool]:
     """The call of ``seed``: a valid one with 0 to 3 things done to it, or with those of them that are ``kept``.
 
-    What is done does not depend on what else is, so that a finding is made smaller by leaving things out.
+    A change does not depend on the other changes, so that a finding can be made smaller by leaving some out.
     """
     call = draw.valid(np.random.default_rng([seed, 0]), op)
     worst, typed = After.SERVED, False
@@ -72,13 +72,13 @@ def make(seed: int, op: str | None = None, kept: Sequence[int] | None = None) ->
         for number in range(count_of(seed)) if kept is None else kept:
             after, by_type = faults.inflict(call, np.random.default_rng([seed, 1 + number]))
             worst, typed = max(worst, after, key=order.index), typed or by_type
-    if worst is After.ERROR and len(call.faults) > 1:  # what comes later may have undone it
+    if worst is After.ERROR and len(call.faults) > 1:  # a later change may have undone it
         worst = After.ANY
     return call, worst, typed
 
 
 def count_of(seed: int) -> int:
-    """How many things are done to the call of ``seed``."""
+    """The number of changes to the call of ``seed``."""
     return (0, 1, 1, 2)[seed % 4] if seed % 20 else 3
 
 

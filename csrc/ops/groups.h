@@ -1,0 +1,14 @@
+// Which rows of x belong to which of E weights.
+#pragma once
+#include "../problem.h"
+
+namespace quantlib {
+
+// Those of expert e are ends[e - 1] .. ends[e], from 0 on for the first; rows from the last end on belong to none.
+struct Groups {
+  int64_t E, T;  // weights, and rows of x
+  const int32_t*
+      ends;  // [E]; ascending in 0 .. T where the host may look, and nothing outside of x is touched elsewhere
+};
+
+}  // namespace quantlib

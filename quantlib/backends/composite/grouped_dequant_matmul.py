@@ -1,0 +1,27 @@
+"""y[t, n] = activation(sum over k of x[t, k] * w[e, n, k] + bias[e, n]), e the expert that row t belongs to"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from quantlib.backends.composite.dequant_matmul import dequant_matmul
+from quantlib.backends.weight import Epilogue, QuantizedWeight
+
+
+def grouped_dequant_matmul(
+    x: Tensor, weight: QuantizedWeight, offsets: Tensor, epilogue: Epilogue, batch_invariant: bool, y: Tensor
+) -> None:
+    for e, rows in groups(offsets, y):
+        dequant_matmul(x[rows], weight.expert(e), epilogue.expert(e), batch_invariant, y[rows])
+
+
+def groups(offsets: Tensor, y: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and which they are; what belongs to none becomes 0 in y."""
+    start = 0
+    for e, end in enumerate(offsets.view(-1).clamp(max=len(y)).tolist()):
+        if start < end:
+            yield e, slice(start, end)
+            start = end
+    y[start:] = 0
