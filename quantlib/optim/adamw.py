@@ -187,6 +187,12 @@ def has_8_bits(shape: torch.Size, bits: int, min_elements: int) -> bool:
     return bits == 8 and len(shape) > 1 and shape.numel() >= min_elements and columns_of(shape)[1] >= LEAST_COLUMNS
 
 
+def states_nbytes(shape: torch.Size, bits: int = 8, block: int = 128, min_elements: int = 4096) -> int:
+    """Bytes of the two states of a parameter of ``shape``, without the counter of steps."""
+    states = states_of(*columns_of(shape), block if has_8_bits(shape, bits, min_elements) else 0)
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in states.values())
+
+
 # ---- one parameter --------------------------------------------------------------------------------------------------
 
 
