@@ -124,7 +124,7 @@ def clock(case: Case, contender: Contender, inputs: Tensors, outs: Tensors, call
         return lambda: timed(call, case.calls)
     from . import graphs
 
-    return graphs.clock(case, contender, inputs, outs)
+    return graphs.clock(case, contender, case.timed_inputs(inputs), outs)
 
 
 def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:

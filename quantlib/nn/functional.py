@@ -50,12 +50,14 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
     if not spec.scaled:
         return Weight(ops.cast(x, spec.format))
     block, symmetric = spec.block(x.shape), spec.symmetric is True
-    if symmetric and cuts_columns(x):
+    searched = spec.search != "minmax"
+    if symmetric and not searched and cuts_columns(x):
         scale = kept_scale(ranks.scale_of_shards(x, spec.format, block), spec)
         return Weight(ops.quantize(x, scale, spec.format, block=block), scale)
-    if spec.scale == "float32":
+    if spec.plain:
         return Weight(*ops.quantize_dynamic(x, spec.format, block=block, symmetric=symmetric))
-    found = ops.compute_scale(x, spec.format, block=block, symmetric=symmetric)
+    how: dict[str, Any] = {"method": spec.search, "kept": spec.scale} if searched else {}
+    found = ops.compute_scale(x, spec.format, block=block, symmetric=symmetric, **how)
     scale, zero_point = (found, None) if isinstance(found, Tensor) else found
     scale = kept_scale(scale, spec)
     return Weight(ops.quantize(x, scale, spec.format, block=block, zero_point=zero_point), scale, zero_point)
@@ -95,7 +97,7 @@ def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
         part = rows_of(weight, rows, 1)
         outs = tuple(t for t in part if t is not None)
         block, symmetric = spec.block(x[rows].shape), zero_point is None
-        if spec.scale == "float32":
+        if spec.plain:
             ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=symmetric, out=outs)
         else:
             made = (t for t in quantize_weight(x[rows], spec) if t is not None)
@@ -151,6 +153,8 @@ def dequantize_rows(
         found = found.view(codes.dtype)
         return _values(Weight(found, scale, zero_point), format, (1, block[1]), size, dtype)
     if isinstance(rows, slice):
+        if rows.start == 0 and rows.stop == codes.shape[0]:
+            return _values(weight, format, block, size, dtype)
         found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
     else:
         found = _bytes(codes).index_select(0, rows).view(codes.dtype)

@@ -390,7 +390,7 @@ class QuantModule(Leaf):
         self._rename_codes(state_dict, prefix)
         if version > self._version:
             error_msgs.append(f"{prefix}weight must be of version {self._version} or older, got version {version}")
-        elif spec.weight_only != self.spec.weight_only:
+        elif spec.kept != self.spec.kept:
             error_msgs.append(f"{prefix}weight must be codes of {self.spec.weight_only}, got {spec.weight_only}")
         elif f"{prefix}weight" in state_dict:
             got = state_dict[f"{prefix}weight"]

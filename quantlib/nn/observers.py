@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantlib import formats
 from quantlib.nn import ranks
 from quantlib.ops.observe import Scale, lsq_scale, mse_scale, range_of, scale_of_range
+from quantlib.ops.search_scale import search_scale
 from quantlib.spec import QuantSpec, matrix_shape
 
 if TYPE_CHECKING:
@@ -343,7 +344,11 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     lowest, highest = torch.where(alive, lowest, -width), torch.where(alive, highest, width)
     widest = scale_of_range(lowest, highest, spec.format, symmetric)
     if how == "minmax":
-        return widest
+        scale, zero_point = widest
+        if spec.search != "minmax":
+            how_kept = {"method": spec.search, "kept": spec.scale}
+            scale = search_scale(x, scale, spec.format, block=block, zero_point=zero_point, **how_kept)
+        return scale, zero_point
     if how == "lsq":
         uniform = width / math.sqrt(formats.get(spec.format).max)  # half of it is the mean
         return torch.where(alive, lsq_scale(x, spec.format, block), uniform), None

@@ -30,6 +30,7 @@ from quantlib.ops.packing import pack, unpack
 from quantlib.ops.quantize import quantize
 from quantlib.ops.quantize_dynamic import quantize_dynamic
 from quantlib.ops.scaled_matmul import scaled_matmul
+from quantlib.ops.search_scale import search_scale
 from quantlib.ops.tile import tile, untile
 
 for _op in backends.OPS:
@@ -61,6 +62,7 @@ __all__ = [
     "quantize",
     "quantize_dynamic",
     "scaled_matmul",
+    "search_scale",
     "tile",
     "unpack",
     "untile",

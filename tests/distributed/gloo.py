@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 WORLDS, SECONDS = (2, 4), 900
 PRELOAD = ["quantlib", "quantlib.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
 Case = Callable[[DeviceMesh], Any]
+MESHES: dict[int, DeviceMesh] = {}  # of this process, by their ranks
+FOLDERS: list[str] = []  # the one that all processes share
 Results = dict[tuple[str, int], list[Any]]  # (name of a case, ranks) -> what each process returned
 
 
@@ -57,6 +59,7 @@ def message(call: Callable[[], object]) -> str:
 def process(rank: int, folder: str, cases: Sequence[tuple[str, str]]) -> None:
     """One of the four."""
     warnings.simplefilter("ignore")
+    FOLDERS.append(folder)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     world = max(WORLDS)
@@ -64,11 +67,11 @@ def process(rank: int, folder: str, cases: Sequence[tuple[str, str]]) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS / 3))
     try:
         pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "rank"))
-        meshes = {2: pairs["rank"], 4: init_device_mesh("cpu", (4,))}
+        MESHES.update({2: pairs["rank"], 4: init_device_mesh("cpu", (4,))})
         found: dict[tuple[str, int], Any] = {}
         for module, name in cases:
             case: Case = getattr(importlib.import_module(module), name)
-            for n, mesh in meshes.items():
+            for n, mesh in MESHES.items():
                 try:
                     found[name, n] = case(mesh)
                 except Exception:
