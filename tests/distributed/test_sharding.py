@@ -33,6 +33,8 @@ def calls() -> Iterator[Call]:
         scale = ops.compute_scale(x, "int8", block)
         affine, zero = ops.compute_scale(x, "uint8", block, symmetric=False)
         yield "compute_scale", [x, "int8", block]
+        yield "search_scale", [x, scale, "int8", block, "mse", "bfloat16", None, torch.arange(K) / K]
+        yield "search_scale", [x, affine, "uint8", block, "magnitude", "float32", zero]
         yield "compute_scale.affine", [x, "uint8", block]
         yield "search_scale", [x, scale, "int8", block, SEARCHES[0], "float32", None, x.view(M, K).square().mean(0)]
         yield "quantize_dynamic", [x, "int4", block]
