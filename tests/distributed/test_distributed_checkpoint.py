@@ -40,7 +40,7 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 
 
 def resharded(mesh: DeviceMesh) -> dict[str, float]:
-    """Codes, scales, adapters and states of AdamW, saved by FSDP2 on this mesh and loaded in four other ways."""
+    """Codes, scales, adapters and states of AdamW, saved by FSDP2 on this mesh and loaded in three other ways."""
     found, rank, world = {}, mesh.get_local_rank(), mesh.size()
     other = gloo.MESHES[6 - world]
     for spec, kind in KINDS.items():
@@ -52,9 +52,11 @@ def resharded(mesh: DeviceMesh) -> dict[str, float]:
         state = dict(zip(("model", "optimizer"), get_state_dict(saved, optimizer), strict=True))
         dcp.save(state, checkpoint_id=folder, process_group=mesh.get_group())
         dist.barrier()  # where both pairs of ranks saved, all four load what the first did
-        ways = {"the other number of ranks": lambda m: fsdp(m, other), "one": lambda m: m}
-        if kind != "qat":
-            ways["tensor parallel"] = lambda m: cut(m, gloo.MESHES[2])
+        ways = {
+            "the other number of ranks": lambda m: fsdp(m, other),
+            "one": lambda m: m,
+            "tensor parallel": lambda m: cut(m, gloo.MESHES[2]),
+        }
         for way, wrap in ways.items():
             torch.manual_seed(0)
             fresh = wrap(wide(spec, kind))
