@@ -155,7 +155,9 @@ def dequantize_rows(
     if isinstance(rows, slice):
         found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
     else:
-        found = _bytes(codes).index_select(0, rows).view(codes.dtype)
+        found = _bytes(codes).index_select(0, rows)
+        if found.dtype != codes.dtype:  # `torch.jit` cannot trace a view of a dtype
+            found = found.view(codes.dtype)
     if scale is None:
         return found.to(dtype)
     of_row = torch.div(rows, block[0], rounding_mode="floor") if block[0] > 1 else rows
