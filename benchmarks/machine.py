@@ -105,7 +105,7 @@ def commit() -> str:
 
 
 def noise(device: str) -> float:
-    """How quiet the machine is: of a hundred runs of one product, how much longer than the fastest the slow ones take.
+    """Measure the noise: the slow ones of a hundred runs of one product over the fastest, less one.
 
     Three of four runs are within this share of the fastest: 0 on a machine that does nothing else.
     """

@@ -124,7 +124,7 @@ def clock(case: Case, contender: Contender, inputs: Tensors, outs: Tensors, call
         return lambda: timed(call, case.calls)
     from . import graphs
 
-    return graphs.clock(case, contender, inputs, outs)
+    return graphs.clock(case, contender, case.timed_inputs(inputs), outs)
 
 
 def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:
@@ -147,7 +147,7 @@ def take_turns(case: Case, waiting: list[Entry], seconds: float) -> None:
 
 
 def wants_more(times: list[float], case: Case, seconds: float) -> bool:
-    """Until the spread is small; one that stays large is given up after so many runs or ``seconds``."""
+    """True until the spread is small, or until so many runs or ``seconds`` if it stays large."""
     if len(times) < case.least or (len(times) < MOST and sum(times) * case.calls < seconds):
         return len(times) < max(case.least, FEWEST) or spread(times) > STEADY
     return False

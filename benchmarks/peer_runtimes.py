@@ -60,7 +60,7 @@ LEVELS = {W8A16: (0,), W4A16: (0, 4), W8A8: (4,), W4A8: (4,)}
 
 
 def narrowed(case: Product, y: Tensor) -> Tensors:
-    """What float32 results are in the dtype of the case."""
+    """Return float32 results in the dtype of the case."""
     return (quantlib.cast(y, case.dtype),)
 
 
@@ -176,7 +176,7 @@ def context(api: Any) -> int:
 
 
 def kinds_of_memory(api: Any, backend: int) -> Iterator[int]:
-    """Those that reorder a weight, as llama.cpp prefers them, then plain memory, which takes every type."""
+    """Yield kinds that reorder a weight, in llama.cpp's order, then plain memory, which takes every type."""
     device = api.ggml_backend_get_device(backend)
     registry = api.ggml_backend_dev_backend_reg(device)
     address = api.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
@@ -188,7 +188,7 @@ def kinds_of_memory(api: Any, backend: int) -> Iterator[int]:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def silent(level: int, said: bytes, data: int) -> None:
-    """For what ggml logs."""
+    """Drop what ggml logs."""
 
 
 @functools.cache

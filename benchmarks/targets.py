@@ -49,7 +49,7 @@ class Target:
 
     @property
     def least(self) -> bool:
-        """Whether ``bound`` is the least, and not the most."""
+        """True if ``bound`` is the least value, False if it is the largest."""
         return self.measure not in ("time", "above")
 
 
@@ -60,7 +60,7 @@ EIGHT, FOUR = "bfloat16 x int8 row", "bfloat16 x int4 group:128"
 
 
 def weight_only(M: int) -> float:
-    """How many times as fast as F.linear in BF16 a product with M rows of x and a weight in INT8 is."""
+    """The target for a product with M rows of x and an INT8 weight, as a speedup over F.linear in BF16."""
     return 1.9 if M <= 4 else 1.5 if M <= 16 else 1.0
 
 

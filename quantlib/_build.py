@@ -50,7 +50,7 @@ HOST = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off")  # C0: no contracti
 CPU = (*COMMON, "-Wall", "-fno-math-errno", "-fno-trapping-math")
 CUDA = (*COMMON, "-DUSE_CUDA", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")  # C0
 # Compute capabilities that get machine code of their own, as far as nvcc knows them; the newest also gets PTX, which a
-# driver compiles for what comes later. Older devices lack bfloat16 products.
+# driver compiles for later devices. Older devices lack bfloat16 products.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 TARGETS = "quantlib compiled for "  # in the library, before the names of what it was compiled for
 
@@ -359,7 +359,7 @@ def cuda_units() -> list[Unit]:
 
 @functools.cache
 def cuda_archs(compiler: str) -> tuple[int, ...]:
-    """Those of CUDA_ARCHS that ``compiler`` knows; of one that does not say, 80 and 90."""
+    """Return the CUDA_ARCHS that ``compiler`` knows; 80 and 90 if it does not say."""
     try:
         asked = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError):  # the build then says why

@@ -92,7 +92,7 @@ class FloatFormat(Stored):
     fraction_bits: int
     # The e of the values from 1 up to 2.
     bias: int
-    # Whether the code after the largest finite value is infinity, of either sign.
+    # True if the code after the largest finite value is infinity, of either sign.
     has_inf: bool
     # "none": no code is NaN. "high": the codes of either sign beyond infinity are, or the highest code of either sign
     # where there is no infinity. "negative zero": the code of -0 is the only NaN, and so there is no -0.
@@ -237,7 +237,7 @@ class IntFormat(Stored):
     name: str
     # Bits of a code.
     bits: int
-    # Whether there are negative codes.
+    # True if there are negative codes.
     signed: bool
     # Codes that share a byte: see `Stored`.
     per_byte: int = 1

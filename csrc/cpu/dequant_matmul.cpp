@@ -15,20 +15,28 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
   plan.parts = 1;
 #ifdef __AVX512BF16__
   const bool whole = g.bk >= g.K || g.bk % 32 == 0, is_float = p.x_type == Type::float32;
-  plan.pairs = pair_kernels(p.weight.format, p.weight.zero_point);
+  plan.codes = code_kernels(p.weight.format, p.weight.zero_point);
   const bool fast = !is_float || has_amx() || has_fast_pairs();
-  plan.in_pairs = !floats && fast && plan.pairs.decode && whole && g.K >= (is_float ? kLeastSplit : 1);
-  if (plan.in_pairs) plan.parts = p.x_type == Type::bfloat16 ? 1 : 2;
+  plan.by_codes = !floats && fast && plan.codes.decode && whole && g.K >= (is_float ? kLeastSplit : 1);
+  if (plan.by_codes) plan.parts = p.x_type == Type::bfloat16 ? 1 : 2;
 #ifdef QL_AMX
-  plan.tiles = plan.in_pairs && has_amx();
+  plan.tiles = plan.by_codes && has_amx();
 #endif
 #endif
-  const int64_t rows = count * plan.parts, few = plan.tiles ? 2 : kFew;
+#ifdef QL_VALUES
+  plan.codes = code_kernels(p.weight.format, p.weight.zero_point);
+  plan.by_codes = !floats && plan.codes.decode && (g.bk >= g.K || g.bk % 32 == 0);
+  // Three panels of x, 256 columns of each, take three quarters of a first-level cache of 32 KiB.
+  const int64_t few = plan.by_codes ? 8 : kFew, height = 240, width = 128, shallow = 256, deep = 256;
+#else
+  const int64_t few = plan.tiles ? 2 : kFew, height = 512, width = 512, shallow = 256, deep = 1024;
+#endif
+  const int64_t rows = count * plan.parts;
   plan.blocked = g.K > 0 && (plan.tiles && p.batch_invariant ? true : !p.batch_invariant && rows > few);
-  plan.MC = most(kLanes, 512 / plan.parts);
-  const int64_t depth = rows <= 2 * kLanes ? 256 : 1024;
+  plan.MC = most(kLanes, height / plan.parts);
+  const int64_t depth = rows <= 2 * kLanes ? shallow : deep;
   plan.KC = g.bk < g.K && g.bk % kUnits == 0 ? most(1, depth / g.bk) * g.bk : depth;  // whole steps
-  plan.NC = 512;
+  plan.NC = width;
   return plan;
 }
 
@@ -42,15 +50,20 @@ void multiply(const DequantMatmul& p, ParallelFor run, const Plan& plan, const i
 // Rows m0 .. m0 + count of y; those of odd values once more, in FP32.
 void multiply_rows(const DequantMatmul& p, ParallelFor run, int64_t m0, int64_t count) {
   const Plan plan = choose(p, count, false);
-  if (!plan.in_pairs) return multiply<float>(p, run, plan, nullptr, m0, count, nullptr);
-  const Scratch flags(count), list(count * 8);
-  auto* odd = static_cast<uint8_t*>(flags.data());
-  multiply<uint16_t>(p, run, plan, nullptr, m0, count, odd);
-  auto* rows = static_cast<int64_t*>(list.data());
-  int64_t odds = 0;
-  for (int64_t r = 0; r < count; ++r)
-    if (odd[r]) rows[odds++] = m0 + r;
-  if (odds) multiply<float>(p, run, choose(p, odds, true), rows, 0, odds, nullptr);
+#ifdef QL_CODES
+  if (plan.by_codes) {
+    const Scratch flags(count), list(count * 8);
+    auto* odd = static_cast<uint8_t*>(flags.data());
+    multiply<Unit>(p, run, plan, nullptr, m0, count, odd);
+    auto* rows = static_cast<int64_t*>(list.data());
+    int64_t odds = 0;
+    for (int64_t r = 0; r < count; ++r)
+      if (odd[r]) rows[odds++] = m0 + r;
+    if (odds) multiply<float>(p, run, choose(p, odds, true), rows, 0, odds, nullptr);
+    return;
+  }
+#endif
+  multiply<float>(p, run, plan, nullptr, m0, count, nullptr);
 }
 
 }  // namespace

@@ -1,22 +1,20 @@
 // y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk]
 #include "../ops/dequantize.h"
-#include "lanes.h"
 #include "loops.h"
+#include "narrow.h"
 
 namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-// ---- codes of eight bits, which meet their scale in a register -----------------------------------------------------
+// ---- codes that meet their scale in a register ---------------------------------------------------------------------
 
-constexpr int64_t kPair = 2 * kLanes;  // elements: two registers of FP32, one of 16 bits
-
-// y[0 .. kPair) = fl((codes - z) * s)
+// y[0 .. kPair) = fl((codes - z) * s), codes and s being in units of unit<F> that cancel
 template <class F, class Y, bool AFFINE>
 QL_FN void dequantize_pair(const char* codes, Floats s, Floats z, bool past_caches, char* y) {
   Floats t[2];
+  decode_pair<F>(codes, t);
   for (int64_t h = 0; h < 2; ++h) {
-    t[h] = Lanes<Floats>::of(widen<F::is_signed>(codes + h * kLanes));
     if constexpr (AFFINE) t[h] = sub(t[h], z);
     t[h] = mul(t[h], s);
   }
@@ -24,6 +22,9 @@ QL_FN void dequantize_pair(const char* codes, Floats s, Floats z, bool past_cach
     put(y, canonical(t[0]), past_caches);
     put(y + sizeof(Floats), canonical(t[1]), past_caches);
   } else {
+#ifdef QL_NARROW
+    if constexpr (Y::bias == 127) return put(y, round_pair(t[0], t[1]), past_caches);
+#endif
     put(y, encode_pair<Y>(t[0], t[1]), past_caches);
   }
 }
@@ -38,20 +39,41 @@ void dequantize_blocks(const char* __restrict__ codes, const float* scale, const
                        int64_t first, int64_t bk, bool stream, char* __restrict__ y, int64_t n) {
   stream = stream && uintptr_t(y) % sizeof(Floats) == 0;
   for (int64_t j = 0, end = least(first, n); j < n; end = least(end + bk, n), ++scale, zero_point += AFFINE) {
-    const Floats s = splat<Floats>(effective_scale<F>(*scale));
+    const float s_eff = mul(effective_scale<F>(*scale), float_of(unit<F>));  // exact: scaled_unit
+    const Floats s = splat<Floats>(has_narrow && !(s_eff == s_eff) ? float_of(kRoundedNaN) : s_eff);
     const Floats z = AFFINE ? splat<Floats>(float(clamp_zero_point(*zero_point, format))) : Floats{};
-    for (; j + kPair <= end; j += kPair) dequantize_pair<F, Y, AFFINE>(codes + j, s, z, stream, y + bytes_of<Y>(j));
+#ifdef QL_NARROW
+    if constexpr (F::bits == 4 && Y::bits == 16) {  // sixteen values are all that there are
+      static constexpr uint8_t every[8] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe};
+      alignas(32) char values[sizeof(Floats)];
+      dequantize_pair<F, Y, AFFINE>(reinterpret_cast<const char*>(every), s, z, false, values);
+      const Table table = table_of(values);
+      for (; j + kPair <= end; j += kPair) put(y + bytes_of<Y>(j), look_up(table, codes + bytes_of<F>(j)), stream);
+    }
+#endif
+    for (; j + kPair <= end; j += kPair)
+      dequantize_pair<F, Y, AFFINE>(codes + bytes_of<F>(j), s, z, stream, y + bytes_of<Y>(j));
     if (j == end) continue;
     char codes_rest[kPair] = {}, y_rest[kPair * 4];
-    __builtin_memcpy(codes_rest, codes + j, size_t(end - j));
+    __builtin_memcpy(codes_rest, codes + bytes_of<F>(j), size_t(bytes_of<F>(end - j)));
     dequantize_pair<F, Y, AFFINE>(codes_rest, s, z, false, y_rest);
     __builtin_memcpy(y + bytes_of<Y>(j), y_rest, size_t(bytes_of<Y>(end - j)));
     j = end;
   }
 }
 
+// A power of two times a scale is exact: the scale is 2^-100 at least, and its largest leaves room for F's largest
+// value.
+template <class F>
+constexpr bool scaled_unit() {
+  if constexpr (F::is_float) return unit<F> <= F::max && unit<F> >= 127u << 23;
+  else return unit<F> == 127u << 23;
+}
+
 template <class F>
 Blocks blocks_of(Type y_type, bool affine) {
+  static_assert(scaled_unit<F>(), "the scale could overflow");
+  if constexpr (F::is_float) affine = false;
   switch (y_type) {
     case Type::bfloat16:
       return affine ? dequantize_blocks<F, bfloat16, true> : dequantize_blocks<F, bfloat16, false>;
@@ -67,7 +89,7 @@ Blocks blocks_of(const Dequantize& p, const Grid& grid) {
   if (grid.bk % kPair && grid.bk < grid.K) return nullptr;
   return visit(p.format, [&](auto f) -> Blocks {
     using F = decltype(f);
-    if constexpr (!F::is_float && is_whole<F>) return blocks_of<F>(p.y_type, p.zero_point);
+    if constexpr (F::bits <= 8 && in_pairs<F>) return blocks_of<F>(p.y_type, p.zero_point);
     else return nullptr;
   });
 }

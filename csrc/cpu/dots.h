@@ -15,7 +15,9 @@ constexpr int64_t kPanel = 32;    // rows of the weight whose sums are kept whil
 constexpr int64_t kHeight = 264;  // rows of x that meet one slab: the more, the less is decoded again
 
 template <class E>
-constexpr int64_t kBlock = 8192 / int64_t(sizeof(E));  // columns of a slab: the more, the fewer lanes are added up
+constexpr int64_t kBlock = scales_sums<E> ? 4096 : 2048;  // columns of a slab: the more, the fewer lanes are added up
+
+constexpr int64_t kMostColumns = 4096;
 
 typedef float Quad __attribute__((vector_size(16)));
 
@@ -44,9 +46,10 @@ QL_FN Quad add_lanes(Floats a, Floats b, Floats c, Floats d) {
 }
 
 // Where scales are for sums: parts of the columns of a slab, and the scale of each row there
+constexpr int64_t kMostParts = kMostColumns / 32;
 struct Parts {
-  int64_t count = 0, end[kBlock<uint16_t> / 32];
-  float scale[kSlab][kBlock<uint16_t> / 32];
+  int64_t count = 0, end[kMostParts];
+  float scale[kSlab][kMostParts];
 };
 
 // sum[r, n] += sum over k of x[r, k] * w(n, k) for R rows; k counts units of 32 bits
@@ -151,10 +154,184 @@ void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[k
   else multiply_rows<kTile, uint16_t>(x, stride, direct, count, parts, sums, rows);
 }
 
+#elif defined(QL_VALUES)
+// Codes that are decoded where they are multiplied: the values of 32 of them from column k of row n on.
+template <class F, bool AFFINE>
+struct Direct {
+  using Values = decltype(values_of<F, AFFINE>(0));
+  const char* codes[kSlab];
+  const int32_t (*zero_point)[kSlab];  // of each part
+  int64_t ahead;                       // bytes to the same columns of the rows that come next
+  const Values symmetric = values_of<F, AFFINE>(0);
+
+  static constexpr bool by_quarters = Values::by_quarters;
+  // Rows of the weight at once, for so many of x: four sums at least, as each waits for itself
+  static constexpr int together(int rows) { return rows <= 2 || (by_quarters && rows == 3) ? 4 : 2; }
+
+  // Of S rows from n0 on
+  template <int S>
+  struct Part {
+    const Direct& direct;
+    const int n0;
+    Values values[S];
+    QL_MEMBER const Values& of(int n) const { return values[n]; }
+  };
+  struct Symmetric {
+    const Direct& direct;
+    const int n0;
+    QL_MEMBER const Values& of(int) const { return direct.symmetric; }
+  };
+  template <int S>
+  QL_MEMBER auto part(int64_t p, int n0) const {
+    if constexpr (AFFINE) {
+      const int32_t* z = zero_point[p] + n0;
+      if constexpr (S == 1) return Part<1>{*this, n0, {Values(z[0])}};
+      else if constexpr (S == 2) return Part<2>{*this, n0, {Values(z[0]), Values(z[1])}};
+      else return Part<4>{*this, n0, {Values(z[0]), Values(z[1]), Values(z[2]), Values(z[3])}};
+    } else {
+      return Symmetric{*this, n0};
+    }
+  }
+  // Values k .. k + 32 of row n0 + n, or a quarter of them
+  template <class Part>
+  static QL_MEMBER void values(const Part& part, int n, int64_t k, Floats (&v)[4]) {
+    part.of(n)(part.direct.fetch(part.n0 + n, k), v);
+  }
+  template <class Part>
+  static QL_MEMBER Floats quarter(const Part& part, int n, int64_t k, int q) {
+    const char* from = part.direct.codes[part.n0 + n] + bytes_of<F>(k);
+    if (q == 0) __builtin_prefetch(from + part.direct.ahead);
+    return part.of(n).quarter(from, q);
+  }
+
+ private:
+  QL_MEMBER const char* fetch(int n, int64_t k) const {
+    const char* from = codes[n] + bytes_of<F>(k);
+    __builtin_prefetch(from + ahead);
+    return from;
+  }
+};
+
+// The same, decoded before: for rows of x so many that each code would be decoded many times.
+struct SlabOfValues {
+  static constexpr bool by_quarters = true;
+  static constexpr int together(int rows) { return rows <= 3 ? 4 : 2; }
+  alignas(64) float w[kSlab][kBlock<Value>];
+
+  struct Part {
+    const SlabOfValues& slab;
+    const int n0;
+  };
+  template <int S>
+  QL_MEMBER Part part(int64_t, int n0) const {
+    return {*this, n0};
+  }
+  static QL_MEMBER Floats quarter(const Part& part, int n, int64_t k, int q) {
+    return load<Floats>(part.slab.w[part.n0 + n] + k + q * kLanes);
+  }
+
+  template <class From>
+  QL_MEMBER void decode(const From& from, int64_t count, const Parts& parts) {
+    for (int n = 0; n < kSlab; ++n)
+      for (int64_t p = 0, k = 0; k < count; ++p) {
+        const auto part = from.template part<1>(p, n);
+        for (const int64_t end = parts.count ? parts.end[p] : count; k < end; k += 32) {
+          Floats v[4];
+          if constexpr (From::by_quarters)
+            for (int q = 0; q < 4; ++q) v[q] = From::quarter(part, 0, k, q);
+          else From::values(part, 0, k, v);
+          for (int q = 0; q < 4; ++q) store(w[n] + k + q * kLanes, v[q]);
+        }
+      }
+  }
+};
+
+constexpr int64_t kChunkOfValues = 512;  // columns of x that stay in the first-level cache, of kDirectRows rows
+
+// total[r, n0 + n] += the lanes of the sum over k .. end of x[r, k] * w(n0 + n, k), for R rows of x and S of the
+// weight: columns that share scales, which it is multiplied by, or that have them yet to come
+template <int R, int S, class From, class Part>
+QL_FN void multiply_values(const float* x, int64_t stride, const Part& part, int n0, int64_t k, int64_t end,
+                           const float* scale, Floats (&total)[R][kSlab]) {
+  Floats sum[R][S] = {};
+  for (; k < end; k += 32) {
+    if constexpr (From::by_quarters) {
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        Floats at[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) at[r] = load<Floats>(x + r * stride + k + q * kLanes);
+#pragma GCC unroll 4
+        for (int n = 0; n < S; ++n) {
+          const Floats v = From::quarter(part, n, k, q);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sum[r][n] = fma(at[r], v, sum[r][n]);
+        }
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int n = 0; n < S; ++n) {
+        Floats v[4];
+        From::values(part, n, k, v);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q)
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sum[r][n] = fma(load<Floats>(x + r * stride + k + q * kLanes), v[q], sum[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < S; ++n) {
+    const Floats s = scale ? Floats(_mm256_broadcast_ss(scale + n * kMostParts)) : splat<Floats>(1.0f);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) total[r][n0 + n] = fma(sum[r][n], s, total[r][n0 + n]);
+  }
+}
+
+// sums[r, n] += the same for R rows and a whole slab, as many rows of the weight at once as registers hold
+template <int R, class From>
+static void multiply_values(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts,
+                            float* sums) {
+  constexpr int S = From::together(R);
+  Floats total[R][kSlab] = {};
+  for (int64_t p = 0, k = 0; k < count; ++p) {
+    const int64_t end = parts.count ? parts.end[p] : least(count, k + kChunkOfValues);
+    for (int n = 0; n < kSlab; n += S)
+      multiply_values<R, S, From>(x, stride, w.template part<S>(parts.count ? p : 0, n), n, k, end,
+                                  parts.count ? &parts.scale[n][p] : nullptr, total);
+    k = end;
+  }
+  for (int r = 0; r < R; ++r, sums += kPanel)
+    store(sums, load<Quad>(sums) + add_lanes(total[r][0], total[r][1], total[r][2], total[r][3]));
+}
+
+template <class From>
+QL_FN void multiply_all_values(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts,
+                               float* sums, int64_t rows) {
+  for (; rows > 4; rows -= 3, x += 3 * stride, sums += 3 * kPanel) multiply_values<3>(x, stride, w, count, parts, sums);
+  constexpr decltype(&multiply_values<1, From>) some[] = {multiply_values<1, From>, multiply_values<2, From>,
+                                                          multiply_values<3, From>, multiply_values<4, From>};
+  some[rows - 1](x, stride, w, count, parts, sums);
+}
+
+constexpr int64_t kDirectRows = 4;
+
+template <class F, bool AFFINE>
+void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[kSlab], int64_t ahead,
+                    const int32_t (*zero_point)[kSlab], int64_t count, const Parts& parts, float* sums, int64_t rows) {
+  const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point, ahead};
+  if (rows <= kDirectRows) return multiply_all_values(x, stride, direct, count, parts, sums, rows);
+  SlabOfValues slab;
+  slab.decode(direct, count, parts);
+  multiply_all_values(x, stride, slab, count, parts, sums, rows);
+}
+#endif
+
+#ifdef QL_CODES
 static inline decltype(&multiply_codes<int8, false>) dot_kernel(Type format, bool affine) {
   return visit(format, [&](auto f) -> decltype(&multiply_codes<int8, false>) {
     using F = decltype(f);
-    if constexpr (!in_pairs<F>) return nullptr;
+    if constexpr (!in_units<F>) return nullptr;
     else if constexpr (F::is_float) return multiply_codes<F, false>;
     else return affine ? multiply_codes<F, true> : multiply_codes<F, false>;
   });
@@ -172,16 +349,21 @@ class Dots {
 
   // odd[r] of each row: whether it is to be multiplied in FP32 instead
   void operator()(ParallelFor run, uint8_t* odd) const {
-    const bool in_place = sizeof(E) == 4 && p_.x_type == Type::float32 && K_ % kLanes == 0 && !x_.list;
-    const int64_t stride = round_up(K_, kStepColumns<E>) * int64_t(sizeof(E)) / 4, rows = count_ * plan_.parts;
+    const bool in_place = !scales_sums<E> && p_.x_type == Type::float32 && K_ % kLanes == 0 && !x_.list;
+    const int64_t stride = round_up(K_, kWhole<E>) * int64_t(sizeof(E)) / 4, rows = count_ * plan_.parts;
     const Scratch packed(in_place ? 0 : rows * stride * 4);
     auto* data = static_cast<float*>(packed.data());
     if (!in_place)
       parallel(run, count_, most(1, kGrain / most(1, K_)), [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
 #ifdef __AVX512BF16__
-          if constexpr (sizeof(E) == 2) {
-            odd[r] = pack_row(x_, m0_ + r, plan_.pairs.order, data + r * stride, data + (count_ + r) * stride);
+          if constexpr (scales_sums<E>) {
+            odd[r] = pack_row(x_, m0_ + r, plan_.codes.order, data + r * stride, data + (count_ + r) * stride);
+            continue;
+          }
+#elif defined(QL_VALUES)
+          if constexpr (scales_sums<E>) {
+            odd[r] = pack_row(x_, m0_ + r, plan_.codes.order, data + r * stride);
             continue;
           }
 #endif
@@ -211,8 +393,7 @@ class Dots {
   const int64_t N_ = p_.weight.grid.M, K_ = p_.weight.grid.K;
   const Row y_row_ = row_of(p_.x_type);
   const Encode encode_ = encoder(p_.x_type, false, false);
-  static constexpr bool scales_sums = sizeof(E) == 2;
-  const bool scales_parts_ = scales_sums && weight_.cols > 1;
+  const bool scales_parts_ = scales_sums<E> && weight_.cols > 1;
 
   // Rows r0 .. r1 and columns n0 .. n1 of y, at most kPanel
   void multiply_piece(const float* x, int64_t stride, int64_t r0, int64_t r1, int64_t n0, int64_t n1) const {
@@ -236,15 +417,15 @@ class Dots {
   // The last row stands in for those below it: their sums are not used.
   int64_t row_at(int64_t n) const { return least(n, N_ - 1); }
 
-#ifdef __AVX512BF16__
+#ifdef QL_CODES
   const decltype(dot_kernel(Type::int8, false)) kernel_ = dot_kernel(p_.weight.format, p_.weight.zero_point);
 #endif
 
   // sums += of rows n .. n + kSlab of the weight, columns k .. k + columns
   void multiply_block(const float* x, int64_t stride, int64_t n0, int64_t k, int64_t columns, float* sums,
                       int64_t rows) const {
-#ifdef __AVX512BF16__
-    if constexpr (sizeof(E) == 2) {
+#ifdef QL_CODES
+    if constexpr (scales_sums<E>) {
       const char* codes[kSlab];
       for (int64_t n = 0; n < kSlab; ++n) codes[n] = codes_at(row_at(n0 + n), k);
       const int64_t whole = columns / 32 * 32, rest = columns - whole, ahead = codes_at(kSlab, 0) - codes_at(0, 0);
@@ -255,7 +436,7 @@ class Dots {
         __builtin_memcpy(last[n], codes_at(row_at(n0 + n), k + whole), size_t(row_bytes(weight_.format, rest)));
         codes[n] = last[n];
       }
-      return multiply_direct(x + whole / 2, stride, codes, 0, n0, k + whole, rest, sums, rows);
+      return multiply_direct(x + whole * int64_t(sizeof(E)) / 4, stride, codes, 0, n0, k + whole, rest, sums, rows);
     }
 #endif
     Slab slab;
@@ -266,25 +447,27 @@ class Dots {
     multiply_slab(x, stride, slab, round_up(columns, kLanes), sums, rows);
   }
 
-#ifdef __AVX512BF16__
+#ifdef QL_CODES
   const char* codes_at(int64_t n, int64_t k) const {
     return static_cast<const char*>(weight_.w.codes) + byte_offset(weight_.format, K_, n, k);
   }
 
+  static int64_t units(int64_t columns) { return round_up(columns, 32) * int64_t(sizeof(E)) / 4; }
+
   void multiply_direct(const float* x, int64_t stride, const char* const (&codes)[kSlab], int64_t ahead, int64_t n0,
                        int64_t k, int64_t columns, float* sums, int64_t rows) const {
     Parts parts;
-    int32_t zero_point[kBlock<uint16_t> / 32][kSlab];
+    int32_t zero_point[kMostParts][kSlab];
     const int64_t J = k / weight_.bk, count = (k + columns - 1) / weight_.bk + 1 - J;
     if (scales_parts_) {
       parts.count = count;
       for (int64_t n = 0; n < kSlab; ++n) weight_.row_scales(row_at(n0 + n), J, count, parts.scale[n]);
-      for (int64_t p = 0; p < count; ++p) parts.end[p] = round_up(least(columns, (J + p + 1) * weight_.bk - k), 32) / 2;
+      for (int64_t p = 0; p < count; ++p) parts.end[p] = units(least(columns, (J + p + 1) * weight_.bk - k));
     }
     if (weight_.w.zero_point)
       for (int64_t n = 0; n < kSlab; ++n)
         for (int64_t p = 0; p < count; ++p) zero_point[p][n] = weight_.zero_point(row_at(n0 + n), J + p);
-    kernel_(x, stride, codes, ahead, zero_point, round_up(columns, 32) / 2, parts, sums, rows);
+    kernel_(x, stride, codes, ahead, zero_point, units(columns), parts, sums, rows);
   }
 #endif
 
@@ -293,7 +476,7 @@ class Dots {
     alignas(64) float total[kPanel] = {};
     for (int64_t n = n0; n < n1; ++n) {
       float sum = sums[n - n0];
-      if (scales_sums && !scales_parts_) sum = mul(sum, weight_.scale(n, 0));
+      if (scales_sums<E> && !scales_parts_) sum = mul(sum, weight_.scale(n, 0));
       sum = add(sum, 0.0f);  // a product that underflows may be -0, a sum from +0 never is
       total[n - n0] = p_.epilogue.bias ? add(sum, p_.epilogue.bias[n]) : sum;
     }

@@ -1,6 +1,6 @@
 // codes[j] = encode(x[j] * r[j]), r = 1 / s_eff
-#include "lanes.h"
 #include "loops.h"
+#include "narrow.h"
 
 namespace quantlib {
 namespace QL_ISA {
@@ -9,6 +9,17 @@ namespace {
 // codes[0 .. kStep) = encode(x[0 .. kStep))
 template <class F, bool SCALED, bool AFFINE>
 QL_FN void encode_step(const float* x, const float* r, const int32_t* zero_point, bool saturate, void* codes) {
+#ifdef QL_NARROW
+  if constexpr (is_upper_byte<F>) {
+    __m128i halves[4];
+    for (int64_t k = 0; k < 4; ++k) {
+      Floats t = load<Floats>(x + k * kLanes);
+      if constexpr (SCALED) t = mul(t, load<Floats>(r + k * kLanes));
+      halves[k] = halves_of_upper_bytes<F>(t, saturate);
+    }
+    return store_upper_bytes(halves, codes);
+  }
+#endif
   alignas(64) uint32_t wide[kStep];
   auto* out = static_cast<typename F::storage*>(codes);
   for (int64_t j = 0; j < kStep; j += kLanes) {

@@ -1,10 +1,16 @@
 // What the products with a float x share: x as it is multiplied, how codes are decoded, which kernel multiplies.
 //
-// All 32 bits of what is multiplied are one unit: a float, or two BF16 that are multiplied and added together.
+// All 32 bits of what is multiplied are one unit: a float, or two BF16 that are multiplied and added together. In BF16,
+// and in FP32 by AVX2, codes are multiplied as they are, and sums by the scale.
 #pragma once
 #include "../ops/dequant_matmul.h"
 #include "matmul.h"
 #include "pairs.h"
+#include "values.h"
+
+#if defined(__AVX512BF16__) || defined(QL_VALUES)
+#define QL_CODES
+#endif
 
 namespace quantlib {
 namespace QL_ISA {
@@ -14,6 +20,20 @@ constexpr int64_t kGroup = 16;  // rows of the weight whose steps lie together, 
 constexpr int64_t kTileFloats = kUnits * kGroup;
 template <class E>
 constexpr int64_t kStepColumns = kUnits * 4 / int64_t(sizeof(E));
+
+// Whether codes are multiplied, or the weight in FP32.
+template <class E>
+constexpr bool scales_sums = true;
+template <>
+constexpr bool scales_sums<float> = false;
+// Columns that are decoded together
+template <class E>
+constexpr int64_t kWhole = scales_sums<E> ? 32 : kStepColumns<E>;
+#ifdef __AVX512BF16__
+using Unit = uint16_t;
+#elif defined(QL_VALUES)
+using Unit = Value;
+#endif
 
 template <class E>
 QL_FN Floats multiply_add(Floats x, Floats w, Floats sum) {
@@ -46,7 +66,7 @@ struct Source {
   }
 };
 
-#ifdef __AVX512BF16__
+#ifdef QL_CODES
 // Whether a value of x is no zero and not within [2^-80, 2^80): a product or sum might underflow or overflow.
 template <class U>
 bool is_odd(const U* x, int64_t K) {
@@ -59,6 +79,9 @@ bool is_odd(const U* x, int64_t K) {
   return odd;
 }
 
+#endif
+
+#ifdef __AVX512BF16__
 // 32 floats of x as BF16, or what is left of them
 QL_FN __m512i part_of(const float* x, int part) {
   Floats a = load<Floats>(x), b = load<Floats>(x + 16);
@@ -95,6 +118,21 @@ static inline bool pack_row(const Source& from, int64_t m, const uint16_t (&orde
   }
   return odd;
 }
+#elif defined(QL_VALUES)
+// Row m of x, `order` for each 32 columns; whether it is odd
+static inline bool pack_row(const Source& from, int64_t m, const uint16_t (&order)[32], float* to) {
+  constexpr int64_t part = 512;
+  alignas(64) float x[part];
+  bool odd = false;
+  for (int64_t k = 0; k < from.K; k += part) {
+    const int64_t n = least(part, from.K - k), whole = round_up(n, 32);
+    from.floats(m, k, n, whole, x);
+    odd |= is_odd(reinterpret_cast<const uint32_t*>(x), n);
+    for (int64_t j = 0; j < whole; j += 32)
+      for (int p = 0; p < 32; ++p) to[k + j + p] = x[j + order[p]];
+  }
+  return odd;
+}
 #endif
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
@@ -115,27 +153,60 @@ void decode_pairs(const char* codes, int64_t ahead, int32_t z, int64_t columns, 
   store(out, pairs(rest));
 }
 
-struct PairKernels {
-  decltype(&decode_pairs<int8, false>) decode;
+template <class F, bool AFFINE>
+constexpr auto decode_codes = decode_pairs<F, AFFINE>;
+template <class F>
+using CodesOf = decltype(pairs_of<F, true>(0));
+template <class F>
+constexpr bool in_units = in_pairs<F>;
+#elif defined(QL_VALUES)
+// out = the values of `columns` codes of a row less z, a step of kTileFloats after the other; 32 columns at a time
+template <class F, bool AFFINE>
+void decode_values(const char* codes, int64_t ahead, int32_t z, int64_t columns, float* out) {
+  const auto values = values_of<F, AFFINE>(z);
+  const auto two_steps = [&](const char* codes) __attribute__((always_inline)) {
+    Floats v[4];
+    values(codes, v);
+    store(out, v[0]), store(out + kLanes, v[1]);
+    store(out + kTileFloats, v[2]), store(out + kTileFloats + kLanes, v[3]);
+  };
+  for (; columns >= 32; columns -= 32, codes += bytes_of<F>(32), out += 2 * kTileFloats) {
+    __builtin_prefetch(codes + ahead, 0, 2);
+    two_steps(codes);
+  }
+  if (!columns) return;
+  char rest[32] = {};
+  __builtin_memcpy(rest, codes, size_t(bytes_of<F>(columns)));
+  two_steps(rest);
+}
+template <class F, bool AFFINE>
+constexpr auto decode_codes = decode_values<F, AFFINE>;
+template <class F>
+using CodesOf = decltype(values_of<F, true>(0));
+template <class F>
+constexpr bool in_units = in_values<F>;
+#endif
+
+struct CodeKernels {
+  void (*decode)(const char* codes, int64_t ahead, int32_t z, int64_t columns, float* out);
   uint16_t order[32];
 };
 
-// What decodes codes of a format whose values are pairs; null for others.
-static inline PairKernels pair_kernels(Type format, bool affine) {
-  return visit(format, [&](auto f) -> PairKernels {
+#ifdef QL_CODES
+// What decodes codes of a format whose values are units; null for others.
+static inline CodeKernels code_kernels(Type format, bool affine) {
+  return visit(format, [&](auto f) -> CodeKernels {
     using F = decltype(f);
-    if constexpr (!in_pairs<F>) return {};
+    if constexpr (!in_units<F>) return {};
     else {
-      PairKernels kernels = {decode_pairs<F, false>, {}};
+      CodeKernels kernels = {decode_codes<F, false>, {}};
       if constexpr (!F::is_float)
-        if (affine) kernels.decode = decode_pairs<F, true>;
-      for (int p = 0; p < 32; ++p) kernels.order[p] = uint16_t(decltype(pairs_of<F, true>(0))::order(p));
+        if (affine) kernels.decode = decode_codes<F, true>;
+      for (int p = 0; p < 32; ++p) kernels.order[p] = uint16_t(CodesOf<F>::order(p));
       return kernels;
     }
   });
 }
-#else
-struct PairKernels {};
 #endif
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
@@ -144,12 +215,12 @@ constexpr int64_t kLeastSplit = 64;  // columns from which on two parts of BF16 
 constexpr int64_t kFew = 6;          // rows of x, at most, whose products are made by dots
 
 struct Plan {
-  bool in_pairs;       // of BF16, or in FP32
+  bool by_codes;       // as E of scales_sums; or the weight in FP32
   bool blocked;        // or by dots
   int64_t parts;       // of BF16 that add up to a value of x
   int64_t MC, NC, KC;  // rows of x, of the weight, columns
   bool tiles;          // AMX
-  PairKernels pairs;
+  CodeKernels codes;
 };
 
 }  // namespace QL_ISA

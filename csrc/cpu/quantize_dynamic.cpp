@@ -16,8 +16,12 @@ void quantize_dynamic(const QuantizeDynamic& p, ParallelFor run) {
   if (g.M == 1 && g.bk <= kFetched) codes.ahead = most(kResident, g.bk);
   if (shared_blocks(g)) {
     compute_scale(scale_of, run);
-    quantize(codes_of, run);
-    return;
+    if (g.M > 1) return quantize(codes_of, run);
+    // What a thread read last is in its caches: the second reading begins there.
+    const int64_t pieces = (g.K + kGrain - 1) / kGrain;
+    return parallel(run, pieces, 1, [&](int64_t begin, int64_t end) {
+      while (end-- > begin) codes(0, 1, end * kGrain, least((end + 1) * kGrain, g.K));
+    });
   }
   parallel_blocks(run, g, codes.format.per_byte, [&](int64_t I, int64_t J0, int64_t J1) {
     Range range[kBlocks];

@@ -17,7 +17,8 @@ namespace {
 
 constexpr int64_t kLeast = 128;                  // rows of x that the kernel for a few of them still takes
 constexpr int64_t kMostRows = int64_t(1) << 13;  // of x at a time
-constexpr int64_t kSlab = int64_t(1) << 23;      // values of a slab, and sums, at most
+constexpr int64_t kSlab = int64_t(1) << 23;      // values of a slab, at least
+constexpr int64_t kSums = int64_t(1) << 22;      // sums of a slab, at least: 256 tiles of 128 x 128 fill a device
 
 template <class F>
 constexpr bool is_wide = F::bits == 16;  // codes that are x's own values
@@ -218,9 +219,11 @@ void finish_slab(const FinishSlab& p, Stream stream) {
   launch("finish_slab", finish_slab_kernel, ceil_div(a.chunks, kThreads), kThreads, stream, a);
 }
 
-// Rows or columns of the weight at a time, of J: a multiple of what tiles and blocks of the vendor's product hold.
+// Rows or columns of the weight at a time, of J: a multiple of what tiles and blocks of the vendor's product hold. As
+// many as the cache holds, or more where their product would not fill a device twice over.
 int64_t slab_rows(int64_t M, int64_t J, int64_t L) {
-  const int64_t rows = kSlab / (L > M ? L : M) / 128 * 128, some = rows > 128 ? rows : 128;
+  const int64_t held = kSlab / L, filled = kSums / M;
+  const int64_t rows = (held > filled ? held : filled) / 128 * 128, some = rows > 128 ? rows : 128;
   return some < J ? some : J;
 }
 

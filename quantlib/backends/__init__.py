@@ -291,7 +291,7 @@ def _op(overload: str) -> str:
 
 
 def _needs_nvcc() -> bool:
-    """Whether the GPU kernels would be pure torch without a call of nvcc, which takes minutes, and not with it."""
+    """True if only a call of nvcc, which takes minutes, gives this GPU kernels that are not pure torch."""
     device = torch.device("cuda")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < divmod(_build.CUDA_ARCHS[0], 10):
         return False

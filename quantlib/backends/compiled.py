@@ -47,7 +47,7 @@ def refuses(name: str) -> Callable[[torch.device], str | None]:
 
 
 def _no_kernels_for(device: torch.device) -> str | None:
-    """Why the CUDA library that is loaded has nothing to run on ``device``; None if it has."""
+    """Return why the loaded CUDA library has no kernels for ``device``, or None."""
     if not torch.cuda.is_available():
         return "this machine has no CUDA device"
     capability, built = torch.cuda.get_device_capability(device), _targets()

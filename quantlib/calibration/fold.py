@@ -17,7 +17,7 @@ from quantlib.calibration.stages import Call, Gram, evaluating, first_of, run
 from quantlib.nn.functional import quantize_weight
 from quantlib.spec import QuantSpec
 
-# In a block: what makes x, and the layers that are given it. Names are those of Llama, Mistral, Qwen, Gemma and others.
+# In a block: the source of x, and the layers that take it. Names are those of Llama, Mistral, Qwen, Gemma and others.
 PATTERNS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),

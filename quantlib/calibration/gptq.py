@@ -6,7 +6,6 @@ of the inverse of H = sum of x x^T in FP32, errors moved at once within a block 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,6 @@ from quantlib.nn.functional import Weight, kept_scale, quantize_weight
 from quantlib.spec import QuantSpec
 
 COLUMNS = 128  # of a block whose errors stay inside it until it is done
-RANGES = tuple(1 - i / 40 for i in range(17))  # shares of a group's range that a search tries: 1 to 0.6
 GROWTH, MOST = 10.0, 1e4  # of the damping where H is not positive definite, as a share of the mean of its diagonal
 
 
@@ -41,7 +39,7 @@ def gptq(w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: b
     damping : float
         The amount added to H's diagonal, as a share of its mean. It grows until H is positive definite.
     search : bool
-        Look for the part of each block's range that leaves the least error, weighted by H's diagonal.
+        Look for the part of each block's scale that leaves the least error, weighted by H's diagonal.
 
     Raises
     ------
@@ -49,9 +47,11 @@ def gptq(w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: b
         For an H that no damping makes positive definite: one that is not finite.
     """
     (_, K), block = w.shape, spec.block(w.shape)
+    if not bool(H.isfinite().all()):
+        raise ValueError("inputs must leave sums of squares that are finite, got some that are not")
     plain = quantize_weight(w, spec)
     energy = H.diagonal().clone()
-    scale, zero_point = searched(w, plain, spec, energy) if search else plain[1:]
+    scale, zero_point = searched(w, spec, energy) if search else plain[1:]
     assert scale is not None
     s, z = (None if t is None else spread(t, w.shape, block) for t in (scale, zero_point))
     order = torch.argsort(energy, descending=True, stable=True)
@@ -78,24 +78,19 @@ def gptq(w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: b
     return Rounded(weight, loss, rounding, used)
 
 
-def searched(w: Tensor, plain: Weight, spec: QuantSpec, energy: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The scales that leave the least sum of energy[k] (w[n, k] - decode(codes[n, k]))^2 in each block, of `RANGES`.
-
-    The zero point of an affine block stays: a part of a range has it where the whole has it.
-    """
-    _, base, zero_point = plain
-    assert base is not None
-    block = spec.block(w.shape)
-    best = torch.full(base.shape, math.inf, device=base.device)
-    scale = base
-    for share in RANGES:
-        s = kept_scale(base.float() * share, spec)
-        codes = ops.quantize(w, s, spec.format, block=block, zero_point=zero_point)
-        error = (decoded(Weight(codes, s, zero_point), spec, w) - w).square_().mul_(energy)
-        total = block_sums(error, block)
-        better = total < best
-        best, scale = torch.where(better, total, best), torch.where(better, s, scale)
-    return scale, zero_point
+def searched(w: Tensor, spec: QuantSpec, energy: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scales that leave the least sum of energy[k] (w[n, k] - decode(codes[n, k]))^2 in each block, as kept."""
+    found = ops.compute_scale(
+        w,
+        spec.format,
+        spec.block(w.shape),
+        symmetric=spec.symmetric is True,
+        method="mse",
+        energy=energy / energy.max().clamp(min=torch.finfo(energy.dtype).tiny),  # whose sums no float32 may exceed
+        kept=spec.scale,
+    )
+    scale, zero_point = (found, None) if isinstance(found, Tensor) else found
+    return kept_scale(scale, spec), zero_point
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -104,8 +99,6 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     A column that no input has reached is left out of the rest: its part of H becomes that of the unit matrix.
     """
     diagonal = H.diagonal()
-    if not bool(H.isfinite().all()):
-        raise ValueError("inputs must leave sums of squares that are finite, got some that are not")
     mean = float(diagonal.mean()) or 1.0
     H = H / mean
     H.diagonal()[H.diagonal() == 0] = 1
@@ -146,11 +139,3 @@ def spread(values: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
     """[I, J] -> [N, K]: values[n // br, k // bk]."""
     (N, K), (br, bk) = shape, block
     return values.repeat_interleave(br, 0)[:N].repeat_interleave(bk, 1)[:, :K]
-
-
-def block_sums(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """[N, K] -> [I, J]"""
-    (N, K), (br, bk) = x.shape, block
-    x = torch.nn.functional.pad(x, (0, -K % bk, 0, -N % br))
-    sums: Tensor = x.unflatten(1, (-1, bk)).unflatten(0, (-1, br)).sum((1, 3))
-    return sums

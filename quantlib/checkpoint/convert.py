@@ -271,7 +271,7 @@ class Projection:
         slots = Stored(str(self.spec), self.slot.shape).slots(self.slot.name)
         rows = slabs(*self.shape, self.spec.block(self.shape)[0] if self.spec.scaled else 1)
         jobs: list[Job] = [partial(self._slab, part) for part in rows]
-        if self.spec.per == "tensor":
+        if self.spec.per == "tensor" and self.spec.search == "minmax":  # a search reads all values at once
             jobs = [self._with_one_scale]
         return Batch(slots, jobs, lambda: self._report(sum(slot.nbytes for slot in slots)))
 

@@ -295,7 +295,7 @@ class Scratch:
         """Release the folder, and remove it unless others work in it or its work is to be continued."""
         try:
             if keep and self.job is not None and os.path.lexists(self.new) and self._begun():
-                log.warning("kept %s: the same call goes on with what is done", self.folder)
+                log.warning("kept %s: the same call continues with its finished part", self.folder)
             elif self.leads or flock(self.descriptors[0], fcntl.LOCK_EX):
                 self._put_back()
                 self._remove()
@@ -376,7 +376,7 @@ class Scratch:
                 put(self.old, self.path)
             except OSError as error:
                 raise FileExistsError(
-                    f"{self.old} holds what was at {self.path}, which is taken: move one of them"
+                    f"{self.old} holds the old output of {self.path}, which is taken: move one of them"
                 ) from error
             log.warning("put %s back, which was on its way out", self.path)
 

@@ -30,6 +30,7 @@ from quantlib.cli import (
     quantize,
     tune,
     verify,
+    warmup,
 )
 from quantlib.cli.parser import Parser
 
@@ -48,6 +49,7 @@ VERBS = {
     "quantize": quantize,
     "tune": tune,
     "verify": verify,
+    "warmup": warmup,
 }
 
 FAILED, WRONG, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # exit statuses; 0 is success

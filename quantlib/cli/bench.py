@@ -53,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         default=[],
-        help="of quantlib's; may be repeated; by default the one that serves the device",
+        help="a backend of quantlib; may be repeated; by default the one that serves the device",
     )
     parser.add_argument(
         "--without",
@@ -63,13 +63,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out peers whose name begins so, e.g. torch.compile; may be repeated",
     )
     size = checked("an integer >= 1", count)
-    parser.add_argument("--shape", nargs=2, type=size, metavar=("M", "K"), help="of x, 8192 4096 by default")
-    parser.add_argument("--threads", type=size, metavar="N", help="torch's by default")
+    parser.add_argument("--shape", nargs=2, type=size, metavar=("M", "K"), help="the size of x, 8192 4096 by default")
+    parser.add_argument("--threads", type=size, metavar="N", help="the number of threads, torch's by default")
     parser.add_argument(
         "--seconds",
         type=checked("a number > 0", positive),
         metavar="S",
-        help="of timed runs, at most, for one contender in one case: it stops earlier where its spread is small",
+        help="the most time for one contender in one case: it stops earlier if its spread is small",
     )
     for kind, about in FILES.items():
         parser.add_argument(
@@ -83,14 +83,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="compare A B")
     about = "Say what changed from one saved run to another, beyond the spread of both."
     compare = actions.add_parser("compare", help=about, description=about, epilog=RULE)
-    compare.add_argument("before", metavar="A.json", help="what `quantlib bench --json A.json` wrote")
-    compare.add_argument("after", metavar="B.json", help="and later, or elsewhere, B.json")
+    compare.add_argument("before", metavar="A.json", help="a file that `quantlib bench --json A.json` wrote")
+    compare.add_argument("after", metavar="B.json", help="the file of a later run, or of another machine")
     compare.add_argument(
         "--tolerance",
         type=checked("a number >= 0", tolerance),
         default=0.02,
         metavar="SHARE",
-        help="no smaller change counts, whatever the spread (0.02)",
+        help="the least change that counts, however small the spread (0.02)",
     )
     compare.add_argument("--ours", action="store_true", help="leave out peers and limits: only quantlib's rows")
 

@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--saturate",
         action=argparse.BooleanOptionalAction,
-        help="what is too large becomes the largest finite value; by default in formats of 8 bits and fewer",
+        help="saturate: a value that is too large becomes the largest finite one; the default up to 8 bits",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

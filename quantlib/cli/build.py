@@ -9,7 +9,7 @@ from quantlib import _build
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels too; needs nvcc, no GPU")
+    parser.add_argument("--cuda", action="store_true", help="compile the CUDA kernels too; needs nvcc, no GPU")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from quantlib.cli.progress import Progress
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="FOLDER", help="a model folder or a .safetensors file")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

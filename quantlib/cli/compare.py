@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=checked("a number >= 0", tolerance),
         metavar="R",
-        help="exit with 1 where the norm of A - B is more than R times that of A, or a tensor is in one of them only",
+        help="exit with 1 if the norm of A - B is more than R times that of A, or only one of them has a tensor",
     )
     files(parser)
 

@@ -11,7 +11,7 @@ from quantlib.cli.quantize import check_paths, finite, ranks, size, stopping
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="a model folder or a .safetensors file that is quantized")
-    parser.add_argument("output", metavar="OUT", help="what to write, of the same kind; whole, or not at all")
+    parser.add_argument("output", metavar="OUT", help="the output, of the same kind; it appears complete or not at all")
     parser.add_argument(
         "--to",
         default="quantlib",

@@ -35,12 +35,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="to measure on; may be repeated; by default two ship",
+        help="a text to measure on; may be repeated; by default two that come with quantlib",
     )
     size = checked("an integer >= 1", count)
-    parser.add_argument("--tokens", type=size, default=4096, metavar="N", help="how many, of all texts (4096)")
-    parser.add_argument("--length", type=size, default=512, metavar="N", help="how many follow one another (512)")
-    parser.add_argument("--peers", action="store_true", help="beside torchao, hqq and bitsandbytes, where installed")
+    parser.add_argument("--tokens", type=size, default=4096, metavar="N", help="tokens of all texts together (4096)")
+    parser.add_argument("--length", type=size, default=512, metavar="N", help="tokens of a window (512)")
+    parser.add_argument("--peers", action="store_true", help="compare with torchao, hqq and bitsandbytes, if installed")
     parser.add_argument("--as-shipped", action="store_true", help="leave the weights of a GGUF file on its grid")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     file = checked("a file in an existing folder", destination)

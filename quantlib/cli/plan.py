@@ -28,26 +28,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=checked("a whole number >= 1", count), default=2048, help="tokens of a sequence"
     )
     parser.add_argument("--batch", type=checked("a whole number >= 1", count), default=1, help="sequences at a time")
-    parser.add_argument("--train", type=one_of(TRAINS), help="plan training: all of it, adapters, or towards codes")
-    parser.add_argument("--optimizer", type=one_of(OPTIMIZERS), default="adamw", help="with --train")
-    parser.add_argument("--precision", type=one_of(PRECISIONS), help="of what is trained; as it is stored by default")
+    parser.add_argument("--train", type=one_of(TRAINS), help="plan training: all parameters, adapters, or QAT")
+    parser.add_argument("--optimizer", type=one_of(OPTIMIZERS), default="adamw", help="optimizer of --train")
+    parser.add_argument("--precision", type=one_of(PRECISIONS), help="dtype that is trained; as stored by default")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
-    parser.add_argument("--rank", type=checked("a whole number >= 1", count), default=8, help="of --train lora")
+    parser.add_argument("--rank", type=checked("a whole number >= 1", count), default=8, help="rank of --train lora")
     parser.add_argument("--gpus", type=checked("a whole number >= 1", count), default=1, metavar="N", help="devices")
     parser.add_argument("--parallel", metavar="HOW", help="ddp, zero1, zero2 or zero3; tp:N and pp:N beside it")
-    parser.add_argument("--device", metavar="NAME|BYTES", help="what it shall fit: H100, RTX4090, 24GB ...")
+    parser.add_argument("--device", metavar="NAME|BYTES", help="the device that it must fit: H100, RTX4090, 24GB ...")
     parser.add_argument(
         "--tokens",
         type=checked("a number above 0", positive),
         metavar="D",
-        help="to train on; 20 a parameter by default",
+        help="tokens to train on; 20 a parameter by default",
     )
     parser.add_argument(
         "--utilization",
         type=checked("a number above 0", positive),
         default=0.4,
         metavar="SHARE",
-        help="of a device's peak (0.4)",
+        help="share of a device's peak that training reaches (0.4)",
     )
     parser.add_argument("--no-activations", action="store_true", help="do not run the model on tensors without memory")
     parser.add_argument("--explain", action="store_true", help="the formula of every line")

@@ -21,7 +21,7 @@ POLICIES = ("raise", "propagate")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="a model folder or a .safetensors file")
-    parser.add_argument("output", metavar="OUT", help="what to write, of the same kind; whole, or not at all")
+    parser.add_argument("output", metavar="OUT", help="the output, of the same kind; it appears complete or not at all")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"{GRAMMAR}")
     parser.add_argument("--per", type=checked(PER, checked_per), help=f"the weights that share a scale: {PER}")
     parser.add_argument("--affine", action="store_true", help="give integers a zero point")
@@ -52,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def stopping(parser: argparse.ArgumentParser) -> None:
     """Add the options of work that takes long."""
-    parser.add_argument("--no-resume", action="store_true", help="begin anew where an earlier run was stopped")
+    parser.add_argument("--no-resume", action="store_true", help="start again instead of continuing an earlier run")
     parser.add_argument(
         "--join",
         action="store_true",

@@ -44,10 +44,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=one_of(FAMILIES),
         metavar="FAMILY",
-        help=f"of {', '.join(FAMILIES)}; may be repeated",
+        help=f"only this family, of {', '.join(FAMILIES)}; may be repeated",
     )
     parser.add_argument("--out", metavar="FILE", help="the table (the user's own, which the kernels read)")
-    parser.add_argument("--again", action="store_true", help="measure what the table has, too")
+    parser.add_argument("--again", action="store_true", help="measure the entries of the table again")
 
 
 def rows(text: str) -> int:

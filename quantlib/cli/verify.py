@@ -32,21 +32,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=one_of(formats.FORMATS),
         metavar="FORMAT",
-        help="only what reads or writes this format; may be repeated",
+        help="only cases that read or write this format; may be repeated",
     )
-    parser.add_argument("--backend", default="auto", help="what is to be proved; by default what serves the device")
+    parser.add_argument("--backend", default="auto", help="the backend to check; by default the one of the device")
     parser.add_argument("--device", default="cpu", type=one_of(("cpu", "cuda")), help="where it runs (cpu)")
     parser.add_argument(
         "--against",
         default="reference",
         metavar="AUTHORITY",
-        help=f"what it should equal: {', '.join(ORACLES)} or a backend (reference)",
+        help=f"the authority to compare with: {', '.join(ORACLES)} or a backend (reference)",
     )
     parser.add_argument(
         "--share",
         default=Fraction(1),
         type=checked("a fraction in 0..1, such as 1/64", share),
-        help="the part of the 2^32 inputs to look at; those that decide are in every share, of 0 too",
+        help="the part of the 2^32 inputs to check; every share, even 0, contains the deciding ones",
     )
     parser.add_argument(
         "--jobs", default=os.cpu_count() or 1, type=checked("a number >= 1", count), help="threads (one a core)"

@@ -113,7 +113,7 @@ def load(
         measured = windows[::2] if i == 0 else windows
         if len(measured) < share:
             most = len(measured) * length * len(texts)
-            raise ValueError(f"--tokens must be at most {most}, of which {name} has its share, got {tokens}")
+            raise ValueError(f"--tokens must be at most {most}, given the length of {name}, got {tokens}")
         subject.texts[name] = measured[:share]
         if i == 0:
             subject.calibration = [window[None] for window in windows[1::2][: max(CALIBRATION // length, 1)]]

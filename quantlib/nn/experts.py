@@ -30,7 +30,7 @@ from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
 from quantlib.nn.module import rebind_hooks, taken_over, zero_codes
 from quantlib.nn.weight import DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_name, dtype_of, least_negative
+from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class QuantExperts(Leaf):
 
     def parts(self, name: str) -> Weight:
         """Codes [E, ...], scales and zero points as they are kept."""
-        codes, scale, zero_point = (self._parameters[f"{name}_{part}"] for part in PARTS)
+        codes, scale, zero_point = (own(self._parameters[f"{name}_{part}"]) for part in PARTS)
         assert codes is not None
         return Weight(codes, scale, zero_point)
 
@@ -243,7 +243,7 @@ class QuantExperts(Leaf):
 
     def _product(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """y[t] = x[t] @ weight[e].T + bias[e], ends[e - 1] <= t < ends[e]; 0 for rows of no expert."""
-        bias = getattr(self, f"{name}_bias") if self.has_bias else None
+        bias = own(getattr(self, f"{name}_bias")) if self.has_bias else None
         y = self.matrices(name).multiply(x, ends, bias)
         for adapter in self._adapters.get(name, ()):
             y = y + by_expert(lambda x, e, adapter=adapter: adapter.of(x, e), x, ends)
@@ -340,6 +340,11 @@ class QuantExperts(Leaf):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return remade, (self.FLOAT, vars(self))
+
+
+def own(t: Any) -> Any:
+    """``t``, or of experts that are dealt out over ranks those of this one."""
+    return t.to_local() if is_sharded(t) else t
 
 
 class Owner(NamedTuple):

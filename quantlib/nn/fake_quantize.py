@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantlib import ops
 from quantlib.formats import IntFormat
+from quantlib.nn import ranks
 from quantlib.nn.functional import Scale, Weight, kept_scale, project, quantize_weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
@@ -207,7 +208,8 @@ class FakeQuantize(Leaf, KeepsDtype):
         base, zero_point = self.base, self.base_zero
         if self.watching:
             if not torch.compiler.is_compiling():
-                said = self._observe(x)
+                with ranks.whole(x) as seen:
+                    said = self._observe(seen)
             else:
                 n, affine = self.blocks[0] * self.blocks[1], not self.spec.symmetric
                 scale, z = observe(x.detach(), self._handle, self.forwards, n, affine)

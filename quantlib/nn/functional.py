@@ -11,9 +11,11 @@ from torch import Tensor
 from quantlib import formats, ops
 from quantlib.backends.weight import QuantizedWeight
 from quantlib.formats import FloatFormat
+from quantlib.nn import ranks
 from quantlib.ops.autograd import StraightThrough, apply
-from quantlib.ops.check import dtype_of
+from quantlib.ops.check import dtype_of, is_sharded
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
+from quantlib.ops.sharding import cuts_columns, size_of
 from quantlib.spec import QuantSpec
 
 SLAB = 1 << 18  # elements of a weight at a time: a core's second cache holds them and their codes
@@ -48,9 +50,14 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
     if not spec.scaled:
         return Weight(ops.cast(x, spec.format))
     block, symmetric = spec.block(x.shape), spec.symmetric is True
-    if spec.scale == "float32":
+    searched = spec.search != "minmax"
+    if symmetric and not searched and cuts_columns(x):
+        scale = kept_scale(ranks.scale_of_shards(x, spec.format, block), spec)
+        return Weight(ops.quantize(x, scale, spec.format, block=block), scale)
+    if spec.plain:
         return Weight(*ops.quantize_dynamic(x, spec.format, block=block, symmetric=symmetric))
-    found = ops.compute_scale(x, spec.format, block=block, symmetric=symmetric)
+    how: dict[str, Any] = {"method": spec.search, "kept": spec.scale} if searched else {}
+    found = ops.compute_scale(x, spec.format, block=block, symmetric=symmetric, **how)
     scale, zero_point = (found, None) if isinstance(found, Tensor) else found
     scale = kept_scale(scale, spec)
     return Weight(ops.quantize(x, scale, spec.format, block=block, zero_point=zero_point), scale, zero_point)
@@ -90,7 +97,7 @@ def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
         part = rows_of(weight, rows, 1)
         outs = tuple(t for t in part if t is not None)
         block, symmetric = spec.block(x[rows].shape), zero_point is None
-        if spec.scale == "float32":
+        if spec.plain:
             ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=symmetric, out=outs)
         else:
             made = (t for t in quantize_weight(x[rows], spec) if t is not None)
@@ -138,11 +145,17 @@ def dequantize_rows(
         K
     """
     codes, scale, zero_point = weight
+    if is_sharded(codes) and not isinstance(rows, slice) and block[0] == 1:
+        found, scale, zero_point = (
+            None if t is None else ranks.looked_up(t, rows) for t in (_bytes(codes), *weight[1:])
+        )
+        assert found is not None
+        found = found.view(codes.dtype)
+        return _values(Weight(found, scale, zero_point), format, (1, block[1]), size, dtype)
     if isinstance(rows, slice):
         found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
     else:
-        fp8 = codes.dtype.is_floating_point and codes.dtype.itemsize == 1  # which have no index_select
-        found = codes.view(torch.uint8).index_select(0, rows).view(codes.dtype) if fp8 else codes.index_select(0, rows)
+        found = _bytes(codes).index_select(0, rows).view(codes.dtype)
     if scale is None:
         return found.to(dtype)
     of_row = torch.div(rows, block[0], rounding_mode="floor") if block[0] > 1 else rows
@@ -150,16 +163,23 @@ def dequantize_rows(
     return _values(Weight(found, scale.index_select(0, of_row), z), format, (1, block[1]), size, dtype)
 
 
+def _bytes(codes: Tensor) -> Tensor:
+    """Codes as torch looks them up: FP8, which have no index_select, as uint8."""
+    fp8 = codes.dtype.is_floating_point and codes.dtype.itemsize == 1
+    return codes.view(torch.uint8) if fp8 else codes
+
+
 def _values(weight: Weight, format: str, block: tuple[int, int], size: int, dtype: torch.dtype) -> Tensor:
     codes, scale, zero_point = weight
     if scale is None:
         return _cast(codes, dtype)
+    own_size = size_of(codes, size)
     if scale.requires_grad and torch.is_grad_enabled():  # `dequantize` has no gradient: the same product, by torch
-        units = ops.dequantize(codes, torch.ones_like(scale), format, block=block, zero_point=zero_point, size=size)
+        units = ops.dequantize(codes, torch.ones_like(scale), format, block=block, zero_point=zero_point, size=own_size)
         rows, columns = (torch.arange(n, device=scale.device) // b for n, b in zip(units.shape, block, strict=True))
         return _cast(units * scale[rows][:, columns], dtype)
     narrow = torch.float32 if dtype == torch.float64 else dtype  # float64 holds what C7 gives, in float32, exactly
-    y = ops.dequantize(codes, scale, format, block=block, zero_point=zero_point, dtype=narrow, size=size)
+    y = ops.dequantize(codes, scale, format, block=block, zero_point=zero_point, dtype=narrow, size=own_size)
     return _cast(y, dtype)
 
 
@@ -307,7 +327,7 @@ class _IntegerMatmul(torch.autograd.Function):
         weight = QuantizedWeight(codes, scale, formats.get(ctx.format), ctx.block, zero_point, (len(codes), ctx.K))
         dx = dscale = dbias = None
         if dy is not None and ctx.needs_input_grad[0]:
-            dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight.arguments, ctx.K)
+            dx = torch.ops.quantlib.dequant_matmul_backward(dy, *weight.arguments, size_of(codes, ctx.K))
             dx = dx if static is None else _clipped(dx, x, ctx.activation, static)
         if dy is not None and ctx.needs_input_grad[1]:
             values = project(x, ctx.activation, static)

@@ -17,6 +17,7 @@ from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of
 from quantlib.ops.scaled_matmul import X_FORMATS
+from quantlib.ops.sharding import cuts_columns
 from quantlib.spec import QuantSpec, check_dynamic
 
 if TYPE_CHECKING:
@@ -203,11 +204,11 @@ class QuantLinear(QuantModule, nn.Linear):
             x = x if activation is None else project(x, activation, self._static())
             return F.linear(x, self.values(x.dtype), None if bias is None else bias.to(x.dtype))
         bias = bias if bias is None or bias.dtype in SOURCES else bias.float()
-        if self.kernel == "dynamic_matmul":
+        if self.kernel == "dynamic_matmul" and not cuts_columns(x):
             return ops.dynamic_matmul(x, codes, scale, spec.format, block=self.block, zero_point=zero_point, bias=bias)
         if activation is not None:
             static = self._static()
-            if self.kernel == "scaled_matmul":
+            if self.kernel in ("scaled_matmul", "dynamic_matmul"):
                 weight = Weight(codes, scale, zero_point)
                 return integer_matmul(x, activation, static, weight, spec.format, self.block, bias)
             x = project(x, activation, static)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from quantlib.nn.functional import SOURCES, Seen, Weight, dequantize_weight, quantize_weight, scale_dtype
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_name, dtype_of, least_negative
+from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
 from quantlib.ops.flops import register_if_counting
+from quantlib.ops.sharding import Matrix, refusal
 from quantlib.spec import SCALES, QuantSpec, check_dynamic, stored_shape
 
 if TYPE_CHECKING:
@@ -219,7 +220,47 @@ class QuantModule(Leaf):
     def weight(self) -> None:
         raise RuntimeError(f"weight must not be deleted, it is decoded from codes: {WAY_OUT}")
 
+    def shard_(self, mesh: Any, dim: int, src_data_rank: int | None = 0) -> Self:
+        """Keep a part of the weight [N, K] on each rank: its rows (0) or its columns (1), whole blocks and bytes.
+
+        Parameters
+        ----------
+        mesh : torch.distributed.device_mesh.DeviceMesh
+            Of one axis.
+        dim : {0, 1}
+        src_data_rank : int, optional
+            Whose values all ranks get, as `torch.distributed.tensor.distribute_tensor` takes it; None for their own.
+
+        Returns
+        -------
+        QuantModule
+            The module itself, whose codes, scales and zero points are DTensors.
+
+        Raises
+        ------
+        ValueError
+            For a cut through a block of weights or through a byte of codes, with a way out.
+        """
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        self.untile_()
+        per_byte = self.spec.row.per_byte if self.spec.row.packed else 1
+        weight = Matrix(self._matrix, self.block if self.spec.scaled else (1, 1), per_byte)
+        if why := refusal(weight, dim, mesh.size()):
+            raise ValueError("weight must be {}, got {}".format(*why))
+        axis = weight.scale(dim, mesh.size())
+        for name in PARTS:
+            if (p := self._parameters[name]) is not None:
+                cut = dim if name == "weight_codes" else axis
+                placement = Replicate() if cut in (None, -1) else Shard(cut)
+                part = distribute_tensor(p.data, mesh, [placement], src_data_rank=src_data_rank)
+                self.register_parameter(name, nn.Parameter(part, requires_grad=p.requires_grad))
+        return self
+
     def register_parameter(self, name: str, param: Any) -> None:
+        if name == "weight" and is_sharded(param):  # what `RowwiseParallel` of torch does
+            self.shard_(param.device_mesh, next(p.dim for p in param.placements if p.is_shard()))
+            return
         if name == "weight" or isinstance(param, DecodedWeight):  # `torch.nn.utils.prune` keeps it under another name
             raise RuntimeError(f"weight must not be registered as a parameter, it is decoded from codes: {WAY_OUT}")
         super().register_parameter(name, param)
@@ -349,7 +390,7 @@ class QuantModule(Leaf):
         self._rename_codes(state_dict, prefix)
         if version > self._version:
             error_msgs.append(f"{prefix}weight must be of version {self._version} or older, got version {version}")
-        elif spec.weight_only != self.spec.weight_only:
+        elif spec.kept != self.spec.kept:
             error_msgs.append(f"{prefix}weight must be codes of {self.spec.weight_only}, got {spec.weight_only}")
         elif f"{prefix}weight" in state_dict:
             got = state_dict[f"{prefix}weight"]
@@ -473,11 +514,6 @@ SCALE_DTYPES = {name: getattr(torch, name) for name in SCALES}
 def zero_codes(spec: QuantSpec, shape: Sequence[int], device: Any) -> Tensor:
     """Codes of 0, of the shape that they are stored in."""
     return torch.zeros(tuple(shape), dtype=stored_dtype(spec), device=device).fill_(spec.row.zero_byte)
-
-
-def is_sharded(t: Tensor) -> bool:
-    """True if ``t`` is a DTensor: this process may hold only a part of its values."""
-    return hasattr(t, "device_mesh")
 
 
 def check_whole(model: nn.Module, way_out: str) -> None:

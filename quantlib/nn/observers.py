@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantlib import formats
 from quantlib.nn import ranks
 from quantlib.ops.observe import Scale, lsq_scale, mse_scale, range_of, scale_of_range
+from quantlib.ops.search_scale import search_scale
 from quantlib.spec import QuantSpec, matrix_shape
 
 if TYPE_CHECKING:
@@ -234,11 +235,11 @@ class HistogramObserver(MinMaxObserver):
         # 1. the power of two above the largest magnitude, from its exponent bits
         exponent = torch.maximum(-lowest, highest).view(-1, 1).view(torch.int32) & 0x7F800000
         top = torch.maximum(self.top, (exponent.view(torch.float32) * 2).clamp(max=2.0**127))
-        # 2. what was counted moves to the wider bins that its old ones, halved an integer number of times, lie in
+        # 2. the counts move to the wider bins that contain their old ones, halved an integer number of times
         centers = torch.arange(2 * half, device=x.device) + (0.5 - half)
         moved = (centers * (self.top / top) + half).floor().long()
         counts = torch.zeros_like(self.counts).scatter_add_(1, moved, self.counts)
-        # 3. what is new
+        # 3. the new values
         bin_of_x = (values / top * half + half).floor().long().clamp(0, 2 * half - 1)
         new = self._reduced(torch.zeros_like(counts).scatter_add_(1, bin_of_x, counted), "SUM")
         self.counts.copy_(counts + new)
@@ -343,7 +344,11 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     lowest, highest = torch.where(alive, lowest, -width), torch.where(alive, highest, width)
     widest = scale_of_range(lowest, highest, spec.format, symmetric)
     if how == "minmax":
-        return widest
+        scale, zero_point = widest
+        if spec.search != "minmax":
+            how_kept = {"method": spec.search, "kept": spec.scale}
+            scale = search_scale(x, scale, spec.format, block=block, zero_point=zero_point, **how_kept)
+        return scale, zero_point
     if how == "lsq":
         uniform = width / math.sqrt(formats.get(spec.format).max)  # half of it is the mean
         return torch.where(alive, lsq_scale(x, spec.format, block), uniform), None

@@ -14,8 +14,9 @@ from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import QuantLinear
-from quantlib.nn.module import QuantModule, is_sharded, rebind_hooks, taken_over
+from quantlib.nn.module import QuantModule, rebind_hooks, taken_over
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
+from quantlib.ops.check import is_sharded
 from quantlib.spec import QuantSpec, check_of_weight
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ what type checkers see.
 import importlib
 
 from quantlib import backends
-from quantlib.ops import flops
+from quantlib.ops import flops, sharding
 from quantlib.ops.adamw_step import adamw_step
 from quantlib.ops.cast import cast
 from quantlib.ops.compute_scale import compute_scale
@@ -30,6 +30,7 @@ from quantlib.ops.packing import pack, unpack
 from quantlib.ops.quantize import quantize
 from quantlib.ops.quantize_dynamic import quantize_dynamic
 from quantlib.ops.scaled_matmul import scaled_matmul
+from quantlib.ops.search_scale import search_scale
 from quantlib.ops.tile import tile, untile
 
 for _op in backends.OPS:
@@ -41,6 +42,7 @@ attach_gradients()
 attach_gradients_of_experts()
 backends.start()
 flops.register_where_cheap()
+sharding.register_if_imported()
 
 __all__ = [
     "adamw_step",
@@ -60,6 +62,7 @@ __all__ = [
     "quantize",
     "quantize_dynamic",
     "scaled_matmul",
+    "search_scale",
     "tile",
     "unpack",
     "untile",

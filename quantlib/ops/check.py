@@ -48,6 +48,11 @@ def described(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return f"{dtype_name(dtype)} [{', '.join(map(str, shape))}] on {device}"
 
 
+def is_sharded(t: Any) -> bool:
+    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
+    return hasattr(t, "device_mesh")
+
+
 def check_tensor(op: str, argument: str, got: Tensor, expected: Result, device: torch.device) -> None:
     """Check that ``got`` has the expected shape and dtype, on ``device``."""
     shape, dtype = expected
@@ -134,7 +139,7 @@ def check_scale(
 ) -> None:
     """Check that scale is as expected or has 16 bits, and that zero_point has its shape and is int32 in the range.
 
-    Of several weights in one, only the values of those that are ``used`` are looked at.
+    Of several weights in one, only the values of those that are ``used`` are checked.
     """
     dtype = scale.dtype if dtype_name(scale.dtype) in INPUTS else torch.float32
     check_tensor(op, "scale", scale, (expected[0], dtype), like.device)

@@ -1,4 +1,4 @@
-"""scale[I, J] = clamp(amax(|x[i, j]| of block I, J) / Q)"""
+"""scale[I, J] = clamp(amax(|x[i, j]| of block I, J) / Q), or the part of it that leaves the least error"""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from quantlib.formats import Format
-from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_block, check_dtype, no_gradient
+from quantlib.ops.check import INPUTS, INTEGERS, Block, Result, check_block, check_dtype, fail, no_gradient, one_of
 from quantlib.ops.declare import declare, format_name, whole_axes
 from quantlib.ops.explain import explain, unpacked
+from quantlib.ops.search_scale import search_scale
+from quantlib.spec import SEARCHES
+
+METHODS = ("minmax", *SEARCHES)
 
 
 def _results(x: Tensor, format: Format, block: Block) -> list[Result]:
@@ -31,6 +35,9 @@ def compute_scale(
     block: Block,
     *,
     symmetric: bool = True,
+    method: str = "minmax",
+    energy: Tensor | None = None,
+    kept: str | torch.dtype = "float32",
     out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The scale of each block of ``x``: what its codes are multiplied by.
@@ -46,6 +53,13 @@ def compute_scale(
         (b, b) tile.
     symmetric : bool
         Whether the range is -amax..amax (True) or min..max with a zero point (False).
+    method : {"minmax", "mse", "magnitude"}
+        The scale of the range, or the part of it, from 20/32 to 36/32, that leaves the least sum of squared errors, or
+        of squared errors times magnitudes: :func:`search_scale`.
+    energy : Tensor [K] float32, optional
+        What the error of each column counts in a search.
+    kept : {"float32", "float16", "bfloat16"} or a torch.dtype
+        What a scale will be kept in; a search tries only numbers of this dtype.
     out : Tensor, or a tuple of the results, optional
         Written to and returned.
 
@@ -59,7 +73,8 @@ def compute_scale(
     Raises
     ------
     RuntimeError
-        For an argument that is not as above, or an x that requires a gradient.
+        For an argument that is not as above, or an x that requires a gradient; for an energy or a narrow ``kept``
+        without a search.
 
     Notes
     -----
@@ -68,6 +83,13 @@ def compute_scale(
     try:
         no_gradient("compute_scale", "x", x)
         name, block = format_name(format), whole_axes("compute_scale", x, block)
+        if method not in METHODS:
+            fail("compute_scale", "method", one_of(METHODS), repr(method))
+        if method != "minmax":
+            return _searched(x, name, block, symmetric, method, energy, kept, out)
+        if energy is not None or format_name(kept) != "float32":
+            argument, got = ("kept", kept) if energy is None else ("energy", "a tensor")
+            fail("compute_scale", argument, "left out without a search, method mse or magnitude", got)
         if out is None:
             result: Tensor | tuple[Tensor, Tensor] = (_symmetric if symmetric else _affine)(x, name, block)
             return result
@@ -78,3 +100,25 @@ def compute_scale(
         return out
     except Exception as error:
         explain("compute_scale", compute_scale, locals(), error)
+
+
+def _searched(
+    x: Tensor,
+    format: str,
+    block: Block,
+    symmetric: bool,
+    method: str,
+    energy: Tensor | None,
+    kept: str | torch.dtype,
+    out: Tensor | tuple[Tensor, Tensor] | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    into = {} if out is None or symmetric else unpacked("compute_scale", out, ("scale", "zero_point"))
+    found = (_symmetric if symmetric else _affine)(x, format, block)
+    scale, zero_point = (found, None) if symmetric else found
+    target = out if symmetric else into.get("scale")
+    scale = search_scale(
+        x, scale, format, block=block, method=method, kept=kept, zero_point=zero_point, energy=energy, out=target
+    )
+    if symmetric:
+        return scale
+    return scale, into["zero_point"].copy_(zero_point) if into else zero_point

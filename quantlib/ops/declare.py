@@ -29,6 +29,7 @@ from quantlib.ops.check import (
     overlap,
 )
 from quantlib.ops.explain import worded
+from quantlib.ops.sharding import register_if_imported
 from quantlib.spec import matrix_shape
 
 Kernel = Callable[..., None]
@@ -146,6 +147,7 @@ def declare(
         return {**dict(zip(bound.names, args, strict=False)), **outs}
 
     def fake(*args: Any) -> Any:
+        register_if_imported()  # DTensor asks for shapes before it asks for a rule
         return _result(empty(checked(args)[1], args))
 
     def fake_out(*args: Any, **outs: Tensor) -> None:
@@ -249,7 +251,7 @@ def declare(
 
 
 def in_place(name: str, out: Tensor, argument: str, value: Tensor) -> bool:
-    """Whether the result ``m_out`` is the argument ``m`` itself: a kernel reads what lies there before it writes it."""
+    """True if the result ``m_out`` is the argument ``m`` itself: a kernel reads its elements before it writes them."""
     if name != f"{argument}_out":
         return False
     return (out.data_ptr(), out.shape, out.stride()) == (value.data_ptr(), value.shape, value.stride())

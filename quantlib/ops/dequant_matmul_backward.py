@@ -16,6 +16,7 @@ from quantlib.ops.autograd import Gradients, differentiable
 from quantlib.ops.check import INPUTS, Result, check_dtype, fail, last_size
 from quantlib.ops.declare import declare
 from quantlib.ops.dequant_matmul_backward_scale import gradient_of_scale
+from quantlib.ops.sharding import size_of
 from quantlib.ops.weight import check_weight
 from quantlib.spec import matrix_shape
 
@@ -51,7 +52,7 @@ def _gradients(
     dy = _through_activation(dy, x, weight, epilogue, dynamic)
     found: Gradients = {}
     if "x" in needs:
-        found["x"] = _backward(dy, *weight.arguments, x.shape[-1])
+        found["x"] = _backward(dy, *weight.arguments, size_of(weight.codes, x.shape[-1]))
     if "scale" in needs:
         found["scale"] = gradient_of_scale(dy, projected_rows(x) if dynamic else x, *weight.arguments)
     if bias is not None and "bias" in needs:
@@ -104,7 +105,7 @@ def _second_tangent(tangents: dict[str, Tensor], *, dy: Tensor, weight: Quantize
     _check_frozen(tangents)
     terms = []
     if "dy" in tangents:
-        terms.append(_backward(tangents["dy"], *weight.arguments, weight.shape[1]))
+        terms.append(_backward(tangents["dy"], *weight.arguments, size_of(weight.codes, weight.shape[1])))
     if "scale" in tangents:
         terms.append(_product(dy, _values(weight, tangents["scale"])))
     return _sum(terms)
@@ -172,7 +173,7 @@ def _through_activation(dy: Tensor, x: Tensor, weight: QuantizedWeight, epilogue
 
 
 def through_activation(dy: Tensor, activation: str | None, product: Callable[[], Tensor]) -> Tensor:
-    """dy * activation'(before), the same in reverse and in forward mode.
+    """dy * activation'(before), which is the same in reverse and in forward mode.
 
     ``before`` [..., N], the input of the activation, is computed again by ``product`` rather than kept.
     """

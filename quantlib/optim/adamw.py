@@ -81,7 +81,7 @@ class Adam8bit(Optimizer):
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, after a check of the options and parameters of the group."""
+        """Add a group as torch does, after a check of its options and parameters."""
         _check_options(self.defaults | param_group)
         super().add_param_group(param_group)
         try:
@@ -129,7 +129,7 @@ class Adam8bit(Optimizer):
             _step(p, state, of_step, group["block"], key)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but states keep their dtypes.
+        """Load states as torch does, but keep their dtypes.
 
         Raises
         ------
@@ -183,8 +183,14 @@ class AdamW8bit(Adam8bit):
 
 
 def has_8_bits(shape: torch.Size, bits: int, min_elements: int) -> bool:
-    """Whether the states of a parameter of ``shape`` take 8 bits."""
+    """True if the states of a parameter of ``shape`` take 8 bits."""
     return bits == 8 and len(shape) > 1 and shape.numel() >= min_elements and columns_of(shape)[1] >= LEAST_COLUMNS
+
+
+def states_nbytes(shape: torch.Size, bits: int = 8, block: int = 128, min_elements: int = 4096) -> int:
+    """Bytes of the two states of a parameter of ``shape``, without the counter of steps."""
+    states = states_of(*columns_of(shape), block if has_8_bits(shape, bits, min_elements) else 0)
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in states.values())
 
 
 # ---- one parameter --------------------------------------------------------------------------------------------------

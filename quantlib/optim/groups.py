@@ -1,4 +1,4 @@
-"""Which parameters of a model keep their states in 32 bits: those of embeddings."""
+"""The parameters of a model that keep their states in 32 bits: those of embeddings."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     list of dict
         One group of the embeddings, one of the others; an empty one is left out.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters(recurse=False)}
+    embeddings = embeddings_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     others = {"params": [p for p in trained if id(p) not in embeddings], **options}
     wide = {"params": [p for p in trained if id(p) in embeddings], **options, "bits": 32}
     return [group for group in (others, wide) if group["params"]]
+
+
+def embeddings_of(model: nn.Module) -> set[int]:
+    """The `id` of every parameter that belongs to an embedding."""
+    return {id(p) for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters(recurse=False)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where a part [rows, columns] of a parameter [whole_rows, whole_columns] lies."""
+    """The place of a part [rows, columns] in a parameter [whole_rows, whole_columns]."""
 
     whole: tuple[int, int]
     part: tuple[int, int]
@@ -30,12 +30,12 @@ def columns_of(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor."""
+    """True if ``t`` is a DTensor."""
     return hasattr(t, "device_mesh")
 
 
 def local(t: Tensor) -> Tensor:
-    """What this process holds of ``t``, in the same memory."""
+    """Return the part of ``t`` that this process holds, in the same memory."""
     part: Tensor = t.to_local() if is_sharded(t) else t  # type: ignore[operator]
     return part
 

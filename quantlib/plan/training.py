@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+from quantlib.optim.adamw import states_nbytes
+from quantlib.optim.groups import embeddings_of
 from quantlib.plan.lines import Line, Section
 from quantlib.plan.parallel import ALL, WHOLE, Parallel, Shapes, dealt, sharded, stage_share, units_of
 
-BLOCK = 256  # values of an 8-bit state that share a scale
+BLOCK = 128  # values of an 8-bit state that share a scale
 SLACK = 0.05  # of gradients and activations: what the caching allocator of a GPU rounds up and cannot join
 RULE = {"weights": 4, "gradients": 4, "optimizer": 8, "activations and temporaries": 8}  # bytes a parameter: 24
 
@@ -28,17 +31,26 @@ class Optimizer:
         Bytes a tensor: the number of the step.
     how : str
         The formula.
+    by_shape : callable (shape, whether of an embedding) -> int, optional
+        Bytes of the states of a tensor, where they depend on its shape.
     """
 
     name: str
     states: float
     counter: int
     how: str
+    by_shape: Callable[[tuple[int, ...], bool], int] | None = None
 
-    def nbytes(self, parameters: int, itemsize: float) -> int:
-        """Bytes of the states of a tensor of so many parameters."""
+    def nbytes(self, shape: tuple[int, ...], itemsize: float, embedding: bool, shapeless: bool) -> int:
+        """Bytes of the states of a tensor of ``shape``; ``shapeless``: of as many parameters in unknown tensors."""
         each = self.states if self.states >= 0 else -self.states * itemsize
-        return round(parameters * each) + self.counter
+        if self.by_shape is None or shapeless:
+            return round(count(shape) * each) + self.counter
+        return self.by_shape(shape, embedding) + self.counter
+
+
+def _in_8_bits(shape: tuple[int, ...], embedding: bool) -> int:
+    return states_nbytes(torch.Size(shape), bits=32 if embedding else 8)
 
 
 OPTIMIZERS = {
@@ -47,7 +59,9 @@ OPTIMIZERS = {
         "adamw8bit",
         2 * (1 + 4 / BLOCK),
         4,
-        f"2 states x (1 byte + 4 / {BLOCK}); assumes blocks of {BLOCK} with an FP32 scale",
+        f"2 states x (1 byte + 4 / {BLOCK}) in matrices, 2 x 4 bytes in embeddings, vectors and small matrices; "
+        "what quantlib.optim.AdamW8bit has",
+        _in_8_bits,
     ),
     "sgd": Optimizer("sgd", 0, 0, "no state without momentum"),
 }
@@ -86,6 +100,10 @@ class Trained:
         Peak of forward and backward beside the parameters, the gradients in it; None where it is not known.
     alone : int, optional
         The same where a gradient goes as soon as it is made, as with sharded gradients.
+    embeddings : frozenset of str
+        Those of ``shapes`` that belong to an embedding.
+    shapeless : bool
+        Whether ``shapes`` is a count and not the shape of a tensor.
     """
 
     shapes: Shapes
@@ -95,11 +113,13 @@ class Trained:
     buffers: Mapping[str, int] = field(default_factory=dict)
     step: int | None = None
     alone: int | None = None
+    embeddings: frozenset[str] = frozenset()
+    shapeless: bool = False
 
     @classmethod
     def of(cls, skeleton: nn.Module, step: int | None = None, alone: int | None = None) -> Trained:
         """Describe a model on meta."""
-        named = dict(skeleton.named_parameters())
+        named, tables = dict(skeleton.named_parameters()), embeddings_of(skeleton)
         return cls(
             {n: tuple(p.shape) for n, p in named.items() if p.requires_grad},
             {n: p.numel() * p.element_size() for n, p in named.items() if p.requires_grad},
@@ -108,13 +128,14 @@ class Trained:
             {n: t.numel() * t.element_size() for n, t in skeleton.named_buffers()},
             step,
             alone,
+            frozenset(n for n, p in named.items() if id(p) in tables),
         )
 
     @classmethod
     def of_count(cls, parameters: int, itemsize: int) -> Trained:
         """Describe so many parameters of which nothing else is known."""
         nbytes, shapes = {"parameters": parameters * itemsize}, {"parameters": (parameters,)}
-        return cls(shapes, nbytes, nbytes, shapes)
+        return cls(shapes, nbytes, nbytes, shapes, shapeless=True)
 
 
 @dataclass(frozen=True)
@@ -141,7 +162,10 @@ def memory_of(trained: Trained, optimizer: Optimizer, parallel: Parallel, on_gpu
     """The memory of one rank; ``on_gpu`` adds the caching allocator's slack and the temporaries of foreach steps."""
     how: dict[str, str] = {}
     sizes = {n: (size, size // max(count(trained.shapes[n]), 1)) for n, size in trained.gradients.items()}
-    states = {n: optimizer.nbytes(count(trained.shapes[n]), item) for n, (_, item) in sizes.items()}
+    states = {
+        n: optimizer.nbytes(trained.shapes[n], item, n in trained.embeddings, trained.shapeless)
+        for n, (_, item) in sizes.items()
+    }
     values = {n: size - optimizer.counter for n, size in states.items()}
     weights, gradients, state = (sum(m.values()) for m in (trained.weights, trained.gradients, states))
     how["weights"] = "bytes of every parameter and buffer as it is trained"

@@ -68,7 +68,7 @@ class Term:
         return f"({self.op} {' '.join(map(repr, (*self.parameters, *self.args)))})"
 
     def __bool__(self) -> bool:
-        raise TypeError("a term is no Python bool: what depends on an unknown value cannot decide a branch")
+        raise TypeError("a term is no Python bool: a term that depends on an unknown value cannot decide a branch")
 
 
 _nodes: dict[tuple[Any, ...], Term] = {}

@@ -23,6 +23,7 @@ from quantlib.reference.matmul import (
 from quantlib.reference.numerics import decode_float, encode_float
 from quantlib.reference.ops import *  # noqa: F403  what its list names
 from quantlib.reference.packing import pack, unpack
+from quantlib.reference.search_scale import search_scale
 
 __all__ = [
     "activate",
@@ -40,6 +41,7 @@ __all__ = [
     "grouped_dynamic_matmul",
     "pack",
     "scaled_matmul",
+    "search_scale",
     "unpack",
 ]
 __all__ += ops.__all__

@@ -31,7 +31,7 @@ class Squares:
 
     @property
     def scale_max(self) -> float:
-        """As C4 has it: no product with a value overflows."""
+        """The largest scale, by the rule of C4: no product with a value overflows."""
         return 2.0 ** (127 - (2 * self.most.bit_length() - 1))
 
     @property
@@ -61,7 +61,7 @@ M_CODES, V_CODES = Squares(signed=True), Squares(signed=False)
 
 
 class Step(NamedTuple):
-    """What a step writes."""
+    """The results of a step."""
 
     parameter: Array  # [M, K], codes of its dtype
     m: Array  # [M, K] int8, or float32

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--op", choices=every.OPS)
     top.add_argument("--format", choices=tuple(formats.FORMATS))
     top.add_argument("--device", default="cpu", choices=tuple(backends.DEVICES))
-    top.add_argument("--launches", action="store_true", help="only what starts every kernel in every way there is")
+    top.add_argument("--launches", action="store_true", help="only cases that start each kernel in each way there is")
     top.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
     top.add_argument("--part", type=fraction, default=(0, 1), metavar="I/N", help="every Nth case from the Ith on")
     return top

@@ -6,15 +6,16 @@ import itertools
 from collections.abc import Iterator
 
 from quantlib import backends, formats
-from quantlib.testing import compare, learned, product, steps, table
+from quantlib.testing import compare, learned, product, searched, steps, table
 from quantlib.testing.call import Block
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.searched import Searched
 from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
 
-AnyCase = Case | Product | Learned | Step
-OPS = (*table.OPS, *product.OPS, *learned.OPS, *steps.OPS)
+AnyCase = Case | Product | Learned | Searched | Step
+OPS = (*table.OPS, *product.OPS, *learned.OPS, *searched.OPS, *steps.OPS)
 Way = tuple[tuple[int, int], Block, str]
 
 # Three ways of a projection on a GPU: blocks that some lanes of a warp share, blocks that a thread block holds in its
@@ -46,6 +47,7 @@ def every(op: str | None = None, format: str | None = None, *, large: bool = Fal
         *table.cases(op, format),
         *product.products(op, format, large),
         *learned.learned(op, format),
+        *searched.searched(op, format),
         *steps.steps(op, format),
     )
 
@@ -69,6 +71,7 @@ def _launches() -> Iterator[AnyCase]:
                 yield Case(op, f.name, dtype, shape, block, layout, symmetric)
             n += 1
     yield from learned.learned()
+    yield from searched.searched()
     yield from steps.steps()
     for op in product.OPS:  # of each weight, tiled or not, and dtype: few rows, and more
         kinds: dict[object, list[Product]] = {}
@@ -94,6 +97,8 @@ def check(case: AnyCase, device: str = "cpu") -> None:
         product.check(case, device)
     elif isinstance(case, Learned):
         learned.check(case, device)
+    elif isinstance(case, Searched):
+        searched.check(case, device)
     elif isinstance(case, Step):
         steps.check(case, device)
     else:

@@ -40,7 +40,7 @@ class Step:
 
     @property
     def format(self) -> str:
-        """Of the states."""
+        """The format of the states."""
         return "int8" if self.block else "float32"
 
     @property

@@ -35,7 +35,7 @@ class Row:
     affine: bool
 
     def __str__(self) -> str:
-        return f"{self.overload:34}{self.format:15}{'affine' if self.affine else '':8}"
+        return f"{self.overload:36}{self.format:15}{'affine' if self.affine else '':8}"
 
 
 def device_of(backend: str) -> str:
@@ -166,7 +166,7 @@ def _of_one(argument: Any, row: Row, device: str) -> Any:
     given: dict[str, Any] = {"x": torch.ones(SHAPE, device=device), "scale": torch.ones(blocks, device=device)}
     given |= {"x_codes": given["x"].to(torch.int8), "x_scale": torch.ones(M, 1, device=device)}
     given |= {"dy": given["x"][:, :M] if "matmul" in row.overload else given["x"]}
-    given |= {"format": row.format, "block": list(BLOCK), "saturate": True}
+    given |= {"format": row.format, "block": list(BLOCK), "saturate": True, "method": "mse", "kept": "float32"}
     if row.overload.startswith("adamw_step"):  # whose formats are those of its states
         given |= _step(row, device)
     return given.get(argument.name, argument.default_value)

@@ -122,15 +122,34 @@ def test_slabs_of_a_large_batch(
     assert_same_bytes(y, want, f"slabs {format} {block}")
 
 
+@pytest.mark.parametrize(("format", "block", "affine"), WEIGHTS[::2], ids=str)
+def test_slabs_of_the_gradient_of_a_large_batch(
+    format: str, block: tuple[int, int], affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three slabs of columns, the last of them ragged."""
+    weight = Weight(40, 150, format, block, affine)
+    choice = tuning.MatmulTile(32, 0, 32, 1, 4, 1, slab=64)
+    monkeypatch.setattr(tuning, "choose_backward", lambda *_: choice)
+    dy, dx = torch.randint(-8, 9, (33, 40)).bfloat16(), poisoned((33, 150), torch.bfloat16)
+    backend.KERNELS["dequant_matmul_backward"](dy, weight.launched(), dx)
+    want = reference.dequant_matmul_backward(
+        dy.float().numpy(), *weight.arrays(), **weight.described(), dtype="bfloat16"
+    )
+    assert_same_bytes(dx, want, f"slabs of the gradient {format} {block}")
+
+
 def test_slabs_are_for_large_batches_of_what_they_hold() -> None:
     int8, bf16, fp16, fp32 = formats.get("int8"), torch.bfloat16, torch.float16, torch.float32
     shape = (1024, 4096, 4096)
     chosen = tuning.choose_matmul(shape, int8, bf16, 128, True, False, "a device", 232448)
-    assert chosen.slab == 2048
+    assert chosen.slab == 4096  # rows whose product is 256 tiles of 128 x 128
     assert not tuning.choose_matmul((512, 4096, 4096), int8, bf16, 128, True, False, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, bf16, 128, True, True, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, fp16, 128, True, False, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, fp32, 4096, True, False, "a device", 232448).slab
+    assert tuning.choose_backward(shape, int8, bf16, 4096, "a device", 232448).slab == 4096
+    assert not tuning.choose_backward((128, 4096, 4096), int8, bf16, 4096, "a device", 232448).slab
+    assert not tuning.choose_backward(shape, int8, fp16, 4096, "a device", 232448).slab
 
 
 def test_splits_of_k_are_summed_in_order() -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from quantlib import ops
+from quantlib.backends.composite.numerics import reduce_blocks
 from quantlib.calibration import gptq as module
-from quantlib.calibration.gptq import block_sums, decoded, gptq, inverse_factor, searched, spread
+from quantlib.calibration.gptq import decoded, gptq, inverse_factor, searched, spread
 from quantlib.nn.functional import quantize_weight
 from quantlib.spec import QuantSpec
 
@@ -76,14 +77,14 @@ def test_two_columns_by_hand() -> None:
 def test_a_search_never_adds_error_weighted_by_energy(text: str) -> None:
     spec, w, energy = QuantSpec.parse(text), weight(), gram().diagonal()
     plain = quantize_weight(w, spec)
-    scale, zero_point = searched(w, plain, spec, energy)
+    scale, zero_point = searched(w, spec, energy)
     block = spec.block(w.shape)
     codes = ops.quantize(w, scale, spec.format, block=block, zero_point=zero_point)
     losses = [
-        block_sums((decoded(found, spec, w) - w).square() * energy, block)
+        reduce_blocks((decoded(found, spec, w) - w).square() * energy, block, torch.sum)
         for found in (plain._replace(codes=codes, scale=scale), plain)
     ]
-    assert bool((losses[0] <= losses[1]).all())
+    assert bool((losses[0] <= losses[1] * (1 + 1e-6)).all())
     assert bool((losses[0] < losses[1]).any()) or text == "int8:row"
 
 
@@ -102,7 +103,7 @@ def test_a_sum_that_is_not_positive_definite_is_damped_until_it_is() -> None:
     _, used = inverse_factor(H, 0.01)
     assert used > 0.01
     with pytest.raises(ValueError, match="got some that are not"):
-        inverse_factor(torch.full((4, 4), float("nan")), 0.01)
+        gptq(torch.ones(4, 4), torch.full((4, 4), float("nan")), QuantSpec.parse("int4:row"))
 
 
 def test_columns_that_no_input_reached_are_rounded() -> None:
@@ -118,7 +119,5 @@ def test_the_same_bytes_twice() -> None:
 
 
 def test_blocks_of_any_shape() -> None:
-    x, block = torch.arange(15.0).view(3, 5), (2, 2)
-    sums = block_sums(x, block)
-    assert sums.tolist() == [[0 + 1 + 5 + 6, 2 + 3 + 7 + 8, 4 + 9], [10 + 11, 12 + 13, 14]]
-    assert spread(sums, x.shape, block)[2].tolist() == [21, 21, 25, 25, 14]
+    sums = torch.tensor([[12.0, 20, 13], [21, 25, 14]])
+    assert spread(sums, torch.Size((3, 5)), (2, 2))[2].tolist() == [21, 21, 25, 25, 14]

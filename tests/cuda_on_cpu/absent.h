@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "cuda/slab.h"
+#include "ops/adamw_step.h"
 #include "ops/cast.h"
 #include "ops/compute_scale.h"
 #include "ops/dequantize.h"
@@ -28,6 +29,7 @@ ABSENT(dequant_matmul, DequantMatmul)
 ABSENT(dequant_matmul_backward, DequantMatmulBackward)
 ABSENT(scaled_matmul, ScaledMatmul)
 ABSENT(dynamic_matmul, DynamicMatmul)
+ABSENT(adamw_step, AdamwStep)
 #undef ABSENT
 __attribute__((weak)) bool takes_slabs(const DequantMatmul&) { return false; }
 __attribute__((weak)) bool takes_slabs(const DequantMatmulBackward&) { return false; }

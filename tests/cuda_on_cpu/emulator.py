@@ -41,8 +41,13 @@ MODES = {
 }
 MATMULS = ("dequant_matmul", "dequant_matmul_backward", "scaled_matmul")
 SLAB = "slab"  # not an op: what serves dequant_matmul of many rows
-SMALLER = (("int64_t(1) << 23;", "int64_t(1) << 13;"), ("int64_t(1) << 13;  // of x", "int64_t(1) << 8;  // of x"))
+SMALLER = (
+    ("int64_t(1) << 23;", "int64_t(1) << 13;"),
+    ("int64_t(1) << 22;", "int64_t(1) << 13;"),
+    ("int64_t(1) << 13;  // of x", "int64_t(1) << 8;  // of x"),
+)
 FAKE = ("fake_quantize", "fake_quantize_backward")
+STEP = ("adamw_step",)
 TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum class Type of csrc/problem.h
 
 
@@ -136,7 +141,7 @@ class Call:
     M: int = 0  # of a matmul
 
     def packed(self) -> bytes:
-        first, ops = next(known for known in ((0, OPS), (16, MATMULS), (32, FAKE)) if self.op in known[1])
+        first, ops = next(known for known in ((0, OPS), (16, MATMULS), (32, FAKE), (48, STEP)) if self.op in known[1])
         op = first + ops.index(self.op)
         types = (TYPES[self.source], TYPES[self.target], TYPES[self.result])
         activation = (None, *ACTIVATIONS).index(self.activation)

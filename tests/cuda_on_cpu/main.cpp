@@ -23,7 +23,7 @@ using namespace quantlib;
 namespace memory = cuda_on_cpu::memory;
 
 struct Call {
-  int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py, 32 and in FAKE
+  int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py, 32 and in FAKE, 48
   Type from, to, result;
   uint8_t flag;  // saturate, tiled, x_per_row or lsq_mask
   Activation activation;
@@ -135,6 +135,10 @@ static void run(const Call& c, const std::vector<Buffer>& buffers) {
           {c.M, p(0), c.from, scale(1), zero_point(2), c.flag != 0, w, {scale(6), c.activation}, p(7), c.result},
           stream);
     }
+    case 48:  // the block of the states is M; the place of the matrix in the whole parameter, those of a block
+      return cuda::adamw_step({c.grid.M, c.grid.K, c.M, p(0), p(1), c.from, p(2), p(3), scale(4), scale(5), scale(6),
+                               zero_point(7), c.grid.br, c.grid.bk, p(8), p(9), p(10), scale(11), scale(12)},
+                              stream);
     case 32: {
       const int32_t* q = zero_point(3);  // qmin, qmax
       return cuda::fake_quantize({c.grid, p(0), c.from, c.to, scale(1), scale(2), q[0], q[1], p(4)}, stream);

@@ -14,6 +14,7 @@ from cuda_on_cpu.emulator import (
     FAKE,
     MATMULS,
     SLAB,
+    STEP,
     Call,
     Emulator,
     KernelError,
@@ -100,7 +101,7 @@ def test_every_kernel_runs(emulator: Emulator) -> None:
 
 
 def test_every_file_of_kernels_runs_here() -> None:
-    assert {path.stem for path in CSRC.glob("cuda/*.cu")} == {*OPS, *MATMULS, SLAB, *FAKE, "dynamic_matmul"}
+    assert {path.stem for path in CSRC.glob("cuda/*.cu")} == {*OPS, *MATMULS, SLAB, *FAKE, *STEP, "dynamic_matmul"}
 
 
 @pytest.mark.parametrize("shape", [(6, 515), (3, 4099), (2, 20011)], ids=str)

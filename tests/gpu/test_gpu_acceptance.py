@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +144,49 @@ open(path, "w"); time.sleep(0.3); os.unlink(path)
     assert accept(a, b) == 0
 
 
+def test_what_is_light_runs_beside_what_is_alone(accept: Accept, tmp_path: Path) -> None:
+    """Each waits for the other to have begun."""
+    code = f"""
+import os, time
+open({str(tmp_path)!r} + "/" + NAME, "w")
+for _ in range(600):
+    if os.path.exists({str(tmp_path)!r} + "/" + OTHER): break
+    time.sleep(0.1)
+else: raise SystemExit("nothing beside it")
+"""
+    light, alone = (
+        piece(name, f"NAME, OTHER = {name!r}, {other!r}\n{code}", light=name == "a", alone=name == "b")
+        for name, other in ("ab", "ba")
+    )
+    assert accept(light, alone) == 0
+
+
+def test_what_a_lent_machine_gives_back(accept: Accept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every piece the summary and its output are in OUT; a fresh machine goes on from them."""
+    out = tmp_path / "given back"
+    monkeypatch.setenv("OUT", str(out))
+    see = f"import os; assert sorted(os.listdir({str(out)!r})) == ['first.log', 'gpu.json']"
+    count = f"open({str(tmp_path / 'runs')!r}, 'a').write"
+    assert accept(piece("first", f"{count}('1')"), piece("second", f"{count}('2'); {see}", alone=True)) == 0
+    assert {path.name for path in out.iterdir()} == {"gpu.json", "first.log", "second.log"}
+    (tmp_path / "gpu.json").unlink()
+    again = piece("first", f"{count}('1')"), piece("third", f"{count}('3')")
+    assert accept(*again, options=("--resume", str(out / "gpu.json"))) == 0
+    assert (tmp_path / "runs").read_text() == "123"
+
+
+def test_a_piece_finds_what_was_carried_to_the_machine(tmp_path: Path) -> None:
+    """A package on PYTHONPATH is there for the pieces as it is for `has`, and the checkout comes first."""
+    (tmp_path / "carried_peer.py").write_text("")
+    first = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import gpu_pieces; "
+    inside = f"{first}import carried_peer, quantlib; print(gpu_pieces.has('carried_peer'), quantlib.__file__)"
+    call = f"subprocess.run([sys.executable, '-c', {inside!r}], env=gpu_pieces.ENVIRONMENT, check=True)"
+    ask = f"{first}import subprocess; {call}"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "QUANTLIB_BUILD": "0"}
+    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", str(SCRIPTS.parent / "quantlib/__init__.py")], done.stderr
+
+
 def test_a_machine_without_a_gpu_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_acceptance.main([], missing=lambda: ["torch sees no CUDA device"], wanted=tuple) == 2
     assert "sees no CUDA device" in capsys.readouterr().err
@@ -149,14 +194,17 @@ def test_a_machine_without_a_gpu_is_told_so(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of their worth; without pytest-xdist the tests are a piece a file, without pytest left out."""
-    monkeypatch.setattr(gpu_pieces, "families_of_benchmarks", lambda: ["cast", "matmul", "startup"])
+    monkeypatch.setattr(gpu_pieces, "families_of_benchmarks", lambda: ["cast", "matmul", "dequant_matmul", "startup"])
     assert gpu_acceptance.main(["--list"], wanted=lambda: gpu_pieces.pieces(cores=16)) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.partition("s  ")[2].partition(" (")[0] for line in lines]
-    assert names[0] == "build"
+    assert names[:2] == ["smoke", "build"]
     for name in ("cases cuda", "tests graphs", "tests device", "sanitizer racecheck", "every input triton"):
         assert name in names
-    assert names.index("tests device") < names.index("bench projections") < names.index("tests other")
+    order = ["cases triton", "tests graphs", "bench products", "bench projections", "tests device", "tests other"]
+    assert [name for name in names if name in order] == order
+    seconds = [int(line.split()[0]) for line in lines]
+    assert sum(seconds[1 : names.index("bench products")]) <= 360, "the first figures come in the first minutes"
     assert all(1 <= p.seconds < gpu_pieces.PIECE_SECONDS for p in gpu_pieces.pieces(cores=16))
 
     monkeypatch.setattr(gpu_pieces, "has", lambda package: package == "pytest")
@@ -164,6 +212,24 @@ def test_the_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_pieces, "has", lambda package: False)
     tests = [p for p in gpu_pieces.pieces(cores=1) if p.name.startswith("tests")]
     assert {p.lacks for p in tests} == {"pytest is not installed"}
+
+
+def test_the_first_minute_on_no_gpu() -> None:
+    """The steps of the smoke piece run on the CPU, in pure torch, but for the package, which is a compiler's minute."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        SCRIPTS / "gpu_smoke.py",
+        "--device",
+        "cpu",
+        "slabs",
+        "descriptors",
+        "graph",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "QUANTLIB_BUILD": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "3 of 3 passed", done.stderr
 
 
 def test_every_command_is_one_that_is_there() -> None:

@@ -40,7 +40,7 @@ def kernels_of_sources() -> set[tuple[str, str]]:
 @pytest.mark.parametrize("arch", contract.SHARED)
 @pytest.mark.parametrize("language", ["triton", "cuda"])
 def test_every_kernel_keeps_its_contract(language: str, arch: int) -> None:
-    rows = run.judged(measured(language, arch), Budgets.read())
+    rows = run.judged(measured(language, arch, run.fast(arch)), Budgets.read())
     wrong = [row for row in rows if row.faults]
     assert not wrong, "\n" + table.table(wrong)
 
@@ -137,7 +137,7 @@ def test_what_excuses_nothing_is_named() -> None:
 # A guard; vectors, or elements where there is no whole vector; a loop of two products a trip, which a call leaves.
 LISTING = """
 /*0000*/ @P0 EXIT ;
-/*0010*/ @P1 BRA 0x0050 ;
+/*0010*/ @P1 BRA 0x0050 &req={2,1} ?trans6 ;
 /*0020*/ LDG.E.128 R4, [R2] ;
 /*0030*/ STG.E.128 [R2], R4 ;
 /*0040*/ BRA 0x00c0 ;

@@ -28,10 +28,11 @@ class Budgets:
     def read(cls, path: Path = PATH) -> Budgets:
         lines = path.read_text().splitlines() if path.exists() else []
         compilers = dict(re.findall(r"(\w+) ([\d.]+)", lines[1])) if lines else {}
+        archs = [int(arch) for arch in re.findall(r"sm_(\d+)", lines[0])] if lines else []
         found = {}
         for line in lines[2:]:
             name, *columns = re.split(r"\s{2,}", line)
-            for arch, column in zip(SHARED, columns, strict=True):
+            for arch, column in zip(archs, columns, strict=True):
                 if column != "-":
                     instructions, registers = column.split("/")
                     found[name, arch] = float(instructions), int(registers)

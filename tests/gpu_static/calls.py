@@ -15,7 +15,7 @@ from quantlib.spec import QuantSpec
 SOURCES = ("float32", "bfloat16", "float16")
 PER = ("tensor", "row", "group:128", "group:32", "tile:128")
 WEIGHTS = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672))
-BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
+BATCHES = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
 RAGGED = ((4095, 4097), (300, 100001), (3, 45))  # no multiple of anything: these have no budget
 CODES = tuple((f.name, affine) for f in formats.TABLE for affine in ((False,) if f.is_float else (False, True)))
 BYTES = tuple((name, affine) for name, affine in CODES if formats.get(name).bits <= 8)
@@ -132,7 +132,7 @@ def dequant_matmuls(device: str) -> Iterator[Call]:
         yield Call("dequant_matmul", source, "int8", M=256, tiled=True, activation=activation, device=device)
     for source in SOURCES:
         yield Call("dequant_matmul", source, "int8", M=7, tiled=True, invariant=True, device=device)
-    for source, (format, affine), M in itertools.product(SOURCES, BYTES, (1, 16, 64, 256, 4096)):
+    for source, (format, affine), M in itertools.product(SOURCES, BYTES, BATCHES):
         for per in ("row", "group:128"):
             yield Call("dequant_matmul_backward", source, format, per=per, affine=affine, M=M, device=device)
 
@@ -146,8 +146,8 @@ def scaled_matmuls(device: str) -> Iterator[Call]:
             yield Call("scaled_matmul", source, format, per=per, affine=affine, M=M, device=device)
 
 
-# What `make test` compiles: each kernel at its most used, and the most used formats of each op.
-FAST = (
+# Each kernel at its most used, and the most used formats of each op.
+FIRST = (
     Call("cast", "bfloat16", "float8_e4m3fn"),
     Call("quantize", "bfloat16", "int8"),
     Call("quantize", "bfloat16", "int8", (4095, 4097)),
@@ -173,3 +173,17 @@ FAST = (
     Call("scaled_matmul", "bfloat16", "int8", M=1),
     Call("scaled_matmul", "bfloat16", "int8", M=4096),
 )
+
+# The matmuls of models at every size of a batch that has a tile of its own, each type of x.
+MATMULS = tuple(
+    Call(op, source, format, per=per, M=M, tiled=op == "dequant_matmul")
+    for source, M in itertools.product(SOURCES, (1, 4, 16, 32, 64, 128, 256, 1024))
+    for op, format, per in (
+        ("dequant_matmul", "int8", "row"),
+        ("dequant_matmul", "int4", "group:128"),
+        ("dequant_matmul_backward", "int8", "row"),
+        ("dequant_matmul_backward", "int4", "group:128"),
+        ("scaled_matmul", "int8", "row"),
+    )
+)
+FAST = tuple(dict.fromkeys((*FIRST, *MATMULS)))

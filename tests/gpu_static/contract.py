@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from gpu_static.measured import Measured
 from gpu_static.sass import width
 
-SHARED = {80: 166912, 89: 101376, 90: 232448}  # bytes that a thread block may have
+# Bytes that a thread block may have.
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 STATIC_SHARED = 49152  # without asking for more, as no kernel of csrc/cuda does
 # Instructions of a thread for each byte moved, below which memory is what a kernel waits for: lanes a clock over bytes
-# a clock of one SM, of an A100 (1.75 TB/s, 108 SMs, 1.41 GHz), an RTX 4090 (1.0 TB/s, 128 SMs, 2.52 GHz) and an H200
-# (4.3 TB/s, 132 SMs, 1.98 GHz).
-PER_BYTE = {80: 11.1, 89: 41.0, 90: 7.8}
-ATOMIC = re.compile(r"U?(RED(?!UX)|ATOM)\w*\b")  # REDUX adds up what the lanes of a warp have
+# a clock of one SM, of an A100 (1.75 TB/s, 108 SMs, 1.41 GHz), an RTX 3090 (0.9 TB/s, 82 SMs, 1.70 GHz), an RTX 4090
+# (1.0 TB/s, 128 SMs, 2.52 GHz), an H200 (4.3 TB/s, 132 SMs, 1.98 GHz), a B200 (7.2 TB/s, 148 SMs, 1.97 GHz) and an RTX
+# 5090 (1.67 TB/s, 170 SMs, 2.41 GHz).
+PER_BYTE = {80: 11.1, 86: 19.8, 89: 41.0, 90: 7.8, 100: 5.2, 120: 31.4}
+# REDUX adds up what the lanes of a warp have, ATOMS.OR and ATOMS.AND keep the book of tensor memory.
+ATOMIC = re.compile(r"U?(RED(?!UX)|ATOM(?!S\.(OR|AND)))\w*\b")
 FLOAT_ATOMIC = re.compile(ATOMIC.pattern + r".*\.(F16|F32|F64|BF16)")
 LOCAL = re.compile(r"(LDL|STL)\b")
 NEW = "has no recorded budget"
@@ -115,7 +118,8 @@ def beyond(m: Measured, recorded: tuple[float, int] | None) -> list[str]:
 
 CONVERTS = r"I2F(?!.*RP)|CALL"  # .RP: an integer is divided once, to find a program's tile
 NARROW = CONVERTS + r"|LDG\.E\.U16"
-TENSOR_CORES = {80: ("HMMA.16816", "IMMA.16832"), 89: ("HMMA.16816", "IMMA.16832"), 90: ("HGMMA", "IGMMA")}
+TENSOR_CORES = dict.fromkeys(SHARED, ("HMMA.16816", "IMMA.16832"))  # of bfloat16 and float16, and of int8
+TENSOR_CORES |= {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "IMMA.16832|UTCIMMA")}
 COPIES = r"LDGSTS\.E\.BYPASS\.128"
 FEW = 32  # rows of x up to which two warps share a tile (tuning.py)
 
@@ -187,7 +191,9 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "grouped_dequant_matmul_kernel"): lambda m: replace(triton_matmul(m), tickets=0),
     ("triton", "dequant_matmul_backward_kernel"): triton_backward,
     ("triton", "scaled_matmul_kernel"): triton_scaled,
-    ("triton", "described_matmul_kernel"): lambda m: Contract(needs=("IGMMA", "UTMALDG"), stores=0),
+    ("triton", "described_matmul_kernel"): lambda m: Contract(
+        needs=("UTCIMMA" if m.arch == 100 else "IGMMA", "UTMALDG"), stores=None if m.arch == 100 else 0
+    ),
     ("cuda", "cast_kernel"): cuda_stream,
     ("cuda", "quantize_kernel"): cuda_stream,
     ("cuda", "dequantize_kernel"): cuda_stream,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from gpu_static.contract import SHARED
 from gpu_static.measured import Measured
 
 
@@ -15,7 +16,7 @@ class Known:
     name: str  # searched in `language kernel config`
     fault: str
     why: str
-    archs: tuple[int, ...] = (80, 89, 90)
+    archs: tuple[int, ...] = tuple(SHARED)
 
     def excuses(self, m: Measured, fault: str) -> bool:
         return m.arch in self.archs and bool(re.search(self.name, m.name) and re.match(self.fault, fault))

@@ -74,9 +74,10 @@ def recording(arch: int) -> Iterator[list[Any]]:
     launched: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "arch", lambda device: arch)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(launch, "context", lambda device: contextlib.nullcontext())
         patch.setattr(launch, "device_name", lambda device: ON[0])
-        patch.setattr(slab, "product", lambda x, w: torch.empty(len(x), len(w), device="meta"))
+        patch.setattr(slab, "product", lambda x, w: torch.empty(len(x), w.shape[1], device="meta"))
         patch.setattr(
             JITFunction, "run", lambda self, *args, grid, warmup, **options: launched.append((self, args, options))
         )

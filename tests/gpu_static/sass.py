@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes of an access; 4 where it names none
-PRODUCTS = re.compile(r"(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA)\b")
+PRODUCTS = re.compile(r"(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTC[A-Z]*MMA)\b")
+SCHEDULE = re.compile(r"\s+[&?].*")  # what cuobjdump adds from sm_120 on: barriers and the cycles that follow
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+) )?([A-Z][\w.]*)([^;]*);")
 
 
@@ -94,7 +95,8 @@ def disassemble(cuobjdump: Path | str, binary: Path) -> list[Listing]:
 
 def parsed(text: str) -> tuple[Instruction, ...]:
     """Instructions; a call of what follows the jump behind it, which leaves a loop before sm_90, is a jump."""
-    code = [Instruction(int(at, 16), guard, op, rest) for at, guard, op, rest in INSTRUCTION.findall(text)]
+    found = ((*parts, re.sub(SCHEDULE, "", rest)) for *parts, rest in INSTRUCTION.findall(text))
+    code = [Instruction(int(at, 16), guard, op, rest) for at, guard, op, rest in found]
     for n, (call, jump, after) in enumerate(zip(code, code[1:], code[2:], strict=False)):
         if call.name.startswith("CALL") and jump.name == "BRA" and call.operands.split()[-1] == hex(after.at):
             code[n] = replace(call, name="BRA")

@@ -74,7 +74,7 @@ Job = tuple[str, dict[str, Any], Callable[[], list[dict[str, Any]]]]  # key, wha
 
 def triton_jobs(arch: int, scope: str) -> list[Job]:
     from gpu_static import launches, plants, triton_kernels
-    from gpu_static.calls import FAST
+    from gpu_static.calls import FAST, FIRST
 
     scratch = Path(tempfile.mkdtemp())
     os.environ["TRITON_CACHE_DIR"] = str(scratch)
@@ -86,7 +86,7 @@ def triton_jobs(arch: int, scope: str) -> list[Job]:
 
     if scope == "plants":
         return planted(plants.triton(), digest(*sorted((_build.PACKAGE / "backends/triton").glob("*.py"))))
-    configs = launches.configs(arch, FAST if scope == "fast" else None, scope == "all")
+    configs = launches.configs(arch, {"fast": FAST, "first": FIRST}.get(scope), scope == "all")
     return [(c.key, {"config": str(c.call), "facts": launches.facts(c)}, functools.partial(job, c)) for c in configs]
 
 
@@ -98,7 +98,7 @@ def cuda_jobs(arch: int, scope: str) -> list[Job]:
     return [
         (cuda_kernels.key(source, arch), {}, functools.partial(cuda_kernels.measure, source, arch))
         for source in cuda_kernels.sources()
-        if scope != "fast" or arch == 90 or source.stem in cuda_kernels.FAST
+        if scope not in ("fast", "first") or arch == 90 or source.stem in cuda_kernels.FAST
     ]
 
 

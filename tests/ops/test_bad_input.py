@@ -297,6 +297,46 @@ DYNAMICALLY = [
         lambda: quant.dynamic_matmul.out(ROWS, *WEIGHT, out=ones(4, 6, dtype=f16)),
     ),
 ]
+SEARCHING: list[tuple[str, Callable[[], Any]]] = [
+    (f"format must be {TARGETS}, got int2", lambda: quant.search_scale(X, S, "int2", B, "mse", "float32")),
+    (f"x must be {INPUTS}, got int32", lambda: quant.search_scale(X.int(), S, "int8", B, "mse", "float32")),
+    (
+        "scale must be float32 [6, 5] on cpu, got float32 [6, 4] on cpu",
+        lambda: quant.search_scale(X, S[:, :4], "int8", B, "mse", "float32"),
+    ),
+    ("scale must be >= 0, got -1.0", lambda: quant.search_scale(X, -S, "int8", B, "mse", "float32")),
+    ("method must be mse or magnitude, got lsq", lambda: quant.search_scale(X, S, "int8", B, "lsq", "float32")),
+    (f"kept must be {INPUTS}, got int8", lambda: quant.search_scale(X, S, "int8", B, "mse", "int8")),
+    (
+        "zero_point must be None for nf4, got a tensor",
+        lambda: quant.search_scale(X, S, "nf4", B, "mse", "float32", Z),
+    ),
+    (
+        "zero_point must be in -128..127, got 128",
+        lambda: quant.search_scale(X, S, "int8", B, "mse", "float32", Z + 127),
+    ),
+    (
+        "energy must be float32 [35] on cpu, got float32 [34] on cpu",
+        lambda: quant.search_scale(X, S, "int8", B, "mse", "float32", None, ones(34)),
+    ),
+    (
+        "energy must be float32 [35] on cpu, got float64 [35] on cpu",
+        lambda: quant.search_scale(X, S, "int8", B, "mse", "float32", None, ones(35, dtype=f64)),
+    ),
+    *(
+        (
+            f"energy must be finite and >= 0, got {said}",
+            lambda value=value: quant.search_scale(
+                X, S, "int8", B, "mse", "float32", None, torch.where(torch.arange(35) == 9, value, 1.0)
+            ),
+        )
+        for said, value in (("-0.5", -0.5), ("nan", float("nan")), ("inf", float("inf")))
+    ),
+    (
+        "out must be float32 [6, 5] on cpu, got float16 [6, 5] on cpu",
+        lambda: quant.search_scale.out(X, S, "int8", B, "mse", "float32", out=ones(6, 5, dtype=f16)),
+    ),
+]
 STACK = (C8.expand(2, -1, -1), S.expand(2, -1, -1), "int8", B)
 ENDS = torch.tensor([1, 4], dtype=i32)
 OF_EXPERTS = [
@@ -372,6 +412,7 @@ OF_EXPERTS_DYNAMICALLY = [
 BAD = {
     "cast": CASTING,
     "compute_scale": SCALING,
+    "search_scale": SEARCHING,
     "quantize": QUANTIZING,
     "dequantize": DEQUANTIZING,
     "quantize_dynamic": DYNAMIC,

@@ -28,6 +28,10 @@ EXPERTS = {"x": X, "codes": W[None], "scale": S[None], "format": "int8", "block"
 RAW: dict[Callable[..., Any], dict[str, Any]] = {
     quant.cast: {"x": X, "format": "float16", "saturate": False},
     quant.compute_scale: {"x": X, "format": "int8", "block": B},
+    quant.search_scale: {
+        "x": X, "scale": T, "format": "int8", "block": B, "method": "mse", "kept": "float32", "zero_point": Z[:4],
+        "energy": torch.ones(8),
+    },
     quant.quantize: {"x": X, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4]},
     quant.dequantize: {"codes": V, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4]},
     quant.quantize_dynamic: {"x": X, "format": "int8", "block": B},

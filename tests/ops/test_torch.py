@@ -45,15 +45,15 @@ def bias() -> Tensor:
     return torch.linspace(-3, 3, M)
 
 
-def experts(of_one: Tensor) -> Tensor:
-    """The same for each of three experts."""
-    return torch.stack([of_one] * 3)
-
-
 def step() -> tuple[Tensor, ...]:
     """A parameter, its gradient and its states in blocks of 32, and the constants of a step."""
     return (x(), x().flip(0), codes(), codes().abs().to(torch.uint8), scale()[:, :2].clone(), scale()[:, 2:4].clone(),
             torch.linspace(0.5, 1, 9))  # fmt: skip
+
+
+def experts(of_one: Tensor) -> Tensor:
+    """The same for each of three experts."""
+    return torch.stack([of_one] * 3)
 
 
 BLOCK = [1, 8]
@@ -66,6 +66,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cast up": (quant.cast.default, (x().half(), "float32", False)),
     "compute_scale": (quant.compute_scale.default, (x(), "int8", BLOCK)),
     "compute_scale affine": (quant.compute_scale.affine, (x(), "int8", BLOCK)),
+    "search_scale": (quant.search_scale.default, (x(), scale(), "int4", BLOCK, "mse", "bfloat16", zero_point())),
     "quantize": (quant.quantize.default, (x(), scale(), "int8", BLOCK, None)),
     "quantize packed": (quant.quantize.default, (x(), scale(), "int4", BLOCK, zero_point())),
     "dequantize": (quant.dequantize.default, (x().to(torch.int8), scale(), "int8", BLOCK, zero_point())),

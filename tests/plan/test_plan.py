@@ -54,7 +54,7 @@ def test_optimizers_and_precision_of_a_billion() -> None:
 
     assert total(precision="bfloat16") == (2 + 2 + 4) * GB + 4
     assert total(optimizer="sgd") == 8 * GB
-    assert total(optimizer="adamw8bit") == 8 * GB + 2 * (GB + GB * 4 / 256) + 4
+    assert total(optimizer="adamw8bit") == 8 * GB + 2 * (GB + GB * 4 / 128) + 4
 
 
 def test_shards_of_a_billion() -> None:

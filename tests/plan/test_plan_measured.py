@@ -17,6 +17,7 @@ import quantlib
 from quantlib.api import places_of, put
 from quantlib.checkpoint import quantize_file, save_quantized
 from quantlib.nn import LoRALinear, QuantLinear
+from quantlib.optim import AdamW8bit, parameter_groups
 from quantlib.plan import Plan, plan
 from quantlib.plan.runs import training_step
 from quantlib.plan.sizes import of_files
@@ -133,6 +134,7 @@ TRAININGS = {
     "autocast": {"train": "full", "precision": "autocast"},
     "bfloat16": {"train": "full", "precision": "bfloat16"},
     "sgd": {"train": "full", "optimizer": "sgd"},
+    "8-bit states": {"train": "full", "optimizer": "adamw8bit"},
     "lora": {"train": "lora", "to": ["W4A16"]},
     "qat": {"train": "qat", "to": ["W8A8"]},
 }
@@ -146,8 +148,12 @@ def test_the_peak_of_a_training_step(model: nn.Module, options: dict[str, Any]) 
     autocast = torch.bfloat16 if precision == "autocast" else None
     step = training_step(ran, inputs(ran), bool(options.get("checkpointing")), autocast)
     learned = [p for p in ran.parameters() if p.requires_grad]
-    kind = torch.optim.SGD if options.get("optimizer") == "sgd" else torch.optim.AdamW
-    optimizer = kind(learned, lr=1e-4, foreach=False)
+    optimizer: torch.optim.Optimizer
+    if options.get("optimizer") == "adamw8bit":
+        optimizer = AdamW8bit(parameter_groups(ran), lr=1e-4)
+    else:
+        kind = torch.optim.SGD if options.get("optimizer") == "sgd" else torch.optim.AdamW
+        optimizer = kind(learned, lr=1e-4, foreach=False)
 
     def train() -> None:
         step(ran)

@@ -13,6 +13,7 @@ import triton.language as tl
 from quantlib import formats
 from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.matmul import finish, load_operands, load_scale, load_x, operand_type, subtract_zero_point
+from quantlib.backends.triton.slab import multiply_slabs_backward
 from quantlib.backends.weight import QuantizedWeight
 
 
@@ -57,6 +58,9 @@ def dequant_matmul_backward(
         tile = tuning.choose_backward(
             (M, N, K), weight.format, dy.dtype, block[1], launch.device_name(device), launch.shared_memory(device)
         )
+    if tile.slab:
+        multiply_slabs_backward(dy, weight, dx, tile)
+        return
     rounded = M >= 64 and dy.dtype != torch.float32
     launch.launch(
         dequant_matmul_backward_kernel, launch.cdiv(M, tile.tile_m) * launch.cdiv(K, tile.tile_k), dy.device,

@@ -1,5 +1,5 @@
-"""scaled_matmul of a large batch on sm_90: a unit of its own (TMA) copies the tiles of both operands to shared memory,
-where the matrix instructions read them.
+"""scaled_matmul of a large batch on sm_90 and sm_100: a unit of its own (TMA) copies the tiles of both operands to
+shared memory, where the matrix instructions read them.
 
 For symmetric int8 codes with one scale a row, which are multiplied as they lie; K is a multiple of 16. The tensors are
 described by the host at every launch, so that a CUDA graph holds the descriptors and nothing allocates memory for them.
@@ -19,6 +19,10 @@ from quantlib.backends.triton.matmul import finish, load_scale
 from quantlib.backends.triton.tuning import MatmulTile
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# sm_103 has no matrix instruction for integers. Before Triton 3.8 those of sm_100 are not used, which int8 then gains
+# nothing from.
+ARCHS = (90, 100) if VERSION >= (3, 8) else (90,)
 INSTALLED = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # from Triton 3.4 on
 GROUP = 8  # rows of tiles that go through the weight together, while it is in the L2 cache
 
@@ -68,7 +72,7 @@ def describable(x_codes: torch.Tensor, weight: QuantizedWeight, x_zero_point: to
     codes, K = weight.codes, x_codes.shape[1]
     return (
         INSTALLED
-        and launch.arch(codes.device) // 10 == 9
+        and launch.arch(codes.device) in ARCHS
         and x_codes.dtype == codes.dtype == torch.int8
         and x_zero_point is weight.zero_point is None
         and weight.scale.shape[1] == 1

@@ -9,8 +9,9 @@ import contextlib
 import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -159,11 +160,25 @@ def shown(choice: Any) -> Any:
     return choice
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A device that kernels are compiled for ahead: what launchers are told of tensors on "meta", without memory."""
+
+    arch: int
+    name: str  # of the device, whose table of measurements is asked
+    shared: int  # bytes of shared memory that a program may have
+
+
+planned: Planned | None = None  # of a process that only compiles (warmup.py)
+
+
 @functools.cache
 def arch(device: torch.device) -> int:
     """Compute capability whose conversion instructions a kernel may use, 0 for none."""
     if INTERPRETED:
         return 0
+    if planned and device.type == "meta":
+        return planned.arch
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -182,12 +197,16 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; without a device, those of its architecture."""
     if device.type == "cuda":
         return properties(device).shared_memory_per_block_optin
+    if planned and device.type == "meta":
+        return planned.shared
     return SHARED[80] if INTERPRETED else SHARED.get(arch(device), LEAST_SHARED)
 
 
 @functools.cache
 def device_name(device: torch.device) -> str:
     """The name of the device in a table of measurements; "" in the interpreter."""
+    if planned and device.type == "meta":
+        return planned.name
     return "" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
@@ -196,13 +215,102 @@ def processors(device: torch.device) -> int:
     return properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+class Handle(NamedTuple):
+    """A compiled kernel: what Triton's own launch finds again at every call, in 15 us."""
+
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    kept: tuple[Any, ...]  # the kernel and its constants, whose addresses are in the key
+
+
+class Class(NamedTuple):
+    """The calls of one kernel whose arguments have the same types."""
+
+    key: Callable[..., tuple[Any, ...]]  # device, options, arguments -> all else that the compiler is told of them
+    handles: dict[tuple[Any, ...], Handle]
+
+
+_classes: dict[tuple[Any, ...], Class] = {}
+
+
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: int, **options: int) -> None:
     """Start ``programs`` programs on the current stream of ``device``; nothing waits for them.
 
     Products are never contracted into sums (C0).
+
+    Raises
+    ------
+    RuntimeError
+        Where a CUDA graph is captured and the kernel has not run yet with arguments of this kind: to compile and load
+        it is no work of a stream.
     """
+    if INTERPRETED:
+        with context(device):
+            kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
+        return
+    if planned and device.type == "meta":
+        kernel.warmup(*args, grid=(programs,), num_warps=warps, enable_fp_fusion=False, **options)
+        return
+    types = (id(kernel), *map(type, args))
+    found = _classes.get(types)
+    if found is None:
+        found = _classes[types] = Class(key_function(kernel, args), {})
+    key = found.key(device, warps, tuple(options.values()), *args)
+    handle = found.handles.get(key)
+    if handle is not None and current_device() == device.index and not profiled():
+        run, function, metadata, _ = handle
+        run(programs, 1, 1, current_stream(device.index), function, metadata, None, None, None, *args)
+        return
+    if handle is None and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kernel.__name__} must have run with arguments of this kind before a CUDA graph captures it: make the "
+            "same calls once before the capture; `quantlib warmup` compiles ahead what a model needs"
+        )
     with context(device):
-        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
+        compiled = kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
+    if hasattr(compiled, "packed_metadata"):  # None where something else has taken the launch
+        kept = (kernel, *(value for value, p in zip(args, kernel.params, strict=True) if p.is_constexpr))
+        found.handles[key] = Handle(compiled.run, compiled.function, compiled.packed_metadata, kept)
+
+
+def key_function(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
+    """Make the function that gives what the compiler is told of arguments of these types, or more, without calls.
+
+    It is told the value or address of a constant; the dtype of a tensor and whether its address is a multiple of 16;
+    and of an integer whether it is divisible by 16, is 1, or has more than 31 bits.
+    """
+    names, words = [f"a{n}" for n in range(len(args))], []
+    for name, value, parameter in zip(names, args, kernel.params, strict=True):
+        if parameter.is_constexpr:
+            words.append(name if isinstance(value, int) else f"id({name})")
+        elif isinstance(value, torch.Tensor):
+            words += [f"{name}.dtype", f"{name}.data_ptr() & 15 > 0"]
+        elif isinstance(value, int):
+            words.append(f"1 if {name} == 1 else 2 + ({name} & 15 > 0) + 2 * ({name} > 2147483647)")
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            words += [f"{name}.base.dtype", f"*{name}.block_shape"]
+        else:
+            assert value is None or isinstance(value, float), f"{kernel.__name__}: {parameter.name} is {value!r}"
+    text = f"lambda device, warps, options, {', '.join(names)}: (device, warps, options, {', '.join(words)})"
+    made: Callable[..., tuple[Any, ...]] = eval(text)  # of names that are made above
+    return made
+
+
+def current_device() -> int:
+    return torch.cuda.current_device()
+
+
+def current_stream(index: int) -> int:
+    """The address of the current stream of a device."""
+    stream: int = torch._C._cuda_getCurrentRawStream(index)
+    return stream
+
+
+def profiled() -> bool:
+    """Whether somebody asked Triton to be told of launches."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
 
 
 def workspace(

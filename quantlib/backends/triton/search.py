@@ -89,7 +89,7 @@ def starts(key: Key, on: Machine, describable: bool) -> list[MatmulTile]:
     if default.slab:
         others = [tuning.fitted(key, MatmulTile(128, 128, default.tile_k, 1, 8, 3), on.shared)]
     elif key.op == "dequant_matmul":
-        others = [MatmulTile(64, 0, default.tile_k, 1, 4, 1, tuning.slab_rows(key.K))]
+        others = [MatmulTile(64, 0, default.tile_k, 1, 4, 1, tuning.slab_rows(key.M, key.K))]
     elif default.described:
         others = [default_tile(key, on, False)]
     elif describable:

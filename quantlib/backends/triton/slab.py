@@ -1,8 +1,8 @@
-"""dequant_matmul of a large batch: some rows of the weight at a time in x's type, small enough to stay in the cache
-between the kernel that makes them and the vendor's matmul that reads them.
+"""dequant_matmul of a large batch, and its gradient: some rows of the weight at a time, or columns, in x's type, small
+enough to stay in the cache between the kernel that makes them and the vendor's matmul that reads them.
 
-Where a row has one scale the operands are q - z, exact, and it multiplies the float32 sums; otherwise they are w,
-rounded to x's type.
+If a row of x meets one scale, the operands are q - z, exact, and the scale multiplies the float32 sums. Otherwise, and
+in the gradient, they are w, rounded to x's type.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def slab_kernel(
     codes_ptr,  # [N, K] of row F, [N, ceil(K / 2)] bytes, or tiles [ceil(N / 16), stride, 1024]
     scale_ptr,  # [ceil(N / br), scale_cols] float32
     zero_point_ptr,  # the same shape, int32, or None
-    slab_ptr,  # [end - first, K] of row X
-    first, end, K, br, bk, scale_cols, stride,
+    slab_ptr,  # [end - first, width] of row X
+    first, end, first_step, width, K, br, bk, scale_cols, stride,
     X: tl.constexpr, F: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = operand_type(X, F, SCALES == "row", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
     HALVES: tl.constexpr = F.per_byte if TILED else 1
-    steps = tl.cdiv(K, T.tile_k)
-    row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, tl.program_id(0) % steps
+    steps = tl.cdiv(width, T.tile_k)
+    row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, first_step + tl.program_id(0) % steps
     operands = load_operands(codes_ptr, first + row_tile, step, stride, end, K, F, D, T, TILED, MASKED, ARCH)
     row = row_tile + tl.arange(0, T.tile_n)[:, None]
     rows, at = first + row < end, (first + row) // br * scale_cols
@@ -65,7 +65,7 @@ def slab_kernel(
             code = encode_float(w, X, False, ARCH)
         else:
             code = w.to(tl.uint16, bitcast=True)
-        ptr = codes_at(slab_ptr, X) + row * K + column
+        ptr = codes_at(slab_ptr, X) + row * width + (column - first_step * T.tile_k)
         tl.store(ptr, code.to(ptr.dtype.element_ty), rows & (column < K) if MASKED else rows)
 
 
@@ -91,37 +91,71 @@ def finish_kernel(
 def multiply_slabs(
     x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue, y: torch.Tensor, tile: MatmulTile
 ) -> None:
-    M, (N, K), X, arch = len(x), weight.shape, formats.get(x.dtype), launch.arch(x.device)
-    codes, scale, format, block, tiled = (
-        launch.codes_of(weight.codes),
-        weight.scale,
-        weight.format,
-        weight.block,
-        weight.tiled,
-    )
-    by_row = scale.shape[1] == 1
-    scales = "row" if by_row else "element" if block[1] % (COLUMNS.value if tiled else tile.tile_k) else "step"
+    """y of x [M, K], rows of the weight at a time."""
+    N, K = weight.shape
+    by_row = weight.scale.shape[1] == 1
     slab = torch.empty(min(tile.slab, N), K, dtype=x.dtype, device=x.device)
     for first in range(0, N, tile.slab):
         end = min(first + tile.slab, N)
-        launch.launch(
-            slab_kernel, launch.cdiv(end - first, tile.tile_n) * launch.cdiv(K, tile.tile_k), x.device,
-            codes, scale, weight.zero_point, slab,
-            first, end, K, *block, scale.shape[1], codes.shape[1],
-            X, format, scales, tiled, K % tile.tile_k > 0, tile, arch,
-            warps=tile.warps,
-        )  # fmt: skip
-        total = product(x, slab[: end - first])
-        programs = launch.cdiv(M, FINISH_ROWS.value) * launch.cdiv(end - first, FINISH_COLS.value)
-        launch.launch(
-            finish_kernel, programs, x.device,
-            total, scale, epilogue.bias, y, M, N, first, end, block[0], X, format, epilogue.activation, by_row, arch,
-            warps=4,
-        )  # fmt: skip
+        decode_slab(weight, slab, (first, end), (0, K), by_row, tile)
+        finish_slab(product(x, slab[: end - first].T), weight, epilogue, y, (first, end), by_row)
+
+
+def multiply_slabs_backward(dy: torch.Tensor, weight: QuantizedWeight, dx: torch.Tensor, tile: MatmulTile) -> None:
+    """dx of dy [M, N], columns of the weight at a time, ``tile.slab`` of them, which tile_k divides."""
+    N, K = weight.shape
+    values = torch.empty(N * min(tile.slab, K), dtype=dy.dtype, device=dy.device)
+    for first in range(0, K, tile.slab):
+        end = min(first + tile.slab, K)
+        slab = values[: N * (end - first)].view(N, end - first)
+        decode_slab(weight, slab, (0, N), (first, end), False, tile)
+        finish_slab(product(dy, slab), weight, Epilogue(), dx, (first, end), False)
+
+
+def decode_slab(
+    weight: QuantizedWeight,
+    slab: torch.Tensor,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    by_row: bool,
+    tile: MatmulTile,
+) -> None:
+    """w of these rows and columns, or q - z where ``by_row``, into ``slab``."""
+    codes, scale, (_, bk) = launch.codes_of(weight.codes), weight.scale, weight.block
+    whole = scale.shape[1] == 1 or bk % (COLUMNS.value if weight.tiled else tile.tile_k) == 0
+    scales = "row" if by_row else "step" if whole else "element"
+    (first, end), width = rows, columns[1] - columns[0]
+    launch.launch(
+        slab_kernel, launch.cdiv(end - first, tile.tile_n) * launch.cdiv(width, tile.tile_k), slab.device,
+        codes, scale, weight.zero_point, slab,
+        first, end, columns[0] // tile.tile_k, width, weight.shape[1], *weight.block, scale.shape[1], codes.shape[1],
+        formats.get(slab.dtype), weight.format, scales, weight.tiled, width % tile.tile_k > 0, tile,
+        launch.arch(slab.device),
+        warps=tile.warps,
+    )  # fmt: skip
+
+
+def finish_slab(
+    total: torch.Tensor,
+    weight: QuantizedWeight,
+    epilogue: Epilogue,
+    y: torch.Tensor,
+    columns: tuple[int, int],
+    by_row: bool,
+) -> None:
+    """These columns of y of their sums."""
+    (M, N), (first, end) = y.shape, columns
+    programs = launch.cdiv(M, FINISH_ROWS.value) * launch.cdiv(end - first, FINISH_COLS.value)
+    launch.launch(
+        finish_kernel, programs, y.device,
+        total, weight.scale, epilogue.bias, y, M, N, first, end, weight.block[0],
+        formats.get(y.dtype), weight.format, epilogue.activation, by_row, launch.arch(y.device),
+        warps=4,
+    )  # fmt: skip
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """[M, K], [n, K] of one 16-bit type -> [M, n] float32 sums, never rounded to their type"""
+    """[M, K], [K, n] of one 16-bit type -> [M, n] float32 sums, never rounded to their type"""
     if launch.INTERPRETED:
-        return x.float() @ w.float().T
-    return torch.mm(x, w.T, out_dtype=torch.float32)
+        return x.float() @ w.float()
+    return torch.mm(x, w, out_dtype=torch.float32)

@@ -224,6 +224,7 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
     expect("tiled", k.tiled, not k.tiled or (k.op == OPS[0] and k.format in layout.FORMATS), f"false but for {OPS[0]}")
     expect("tile_n", t.tile_n, is_power(t.tile_n, 16, 256), "a power of two from 16 to 256")
     expect("slab", t.slab, t.slab >= 0 and (not slab or takes_slab(k)), "0 here")
+    expect("slab", t.slab, k.op != OPS[1] or t.slab % t.tile_k == 0, "a multiple of tile_k")
     least, most = (0, 0) if slab else (8, FEW if k.M <= FEW else 256)  # few rows: the same sums for each of them
     expect("tile_m", t.tile_m, t.tile_m == 0 if slab else is_power(t.tile_m, least, most), f"from {least} to {most}")
     least = 32 if scaled else 16
@@ -245,13 +246,8 @@ def takes_slab(key: Key) -> bool:
     """True if weights may be made x's type (C11): many rows, and their codes or, in bfloat16, their products fit."""
     x_format = formats.get(key.dtype)
     fits = isinstance(x_format, formats.FloatFormat) and x_format.holds(formats.get(key.format))
-    return (
-        key.op == OPS[0]
-        and key.M > 64
-        and key.dtype != "float32"
-        and fits
-        and (key.group == 0 or key.dtype == "bfloat16")
-    )
+    scaled = key.op == OPS[1] or key.group > 0
+    return key.op in OPS[:2] and key.M > 64 and fits and key.dtype in ("bfloat16", *(() if scaled else ("float16",)))
 
 
 def takes_descriptors(key: Key, tile: MatmulTile) -> bool:

@@ -17,10 +17,15 @@ from quantlib.backends.triton.launch import cdiv, divisor, power_of_2, shown
 from quantlib.backends.triton.tables import FEW, Key, MatmulTile, bucket, lookup, shared_bytes
 from quantlib.formats import FloatFormat, Format
 
-PROGRAMS = 512  # enough to fill a device: a number of no device, so that the bytes are those of every device
-ENOUGH = 96  # tiles, nearly one a multiprocessor
-SLAB = 1 << 23  # weights of a slab: 16 MiB
+# Numbers of no device, so that the bytes are those of every device.
+PROGRAMS = 512  # that share the weight where x has few rows
+PROGRAMS_OF_PACKED = 2048  # the same of codes of fewer bits, for which a program waits longer than for its loads
+FILLED = 192  # programs, more than there are multiprocessors
+ENOUGH = 128  # tiles of a kernel that cannot share K, nearly one a multiprocessor
+SLAB = 1 << 23  # weights of a slab, at least: 16 MiB
+SLAB_SUMS = 1 << 22  # sums of a slab, at least: 256 tiles of 128 x 128, twice as many as multiprocessors
 UNTUNED = "an untuned device"
+SLABS_FROM = 128  # rows of dy above which the gradient takes slabs: a weight is decoded once, and not every 128 rows
 LONGEST = 8  # steps at least of a split, so that its loads overlap
 
 Shape = tuple[int, int, int]  # M, N, K
@@ -43,33 +48,45 @@ def choose_matmul(
     if found:
         return shown(found)
     if device and takes_slabs((M, N, K), format, dtype, bk):
-        return shown(MatmulTile(64, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1, slab_rows(K)))
+        return shown(MatmulTile(64, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1, slab_rows(M, K)))
     tile_k = TileLayout(format).columns if tiled else step_of(bk, 64) if bk < K else 64
     wide = dtype == torch.float32  # multiplied without tensor cores
     if bk < K and bk % (64 if tiled else tile_k):  # a weight has a scale of its own, loaded like it
         tile_n, tile_m, warps, stages = 32, max(8, min(power_of_2(M), FEW)), 4, 2
     elif M <= FEW:
-        tile_n, tile_m, warps, stages = 64, max(8, power_of_2(M)), 2, 4
+        tile_n, tile_m, warps, stages = 64, max(8, power_of_2(M)), 4 if wide and M > 8 else 2, 4
     elif M <= 64 or wide:
         tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
     else:
-        tile_n, tile_m, warps, stages = 128, 128, 8, 3
+        tile_n, tile_m, warps, stages = widest(M, N)
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, tile_k if tiled else 32)
-    splits = splits_of((M, N, K), tile_n, tile_m, tile_k)
+    splits = splits_of((M, N, K), tile_n, tile_m, tile_k, format.packed)
     return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages), shared))
 
 
 def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bool:
     """True if the vendor's matmul is faster: more than 512 rows of a type that holds the operands (slab.py)."""
     M, _, K = shape
+    return M > 512 and holds(format, dtype) and (bk >= K > 0 or dtype == torch.bfloat16)
+
+
+def holds(format: Format, dtype: torch.dtype) -> bool:
+    """Whether values of ``dtype``, of 16 bits, hold every q - z of ``format``."""
     x_format = formats.get(dtype)
-    holds = isinstance(x_format, FloatFormat) and x_format.bits == 16 and x_format.holds(format)
-    return M > 512 and holds and (bk >= K > 0 or dtype == torch.bfloat16)
+    return isinstance(x_format, FloatFormat) and x_format.bits == 16 and x_format.holds(format)
 
 
-def slab_rows(K: int) -> int:
-    return max(SLAB // max(K, 1) // 128, 1) * 128
+def widest(M: int, N: int) -> tuple[int, int, int, int]:
+    """Sizes, warps and loads in flight of a tile of many rows: 128 x 128 where there are enough of them, else half."""
+    if cdiv(N, 128) * cdiv(M, 128) >= FILLED:
+        return 128, 128, 8, 3
+    return 64, 128, 4, 3
+
+
+def slab_rows(M: int, K: int) -> int:
+    """Rows of a slab: as many as the cache holds, or more where their product would not fill a device twice over."""
+    return max(SLAB // max(K, 1) // 128, SLAB_SUMS // max(M, 1) // 128, 1) * 128
 
 
 @functools.lru_cache(4096)
@@ -79,10 +96,14 @@ def choose_backward(shape: Shape, format: Format, dtype: torch.dtype, bk: int, d
     found = lookup(device, key)
     if found:
         return shown(found)
+    if device and M > SLABS_FROM and shape[1] > 0 and dtype == torch.bfloat16 and holds(format, dtype):
+        return shown(MatmulTile(64, 0, 64, 1, 4, 1, slab_rows(M, shape[1])))
     if M < 64 or dtype == torch.float32:
         tile = MatmulTile(32, 16 if M <= 16 else 32, 64, 1, 4, 2)
+    elif M == 64:
+        tile = MatmulTile(64, 64, 64, 1, 4, 3)
     else:
-        tile = MatmulTile(32, 64 if M <= 64 else 128, 64, 1, 4, 3)
+        tile = MatmulTile(32, 128, 64, 1, 4, 3)
     return shown(fitted(key, tile, shared))
 
 
@@ -91,7 +112,7 @@ def choose_scaled(
     shape: Shape, format: Format, bk: int, device: str, shared: int, dtype: torch.dtype, describable: bool
 ) -> MatmulTile:
     """The tile of scaled_matmul of x_codes [M, K] with codes [N, K], y of ``dtype``."""
-    M, _, K = shape
+    M, N, K = shape
     key = key_of("scaled_matmul", shape, format, dtype, bk)
     found = lookup(device, key)
     if found and (describable or not found.described):
@@ -103,12 +124,12 @@ def choose_scaled(
     elif M <= 64:
         tile_n, tile_m, tile_k, warps, stages = 64, 64, 128, 4, 4
     else:
-        tile_n, tile_m, tile_k, warps, stages = 128, 128, 128, 8, 3
+        tile_k, (tile_n, tile_m, warps, stages) = 128, widest(M, N)
     if bk < K:  # two sums are held, of a group and of all
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, 32)
-    splits = splits_of(shape, tile_n, tile_m, tile_k) if bk >= K else 1
+    splits = splits_of(shape, tile_n, tile_m, tile_k, False) if bk >= K else 1
     return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages), shared))
 
 
@@ -146,9 +167,14 @@ def ragged(tile_n: int, tile_m: int, tile_k: int) -> tuple[int, int, int, int]:
     return min(tile_n, 32), min(tile_m, 32), tile_k, 4
 
 
-def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int) -> int:
+def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int, packed: bool) -> int:
     """The number of programs that share K where y has few tiles: a power of two."""
     M, N, K = shape
     tiles, steps = cdiv(N, tile_n) * cdiv(M, tile_m), cdiv(K, tile_k)
-    splits = min(PROGRAMS // tiles, steps // LONGEST, 16) if M <= 64 else 1
+    if M > 64:  # to fill the device, and no more: every split adds M N sums
+        splits = min(power_of_2(cdiv(FILLED, tiles)), steps // LONGEST, 16)
+    elif packed:  # a split is two steps, and the sums of all take half the bytes of the weight at most
+        splits = min(PROGRAMS_OF_PACKED // tiles, steps // 2, 16, max(K // (32 * M), 4) if M else 1)
+    else:
+        splits = min(PROGRAMS // tiles, steps // LONGEST, 16)
     return 1 << max(splits, 1).bit_length() - 1

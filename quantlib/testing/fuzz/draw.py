@@ -15,11 +15,12 @@ from quantlib import backends, formats, ops, reference
 from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
-from quantlib.testing import compare, learned, product, steps, table
+from quantlib.testing import compare, learned, product, searched, steps, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.searched import Searched
 from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
 
@@ -30,7 +31,16 @@ BLOCKS = (-1, 1, 2, 3, 8, 16, 32, 100)
 LAYOUTS = ("contiguous", "offset", "strided", "transposed", "expanded")
 HELPERS = ("pack", "unpack", "tile", "untile", "fake_cast")
 PER_AXIS = ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine")
-OPS = (*table.OPS, *learned.OPS, *product.OPS, *steps.OPS, "dequant_matmul_backward_scale", *HELPERS, *PER_AXIS)
+OPS = (
+    *table.OPS,
+    *searched.OPS,
+    *learned.OPS,
+    *product.OPS,
+    *steps.OPS,
+    "dequant_matmul_backward_scale",
+    *HELPERS,
+    *PER_AXIS,
+)
 
 
 @dataclass
@@ -92,6 +102,8 @@ def valid(rng: Rng, op: str | None = None) -> Call:
     want: tuple[Array | Sum, ...]
     if op in table.OPS:
         overload, arguments, want = _table(rng, op)
+    elif op in searched.OPS:
+        overload, arguments, want = _searched(rng, op)
     elif op in learned.OPS:
         overload, arguments, want = _learned(rng, op)
     elif op in steps.OPS:
@@ -126,6 +138,17 @@ def _table(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
     dynamic = op in ("compute_scale", "quantize_dynamic")
     overload = f"{op}.affine" if dynamic and not symmetric else op
     return overload, named(overload, given), compare.expected(case)
+
+
+def _searched(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
+    f = formats.get(pick(rng, [f.name for f in formats.TABLE]))
+    shape = int(rng.integers(1, 20)), pick(rng, SIZES[1:])
+    block, method, kept = (pick(rng, BLOCKS), pick(rng, BLOCKS)), pick(rng, searched.SEARCHES), pick(rng, DTYPES)
+    symmetric, weighted = f.is_float or rng.random() < 0.5, bool(rng.integers(2))
+    case = Searched(f.name, pick(rng, DTYPES), shape, block, method, kept, symmetric, weighted)
+    given: dict[str, Any] = {"zero_point": None, "energy": None, **searched.tensors(case)}
+    given |= {"format": f.name, "block": list(case.resolved), "method": method, "kept": kept}
+    return op, named(op, given), searched.expected(case)
 
 
 def _learned(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array | Sum, ...]]:
@@ -276,7 +299,7 @@ def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
     given = call.arguments
     if call.op in ("cast", "quantize", "quantize_dynamic"):
         return getattr(torch, formats.get(given["format"]).dtype_name), torch.float32, torch.int32
-    if call.op == "compute_scale":
+    if call.op in ("compute_scale", "search_scale"):
         return torch.float32, torch.int32
     if call.op == "adamw_step":
         return tuple(given[name].dtype for name in ("parameter", *steps.STATES))

@@ -1,0 +1,181 @@
+// Codes of 8 and of 4 bits to FP32, sixteen at a time, and FP32 to E5M2, in few instructions of AVX2 and F16C: the same
+// bits as numerics.h, which serves every other format and instruction set.
+#pragma once
+#include "lanes.h"
+
+namespace quantlib {
+
+constexpr int64_t kPair = 2 * kLanes;  // elements: two registers of FP32, one of 16 bits
+
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+#define QL_NARROW
+constexpr bool has_narrow = true;
+#else
+constexpr bool has_narrow = false;
+#endif
+
+// Formats of 8 bits whose magnitude, shifted to the fraction of float16, is a float16 but for the bias: the processor
+// knows its subnormals then.
+template <class F>
+constexpr bool find_short_half() {
+  if constexpr (has_narrow && F::is_float && F::bits == 8)
+    return F::has_negative_zero && (F::exponent_bits < 5 ? !F::has_inf : F::has_inf && F::bias == 15);
+  else return false;
+}
+template <class F>
+constexpr bool is_short_half = find_short_half<F>();
+
+// Those whose codes are the upper byte of a float16.
+template <class F>
+constexpr bool find_upper_byte() {
+  if constexpr (is_short_half<F>) return F::exponent_bits == 5;
+  else return false;
+}
+template <class F>
+constexpr bool is_upper_byte = find_upper_byte<F>();
+
+// Float formats of 4 bits, whose values are float16 with a lower byte of 0.
+template <class F>
+constexpr bool find_short_float() {
+  if constexpr (has_narrow && F::is_float && F::bits == 4) return !F::is_book && F::has_negative_zero && !F::has_nan;
+  else return false;
+}
+template <class F>
+constexpr bool is_short_float = find_short_float<F>();
+
+// Codes that decode_pair takes from their bytes to a register.
+template <class F>
+constexpr bool in_pairs = is_short_half<F> || (has_narrow && F::bits == 4) || (!F::is_float && is_whole<F>);
+
+// decode_pair(codes) * unit<F> is what the codes are worth.
+template <class F>
+constexpr uint32_t find_unit() {
+  if constexpr (is_short_half<F>) return uint32_t(127 + 15 - F::bias) << 23;
+  else return 127u << 23;
+}
+template <class F>
+constexpr uint32_t unit = find_unit<F>();
+
+// A NaN that rounding to bfloat16 makes its one NaN: no carry reaches the exponent.
+constexpr uint32_t kRoundedNaN = 0x7fff0000u;
+
+// The upper byte of each value of F as float16.
+template <class F>
+struct UpperBytes {
+  uint8_t of[16];
+  constexpr UpperBytes() : of() {
+    constexpr int magnitudes = 1 << (F::bits - 1), fractions = 1 << F::fraction_bits, up = 2 - F::fraction_bits;
+    for (int code = 0; code < magnitudes; ++code) {
+      int exponent = code / fractions, fraction = code % fractions;
+      if (!exponent) {  // a subnormal, which has a leading one in float16
+        for (exponent = 1; fraction && fraction < fractions; fraction *= 2) --exponent;
+        if (!fraction) exponent = F::bias - 15;
+      }
+      of[code] = uint8_t((exponent + 15 - F::bias) << 2 | (fraction % fractions) << up);
+      of[code + magnitudes] = uint8_t(of[code] | 0x80);
+    }
+  }
+};
+
+#ifdef QL_NARROW
+
+QL_FN void halves_to_floats(__m256i halves, Floats (&t)[2]) {
+  t[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  t[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
+
+// 8 bytes -> their 16 nibbles, the lower of a byte first
+QL_FN __m128i nibbles(const void* p) {
+  const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p)), four = _mm_set1_epi8(15);
+  return _mm_unpacklo_epi8(_mm_and_si128(bytes, four), _mm_and_si128(_mm_srli_epi16(bytes, 4), four));
+}
+
+template <class F>
+QL_FN void decode_narrow(const void* codes, Floats (&t)[2]) {
+  if constexpr (is_short_half<F>) {
+    const __m256i c = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(codes)));
+    constexpr int up = 10 - F::fraction_bits, highest = F::has_inf ? F::overflow_code : F::max_code;
+    const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0x7f)), up);
+    __m256i half = _mm256_or_si256(magnitude, _mm256_slli_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0x80)), 8));
+    if constexpr (F::has_nan) {  // kRoundedNaN, as float16
+      const __m256i is_nan = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(int16_t(highest << up)));
+      half = _mm256_blendv_epi8(half, _mm256_set1_epi16(0x7ff8), is_nan);
+    }
+    halves_to_floats(half, t);
+  } else if constexpr (is_short_float<F>) {
+    static constexpr UpperBytes<F> table;
+    const __m128i upper = _mm_shuffle_epi8(load<__m128i>(table.of), nibbles(codes)), zero = _mm_setzero_si128();
+    halves_to_floats(_mm256_set_m128i(_mm_unpackhi_epi8(zero, upper), _mm_unpacklo_epi8(zero, upper)), t);
+  } else {
+    __m128i code = nibbles(codes);
+    if constexpr (F::is_signed) code = _mm_sub_epi8(_mm_xor_si128(code, _mm_set1_epi8(8)), _mm_set1_epi8(8));
+    for (int h = 0; h < 2; ++h, code = _mm_srli_si128(code, 8)) {
+      const auto wide = Ints<Floats>(F::is_signed ? _mm256_cvtepi8_epi32(code) : _mm256_cvtepu8_epi32(code));
+      if constexpr (F::is_float) t[h] = decode_float<F, Floats>(Bits<Floats>(wide));
+      else t[h] = Lanes<Floats>::of(wide);
+    }
+  }
+}
+
+// Sixteen values of 16 bits, for the nibbles that count them: their lower bytes and their upper ones
+struct Table {
+  __m128i lower, upper;
+};
+
+QL_FN Table table_of(const void* values) {
+  const auto* v = static_cast<const __m128i*>(values);
+  const __m128i a = _mm_loadu_si128(v), b = _mm_loadu_si128(v + 1), byte = _mm_set1_epi16(0xff);
+  return {_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)),
+          _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
+}
+
+// The values of 16 nibbles, which 8 bytes hold
+QL_FN Floats look_up(const Table& table, const void* codes) {
+  const __m128i code = nibbles(codes);
+  const __m128i lower = _mm_shuffle_epi8(table.lower, code), upper = _mm_shuffle_epi8(table.upper, code);
+  return Floats(_mm256_set_m128i(_mm_unpackhi_epi8(lower, upper), _mm_unpacklo_epi8(lower, upper)));
+}
+
+// bfloat16 of a, then of b, in which no NaN is but kRoundedNaN
+QL_FN Floats round_pair(Floats a, Floats b) {
+  const auto rounded = [](Floats x) { return bits_of(x) + (bits_of(x) >> 16 & 1u) + 0x7fffu; };
+  return upper_halves(rounded(a), rounded(b));
+}
+
+// The float16 whose upper bytes are the codes of x, rounded once: x + m has its last place where that of the code is, m
+// being 1.5 times a power of two above x.
+template <class F>
+QL_FN __m128i halves_of_upper_bytes(Floats x, bool saturate) {
+  constexpr int32_t smallest = (127 - 14) << 23, beyond = (127 + 16) << 23, up = 21 << 23 | 1 << 22;
+  const __m256i bits = __m256i(bits_of(x)), exponent = _mm256_and_si256(bits, _mm256_set1_epi32(int32_t(kInfinity)));
+  const __m256i within =
+      _mm256_min_epi32(_mm256_max_epi32(exponent, _mm256_set1_epi32(smallest)), _mm256_set1_epi32(beyond));
+  const Floats m = Floats(_mm256_add_epi32(within, _mm256_set1_epi32(up)));
+  Floats y = sub(add(x, m), m);
+  if (saturate) y = min(splat<Floats>(float_of(F::max)), max(splat<Floats>(-float_of(F::max)), y));  // a NaN stays
+  y = Floats(Bits<Floats>(y) | (Bits<Floats>(bits) & 0x80000000u));
+  y = y == y ? y : same_bits<Floats>(splat<Bits<Floats>>(0x7fe00000u));
+  return _mm256_cvtps_ph(y, 0);
+}
+
+// The upper bytes of 32 float16
+QL_FN void store_upper_bytes(const __m128i (&halves)[4], void* codes) {
+  const __m256i a = _mm256_srli_epi16(_mm256_set_m128i(halves[1], halves[0]), 8);
+  const __m256i b = _mm256_srli_epi16(_mm256_set_m128i(halves[3], halves[2]), 8);
+  const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xd8);
+  _mm256_storeu_si256(static_cast<__m256i*>(codes), bytes);
+}
+
+#endif
+
+// t = the values of kPair codes, in units of unit<F>; the integers of int8 and uint8 themselves.
+template <class F>
+QL_FN void decode_pair(const void* codes, Floats (&t)[2]) {
+#ifdef QL_NARROW
+  if constexpr (F::is_float || !is_whole<F>) return decode_narrow<F>(codes, t);
+#endif
+  for (int64_t h = 0; h < 2; ++h)
+    t[h] = Lanes<Floats>::of(widen<F::is_signed>(static_cast<const char*>(codes) + h * kLanes));
+}
+
+}  // namespace quantlib
