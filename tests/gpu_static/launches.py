@@ -94,6 +94,7 @@ def start(call: Call, instead: Any = None) -> None:
     from quantlib.backends import triton as backend
     from quantlib.backends.tiles import TileLayout
     from quantlib.backends.weight import Epilogue, Layout, QuantizedWeight
+    from quantlib.ops.adamw_step import states_of
 
     ON[0] = call.device
     f, (M, K), block, source = formats.get(call.format), call.shape, call.block, getattr(torch, call.source)
@@ -106,6 +107,9 @@ def start(call: Call, instead: Any = None) -> None:
         batch, y = torch.empty(call.M, K, dtype=source), torch.empty(call.M, M, dtype=source)
         x_codes, x_scale = torch.empty(call.M, K, dtype=torch.int8), torch.empty(call.M, 1)
         bias = torch.empty(M) if call.activation else None
+        states_block = block[1] if call.format == "int8" else 0
+        shapes = states_of(M, K, states_block).values() if call.op == "adamw_step" else ()
+        states, key = [torch.empty(s, dtype=d) for s, d in shapes], torch.empty(2, dtype=torch.int32)
         offsets = torch.empty(1, EXPERTS, dtype=torch.int32)
     layout: Layout = "tiles" if call.tiled else "plain"
     weight, epilogue = (
@@ -127,6 +131,10 @@ def start(call: Call, instead: Any = None) -> None:
         "fake_quantize_backward": lambda: (
             *(dy, x, scale, f, block, shared, limits, call.lsq, 1.0),
             *(dx, dscale, dscale if call.affine else None),
+        ),
+        "adamw_step": lambda: (
+            *(x, dy, *states, torch.empty(9, device="meta"), states_block),
+            *(key if call.source == "bfloat16" else None, (0, 0), dx, *states),
         ),
         "dequant_matmul": lambda: (batch, weight, epilogue, call.invariant, y),
         "dequant_matmul_backward": lambda: (y, weight, batch),
