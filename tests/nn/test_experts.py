@@ -107,6 +107,18 @@ def test_every_class_computes_what_its_codes_stand_for(module: str, name: str) -
         assert_close(getattr(codes, key) + 0, getattr(experts, key), 0.01)
 
 
+@pytest.mark.parametrize("spec", ["W8A16", "W8A8", "W4A16"])
+@torch.no_grad()
+def test_one_graph_whatever_the_routing(spec: str) -> None:
+    """All experts are one call of an op: the graph has no break, and holds for other tokens too."""
+    codes = QuantExperts.from_float(mixtral(), spec)
+    graph = torch.compile(codes, fullgraph=True, backend="aot_eager")
+    for rows in (10, 3):
+        x, _, weights = inputs(codes, rows)
+        for chosen in (torch.full((rows, 2), 3), torch.arange(2 * rows).view(rows, 2) % E):
+            assert_same_bytes(graph(x, chosen, weights), codes(x, chosen, weights))
+
+
 def mixtral() -> nn.Module:
     return made("transformers.models.mixtral.modeling_mixtral", "MixtralExperts")
 
