@@ -1,5 +1,6 @@
 // The instruction set that this machine's kernels are of, and the threads that they run on.
 #include "backend.h"
+#include "matmul_choice.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +12,10 @@
 #endif
 
 namespace quantlib {
+
+QL_KERNEL(dequant_matmul_choice, DequantMatmulChoice)
+QL_KERNEL(scaled_matmul_choice, ScaledMatmulChoice)
+
 namespace {
 
 // What QUANTLIB_ISA names, from the slowest to the fastest. Each runs the kernels compiled for `kernels`, an index of
@@ -117,4 +122,23 @@ extern "C" __attribute__((visibility("default"))) int quantlib_squared_error(
   } catch (const std::exception&) {
     return 1;
   }
+}
+
+// The kernel of a product with M rows of x here, and why; for quantlib/cli/info.py, which has checked its arguments.
+// x_type int8 is scaled_matmul.
+extern "C" __attribute__((visibility("default"))) void quantlib_matmul_choice(int64_t M, int64_t N, int64_t K,
+                                                                              int64_t br, int64_t bk, int format,
+                                                                              int is_affine, int x_type,
+                                                                              const char** kernel, const char** why) {
+  using namespace quantlib;
+  const MatmulQuestion asked = {.M = M,
+                                .grid = {N, K, br, bk},
+                                .format = Type(format),
+                                .is_affine = is_affine != 0,
+                                .x_type = Type(x_type),
+                                .batch_invariant = false,
+                                .kernel = kernel,
+                                .why = why};
+  if (asked.x_type == Type::int8) launch(ScaledMatmulChoice{asked});
+  else launch(DequantMatmulChoice{asked});
 }

@@ -14,24 +14,6 @@ namespace QL_ISA {
 
 // ---- micro-kernels --------------------------------------------------------------------------------------------------
 
-// Transposes a square of lanes.
-QL_FN void transpose(Floats (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int half = 1; half < kLanes; half *= 2) {
-    Ints<Floats> low, high;
-    for (int l = 0; l < kLanes; ++l) {
-      low[l] = l & half ? l - half + kLanes : l;
-      high[l] = l & half ? l + kLanes : l + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (!(i & half)) {
-        const Floats a = v[i], b = v[i + half];
-        v[i] = __builtin_shuffle(a, b, low), v[i + half] = __builtin_shuffle(a, b, high);
-      }
-  }
-}
-
 // Where steps have one scale a row: sums = fma(sum of the steps, scale, sums). Otherwise the steps are added to sums.
 struct Segment {
   int64_t begin, end;  // steps of the block

@@ -3,6 +3,7 @@
 #include "../activation.h"
 #include "blocked.h"
 #include "dots.h"
+#include "matmul_choice.h"
 
 namespace quantlib {
 namespace QL_ISA {
@@ -25,7 +26,7 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 #endif
 #ifdef QL_VALUES
   plan.codes = code_kernels(p.weight.format, p.weight.zero_point);
-  plan.by_codes = !floats && plan.codes.decode && (g.bk >= g.K || g.bk % 32 == 0);
+  plan.by_codes = !floats && plan.codes.decode && g.K > 0 && (g.bk >= g.K || g.bk % 32 == 0);
   // Three panels of x, 256 columns of each, take three quarters of a first-level cache of 32 KiB.
   const int64_t few = plan.by_codes ? 8 : kFew, height = 240, width = 128, shallow = 256, deep = 256;
 #else
@@ -33,6 +34,10 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 #endif
   const int64_t rows = count * plan.parts;
   plan.blocked = g.K > 0 && (plan.tiles && p.batch_invariant ? true : !p.batch_invariant && rows > few);
+  plan.why = plan.blocked        ? "rows enough for blocks that stay in the caches"
+             : p.batch_invariant ? "batch_invariant: a row's sums have one order"
+             : plan.by_codes     ? "few rows: the weight is read as it lies"
+                                 : "few rows: the weight is decoded once for all";
   plan.MC = most(kLanes, height / plan.parts);
   const int64_t depth = rows <= 2 * kLanes ? shallow : deep;
   plan.KC = g.bk < g.K && g.bk % kUnits == 0 ? most(1, depth / g.bk) * g.bk : depth;  // whole steps
@@ -67,6 +72,17 @@ void multiply_rows(const DequantMatmul& p, ParallelFor run, int64_t m0, int64_t 
 }
 
 }  // namespace
+
+void dequant_matmul_choice(const DequantMatmulChoice& c, ParallelFor) {
+  const Weight weight = {c.grid, nullptr, c.format, nullptr, c.is_affine ? &kSomeZeroPoint : nullptr};
+  const Plan plan = choose({c.M, nullptr, c.x_type, weight, {}, c.batch_invariant, nullptr}, c.M, false);
+  *c.why = plan.why;
+  *c.kernel = plan.tiles       ? "blocks: tiles of AMX, codes and x in BF16"
+              : !plan.by_codes ? (plan.blocked ? "blocks: weight and x in FP32" : "dots: weight and x in FP32")
+              : sizeof(Unit) == 2
+                  ? (plan.blocked ? "blocks: codes and x in pairs of BF16" : "dots: codes and x in pairs of BF16")
+                  : (plan.blocked ? "blocks: codes and x in FP32" : "dots: codes and x in FP32");
+}
 
 void dequant_matmul(const DequantMatmul& p, ParallelFor run) {
   if (!p.weight.grid.M) return;

@@ -1,4 +1,5 @@
-// What the matmuls share: registers that multiply and add, rows of x as they are multiplied, rows of a decoded weight.
+// What the matmuls share: registers that multiply and add, squares of lanes, rows of x as they are multiplied, rows of
+// a decoded weight.
 #pragma once
 #include <new>
 
@@ -23,6 +24,46 @@ QL_FN Floats fma(Floats a, Floats b, Floats c) {
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+// Lane c of register r becomes lane r of register c.
+template <class V>
+QL_FN void transpose(V (&v)[kLanes]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256 pairs[8], fours[8];
+#pragma GCC unroll 4
+  for (int r = 0; r < 8; r += 2) {
+    pairs[r] = _mm256_unpacklo_ps(__m256(v[r]), __m256(v[r + 1]));
+    pairs[r + 1] = _mm256_unpackhi_ps(__m256(v[r]), __m256(v[r + 1]));
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 8; r += 4)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      fours[r + 2 * i] = _mm256_shuffle_ps(pairs[r + i], pairs[r + 2 + i], 0x44);
+      fours[r + 2 * i + 1] = _mm256_shuffle_ps(pairs[r + i], pairs[r + 2 + i], 0xee);
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    v[r] = V(_mm256_permute2f128_ps(fours[r], fours[r + 4], 0x20));
+    v[r + 4] = V(_mm256_permute2f128_ps(fours[r], fours[r + 4], 0x31));
+  }
+#else
+#pragma GCC unroll 4
+  for (int half = 1; half < kLanes; half *= 2) {
+    Ints<Floats> low, high;
+    for (int l = 0; l < kLanes; ++l) {
+      low[l] = l & half ? l - half + kLanes : l;
+      high[l] = l & half ? l + kLanes : l + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & half)) {
+        const V a = v[i], b = v[i + half];
+        v[i] = __builtin_shuffle(a, b, low), v[i + half] = __builtin_shuffle(a, b, high);
+      }
+  }
 #endif
 }
 

@@ -33,6 +33,8 @@ constexpr int64_t kWhole = scales_sums<E> ? 32 : kStepColumns<E>;
 using Unit = uint16_t;
 #elif defined(QL_VALUES)
 using Unit = Value;
+#else
+using Unit = float;
 #endif
 
 template <class E>
@@ -221,6 +223,7 @@ struct Plan {
   int64_t MC, NC, KC;  // rows of x, of the weight, columns
   bool tiles;          // AMX
   CodeKernels codes;
+  const char* why;  // blocked or not: matmul_choice.h
 };
 
 }  // namespace QL_ISA

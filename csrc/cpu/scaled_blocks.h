@@ -85,9 +85,14 @@ void unpack_bytes(bool is_unsigned, const uint8_t* __restrict__ row, int64_t k0,
 template <class F>
 void unpack_row(Unit unit, const uint8_t* row, int64_t k0, int64_t n, int32_t z, char* out) {
   if (unit != Unit::pairs) return unpack_bytes<F>(unit == Unit::bytes, row, k0, n, out);
+  auto* __restrict__ to = reinterpret_cast<int16_t*>(out);
+  if constexpr (is_whole<F>) {
+    const uint8_t* __restrict__ codes = row + k0;
+    for (int64_t k = 0; k < n; ++k) to[k] = int16_t((F::is_signed ? int8_t(codes[k]) : codes[k]) - z);
+    return;
+  }
   constexpr int64_t part = 256;
   char bytes[part];
-  auto* to = reinterpret_cast<int16_t*>(out);
   const auto moved = int16_t(excess<F> - z);
   for (int64_t k = 0; k < n; k += part) {
     const int64_t count = least(part, n - k);
@@ -130,25 +135,6 @@ uint32_t sum_of_bytes(Unit unit, const char* w, int64_t n) {
 }
 
 // ---- x --------------------------------------------------------------------------------------------------------------
-
-// Lane c of register r becomes lane r of register c.
-QL_FN void transpose(Bits<Floats> (&v)[kLanes]) {
-  using U = Bits<Floats>;
-#pragma GCC unroll 4
-  for (int s = 1; s < kLanes; s *= 2) {
-    U low, high;
-    for (int l = 0; l < kLanes; ++l) {
-      low[l] = l & s ? uint32_t(kLanes + l - s) : uint32_t(l);
-      high[l] = l & s ? uint32_t(kLanes + l) : uint32_t(l + s);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kLanes; ++r)
-      if (!(r & s)) {
-        const U a = v[r], b = v[r + s];
-        v[r] = __builtin_shuffle(a, b, low), v[r + s] = __builtin_shuffle(a, b, high);
-      }
-  }
-}
 
 // Rows m0 .. m0 + M of x in panels of kLanes, and what belongs to each.
 class PackedX {

@@ -1,15 +1,17 @@
 // y[m, n] = epilogue(sum over k of (x_codes[m, k] - x_zero_point[m]) * x_scale[m] * w[n, k]), the integer sum exact
 //
-// By one of three ways: scaled_nibbles.h, scaled_blocks.h, or, in this file, few rows of x and a weight of bytes, as
-// they lie. Instructions that multiply bytes want x unsigned and w signed. So x is x_codes + 128 where those are
-// signed, w is codes - 128 where no signed byte holds those, and the zero points x_z and z move along:
+// By one of four ways: scaled_nibbles.h, scaled_dots.h, scaled_blocks.h, or, in this file, few rows of x and a weight
+// of bytes, as they lie. Instructions that multiply bytes want x unsigned and w signed. So x is x_codes + 128 where
+// those are signed, w is codes - 128 where no signed byte holds those, and the zero points x_z and z move along:
 //   d = sum of (x - x_z) * (w - z) = sum of x * w  -  x_z * sum of w  -  z * (sum of x  -  K * x_z)
 // modulo 2^32, which is d itself, as it fits. Where a row of w has several scales, each of its blocks has such a d.
 #include "../ops/scaled_matmul.h"
 #include "../activation.h"
 #include "dot.h"
 #include "matmul.h"
+#include "matmul_choice.h"
 #include "scaled_blocks.h"
+#include "scaled_dots.h"
 #include "scaled_nibbles.h"
 
 namespace quantlib {
@@ -199,11 +201,34 @@ class ExactSums {
   }
 };
 
+enum class Way { nibbles, wide_dots, blocks, dots };
+
+Way choose(const ScaledMatmul& p) {
+  return in_nibbles(p) ? Way::nibbles : in_wide_dots(p) ? Way::wide_dots : in_blocks(p) ? Way::blocks : Way::dots;
+}
+
 }  // namespace
 
+void scaled_matmul_choice(const ScaledMatmulChoice& c, ParallelFor) {
+  const Weight weight = {c.grid, nullptr, c.format, nullptr, c.is_affine ? &kSomeZeroPoint : nullptr};
+  const Way way = choose({c.M, nullptr, c.x_type, nullptr, nullptr, true, weight, {}, nullptr, Type::float32});
+  const Unit unit = blocking_of().unit;
+  *c.kernel = way == Way::nibbles     ? "nibbles: codes of four bits as they lie, times bytes"
+              : way == Way::wide_dots ? "dots: bytes as they lie, times int16"
+              : way == Way::dots      ? "dots: bytes as they lie"
+              : unit == Unit::tiles   ? "blocks: tiles of AMX, bytes"
+              : unit == Unit::bytes   ? "blocks: bytes, by VNNI"
+                                      : "blocks: pairs of int16";
+  *c.why = way == Way::nibbles  ? "int4 in groups of whole lines, x without zero points"
+           : way == Way::blocks ? "rows enough, or codes to unpack, or several scales a row"
+                                : "few rows of x, one scale a row";
+}
+
 void scaled_matmul(const ScaledMatmul& p, ParallelFor run) {
-  if (in_nibbles(p)) return multiply_nibbles(p, run);
-  if (in_blocks(p)) return multiply_in_blocks(p, run);
+  const Way way = choose(p);
+  if (way == Way::nibbles) return multiply_nibbles(p, run);
+  if (way == Way::wide_dots) return multiply_wide_dots(p, run);
+  if (way == Way::blocks) return multiply_in_blocks(p, run);
   const int64_t down = round_up(p.M, kRows) / kRows, across = round_up(p.weight.grid.M, kSumCols) / kSumCols;
   const int64_t products = least(p.M, kRows) * kSumCols * most(p.weight.grid.K, 1);
   visit(p.weight.format, [&](auto f) {

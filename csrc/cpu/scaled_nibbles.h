@@ -10,24 +10,46 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-// Tiles multiply two rows and more in less time.
-bool in_nibbles([[maybe_unused]] const ScaledMatmul& p) {
 #ifdef __AVX512VNNI__
+#define QL_NIBBLES
+constexpr int64_t kNibbleRows = 3;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define QL_NIBBLES
+constexpr int64_t kNibbleRows = 16;
+#endif
+
+// Tiles multiply two rows and more in less time, AVX-512 VNNI four in blocks; AVX2 any number, some at a time.
+bool in_nibbles([[maybe_unused]] const ScaledMatmul& p) {
+#ifdef QL_NIBBLES
   const Grid& g = p.weight.grid;
-  return p.M < (has_amx() ? 2 : 4) && p.weight.format == Type::int4 && p.x_format == Type::int8 && !p.x_zero_point &&
-         g.bk < g.K && g.bk % 128 == 0 && g.K % 128 == 0;
+#ifdef __AVX512VNNI__
+  const bool faster = p.M <= (has_amx() ? 1 : kNibbleRows);
+#else
+  const bool faster = !has_avx_vnni();
+#endif
+  return faster && p.weight.format == Type::int4 && p.x_format == Type::int8 && !p.x_zero_point && g.bk < g.K &&
+         g.bk % 128 == 0 && g.K % 128 == 0;
 #else
   return false;
 #endif
 }
 
-#ifdef __AVX512VNNI__
+#ifdef QL_NIBBLES
 class NibbleRows {
   static constexpr int64_t kFetchAhead = 4096;  // bytes: processors fetch by themselves only to the end of a page
+#ifdef __AVX512VNNI__
+  using Register = __m512i;
+#else
+  using Register = __m256i;
+#endif
 
  public:
   NibbleRows(const ScaledMatmul& p)
-      : p_(p), blocks_(g_.scale_cols()), padded_(round_up(blocks_, kLanes)), x_(p.M * g_.K), sums_(p.M * padded_ * 4) {
+      : p_(p),
+        blocks_(g_.scale_cols()),
+        padded_(round_up(blocks_, kLanes)),
+        x_(p.M * stride_),
+        sums_(p.M * padded_ * 4) {
     for (int64_t m = 0; m < p.M; ++m) {
       const int8_t* from = static_cast<const int8_t*>(p.x_codes) + m * g_.K;
       for (int64_t k = 0; k < g_.K; k += 128)
@@ -43,14 +65,26 @@ class NibbleRows {
   // Columns n0 .. n0 + kLanes of y
   void operator()(int64_t n0) const {
     const int64_t count = least(kLanes, g_.M - n0);
-    Floats total[3] = {};
+    Floats total[kNibbleRows];
+    for (int64_t m = 0; m < p_.M; ++m) total[m] = Floats{};
     for (int64_t J0 = 0; J0 < blocks_; J0 += kLanes) {
-      Bits<Floats> terms[3][kLanes] = {};
+      Bits<Floats> terms[kNibbleRows][kLanes];
+      for (int64_t m = 0; m < p_.M; ++m)
+        for (int64_t r = count; r < kLanes; ++r) terms[m][r] = Bits<Floats>{};
       for (int64_t r = 0; r < count; ++r) {
         const Floats s = scales(n0 + r, J0);
         const Bits<Floats> z = zero_points(n0 + r, J0);
+#ifndef __AVX512VNNI__
+        alignas(32) Register sums_of[kNibbleRows][kLanes];
+        sums_of_blocks(n0 + r, J0, sums_of);
+#endif
         for (int64_t m = 0; m < p_.M; ++m) {
-          const Bits<Floats> d = sums_of_blocks(n0 + r, m, J0) - z * load<Bits<Floats>>(sums(m) + J0);
+#ifdef __AVX512VNNI__
+          const Bits<Floats> sum = sums_of_blocks(n0 + r, m, J0);
+#else
+          const Bits<Floats> sum = lane_totals(sums_of[m]);
+#endif
+          const Bits<Floats> d = sum - z * load<Bits<Floats>>(sums(m) + J0);
           terms[m][r] = bits_of(mul(Lanes<Floats>::of(same_bits<Ints<Floats>>(d)), s));
         }
       }
@@ -69,12 +103,18 @@ class NibbleRows {
   const Row format_ = row_of(p_.weight.format), x_format_ = row_of(p_.x_format), y_format_ = row_of(p_.y_type);
   const Encode encode_ = encoder(p_.y_type, false, false);
   const int64_t blocks_, padded_;
+#ifdef __AVX512VNNI__
+  const int64_t stride_ = g_.K;
+#else
+  const int64_t stride_ = round_up(g_.K, 4096) + 1088;  // so that rows lie in different sets of the first-level cache
+#endif
   const Scratch x_, sums_;
 
-  int8_t* x(int64_t m) const { return static_cast<int8_t*>(x_.data()) + m * g_.K; }
+  int8_t* x(int64_t m) const { return static_cast<int8_t*>(x_.data()) + m * stride_; }
   uint32_t* sums(int64_t m) const { return static_cast<uint32_t*>(sums_.data()) + m * padded_; }
 
   // Lane i: the sum of x * w' over block J0 + i of row n
+#ifdef __AVX512VNNI__
   QL_MEMBER Bits<Floats> sums_of_blocks(int64_t n, int64_t m, int64_t J0) const {
     const auto* row = static_cast<const uint8_t*>(p_.weight.codes) + n * (g_.K / 2);
     const __m512i low = _mm512_set1_epi8(15), lift = _mm512_set1_epi8(int8_t(0x88));
@@ -94,9 +134,46 @@ class NibbleRows {
     }
     return lane_totals(d);
   }
+#else
+  // The same of every row m: register i of d[m], of which the lanes are still to be added up. An int16 holds the sum of
+  // eight products, each at most 15 * 128 in magnitude: those of 128 codes.
+  QL_MEMBER void sums_of_blocks(int64_t n, int64_t J0, Register (&d)[kNibbleRows][kLanes]) const {
+    const auto* row = static_cast<const uint8_t*>(p_.weight.codes) + n * (g_.K / 2);
+    const __m256i low = _mm256_set1_epi8(15), lift = _mm256_set1_epi8(int8_t(0x88)), ones = _mm256_set1_epi16(1);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t k0 = (J0 + i) * g_.bk, k1 = least(k0 + g_.bk, g_.K);
+      if (k0 >= k1)
+        for (int64_t m = 0; m < p_.M; ++m) d[m][i] = _mm256_setzero_si256();
+      for (int64_t k = k0; k < k1; k += 128) {
+        __builtin_prefetch(row + k / 2 + kFetchAhead, 0, 3);
+        const __m256i first = _mm256_xor_si256(load<__m256i>(row + k / 2), lift);
+        const __m256i second = _mm256_xor_si256(load<__m256i>(row + k / 2 + 32), lift);
+        const __m256i codes[4] = {_mm256_and_si256(first, low), _mm256_and_si256(second, low),
+                                  _mm256_and_si256(_mm256_srli_epi16(first, 4), low),
+                                  _mm256_and_si256(_mm256_srli_epi16(second, 4), low)};
+        const int8_t* from = x(0) + k;
+        for (int64_t m = 0; m < p_.M; ++m, from += stride_) {
+          __m256i products[4];
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q) products[q] = _mm256_maddubs_epi16(codes[q], load<__m256i>(from + 32 * q));
+          const __m256i sum =
+              _mm256_add_epi16(_mm256_add_epi16(products[0], products[1]), _mm256_add_epi16(products[2], products[3]));
+          const __m256i wide = _mm256_madd_epi16(sum, ones);
+          d[m][i] = k == k0 ? wide : _mm256_add_epi32(d[m][i], wide);
+        }
+      }
+    }
+  }
+#endif
 
   // Lane i: the sum of the lanes of register i
-  static QL_MEMBER Bits<Floats> lane_totals(__m512i (&v)[kLanes]) {
+  static QL_MEMBER Bits<Floats> lane_totals(Register (&v)[kLanes]) {
+#ifndef __AVX512VNNI__
+    const __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    const __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+    return Bits<Floats>(
+        _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)));
+#else
     using U = Bits<Floats>;
 #pragma GCC unroll 4
     for (int s = 1; s < kLanes; s *= 2) {
@@ -108,10 +185,11 @@ class NibbleRows {
 #pragma GCC unroll 16
       for (int r = 0; r < kLanes; r += 2 * s) {
         const U a = U(v[r]), b = U(v[r + s]);
-        v[r] = __m512i(__builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high));
+        v[r] = Register(__builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high));
       }
     }
     return U(v[0]);
+#endif
   }
 
   // Of blocks J0 .. J0 + kLanes of row n, 0 where there are none
@@ -144,13 +222,20 @@ class NibbleRows {
 #endif
 
 void multiply_nibbles([[maybe_unused]] const ScaledMatmul& p, [[maybe_unused]] ParallelFor run) {
-#ifdef __AVX512VNNI__
-  const NibbleRows rows(p);
+#ifdef QL_NIBBLES
   const int64_t N = p.weight.grid.M;
-  parallel(run, (N + kLanes - 1) / kLanes, most(1, 8 * kGrain / (kLanes * p.weight.grid.K)),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t piece = begin; piece < end; ++piece) rows(piece * kLanes);
-           });
+  for (int64_t m = 0; m < p.M; m += kNibbleRows) {
+    ScaledMatmul some = p;
+    some.M = least(kNibbleRows, p.M - m);
+    some.x_codes = static_cast<const char*>(p.x_codes) + m * p.weight.grid.K;
+    if (p.x_per_row) some.x_scale += m;
+    some.y = static_cast<char*>(p.y) + byte_offset(row_of(p.y_type), N, m, 0);
+    const NibbleRows rows(some);
+    parallel(run, (N + kLanes - 1) / kLanes, most(1, 8 * kGrain / (kLanes * p.weight.grid.K)),
+             [&](int64_t begin, int64_t end) {
+               for (int64_t piece = begin; piece < end; ++piece) rows(piece * kLanes);
+             });
+  }
 #endif
 }
 

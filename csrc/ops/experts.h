@@ -18,7 +18,8 @@ struct ExpertArguments : WeightArguments {
     format = &check_format(op, format_name, accepted);
     const Device device = x.device();
     const int64_t columns = format->columns(K);
-    if (codes.sizes().size() != 3) fail(op, "codes", "[E, N, K], a matrix of each expert", text_of(codes.sizes()));
+    if (codes.sizes().size() != 3 && codes.dtype() != kNoDtype)
+      fail(op, "codes", "[E, N, K], a matrix of each expert", text_of(codes.sizes()));
     if (x.sizes().size() != 2)
       fail(op, argument, std::string("[T, ") + (*argument == 'd' ? "N" : "K") + "], the rows of all experts",
            text_of(x.sizes()));

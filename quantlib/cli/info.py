@@ -12,7 +12,10 @@ import warnings
 from importlib import metadata
 from typing import Any
 
+from quantlib.cli.parser import checked, count, one_of
+from quantlib.cli.plan import read_spec
 from quantlib.cli.text import style, table
+from quantlib.spec import QuantSpec
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tqdm", "transformers")
 VARIABLES = {
@@ -33,17 +36,72 @@ VARIABLES = {
 }
 
 
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
+    size = checked("an integer of at least 1", count)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--matmul",
+        nargs=2,
+        type=size,
+        metavar=("N", "K"),
+        help="the kernel of a product with a weight [N, K] on this CPU, for some numbers of rows of x",
+    )
+    parser.add_argument("--to", action="append", metavar="SPEC", help="with --matmul: the spec of the weight (W8A16)")
+    parser.add_argument("--dtype", type=one_of(DTYPES), default="bfloat16", help="with --matmul: that of x (bfloat16)")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.matmul is not None:
+        return matmul(args)
+    if args.to:
+        raise ValueError(f"--to must come with --matmul, got {args.to[0]!r}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # this report has a line for missing C++ kernels
         environment = {name: os.environ.get(name) for name in VARIABLES}
         facts = {"versions": versions(), **serving(), "tuning": tuning(), "environment": environment}
     print(json.dumps(facts, indent=2) if args.json else show(facts))
     return 0
+
+
+def matmul(args: argparse.Namespace) -> int:
+    """Print which kernel of the C++ backend serves each number of rows of x, and why."""
+    found = []
+    for text in args.to or ["W8A16"]:
+        spec = read_spec(text)
+        if spec.row.bits > 8 or (spec.activation is not None and spec.activation.format != "int8"):
+            raise ValueError(f"--to must be a spec whose codes are multiplied, in floats or times int8, got {text!r}")
+        x = args.dtype if spec.activation is None else "int8"
+        choices = [matmul_choice(M, *args.matmul, spec, x) for M in ROWS]
+        found.append({"spec": str(spec), "x": x, "rows": dict(zip(map(str, ROWS), choices, strict=True))})
+    if args.json:
+        print(json.dumps({"instruction set": instruction_set(), "products": found}, indent=2))
+        return 0
+    for product in found:
+        rows = [(M, choice["kernel"], choice["why"]) for M, choice in product["rows"].items()]
+        heading = f"{product['spec']} [{args.matmul[0]}, {args.matmul[1]}], x {product['x']}, {instruction_set()}"
+        print(f"{heading}\n{table(('rows of x', 'kernel', 'why'), rows, '><<')}\n")
+    return 0
+
+
+def matmul_choice(M: int, N: int, K: int, spec: QuantSpec, x: str) -> dict[str, str]:
+    """What the kernels themselves choose: ``choose`` of csrc/cpu/dequant_matmul.cpp or csrc/cpu/scaled_matmul.cpp."""
+    from quantlib import formats
+    from quantlib.backends import compiled
+
+    path = compiled.path_of("cpu")
+    if path is None:
+        raise ValueError(f"--matmul must be asked where the C++ kernels are: {compiled.load('cpu')}, got {N} {K}")
+    kernel, why = ctypes.c_char_p(), ctypes.c_char_p()
+    types = list(formats.FORMATS)  # as `enum class Type` of csrc/formats.h numbers them
+    ask = ctypes.CDLL(str(path)).quantlib_matmul_choice
+    ask.restype = None
+    sizes = [ctypes.c_int64(size) for size in (M, N, K, *spec.block((N, K)))]
+    ask(*sizes, types.index(spec.format), not spec.symmetric, types.index(x), ctypes.byref(kernel), ctypes.byref(why))
+    return {"kernel": (kernel.value or b"").decode(), "why": (why.value or b"").decode()}
 
 
 def versions() -> dict[str, str]:

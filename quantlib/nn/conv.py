@@ -19,6 +19,14 @@ from quantlib.ops.autograd import apply
 from quantlib.spec import QuantSpec
 
 SLAB = 1 << 20  # weights that are floats at a time
+SLOW = tuple(  # floats of 16 bits that torch has no fast convolution for on this CPU
+    dtype
+    for dtype, fast in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
+    )
+    if torch.backends.mkldnn.is_available() and not fast()
+)
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d}
 GRADIENT_OF_X = {1: conv1d_input, 2: conv2d_input}
@@ -47,7 +55,8 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
     Notes
     -----
     The weight is dequantized a slab of output channels at a time, forward and backward, never as a whole; the
-    convolution is torch's own, in the dtype of the input. Gradients reach the input and the bias.
+    convolution is torch's own, in the dtype of the input. On a CPU without instructions for a float of 16 bits torch
+    convolves it by a slow loop: there it is done in float32, and rounded once. Gradients reach the input and the bias.
     """
 
     def __init__(
@@ -163,12 +172,13 @@ class _Convolve(torch.autograd.Function):
         codes, scale, zero_point, x = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             total = torch.float32 if dy.dtype in SOURCES else dy.dtype
+            working = working_dtype(dy)
             parts: dict[int, Tensor] = {}  # first of some channels of x -> their gradient: several slabs may see them
             for n, k, groups in how.slabs():
-                w = slab(Weight(codes, scale, zero_point), n, ctx.format, ctx.block, how, dy.dtype)
+                w = slab(Weight(codes, scale, zero_point), n, ctx.format, ctx.block, how, working)
                 shape = (ctx.shape[0], k.stop - k.start, *ctx.shape[2:])
                 rest = (how.stride, how.padding, how.dilation, groups)
-                dy_n = dy.narrow(1, n.start, n.stop - n.start)  # `dy[:, n]` has no rule for is_grads_batched
+                dy_n = dy.narrow(1, n.start, n.stop - n.start).to(working)  # `dy[:, n]` has no rule for batches
                 part = GRADIENT_OF_X[len(how.stride)](shape, w, dy_n, *rest).to(total)  # type: ignore[no-untyped-call]
                 parts[k.start] = parts[k.start].add_(part) if k.start in parts else part
             dx = torch.cat(list(parts.values()), 1).to(dy.dtype)
@@ -205,11 +215,18 @@ def convolved(
 ) -> Tensor:
     """The convolution of x with the values of ``weight``, a slab of output channels at a time."""
     convolve, parts = CONVOLVE[len(how.stride)], []
+    dtype, x = x.dtype, x.to(working_dtype(x))
     for n, k, groups in how.slabs():
         w = slab(weight, n, format, block, how, x.dtype)
-        b = None if bias is None else bias[n]
-        parts.append(convolve(x[:, k], w, b, how.stride, how.padding, how.dilation, groups))
+        b = None if bias is None else bias[n].to(x.dtype)
+        seen = x if k.stop - k.start == x.shape[1] else x[:, k]
+        parts.append(convolve(seen, w, b, how.stride, how.padding, how.dilation, groups).to(dtype))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What x is convolved in: its own dtype, unless torch is slow in that."""
+    return torch.float32 if x.dtype in SLOW and x.device.type == "cpu" else x.dtype
 
 
 def slab(weight: Weight, n: slice, format: str, block: tuple[int, int], how: Convolution, dtype: torch.dtype) -> Tensor:

@@ -153,6 +153,8 @@ def dequantize_rows(
         found = found.view(codes.dtype)
         return _values(Weight(found, scale, zero_point), format, (1, block[1]), size, dtype)
     if isinstance(rows, slice):
+        if rows.start == 0 and rows.stop == codes.shape[0]:
+            return _values(weight, format, block, size, dtype)
         found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
     else:
         found = _bytes(codes).index_select(0, rows).view(codes.dtype)

@@ -44,7 +44,8 @@ def _results(
         fail(OP, "block", f"one of {', '.join(map(str, BLOCKS))}", block)
     like: Result = (list(parameter.shape), parameter.dtype)
     check_tensor(OP, "gradient", gradient, like, device)
-    states = states_of(*parameter.shape, block)
+    M, K = parameter.shape
+    states = states_of(M, K, block)
     for name, state in {"m": m, "v": v, "m_scale": m_scale, "v_scale": v_scale}.items():
         check_tensor(OP, name, state, states[name], device)
     check_tensor(OP, "constants", constants, ([len(CONSTANTS)], torch.float32), device)

@@ -107,10 +107,25 @@ class StraightThrough(torch.autograd.Function):
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    """``function.apply(*args)``, with its ``tangent`` as jvp: a function that has a jvp is one that Dynamo refuses."""
-    chosen = function if torch.compiler.is_compiling() else _with_jvp(function)
-    y: Tensor = chosen.apply(*args)
+    """``function.apply(*args)``, with its ``tangent`` as jvp: a function that has a jvp is one that Dynamo refuses.
+
+    Where nothing is derived it is ``function.forward(*args)``: `torch.autograd.Function` binds the arguments to their
+    names at every call, which takes longer than a small convolution.
+    """
+    if torch.compiler.is_compiling():
+        y: Tensor = function.apply(*args)
+    elif recorded(*args):
+        y = _with_jvp(function).apply(*args)
+    else:
+        y = function.forward(*args)
     return y
+
+
+def recorded(*args: Any) -> bool:
+    """Whether a derivative of what becomes of ``args`` may be asked for."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 @functools.cache

@@ -173,7 +173,7 @@ def _through_activation(dy: Tensor, x: Tensor, weight: QuantizedWeight, epilogue
 
 
 def through_activation(dy: Tensor, activation: str | None, product: Callable[[], Tensor]) -> Tensor:
-    """dy * activation'(before), which is the same in reverse and in forward mode.
+    """dy * activation'(before), the same in reverse and in forward mode.
 
     ``before`` [..., N], the input of the activation, is computed again by ``product`` rather than kept.
     """

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantlib import formats
+from quantlib import backends, formats
 from quantlib.formats import Format
 from quantlib.ops.check import fail, is_sharded
 from quantlib.spec import matrix_shape
@@ -238,8 +238,8 @@ def dequant_matmul_backward_scale(c: Call) -> Iterator[Sharding]:
             )
 
 
-def whole(c: Call) -> Iterator[Sharding]:
-    """Of tiles, which are cut by nobody."""
+def gathered(c: Call) -> Iterator[Sharding]:
+    """Of an op without a rule: tiles, stacks of experts and steps of an optimizer are given as each rank has them."""
     return iter(())
 
 
@@ -256,7 +256,6 @@ RULES: dict[str, Callable[[Call], Iterator[Sharding]]] = {
     "fake_quantize_backward": fake_quantize_backward,
     "fake_quantize_backward.affine": fake_quantize_backward,
     "dequant_matmul": dequant_matmul,
-    "dequant_matmul.tiled": whole,
     "dequant_matmul_backward": dequant_matmul_backward,
     "dequant_matmul_backward_scale": dequant_matmul_backward_scale,
     "scaled_matmul": dequant_matmul,
@@ -279,7 +278,8 @@ def register() -> None:
 
     _registered.extend(RULES)
     known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-    for overload, rule in RULES.items():
+    for overload in (name for name in backends.SCHEMAS if not name.endswith("out")):
+        rule = RULES.get(overload, gathered)
         name, _, kind = overload.partition(".")
         op = getattr(getattr(torch.ops.quantlib, name), kind or "default")
         register_sharding(op)(shardings(op, name, rule, Replicate()))

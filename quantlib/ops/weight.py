@@ -82,10 +82,7 @@ def check_followed(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor | N
 
 
 def check_epilogue(op: str, epilogue: Epilogue, N: int, like: Tensor, experts: tuple[int, ...] = ()) -> None:
-    """Check that bias is a float vector of N, or one for each of E ``experts``, on the device of ``like``.
-
-    Check that the activation exists too.
-    """
+    """Check that bias is a float vector of N, or one for each of E ``experts``, and that the activation exists."""
     bias, activation, _ = epilogue
     if bias is not None:
         check_dtype(op, "bias", bias.dtype, INPUTS)

@@ -92,7 +92,7 @@ class Adam8bit(Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; the value of ``closure``, which computes them, if there is one.
 
         Raises
@@ -231,8 +231,10 @@ def _step(p: Tensor, state: State, constants: Tensor, block: int, key: Tensor | 
         block, scales = 0, [own[0].new_empty((at.part[0], 0), dtype=torch.float32) for _ in range(2)]
     assert p.grad is not None
     gradient = _rows(local(p.grad), at)
-    out = (*own, *scales)
-    adamw_step(own[0], gradient, *out[1:], constants, block=block, key=key, origin=at.origin, out=out)
+    parameter, m, v = own
+    m_scale, v_scale = scales
+    out = (parameter, m, v, m_scale, v_scale)
+    adamw_step(parameter, gradient, m, v, m_scale, v_scale, constants, block=block, key=key, origin=at.origin, out=out)
     for t, rows in zip(whole, own, strict=True):
         if rows.data_ptr() != t.data_ptr():  # it does not lie in memory as a matrix
             t.copy_(rows.view(t.shape))

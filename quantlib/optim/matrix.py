@@ -34,9 +34,9 @@ def is_sharded(t: Tensor) -> bool:
     return hasattr(t, "device_mesh")
 
 
-def local(t: Tensor) -> Tensor:
+def local(t: Any) -> Tensor:
     """Return the part of ``t`` that this process holds, in the same memory."""
-    part: Tensor = t.to_local() if is_sharded(t) else t  # type: ignore[operator]
+    part: Tensor = t.to_local() if is_sharded(t) else t
     return part
 
 

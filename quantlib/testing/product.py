@@ -60,6 +60,10 @@ class Product(OneCall):
         return "-".join(filter(None, words))
 
     @property
+    def grouped(self) -> bool:
+        return self.op in GROUPED
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """M, N, K."""
         assert self.shape is not None
@@ -69,10 +73,6 @@ class Product(OneCall):
     @property
     def matrix(self) -> tuple[int, int]:
         return self.sizes[1:]
-
-    @property
-    def grouped(self) -> bool:
-        return self.op in GROUPED
 
 
 @functools.lru_cache(64)
@@ -179,10 +179,9 @@ def call(case: Product, given: dict[str, torch.Tensor], out: torch.Tensor | None
     """Run ``case``, into ``out`` where there is one."""
     if case.op.endswith("backward"):
         packet = getattr(torch.ops.quantlib, case.op)
-        last = (given.get("zero_point"), case.sizes[2])
-        if case.grouped:
-            last = (given["offsets"], *last)  # type: ignore[assignment]
-        args = (given["x"], given["codes"], given["scale"], case.format, case.resolved, *last)
+        weight = (given["codes"], given["scale"], case.format, case.resolved)
+        groups = (given["offsets"],) if case.grouped else ()
+        args = (given["x"], *weight, *groups, given.get("zero_point"), case.sizes[2])
         if out is not None:
             packet.out(*args, out=out)
         return packet(*args) if out is None else out

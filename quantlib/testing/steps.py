@@ -81,7 +81,7 @@ def inputs(case: Step) -> dict[str, Any]:
         if not case.block:
             m[rng.random(m.shape) < 0.02] = rng.choice(SPECIAL)
         constants[int(rng.integers(9))] = float(rng.choice(SPECIAL))
-    given = {"parameter": _encoded(x, f), "gradient": _encoded(g, f), "m": m, "v": v}
+    given: dict[str, Any] = {"parameter": _encoded(x, f), "gradient": _encoded(g, f), "m": m, "v": v}
     given |= {"m_scale": scales[0], "v_scale": scales[1], "constants": np.array(constants, np.float32)}
     given["key"] = rng.integers(-(2**31), 2**31, 2, np.int32) if case.random else None
     return given
@@ -107,6 +107,7 @@ def tensors(case: Step, device: str = "cpu") -> dict[str, torch.Tensor | None]:
     """:func:`inputs` as tensors."""
     given: dict[str, torch.Tensor | None] = {}
     for name, array in inputs(case).items():
+        t: torch.Tensor | None
         if name in ("parameter", "gradient"):
             t = tensor(array, case.dtype, device)
         else:

@@ -97,6 +97,27 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         assert word in text
 
 
+@pytest.mark.skipif(bool(backends.refuses("cpp", "cpu")), reason="there is no compiled library")
+def test_info_of_a_product(capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernels' own choice: few rows by dots, many in blocks; a spec that no kernel multiplies is an error."""
+    assert main(["info", "--matmul", "4096", "4096", "--to", "W4A16", "--to", "W8A8", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [product["x"] for product in facts["products"]] == ["bfloat16", "int8"]
+    for product in facts["products"]:
+        assert product["rows"]["1"]["kernel"].startswith("dots")
+        assert product["rows"]["1024"]["kernel"].startswith("blocks")
+        assert all(choice["why"] for choice in product["rows"].values())
+    assert main(["info", "--matmul", "64", "64", "--to", "int8:tile:8", "--dtype", "float32"]) == 0
+    assert "weight and x in FP32" in capsys.readouterr().out
+    for argv, word in (
+        (["--matmul", "0", "4"], "'0'"),
+        (["--matmul", "4", "4", "--to", "float16"], "'float16'"),
+        (["--to", "W8A16"], "'W8A16'"),
+    ):
+        assert main(["info", *argv]) == 2
+        assert word in capsys.readouterr().err
+
+
 def test_info_of_a_forced_backend(capsys: pytest.CaptureFixture[str]) -> None:
     with backends.use_backend("composite"):
         assert main(["info", "--json"]) == 0

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 
 from quantlib import backends, ops
 from quantlib.ops.sharding import RULES, Matrix, refusal
+from quantlib.spec import SEARCHES
 
 slow = pytest.mark.slow
 Call = tuple[str, list[Any]]  # overload, arguments
@@ -35,6 +36,7 @@ def calls() -> Iterator[Call]:
         yield "search_scale", [x, scale, "int8", block, "mse", "bfloat16", None, torch.arange(K) / K]
         yield "search_scale", [x, affine, "uint8", block, "magnitude", "float32", zero]
         yield "compute_scale.affine", [x, "uint8", block]
+        yield "search_scale", [x, scale, "int8", block, SEARCHES[0], "float32", None, x.view(M, K).square().mean(0)]
         yield "quantize_dynamic", [x, "int4", block]
         yield "quantize_dynamic.affine", [x, "uint8", block]
         yield "quantize", [x, affine, "uint8", block, zero]
@@ -145,20 +147,19 @@ def blocks_of_calls(mesh: DeviceMesh) -> bool:
 CASES = (every_op, columns_and_rows, blocks_of_calls)
 
 
-def test_every_overload_has_a_rule() -> None:
-    returning = {name for name in backends.SCHEMAS if not name.endswith("out")}
-    assert set(RULES) == returning
+def test_rules_are_of_overloads() -> None:
+    assert set(RULES) <= {name for name in backends.SCHEMAS if not name.endswith("out")}
 
 
 @slow
 def test_ops_give_what_one_process_gives(found: Callable[[Any], list[Any]]) -> None:
     for of_rank in found(every_op):
-        assert of_rank.keys() == RULES.keys()
+        assert RULES.keys() <= of_rank.keys()
         for overload, (error, cut, results) in of_rank.items():
             sums = overload.startswith(("dequant_matmul", "scaled_matmul", "fake_quantize_backward"))
             assert error <= (1e-6 if sums else 0), (overload, error)
             assert results > 2, overload
-            assert cut or overload == "dequant_matmul.tiled", overload
+            assert bool(cut) == (overload in RULES), overload
 
 
 @slow

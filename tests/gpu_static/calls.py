@@ -62,6 +62,7 @@ def calls(devices: tuple[str, ...] = (), everything: bool = False) -> Iterator[C
     """
     yield from FAST
     yield from casts()
+    yield from steps()
     chosen = itertools.chain(projections(), fake_quantizations(), *(matmuls(d) for d in ("no device", *devices)))
     yield from chosen if everything else filter(common, chosen)
 
@@ -115,6 +116,12 @@ def fake_quantizations() -> Iterator[Call]:
             yield Call(op, "bfloat16", "int8", shape, "row")
 
 
+def steps() -> Iterator[Call]:
+    """Of states in blocks of 128, and in 32 bits; those of bfloat16 parameters are rounded at random."""
+    for source, format, shape in itertools.product(SOURCES, ("int8", "float32"), ((4096, 4096), *RAGGED[:1])):
+        yield Call("adamw_step", source, format, shape, "group:128")
+
+
 def matmuls(device: str) -> Iterator[Call]:
     yield from dequant_matmuls(device)
     yield from scaled_matmuls(device)
@@ -164,12 +171,17 @@ FIRST = (
     Call("fake_quantize", "bfloat16", "int8"),
     Call("fake_quantize_backward", "bfloat16", "int8"),
     Call("fake_quantize_backward", "float32", "int8", per="tensor", affine=True),
+    Call("adamw_step", "bfloat16", "int8", per="group:128"),
+    Call("adamw_step", "float32", "int8", per="group:128"),
+    Call("adamw_step", "float32", "float32", per="group:128"),
     Call("dequant_matmul", "bfloat16", "int8", M=1, tiled=True),
     Call("dequant_matmul", "bfloat16", "int4", per="group:128", M=16, tiled=True),
     Call("dequant_matmul", "float16", "int4", per="group:128", M=1, tiled=True),
     Call("dequant_matmul", "bfloat16", "int8", M=256, tiled=True),
     Call("dequant_matmul", "bfloat16", "int8", M=1024, tiled=True),
     Call("dequant_matmul_backward", "bfloat16", "int8", M=256),
+    Call("grouped_dequant_matmul", "bfloat16", "int8", M=64),
+    Call("grouped_dequant_matmul", "bfloat16", "int4", per="group:128", M=64),
     Call("scaled_matmul", "bfloat16", "int8", M=1),
     Call("scaled_matmul", "bfloat16", "int8", M=4096),
 )

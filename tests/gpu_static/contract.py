@@ -188,7 +188,9 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "combine_gradients_kernel"): lambda m: Contract(),
     ("triton", "slab_kernel"): lambda m: Contract(needs=(r"LDG\.E\.128", r"STG\.E\.128"), without="SHFL"),
     ("triton", "finish_kernel"): lambda m: Contract(),
+    ("triton", "adamw_step_kernel"): lambda m: Contract(),
     ("triton", "dequant_matmul_kernel"): triton_matmul,
+    ("triton", "grouped_dequant_matmul_kernel"): lambda m: replace(triton_matmul(m), tickets=0),
     ("triton", "dequant_matmul_backward_kernel"): triton_backward,
     ("triton", "scaled_matmul_kernel"): triton_scaled,
     ("triton", "described_matmul_kernel"): lambda m: Contract(
@@ -201,6 +203,7 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("cuda", "quantize_dynamic_kernel"): cuda_stream,
     ("cuda", "fake_quantize_kernel"): lambda m: cuda_stream(m, 0, 0),
     ("cuda", "fake_quantize_backward_kernel"): lambda m: cuda_stream(m, 0, 0, 2),
+    ("cuda", "adamw_step_kernel"): lambda m: Contract(),
     ("cuda", "finish_kernel"): lambda m: Contract(),
     ("cuda", "decode_slab_kernel"): lambda m: Contract(needs=(r"STG\.E\.64",)),
     ("cuda", "finish_slab_kernel"): lambda m: Contract(needs=(r"LDG\.E\.128", r"STG\.E\.64")),

@@ -84,6 +84,7 @@ def recording(arch: int) -> Iterator[list[Any]]:
         yield launched
 
 
+EXPERTS = 8
 ON = ["no device"]  # what a launcher is told of its device
 
 
@@ -93,6 +94,7 @@ def start(call: Call, instead: Any = None) -> None:
     from quantlib.backends import triton as backend
     from quantlib.backends.tiles import TileLayout
     from quantlib.backends.weight import Epilogue, Layout, QuantizedWeight
+    from quantlib.ops.adamw_step import states_of
 
     ON[0] = call.device
     f, (M, K), block, source = formats.get(call.format), call.shape, call.block, getattr(torch, call.source)
@@ -105,11 +107,18 @@ def start(call: Call, instead: Any = None) -> None:
         batch, y = torch.empty(call.M, K, dtype=source), torch.empty(call.M, M, dtype=source)
         x_codes, x_scale = torch.empty(call.M, K, dtype=torch.int8), torch.empty(call.M, 1)
         bias = torch.empty(M) if call.activation else None
+        states_block = block[1] if call.format == "int8" else 0
+        shapes = states_of(M, K, states_block).values() if call.op == "adamw_step" else ()
+        states, key = [torch.empty(s, dtype=d) for s, d in shapes], torch.empty(2, dtype=torch.int32)
+        offsets = torch.empty(1, EXPERTS, dtype=torch.int32)
     layout: Layout = "tiles" if call.tiled else "plain"
     weight, epilogue = (
         QuantizedWeight(codes, scale, f, block, zero_point, (M, K), layout),
         Epilogue(bias, call.activation),
     )
+    stacks = (None if t is None else t.expand(EXPERTS, *t.shape).contiguous() for t in (codes, scale, zero_point, bias))
+    of_experts = dict(zip(("codes", "scale", "zero_point", "bias"), stacks, strict=True))
+    biases = Epilogue(of_experts.pop("bias"), call.activation)
     shared = zero_point if zero_point is None else zero_point.float()
     limits = (0, 0) if f.is_float else f.range(call.affine)
     arguments = {
@@ -124,8 +133,13 @@ def start(call: Call, instead: Any = None) -> None:
             *(dy, x, scale, f, block, shared, limits, call.lsq, 1.0),
             *(dx, dscale, dscale if call.affine else None),
         ),
+        "adamw_step": lambda: (
+            *(x, dy, *states, torch.empty(9, device="meta"), states_block),
+            *(key if call.source == "bfloat16" else None, (0, 0), dx, *states),
+        ),
         "dequant_matmul": lambda: (batch, weight, epilogue, call.invariant, y),
         "dequant_matmul_backward": lambda: (y, weight, batch),
+        "grouped_dequant_matmul": lambda: (batch, weight._replace(**of_experts), offsets, biases, call.invariant, y),
         "scaled_matmul": lambda: (x_codes, x_scale, weight, None, epilogue, y),
     }[call.op]()
     (instead or backend.KERNELS[call.op])(*arguments)

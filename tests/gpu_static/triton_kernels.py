@@ -86,6 +86,8 @@ def units_of(config: Config, code: list[sass.Instruction], in_loop: bool, thread
         return float(tile.rows * tile.cols / threads)
     if "B" in given:
         return float(tile.count * tile.rows * tile.cols * max(tile.chunks, 1) / threads)
+    if "COLS" in given:
+        return float(given["COUNT"] * given["COLS"] / threads)
     if "TILE" in given or "PARTS" in given:
         return float(given["TILE" if "TILE" in given else "PARTS"] / threads)
     return max(sum(sass.accesses(code, "STG")) / (given["X"].bits / 8), 1.0)

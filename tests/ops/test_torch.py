@@ -45,15 +45,15 @@ def bias() -> Tensor:
     return torch.linspace(-3, 3, M)
 
 
+def experts(of_one: Tensor) -> Tensor:
+    """The same for each of three experts."""
+    return torch.stack([of_one] * 3)
+
+
 def step() -> tuple[Tensor, ...]:
     """A parameter, its gradient and its states in blocks of 32, and the constants of a step."""
     return (x(), x().flip(0), codes(), codes().abs().to(torch.uint8), scale()[:, :2].clone(), scale()[:, 2:4].clone(),
             torch.linspace(0.5, 1, 9))  # fmt: skip
-
-
-def experts(of_one: Tensor) -> Tensor:
-    """The same for each of three experts."""
-    return torch.stack([of_one] * 3)
 
 
 BLOCK = [1, 8]

@@ -73,15 +73,16 @@ def square_root(x: Tensor) -> Tensor:
 
 def decode(codes: Tensor, scale: Tensor, f: Squares, block: int) -> Tensor:
     """fl(q |q| * s), NaN where the scale is."""
-    q = codes.int()
-    return (q * q.abs()).float() * spread(effective_scale(scale, f), *codes.shape, (1, block))
+    q, (M, K) = codes.int(), codes.shape
+    return (q * q.abs()).float() * spread(effective_scale(scale, f), M, K, (1, block))
 
 
 def encode(x: Tensor, f: Squares, block: int, codes: Tensor, scale: Tensor) -> None:
     """s = clamp(fl(amax / most^2)), |q| the number of squares (n + 1/2)^2 below fl(|x| / s)"""
+    M, K = x.shape
     amax = reduce_blocks(x.view(torch.int32) & 0x7FFFFFFF, (1, block), torch.amax).view(torch.float32)
     s = effective_scale(amax / constant(x, f.most**2), f)
-    y = x.abs() * spread(s.reciprocal(), *x.shape, (1, block))
+    y = x.abs() * spread(s.reciprocal(), M, K, (1, block))
     halves = (torch.arange(f.most, device=x.device) + 0.5).square()
     q = torch.where(y == y, torch.bucketize(y, halves), 0)
     codes.copy_(torch.where(x < 0, -q, q))

@@ -32,37 +32,23 @@ from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
 @triton.jit
-def dequant_matmul_kernel(
-    x_ptr,  # [M, K] of row X
-    codes_ptr,  # [N, K] of row F, [N, ceil(K / 2)] bytes, or tiles [ceil(N / 16), stride, 1024]
-    scale_ptr,  # [ceil(N / br), scale_cols] float32
-    zero_point_ptr,  # the same shape, int32, or None
-    bias_ptr,  # [N] float32, or None
-    y_ptr,  # [M, N] of row X
-    partial_ptr,  # [T.splits, M, N] float32, or None
-    ticket_ptr,  # [tiles of y] int32, all 0, or None
-    M, N, K, br, bk, scale_cols, stride,
-    X: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr,
-    MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+def sum_steps(
+    x_ptr, codes_ptr, scale_ptr, zero_point_ptr, n_first, n, m, split, M, N, K, br, bk, scale_cols, stride,
+    X: tl.constexpr, F: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+    T: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
+    """Sum the steps of K that are those of ``split``: [tile_n, tile_m] float32, for rows n from n_first on and m."""
     D: tl.constexpr = operand_type(X, F, SCALES != "element", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
     HALVES: tl.constexpr = F.per_byte if TILED else 1
-    SPLITS: tl.constexpr = T.splits
-    # 1. where this program's sums lie: rows of x change fastest, they share the weight
-    across = tl.cdiv(M, T.tile_m)
-    tile, split = tl.program_id(0) // T.splits, tl.program_id(0) % T.splits
-    n_first, m_first = (tile // across).to(tl.int64) * T.tile_n, (tile % across).to(tl.int64) * T.tile_m
-    n, m = n_first + tl.arange(0, T.tile_n), m_first + tl.arange(0, T.tile_m)
     x_ptr += m[None, :] * K
     rows, batch = (n < N)[:, None], (m < M)[None, :]
     at = (n // br * scale_cols)[:, None]
     in_tile = tile_rows(n_first, T)
     at_in_tile, rows_in_tile = in_tile // br * scale_cols, in_tile < N
-    # 2. sums over this split's steps of K
-    steps = tl.cdiv(K, T.tile_k)
-    each = tl.cdiv(steps, SPLITS)
     total = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
+    steps = tl.cdiv(K, T.tile_k)
+    each = tl.cdiv(steps, T.splits)
     for step in range(split * each, tl.minimum(split * each + each, steps)):
         operands = load_operands(codes_ptr, n_first, step, stride, N, K, F, D, T, TILED, MASKED, ARCH)
         for half in tl.static_range(HALVES):
@@ -90,6 +76,35 @@ def dequant_matmul_kernel(
                 total = tl.dot(w, x, total, input_precision="ieee")
     if SCALES == "row":
         total = total * load_scale(scale_ptr + at, rows & (scale_cols > 0), F)
+    return total
+
+
+@triton.jit
+def dequant_matmul_kernel(
+    x_ptr,  # [M, K] of row X
+    codes_ptr,  # [N, K] of row F, [N, ceil(K / 2)] bytes, or tiles [ceil(N / 16), stride, 1024]
+    scale_ptr,  # [ceil(N / br), scale_cols] float32
+    zero_point_ptr,  # the same shape, int32, or None
+    bias_ptr,  # [N] float32, or None
+    y_ptr,  # [M, N] of row X
+    partial_ptr,  # [T.splits, M, N] float32, or None
+    ticket_ptr,  # [tiles of y] int32, all 0, or None
+    M, N, K, br, bk, scale_cols, stride,
+    X: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr,
+    MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    SPLITS: tl.constexpr = T.splits
+    # 1. where this program's sums lie: rows of x change fastest, they share the weight
+    across = tl.cdiv(M, T.tile_m)
+    tile, split = tl.program_id(0) // T.splits, tl.program_id(0) % T.splits
+    n_first, m_first = (tile // across).to(tl.int64) * T.tile_n, (tile % across).to(tl.int64) * T.tile_m
+    n, m = n_first + tl.arange(0, T.tile_n), m_first + tl.arange(0, T.tile_m)
+    rows, batch = (n < N)[:, None], (m < M)[None, :]
+    # 2. sums over this split's steps of K
+    total = sum_steps(
+        x_ptr, codes_ptr, scale_ptr, zero_point_ptr, n_first, n, m, split, M, N, K, br, bk, scale_cols, stride,
+        X, F, SCALES, TILED, MASKED, T, ARCH,
+    )  # fmt: skip
     # 3. the last program of a tile adds the splits in order
     y_at = m[None, :] * N + n[:, None]
     inside = rows & batch
