@@ -35,7 +35,7 @@ class Row:
     affine: bool
 
     def __str__(self) -> str:
-        return f"{self.overload:34}{self.format:15}{'affine' if self.affine else '':8}"
+        return f"{self.overload:37}{self.format:15}{'affine' if self.affine else '':8}"
 
 
 def device_of(backend: str) -> str:

@@ -82,6 +82,8 @@ EDGES = {
     "blocks with zeros behind them": (20, 25, 300, (1, 50)),
     "few rows, and lines of two nibbles": (3, 37, 2432, (1, 128)),
     "the same in blocks of several lines": (1, 21, 640, (2, 256)),
+    "more rows than nibbles meet at a time": (37, 19, 1280, (1, 256)),
+    "rows that end within a register": (13, 41, 1003, (1, -1)),
     "blocks that begin within a byte": (7, 33, 90, (2, 17)),
     "more rows than stay in a cache": (300, 20, 192, (1, 64)),
     "more rows than are packed at a time": (514, 3, 33000, (1, -1)),
@@ -125,6 +127,16 @@ def test_the_largest_sums(backend: Served, affine: bool) -> None:
     with pytest.raises(RuntimeError, match=rf"K must be at most {K}, so that an int32 holds the sum, got {K + 1}$"):
         call(longer, tensors(longer))
     assert_right(replace(longer, block=(1, K)))
+
+
+@pytest.mark.parametrize("block", [(1, 128), (1, 256)], ids=str)
+def test_the_largest_sums_of_nibbles(backend: Served, block: tuple[int, int]) -> None:
+    """Every product as large as any: what AVX2 adds up in 16 bits stays there."""
+    M, N, K = 3, 9, 512
+    case = scaled(M, N, K, "int4", block=block)
+    for x_code, byte in itertools.product((-128, 127), (0x77, 0x88)):
+        x_codes, codes = torch.full((M, K), x_code, dtype=torch.int8), torch.full((N, K // 2), byte, dtype=torch.uint8)
+        assert_right(case, x_codes=x_codes, codes=codes)
 
 
 @pytest.mark.parametrize("block", [(1, -1), (1, 16), (-1, -1)], ids=str)
