@@ -19,6 +19,12 @@ from quantlib.spec import SCHEMES, QuantSpec
 
 GROUPS = ("group:128", "group:64:bfloat16", "group:32:bfloat16")  # 4.25, 4.25 and 4.5 bits
 AFFINE = "group:128:affine"  # 4.5 bits
+SEARCHED = (
+    "W4A16:magnitude",
+    "nf4_bf16:group:64:bfloat16:magnitude",
+    "nf4_bf16:group:32:bfloat16:magnitude",
+    "fp8:mse",
+)
 CALIBRATED = (
     "W4A16+gptq",
     "W4A16+awq+gptq",
@@ -103,8 +109,8 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
-    """Return the specs that are measured by default: `plain_specs`, then the calibrated ones."""
-    return [*plain_specs(), *CALIBRATED]
+    """Return the specs that are measured by default: `plain_specs`, the searched and the calibrated ones."""
+    return [*plain_specs(), *SEARCHED, *CALIBRATED]
 
 
 def plain_specs() -> list[str]:

@@ -163,6 +163,8 @@ FIRST = (
     Call("dequantize", "bfloat16", "int4", per="group:128"),
     Call("compute_scale", "bfloat16", "int8", per="tensor"),
     Call("compute_scale", "float32", "int8", affine=True),
+    Call("search_scale", "bfloat16", "nf4_bf16", per="group:128"),
+    Call("search_scale", "float32", "int8", affine=True),
     Call("quantize_dynamic", "bfloat16", "int8"),
     Call("quantize_dynamic", "bfloat16", "int8", (64, 28672)),
     Call("quantize_dynamic", "bfloat16", "float8_e4m3fn", per="tile:128"),

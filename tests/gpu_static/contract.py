@@ -180,6 +180,7 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "compute_scale_kernel"): lambda m: stream(m, size(m, "X"), 0, without=NARROW),
     ("triton", "partial_range_kernel"): lambda m: stream(m, size(m, "X"), 0, without=NARROW),
     ("triton", "combine_range_kernel"): lambda m: Contract(),
+    ("triton", "search_scale_kernel"): lambda m: Contract(),
     ("triton", "quantize_dynamic_kernel"): lambda m: stream(m, size(m, "X"), size(m, "F"), without=NARROW),
     ("triton", "fake_quantize_kernel"): lambda m: stream(m, size(m, "X"), size(m, "X")),
     ("triton", "fake_quantize_backward_kernel"): lambda m: stream(m, size(m, "X"), size(m, "X"), tensors=2),

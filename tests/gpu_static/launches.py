@@ -124,6 +124,7 @@ def start(call: Call, instead: Any = None) -> None:
     arguments = {
         "cast": lambda: (x.view(-1), formats.get(source), f, f.saturates, codes.view(-1)),
         "compute_scale": lambda: (x, f, block, scale, zero_point),
+        "search_scale": lambda: (x, scale, f, block, "magnitude", "bfloat16", zero_point, None, dscale),
         "quantize": lambda: (x, scale, f, block, zero_point, codes),
         "dequantize": lambda: (weight, x),
         "quantize_dynamic": lambda: (x, f, block, codes, scale, zero_point),

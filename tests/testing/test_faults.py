@@ -34,6 +34,7 @@ class Fault:
 
 COMPOSITE = "quantlib/backends/composite"
 QUANTIZE, SCALE, NUMERICS, CAST = (f"{COMPOSITE}/{op}.py" for op in ("quantize", "compute_scale", "numerics", "cast"))
+SEARCH = f"{COMPOSITE}/search_scale.py"
 INT8 = ("--op", "quantize", "--format", "int8")
 PACKING = "quantlib/backends/packing.py"
 PROJECT = "t = x.float() * spread(effective_scale(scale, format).reciprocal(), M, K, block)"
@@ -71,6 +72,16 @@ PYTHON = [
         "a scale by a reciprocal constant",
         ((SCALE, "/ constant(amax, format.max)", "* (1 / constant(amax, format.max))"),),
         ("--op", "compute_scale", "--format", "int8"),
+    ),
+    Fault(
+        "the last of equal losses",
+        ((SEARCH, "better = loss < least", "better = loss <= least"),),
+        ("--op", "search_scale", "--format", "int4"),
+    ),
+    Fault(
+        "scales that are tried before they are rounded",
+        ((SEARCH, "narrowed(s0 * (part / 32), kept)", "s0 * (part / 32)"),),
+        ("--op", "search_scale", "--format", "int4"),
     ),
     Fault(
         "the high nibble first",
