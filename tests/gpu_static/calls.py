@@ -160,6 +160,7 @@ FIRST = (
     Call("quantize_dynamic", "bfloat16", "int8", (64, 28672)),
     Call("quantize_dynamic", "bfloat16", "float8_e4m3fn", per="tile:128"),
     Call("fake_quantize", "bfloat16", "int8"),
+    Call("adamw_step", "bfloat16", "int8", per="group:256"),
     Call("fake_quantize_backward", "bfloat16", "int8"),
     Call("fake_quantize_backward", "float32", "int8", per="tensor", affine=True),
     Call("dequant_matmul", "bfloat16", "int8", M=1, tiled=True),

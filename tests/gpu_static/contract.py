@@ -185,6 +185,8 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "fake_quantize_backward_kernel"): lambda m: stream(m, size(m, "X"), size(m, "X"), tensors=2),
     ("triton", "partial_gradients_kernel"): lambda m: stream(m, size(m, "X"), size(m, "X"), tensors=2),
     ("triton", "combine_gradients_kernel"): lambda m: Contract(),
+    ("triton", "adamw_step_kernel"): lambda m: Contract(needs=(r"LDG\.E\.(64|128)", r"STG\.E\.(64|128)")),
+    ("cuda", "adamw_step_kernel"): lambda m: Contract(needs=(r"LDG\.E\.\S*(64|128)", r"STG\.E\.(64|128)")),
     ("triton", "slab_kernel"): lambda m: Contract(needs=(r"LDG\.E\.128", r"STG\.E\.128"), without="SHFL"),
     ("triton", "finish_kernel"): lambda m: Contract(),
     ("triton", "dequant_matmul_kernel"): triton_matmul,

@@ -105,6 +105,7 @@ def start(call: Call, instead: Any = None) -> None:
         batch, y = torch.empty(call.M, K, dtype=source), torch.empty(call.M, M, dtype=source)
         x_codes, x_scale = torch.empty(call.M, K, dtype=torch.int8), torch.empty(call.M, 1)
         bias = torch.empty(M) if call.activation else None
+        m, v, constants = torch.empty(M, K, dtype=torch.int8), torch.empty(M, K, dtype=torch.uint8), torch.empty(9)
     layout: Layout = "tiles" if call.tiled else "plain"
     weight, epilogue = (
         QuantizedWeight(codes, scale, f, block, zero_point, (M, K), layout),
@@ -113,6 +114,10 @@ def start(call: Call, instead: Any = None) -> None:
     shared = zero_point if zero_point is None else zero_point.float()
     limits = (0, 0) if f.is_float else f.range(call.affine)
     arguments = {
+        "adamw_step": lambda: (
+            *(x, dx, m, v, scale, scale, constants, block[1], None, (0, 0)),
+            *(x, m, v, scale, scale),
+        ),
         "cast": lambda: (x.view(-1), formats.get(source), f, f.saturates, codes.view(-1)),
         "compute_scale": lambda: (x, f, block, scale, zero_point),
         "quantize": lambda: (x, scale, f, block, zero_point, codes),
