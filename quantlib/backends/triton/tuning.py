@@ -59,6 +59,7 @@ def choose_matmul(
         tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
     else:
         tile_n, tile_m, warps, stages = widest(M, N)
+        warps = 8 if tile_k > 64 else warps  # four warps would not hold the operands of a step
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, tile_k if tiled else 32)
     splits = 1 if wide and M > 64 else splits_of((M, N, K), tile_n, tile_m, tile_k, format.packed)
