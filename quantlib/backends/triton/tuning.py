@@ -59,7 +59,8 @@ def choose_matmul(
         tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
     else:
         tile_n, tile_m, warps, stages = widest(M, N)
-        warps = 8 if tile_k > 64 else warps  # four warps would not hold the operands of a step
+        if tile_k > 64 and tile_n == 64:  # four warps would not hold the operands of a step, eight not those of float16
+            tile_m, warps = (64, 4) if dtype == torch.float16 else (128, 8)
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, tile_k if tiled else 32)
     splits = 1 if wide and M > 64 else splits_of((M, N, K), tile_n, tile_m, tile_k, format.packed)
