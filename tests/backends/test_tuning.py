@@ -259,3 +259,39 @@ def test_shipped_tables_are_sound() -> None:
         assert table is not None
         assert not wrong
         assert asdict(table)["entries"]
+
+
+MULTIPROCESSORS = 170  # of the largest GPU, an RTX 5090; a B200 has 148, an H200 132
+BATCHES = (1, 4, 16, 32, 64, 65, 128, 256, 512, 1024, 4096)
+
+
+def programs(M: int, N: int, tile: MatmulTile) -> int:
+    """How many programs a matmul starts; of one by slabs the tiles of 128 x 128 that a slab's product has."""
+    down, across, parts = (128, 128, 1) if tile.slab else (tile.tile_m, tile.tile_n, tile.splits)
+    rows = min(tile.slab or N, N)
+    return -(-M // down) * -(-rows // across) * parts
+
+
+@pytest.mark.parametrize(("N", "K"), tune.SHAPES)
+@pytest.mark.parametrize(("name", "group"), [("int8", 0), ("int4", 128)])
+def test_every_default_fills_the_largest_gpu(N: int, K: int, name: str, group: int) -> None:
+    """A product that starts fewer programs than there are multiprocessors leaves some idle, whatever its code is."""
+    pytest.importorskip("triton")
+    from quantlib.backends.triton import tuning
+
+    f, bf16 = formats.get(name), torch.bfloat16
+    for M in BATCHES:
+        tile = tuning.choose_matmul((M, N, K), f, bf16, group or K, True, False, tuning.UNTUNED, SHARED)
+        assert programs(M, N, tile) >= MULTIPROCESSORS, (M, tile)
+        assert tile.slab * M <= 4 * tuning.SLAB_SUMS or tile.slab * K <= tuning.SLAB, (M, tile)
+        if not group:
+            tile = tuning.choose_scaled((M, N, K), f, K, tuning.UNTUNED, SHARED, bf16, False)
+            assert programs(M, N, tile) >= MULTIPROCESSORS, (M, tile)
+            tile = tuning.choose_scaled((M, N, K), f, K, tuning.UNTUNED, SHARED, bf16, True)
+            assert programs(M, N, tile) >= 128, (M, tile)  # of an H200's 132: through descriptors K is not shared
+        if M > 128:
+            tile = tuning.choose_backward((M, N, K), f, bf16, group or K, tuning.UNTUNED, SHARED)
+            assert tile.slab >= K or programs(M, K, tile) >= MULTIPROCESSORS, (
+                M,
+                tile,
+            )  # a whole weight is the vendor's

@@ -59,9 +59,11 @@ def choose_matmul(
         tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
     else:
         tile_n, tile_m, warps, stages = widest(M, N)
+        if tile_k > 64 and tile_n == 64:  # four warps would not hold the operands of a step, eight not those of float16
+            tile_m, warps = (64, 4) if dtype == torch.float16 else (128, 8)
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, tile_k if tiled else 32)
-    splits = splits_of((M, N, K), tile_n, tile_m, tile_k, format.packed)
+    splits = 1 if wide and M > 64 else splits_of((M, N, K), tile_n, tile_m, tile_k, format.packed)
     return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages), shared))
 
 
@@ -124,7 +126,7 @@ def choose_scaled(
     elif M <= 64:
         tile_n, tile_m, tile_k, warps, stages = 64, 64, 128, 4, 4
     else:
-        tile_k, (tile_n, tile_m, warps, stages) = 128, widest(M, N)
+        tile_k, (tile_n, tile_m, _, stages), warps = 128, widest(M, N), 8
     if bk < K:  # two sums are held, of a group and of all
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
     if device and K % 16:
