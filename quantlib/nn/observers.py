@@ -346,7 +346,7 @@ def initial_scale(x: Tensor, spec: QuantSpec, how: Initial = "minmax") -> Scale:
     if how == "minmax":
         scale, zero_point = widest
         if spec.search != "minmax":
-            how_kept = {"method": spec.search, "kept": spec.scale}
+            how_kept: dict[str, Any] = {"method": spec.search, "kept": spec.scale}
             scale = search_scale(x, scale, spec.format, block=block, zero_point=zero_point, **how_kept)
         return scale, zero_point
     if how == "lsq":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -112,13 +114,12 @@ def _searched(
     kept: str | torch.dtype,
     out: Tensor | tuple[Tensor, Tensor] | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    into = {} if out is None or symmetric else unpacked("compute_scale", out, ("scale", "zero_point"))
-    found = (_symmetric if symmetric else _affine)(x, format, block)
-    scale, zero_point = (found, None) if symmetric else found
-    target = out if symmetric else into.get("scale")
-    scale = search_scale(
-        x, scale, format, block=block, method=method, kept=kept, zero_point=zero_point, energy=energy, out=target
-    )
     if symmetric:
-        return scale
-    return scale, into["zero_point"].copy_(zero_point) if into else zero_point
+        scale = _symmetric(x, format, block)
+        into: Any = out
+        return search_scale(x, scale, format, block=block, method=method, kept=kept, energy=energy, out=into)
+    outs = {} if out is None else unpacked("compute_scale", out, ("scale", "zero_point"))
+    scale, zero_point = _affine(x, format, block)
+    how: dict[str, Any] = {"method": method, "kept": kept, "energy": energy, "out": outs.get("scale")}
+    scale = search_scale(x, scale, format, block=block, zero_point=zero_point, **how)
+    return scale, outs["zero_point"].copy_(zero_point) if outs else zero_point
