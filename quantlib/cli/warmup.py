@@ -79,16 +79,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def of_shapes(args: argparse.Namespace) -> Iterator[Product]:
-    from quantlib.backends.triton.warmup import Product
-
+    """The products of weights of the shapes that were given."""
     for spec in args.spec or [QuantSpec.parse("W4A16")]:
         for N, K in args.shape:
-            yield Product(str(spec), (N, K), args.dtype, args.bias)
+            yield product_of(str(spec), (N, K), args.dtype, args.bias)
 
 
 def of_model(path: str, dtype: str) -> Iterator[Product]:
     """The products of the quantized matrices of a checkpoint."""
-    from quantlib.backends.triton.warmup import Product
     from quantlib.checkpoint.folder import Model
     from quantlib.checkpoint.stored import Contents
 
@@ -97,7 +95,15 @@ def of_model(path: str, dtype: str) -> Iterator[Product]:
             for name, stored in Contents.of(reader).weights.items():
                 if len(stored.shape) == 2 and stored.scaled:
                     bias = f"{name.removesuffix('weight')}bias" in reader.slots
-                    yield Product(stored.spec, stored.matrix, dtype, bias)
+                    yield product_of(stored.spec, stored.matrix, dtype, bias)
+
+
+def product_of(spec: str, shape: tuple[int, int], dtype: str = DTYPES[0], bias: bool = False) -> Product:
+    """The product that a layer of that spec and weight [N, K] starts."""
+    from quantlib.backends.triton.warmup import Product
+    from quantlib.nn.linear import kernel_of
+
+    return Product(kernel_of(QuantSpec.parse(spec), shape[1]), spec, shape, dtype, bias)
 
 
 def device(arch: int | None) -> Planned:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 
 from quantlib import formats, ops, reference
 from quantlib.formats import FloatFormat
-from quantlib.reference.ops import Block
 from quantlib.spec import SEARCHES
 from quantlib.testing.bytes import Array, bits, tensor
+from quantlib.testing.call import Block, OneCall
 from quantlib.testing.compare import prove
 from quantlib.testing.generate import inputs as inputs_of
 from quantlib.testing.table import DTYPES, Case
@@ -34,41 +33,23 @@ GRID: tuple[tuple[tuple[int, int], Block], ...] = (
 
 
 @dataclass(frozen=True)
-class Searched:
+class Searched(OneCall):
     """One call of search_scale."""
 
-    format: str
-    dtype: str
-    shape: tuple[int, int]
-    block: Block
-    method: str
+    method: str = "mse"
     kept: str = "float32"
-    symmetric: bool = True
     weighted: bool = False
-    layout: str = "contiguous"  # or offset
-    op: str = "search_scale"
 
     def __str__(self) -> str:
-        br, bk = ("all" if b == -1 else b for b in self.block)
-        words = [self.op, self.format, self.dtype, "x".join(map(str, self.shape)), f"block{br}x{bk}", self.layout]
-        words += [
-            self.method,
-            self.kept,
-            "symmetric" if self.symmetric else "affine",
-            "weighted" if self.weighted else "plain",
-        ]
+        words = [self.op, self.format, self.dtype, "x".join(map(str, self.matrix)), self.block_words, self.layout]
+        words += [self.method, self.kept, self.zero_points, "weighted" if self.weighted else "plain"]
         return "-".join(words)
-
-    @property
-    def resolved(self) -> Block:
-        br, bk = (n if b == -1 else min(b, n) for b, n in zip(self.block, self.shape, strict=True))
-        return br, bk
 
 
 @functools.lru_cache(64)
 def inputs(case: Searched) -> dict[str, Array]:
     """x whose blocks take turns: normal values, those of compute_scale's table, and outliers; scales beside theirs."""
-    rng, (M, K) = np.random.default_rng(zlib.crc32(str(case).encode())), case.shape
+    rng, (M, K) = case.random(), case.matrix
     x = rng.standard_normal((M, K)).astype(np.float32) * np.exp2(rng.integers(-40, 40, (M, 1))).astype(np.float32)
     x = np.where(rng.random((M, K)) < 0.02, x * np.float32(20), x)
     special = inputs_of(Case("compute_scale", case.format, "float32", case.shape, case.block, symmetric=case.symmetric))
@@ -159,5 +140,5 @@ def _table() -> tuple[Searched, ...]:
             for k, (shape, block) in enumerate(GRID):
                 dtype, kept = DTYPES[(n + k) % 3], DTYPES[(n + 2 * k + n // 3) % 3]
                 weighted, layout = (n // 2 + k) % 2 == 1, "offset" if (k + n) % 4 == 3 else "contiguous"
-                cases.append(Searched(f.name, dtype, shape, block, method, kept, symmetric, weighted, layout))
+                cases.append(Searched(OPS[0], f.name, dtype, shape, block, layout, symmetric, method, kept, weighted))
     return tuple(cases)

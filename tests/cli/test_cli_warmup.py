@@ -30,9 +30,10 @@ def test_what_a_model_multiplies(tmp_path: Path) -> None:
 COMPILE = """
 import sys
 from quantlib.backends.triton import launch, warmup
+from quantlib.cli.warmup import product_of
 warmup.start(launch.Planned(int(sys.argv[1]), "some device", 101376))
 for spec, rows in (("int8", (2, 3)), ("int8", (1,)), ("int8@int8", (2,)), ("int8@int8:tensor:static", (2,))):
-    print(warmup.compile_rows(warmup.Product(spec, (32, 64)), rows))
+    print(warmup.compile_rows(product_of(spec, (32, 64)), rows))
 """
 
 

@@ -31,8 +31,9 @@ ROWS = tuple(
 
 @dataclass(frozen=True)
 class Product:
-    """What a quantized layer multiplies: x [M, K] of ``dtype`` with a weight [N, K]."""
+    """The product of a quantized layer: x [M, K] of ``dtype`` with a weight [N, K], by the op ``kernel``."""
 
+    kernel: str
     spec: str
     shape: tuple[int, int]  # N, K
     dtype: str = "bfloat16"
@@ -136,10 +137,9 @@ def compiled() -> int:
 def call(product: Product, M: int) -> None:
     """Call the launchers as a layer in evaluation mode does."""
     from quantlib.backends.triton import KERNELS
-    from quantlib.nn.linear import kernel_of
 
     spec, (N, K), dtype = QuantSpec.parse(product.spec), product.shape, getattr(torch, product.dtype)
-    kernel, f = kernel_of(spec, K), spec.row
+    kernel, f = product.kernel, spec.row
     tiled = kernel == "dequant_matmul" and f.name in TileLayout.FORMATS
     with torch.device("meta"):
         if tiled:

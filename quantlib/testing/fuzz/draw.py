@@ -15,6 +15,7 @@ from quantlib import backends, formats, ops, reference
 from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
+from quantlib.spec import SEARCHES
 from quantlib.testing import compare, learned, product, searched, steps, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
@@ -143,9 +144,9 @@ def _table(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
 def _searched(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
     f = formats.get(pick(rng, [f.name for f in formats.TABLE]))
     shape = int(rng.integers(1, 20)), pick(rng, SIZES[1:])
-    block, method, kept = (pick(rng, BLOCKS), pick(rng, BLOCKS)), pick(rng, searched.SEARCHES), pick(rng, DTYPES)
+    block, method, kept = (pick(rng, BLOCKS), pick(rng, BLOCKS)), pick(rng, SEARCHES), pick(rng, DTYPES)
     symmetric, weighted = f.is_float or rng.random() < 0.5, bool(rng.integers(2))
-    case = Searched(f.name, pick(rng, DTYPES), shape, block, method, kept, symmetric, weighted)
+    case = Searched(op, f.name, pick(rng, DTYPES), shape, block, "contiguous", symmetric, method, kept, weighted)
     given: dict[str, Any] = {"zero_point": None, "energy": None, **searched.tensors(case)}
     given |= {"format": f.name, "block": list(case.resolved), "method": method, "kept": kept}
     return op, named(op, given), searched.expected(case)
