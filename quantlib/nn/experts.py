@@ -246,7 +246,7 @@ class QuantExperts(Leaf):
         bias = own(getattr(self, f"{name}_bias")) if self.has_bias else None
         y = self.matrices(name).multiply(x, ends, bias)
         for adapter in self._adapters.get(name, ()):
-            y = y + by_expert(lambda x, e, adapter=adapter: adapter.of(x, e), x, ends)
+            y = y + by_expert(adapter.of, x, ends)
         return y
 
     def _decoded(self, name: str) -> Tensor:
@@ -423,7 +423,8 @@ class Matrices:
 
 def by_expert(product: Callable[[Tensor, int], Tensor], x: Tensor, ends: Tensor) -> Tensor:
     """``product(rows, e)`` of the rows of x of one expert after the other, and 0 for rows of none."""
-    parts, start = [], 0
+    parts: list[Tensor] = []
+    start = 0
     for e, end in enumerate(ends.tolist()):
         if start < end or (e == len(ends) - 1 and not parts):
             parts.append(product(x[start:end], e))
@@ -529,7 +530,8 @@ def bmm(x: Tensor, w: Any) -> Tensor | None:
     else:
         backward = torch.ops.quantlib.grouped_dequant_matmul_backward
         y = backward(x, codes, scale, spec.format, block, ends, zero_point, K)
-    return y.view(E, rows, -1)
+    found: Tensor = y.view(E, rows, -1)
+    return found
 
 
 def linear(x: Tensor, w: Any, bias: Tensor | None = None) -> Tensor | None:
