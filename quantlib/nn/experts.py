@@ -530,7 +530,8 @@ def bmm(x: Tensor, w: Any) -> Tensor | None:
     else:
         backward = torch.ops.quantlib.grouped_dequant_matmul_backward
         y = backward(x, codes, scale, spec.format, block, ends, zero_point, K)
-    return y.view(E, rows, -1)
+    found: Tensor = y.view(E, rows, -1)
+    return found
 
 
 def linear(x: Tensor, w: Any, bias: Tensor | None = None) -> Tensor | None:
