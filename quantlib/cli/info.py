@@ -69,20 +69,21 @@ def run(args: argparse.Namespace) -> int:
 
 def matmul(args: argparse.Namespace) -> int:
     """Print which kernel of the C++ backend serves each number of rows of x, and why."""
-    found = []
+    found: list[tuple[QuantSpec, str, dict[str, dict[str, str]]]] = []
+    N, K = args.matmul
     for text in args.to or ["W8A16"]:
         spec = read_spec(text)
         if spec.row.bits > 8 or (spec.activation is not None and spec.activation.format != "int8"):
             raise ValueError(f"--to must be a spec whose codes are multiplied, in floats or times int8, got {text!r}")
         x = args.dtype if spec.activation is None else "int8"
-        choices = [matmul_choice(M, *args.matmul, spec, x) for M in ROWS]
-        found.append({"spec": str(spec), "x": x, "rows": dict(zip(map(str, ROWS), choices, strict=True))})
+        found.append((spec, x, {str(M): matmul_choice(M, N, K, spec, x) for M in ROWS}))
     if args.json:
-        print(json.dumps({"instruction set": instruction_set(), "products": found}, indent=2))
+        products = [{"spec": str(spec), "x": x, "rows": choices} for spec, x, choices in found]
+        print(json.dumps({"instruction set": instruction_set(), "products": products}, indent=2))
         return 0
-    for product in found:
-        rows = [(M, choice["kernel"], choice["why"]) for M, choice in product["rows"].items()]
-        heading = f"{product['spec']} [{args.matmul[0]}, {args.matmul[1]}], x {product['x']}, {instruction_set()}"
+    for spec, x, choices in found:
+        rows = [(M, choice["kernel"], choice["why"]) for M, choice in choices.items()]
+        heading = f"{spec} [{N}, {K}], x {x}, {instruction_set()}"
         print(f"{heading}\n{table(('rows of x', 'kernel', 'why'), rows, '><<')}\n")
     return 0
 
