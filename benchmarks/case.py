@@ -146,7 +146,7 @@ class Case:
         raise NotImplementedError
 
     def timed_inputs(self, inputs: Tensors) -> Tensors:
-        """What a GPU is timed with, where that is other than what the bytes are compared for."""
+        """The tensors that a GPU is timed with, if they are not those that bytes are compared for."""
         return inputs
 
     def outs(self, *inputs: Tensor) -> Tensors:

@@ -34,7 +34,7 @@ CUTS = (QuantModule, LoRALinear, QATLinear, QATEmbedding)
 
 
 class _Cutting(ParallelStyle):
-    """What both styles do: `_cut` parameters, and have the hooks of torch's style around the forward."""
+    """The part that both styles share: `_cut` parameters, and torch's hooks around the forward."""
 
     AXIS: int  # of the weight [N, K] of a linear layer; that of a table is the other
     input_layouts: Any

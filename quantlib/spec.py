@@ -186,7 +186,7 @@ class QuantSpec:
 
     @property
     def plain(self) -> bool:
-        """Whether scales are those of the whole range, kept as they are computed."""
+        """True if scales are those of the whole range, kept as they are computed."""
         return self.scale == "float32" and self.search == "minmax"
 
     @property

@@ -89,7 +89,7 @@ def matmul(args: argparse.Namespace) -> int:
 
 
 def matmul_choice(M: int, N: int, K: int, spec: QuantSpec, x: str) -> dict[str, str]:
-    """What the kernels themselves choose: ``choose`` of csrc/cpu/dequant_matmul.cpp or csrc/cpu/scaled_matmul.cpp."""
+    """Ask the kernels: ``choose`` of csrc/cpu/dequant_matmul.cpp or csrc/cpu/scaled_matmul.cpp."""
     from quantlib import formats
     from quantlib.backends import compiled
 

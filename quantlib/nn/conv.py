@@ -224,7 +224,7 @@ def convolved(
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """What x is convolved in: its own dtype, unless torch is slow in that."""
+    """The dtype that x is convolved in: its own, unless torch is slow in that."""
     return torch.float32 if x.dtype in SLOW and x.device.type == "cpu" else x.dtype
 
 

@@ -122,7 +122,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 def recorded(*args: Any) -> bool:
-    """Whether a derivative of what becomes of ``args`` may be asked for: always while `torch.jit` traces."""
+    """True if a derivative may be asked of what becomes of ``args``; always while `torch.jit` traces."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)

@@ -49,7 +49,7 @@ def described(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
 
 
 def is_sharded(t: Any) -> bool:
-    """Whether ``t`` is a DTensor: of its values this process may hold a part."""
+    """True if ``t`` is a DTensor: this process may hold only a part of its values."""
     return hasattr(t, "device_mesh")
 
 

@@ -72,7 +72,7 @@ def _tangent(
 
 
 def _second_gradients(g: Tensor, needs: set[str], *, dy: Tensor, weight: QuantizedWeight, offsets: Tensor) -> Gradients:
-    """Of dx, which is linear in dy."""
+    """The derivatives of dx, which is linear in dy."""
     _check_frozen(OP, needs)
     return {"dy": torch.ops.quantlib.grouped_dequant_matmul(g, *_arguments(weight, offsets))}
 

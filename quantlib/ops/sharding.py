@@ -32,7 +32,7 @@ def size_of(codes: Tensor, K: int) -> int | None:
 
 
 def cuts_columns(x: Any) -> bool:
-    """Whether x [..., K] is a DTensor of which a rank has a part of each row."""
+    """True if x [..., K] is a DTensor of which a rank has a part of each row."""
     return is_sharded(x) and any(p.is_shard(x.dim() - 1) for p in x.placements)
 
 
@@ -63,7 +63,7 @@ class Matrix(NamedTuple):
 
 
 def refusal(weight: Matrix, dim: int, parts: int) -> tuple[str, str] | None:
-    """What a cut of a weight [N, K] along ``dim`` must be, and what came, with a way out; None if all is well."""
+    """Say what a cut of a weight [N, K] along ``dim`` must be, what came, and a way out; None if all is well."""
     if parts == 1 or weight.scale(dim, parts) is not None:
         return None
     n, block, per_byte = weight.shape[dim], weight.block[dim], weight.per_byte if dim else 1
@@ -98,7 +98,7 @@ class Call(NamedTuple):
 
     @property
     def parts(self) -> list[int]:
-        """Into how many parts an axis of the mesh cuts, and all of them together."""
+        """The number of parts that each axis of the mesh cuts, and that all of them cut together."""
         sizes = tuple(self.mesh.shape)
         return sorted({*sizes, math.prod(sizes)} - {1}) or [1]
 
@@ -188,7 +188,7 @@ def fake_quantize_backward(c: Call) -> Iterator[Sharding]:
 
 
 def dequant_matmul(c: Call) -> Iterator[Sharding]:
-    """Of every product y [..., N] of x [..., K] and codes: rows of x, rows of codes, or what is summed over."""
+    """The cuts of a product y [..., N] of x [..., K] and codes: rows of x, rows of codes, or the axis of the sum."""
     from torch.distributed.tensor import Partial, Shard
 
     name = "x" if c.x is not None else "x_codes"
@@ -239,7 +239,7 @@ def dequant_matmul_backward_scale(c: Call) -> Iterator[Sharding]:
 
 
 def gathered(c: Call) -> Iterator[Sharding]:
-    """Of an op without a rule: tiles, stacks of experts and steps of an optimizer are given as each rank has them."""
+    """The rule of an op without one: tiles, stacks of experts and optimizer steps are gathered on each rank."""
     return iter(())
 
 

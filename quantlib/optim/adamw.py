@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from quantlib.ops.adamw_step import BLOCKS, adamw_step, states_of
-from quantlib.ops.check import INPUTS, Result, described, dtype_name
-from quantlib.optim.matrix import Matrix, columns_of, is_sharded, like, local, matrix_of
+from quantlib.ops.check import INPUTS, Result, described, dtype_name, is_sharded
+from quantlib.optim.matrix import Matrix, columns_of, like, local, matrix_of
 
 LEAST_COLUMNS = 32  # of a matrix with 8-bit states: a scale for fewer would take as much as it saves
 NAMES = {"m": "exp_avg", "v": "exp_avg_sq", "m_scale": "exp_avg_scale", "v_scale": "exp_avg_sq_scale"}

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantlib.ops.check import is_sharded
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -27,11 +29,6 @@ class Matrix:
 def columns_of(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a parameter of ``shape``: its first size and the product of the others, or one row."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
-
-
-def is_sharded(t: Tensor) -> bool:
-    """True if ``t`` is a DTensor."""
-    return hasattr(t, "device_mesh")
 
 
 def local(t: Any) -> Tensor:

@@ -58,7 +58,7 @@ def narrowed(s: Array, kept: str) -> Array:
 
 
 def units(t: Array, f: Format, zero_point: Array | None) -> Array:
-    """What the codes of t are worth, in units of the scale."""
+    """Return the values of the codes of t, in units of the scale."""
     if isinstance(f, FloatFormat):
         return numerics.decode_float(numerics.encode_float(t, f, saturate=True), f)
     assert isinstance(f, IntFormat)

@@ -81,7 +81,7 @@ def _float(dtype: str) -> FloatFormat:
 
 
 def expected(case: Searched) -> tuple[Array, ...]:
-    """What ``case`` gives."""
+    """Return the result of ``case``, bit for bit."""
     given = inputs(case)
     found = reference.search_scale(
         given["x"],

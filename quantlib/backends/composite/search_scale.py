@@ -64,7 +64,7 @@ def narrowed(s: Tensor, kept: str) -> Tensor:
 
 
 def units(t: Tensor, f: Format, zero_point: Tensor | None) -> Tensor:
-    """What the codes of t are worth, in units of the scale."""
+    """Return the values of the codes of t, in units of the scale."""
     if isinstance(f, FloatFormat):
         return decode_float(float_codes(encode_float(t, f, saturate=True), f), f)
     qmin, qmax = f.range(zero_point is not None)

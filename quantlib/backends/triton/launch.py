@@ -308,7 +308,7 @@ def current_stream(index: int) -> int:
 
 
 def profiled() -> bool:
-    """Whether somebody asked Triton to be told of launches."""
+    """True if a hook of Triton asks to be told of launches."""
     hook = triton.knobs.runtime.launch_enter_hook
     return bool(getattr(hook, "calls", hook))
 

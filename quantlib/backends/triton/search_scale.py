@@ -38,7 +38,7 @@ def narrowed(s, KEPT: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def units(t, z, F: tl.constexpr, AFFINE: tl.constexpr, ARCH: tl.constexpr):
-    """What the codes of t are worth, in units of the scale."""
+    """Return the values of the codes of t, in units of the scale."""
     if F.is_float:
         return decode_float(encode_float(t, F, True, ARCH), F, ARCH)
     else:

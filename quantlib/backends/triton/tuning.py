@@ -74,7 +74,7 @@ def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bo
 
 
 def holds(format: Format, dtype: torch.dtype) -> bool:
-    """Whether values of ``dtype``, of 16 bits, hold every q - z of ``format``."""
+    """True if values of ``dtype``, of 16 bits, hold every q - z of ``format``."""
     x_format = formats.get(dtype)
     return isinstance(x_format, FloatFormat) and x_format.bits == 16 and x_format.holds(format)
 

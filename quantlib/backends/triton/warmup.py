@@ -47,7 +47,7 @@ def target(arch: int) -> Any:
 
 
 class Driver:
-    """What Triton's launch asks of a driver before it compiles."""
+    """The part of a driver that Triton's launch asks before it compiles."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -124,7 +124,7 @@ def compile_rows(product: Product, rows: Sequence[int]) -> int:
 
 
 def compiled() -> int:
-    """How many kernels of ours this process has compiled or found compiled."""
+    """The number of this library's kernels that this process has compiled or found compiled."""
     import sys
 
     from triton.runtime.jit import JITFunction
