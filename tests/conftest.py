@@ -219,3 +219,34 @@ def interpreted_once() -> None:
 def seeded() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+# ---- four gloo processes, for tests/distributed ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The result of each case and number of ranks: the processes start once for all files that ask for it."""
+    import gloo
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch has no gloo")
+    asking = [item for item in request.session.items if "ranks" in getattr(item, "fixturenames", ())]
+    modules = dict.fromkeys(item.module for item in asking)  # type: ignore[attr-defined]
+    cases = [(module.__name__, case.__name__) for module in modules for case in module.CASES]
+    return gloo.run(cases, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(params=[2, 4], ids=lambda world: f"{world} ranks")
+def found(request: pytest.FixtureRequest, ranks: Any) -> Callable[[Any], list[Any]]:
+    """A function that gives the results of a case on so many ranks, one of each process."""
+
+    def of(case: Any) -> list[Any]:
+        values: list[Any] = ranks[case.__name__, request.param]
+        for value in values:
+            if isinstance(value, AssertionError):
+                raise value
+        return values
+
+    return of

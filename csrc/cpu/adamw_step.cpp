@@ -149,10 +149,10 @@ QL_FN void step(const Place& p, const Constants& c, Floats s_m, Floats s_v, cons
                            p.column + uint32_t(r * kLanes));
 }
 
-QL_FN uint32_t most(I lanes) {
-  int32_t most = 0;
-  for (int l = 0; l < kLanes; ++l) most = lanes[l] > most ? lanes[l] : most;
-  return uint32_t(most);
+QL_FN uint32_t largest_of(I lanes) {
+  int32_t largest = 0;
+  for (int l = 0; l < kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
+  return uint32_t(largest);
 }
 
 // The low bytes of four registers of codes
@@ -274,7 +274,7 @@ void chunk(const Place p, const Constants c, const AdamwStep& of, int64_t first_
       const float s_v = effective_scale(of.v_scale[first_block + b], VCodes::scale_max);
       const Largest largest =
           steps<X, true, AT_RANDOM>(advanced<X, true>(p, k), c, s_m, s_v, random, values, k, least(of.block, n - k));
-      m_scale[b] = scale_of<MCodes>(most(largest.m)), v_scale[b] = scale_of<VCodes>(most(largest.u));
+      m_scale[b] = scale_of<MCodes>(largest_of(largest.m)), v_scale[b] = scale_of<VCodes>(largest_of(largest.u));
     }
     b = 0;
     for (int64_t k = 0; k < n; k += of.block, ++b) {

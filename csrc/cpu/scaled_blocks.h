@@ -16,10 +16,10 @@ namespace QL_ISA {
 namespace {
 
 // The instructions that multiply: of two int16, of signed by unsigned bytes, of tiles of bytes
-enum class Unit : uint8_t { pairs, bytes, tiles };
+enum class Engine : uint8_t { pairs, bytes, tiles };
 
 struct Blocking {
-  Unit unit;
+  Engine unit;
   int64_t MC, NC, KC, NR;
   int64_t code_bytes;  // that a code takes
   int64_t depth;       // codes to a multiple of which every block of columns is padded with zeros
@@ -29,15 +29,15 @@ struct Blocking {
 
 Blocking blocking_of() {
 #ifdef QL_AMX
-  if (has_amx()) return {Unit::tiles, 256, 128, 4096, 32, 1, 64};
+  if (has_amx()) return {Engine::tiles, 256, 128, 4096, 32, 1, 64};
 #endif
 #ifdef QL_BYTES
 #ifndef __AVX512VNNI__
   if (has_avx_vnni())
 #endif
-    return {Unit::bytes, 256, 4 * kSums, 1024, kSums, 1, 4};
+    return {Engine::bytes, 256, 4 * kSums, 1024, kSums, 1, 4};
 #endif
-  return {Unit::pairs, 256, 4 * kSums, 512, kSums, 2, 2};
+  return {Engine::pairs, 256, 4 * kSums, 512, kSums, 2, 2};
 }
 
 // ---- w --------------------------------------------------------------------------------------------------------------
@@ -48,8 +48,8 @@ constexpr int lift = F::is_signed ? 1 << (F::bits - 1) : 0;
 
 // Whether the codes of F are what is multiplied, as they lie.
 template <class F>
-constexpr bool lies_ready(Unit unit) {
-  return is_whole<F> && unit == (F::is_signed ? Unit::tiles : Unit::bytes);
+constexpr bool lies_ready(Engine unit) {
+  return is_whole<F> && unit == (F::is_signed ? Engine::tiles : Engine::bytes);
 }
 
 typedef uint16_t __attribute__((may_alias, aligned(1))) TwoBytes;
@@ -83,8 +83,8 @@ void unpack_bytes(bool is_unsigned, const uint8_t* __restrict__ row, int64_t k0,
 
 // What is multiplied of codes k0 .. k0 + n of a row; z counts where pairs are
 template <class F>
-void unpack_row(Unit unit, const uint8_t* row, int64_t k0, int64_t n, int32_t z, char* out) {
-  if (unit != Unit::pairs) return unpack_bytes<F>(unit == Unit::bytes, row, k0, n, out);
+void unpack_row(Engine unit, const uint8_t* row, int64_t k0, int64_t n, int32_t z, char* out) {
+  if (unit != Engine::pairs) return unpack_bytes<F>(unit == Engine::bytes, row, k0, n, out);
   auto* __restrict__ to = reinterpret_cast<int16_t*>(out);
   if constexpr (is_whole<F>) {
     const uint8_t* __restrict__ codes = row + k0;
@@ -102,23 +102,23 @@ void unpack_row(Unit unit, const uint8_t* row, int64_t k0, int64_t n, int32_t z,
 }
 
 struct WeightCodes {
-  void (*unpack)(Unit, const uint8_t*, int64_t, int64_t, int32_t, char*);
+  void (*unpack)(Engine, const uint8_t*, int64_t, int64_t, int32_t, char*);
   bool ready;
   uint32_t moved = 0;  // w' - codes
 
-  WeightCodes(Type format, Unit unit) {
+  WeightCodes(Type format, Engine unit) {
     visit(format, [&](auto f) {
       using F = decltype(f);
       if constexpr (!F::is_float) {
         unpack = unpack_row<F>, ready = lies_ready<F>(unit);
-        moved = unit == Unit::pairs ? 0 : uint32_t(unit == Unit::bytes ? lift<F> : -excess<F>);
+        moved = unit == Engine::pairs ? 0 : uint32_t(unit == Engine::bytes ? lift<F> : -excess<F>);
       }
     });
   }
 };
 
 // The sum of n bytes, a multiple of four
-uint32_t sum_of_bytes(Unit unit, const char* w, int64_t n) {
+uint32_t sum_of_bytes(Engine unit, const char* w, int64_t n) {
   uint32_t sum = 0;
   int64_t k = 0;
 #ifdef QL_BYTES
@@ -126,11 +126,11 @@ uint32_t sum_of_bytes(Unit unit, const char* w, int64_t n) {
   const Int32s ones = splat<Int32s>(0x01010101);
   for (; k + 4 * kLanes <= n; k += 4 * kLanes) {
     const auto bytes = load<Int32s>(w + k);
-    sums = unit == Unit::bytes ? Bytes::dot(sums, ones, bytes) : Bytes::dot(sums, bytes, ones);
+    sums = unit == Engine::bytes ? Bytes::dot(sums, ones, bytes) : Bytes::dot(sums, bytes, ones);
   }
   for (int l = 0; l < kLanes; ++l) sum += uint32_t(sums[l]);
 #endif
-  for (; k < n; ++k) sum += unit == Unit::bytes ? uint32_t(uint8_t(w[k])) : uint32_t(int8_t(w[k]));
+  for (; k < n; ++k) sum += unit == Engine::bytes ? uint32_t(uint8_t(w[k])) : uint32_t(int8_t(w[k]));
   return sum;
 }
 
@@ -148,9 +148,9 @@ class PackedX {
         padded(round_up(M, kLanes)),
         row_bytes((p.weight.grid.scale_cols() - 1) * b.padded(p.weight.grid.bk) +
                   b.padded(p.weight.grid.K - (p.weight.grid.scale_cols() - 1) * p.weight.grid.bk)),
-        moved(b.unit == Unit::bytes && !row_of(p.x_format).is_signed ? 128 : 0),
-        sums_w(b.unit != Unit::pairs && (p.x_zero_point || moved)),
-        sums_x(b.unit != Unit::pairs && (p.weight.zero_point || w_moved)),
+        moved(b.unit == Engine::bytes && !row_of(p.x_format).is_signed ? 128 : 0),
+        sums_w(b.unit != Engine::pairs && (p.x_zero_point || moved)),
+        sums_x(b.unit != Engine::pairs && (p.weight.zero_point || w_moved)),
         p_(p),
         b_(b),
         m0_(m0),
@@ -218,7 +218,7 @@ class PackedX {
   void copy(int64_t m, int64_t k, int64_t count, int64_t bytes, int32_t z, bool is_signed, char* __restrict__ to,
             uint32_t& sum) const {
     const auto* from = static_cast<const uint8_t*>(p_.x_codes) + (m0_ + m) * p_.weight.grid.K + k;
-    if (b_.unit == Unit::pairs) {
+    if (b_.unit == Engine::pairs) {
       auto* wide = reinterpret_cast<int16_t*>(to);
       if (is_signed)
         for (int64_t j = 0; j < count; ++j) wide[j] = int16_t(int8_t(from[j]) - z);
@@ -373,7 +373,7 @@ class BlockOfSums {
   // Calls body(m, panels) for all panels of x in groups of about the same size.
   template <class Body>
   void groups(const Body& body) const {
-    const int64_t most_panels = b_.unit == Unit::tiles ? 2 : kPanels;
+    const int64_t most_panels = b_.unit == Engine::tiles ? 2 : kPanels;
     int64_t left = rows_ / kLanes, groups = (left + most_panels - 1) / most_panels;
     for (int64_t m = 0; left; --groups) {
       const int64_t panels = (left + groups - 1) / groups;
@@ -384,14 +384,14 @@ class BlockOfSums {
 
   void multiply(int64_t panels, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) const {
 #ifdef QL_AMX
-    if (b_.unit == Unit::tiles) {
+    if (b_.unit == Engine::tiles) {
       if (panels == 2) (is_signed_ ? multiply_tiles<2, true> : multiply_tiles<2, false>)(w, x, bytes, ahead, to);
       else (is_signed_ ? multiply_tiles<1, true> : multiply_tiles<1, false>)(w, x, bytes, ahead, to);
       return;
     }
 #endif
 #ifdef QL_BYTES
-    if (b_.unit == Unit::bytes) return multiply_registers<Bytes>(panels, b_.NR, w, x, bytes, ahead, to);
+    if (b_.unit == Engine::bytes) return multiply_registers<Bytes>(panels, b_.NR, w, x, bytes, ahead, to);
 #endif
     multiply_registers<Pairs>(panels, b_.NR, w, x, bytes, ahead, to);
   }
@@ -536,7 +536,7 @@ void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
     parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
       BlockOfSums block(p, b, codes, x, m);
 #ifdef QL_AMX
-      if (b.unit == Unit::tiles) {
+      if (b.unit == Engine::tiles) {
         const Tiles tiles;
         for (int64_t piece = begin; piece < end; ++piece) block(piece / across * b.MC, piece % across * b.NC);
         return;

@@ -85,7 +85,7 @@ Limits limits(Type format, const int32_t* zero_point) {
   });
 }
 
-struct Blocks {
+struct Searched {
   const SearchScale& p;
   const Grid grid;
   const Row x_row = row_of(p.x_type);
@@ -145,7 +145,7 @@ void search_scale(const SearchScale& p, ParallelFor run) {
   const Grid g = {p.grid.M, p.grid.K, least(p.grid.br, p.grid.M), least(p.grid.bk, p.grid.K)};
   const int64_t cols = g.scale_cols();
   parallel(run, g.scale_rows() * cols, most(1, kGrain / kParts / (g.br * g.bk)), [&](int64_t begin, int64_t end) {
-    Blocks blocks{p, g};
+    Searched blocks{p, g};
     for (int64_t b = begin; b < end; ++b) p.found[b] = blocks.search(b / cols, b % cols);
   });
 }

@@ -243,8 +243,7 @@ def on_the_op(model: Mapping[str, int]) -> None:
     from quantlib import ops, reference
 
     x = torch.full((1, 2), 2.0**-75)
-    codes, scale = torch.ones(1, 2, dtype=torch.int8), torch.full((1, 1), 2.0**-75)
-    y = ops.dequant_matmul(x, codes, scale, "int8", block=(1, 2))
+    y = ops.dequant_matmul(x, x.bfloat16(), torch.ones(1, 1), "bfloat16", block=(1, 2))  # no scale follows the sum
     exact, w = 2.0**-149, np.full((1, 2), 2.0**-75, np.float32)
     bound = reference.matmul.bound(x.numpy(), w)[0, 0] + 2.0**-150  # and half a unit in the last place of y
     if abs(y.item() - exact) <= bound:

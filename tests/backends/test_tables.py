@@ -22,7 +22,7 @@ def test_no_case_is_there_twice() -> None:
         assert len(set(map(str, table))) == len(table)
 
 
-@pytest.mark.parametrize("op", [op for op in every.OPS if op != "cast"])
+@pytest.mark.parametrize("op", [op for op in every.OPS if op not in ("cast", "adamw_step")])
 def test_every_kernel_is_launched(op: str) -> None:
     """With every format, dtype and kind of zero point that the op has, tiles and both masks too."""
     table = every.launches(op)

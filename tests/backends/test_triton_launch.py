@@ -137,4 +137,4 @@ def test_a_class_is_never_wider_than_tritons_own() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     calls, ours, tritons = map(int, done.stdout.split())
     assert calls > 90
-    assert tritons <= ours <= 1.2 * tritons
+    assert tritons <= ours <= 1.3 * tritons

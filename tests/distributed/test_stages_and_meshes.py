@@ -18,7 +18,7 @@ from quantlib import prepare_qat_, quantize_
 from quantlib.distributed import ColwiseParallel, RowwiseParallel
 from quantlib.nn import LoRALinear
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 WIDTH, BATCH, PARTS = 32, 16, 8
 KINDS = ("int8:row", "W8A8", "lora", "qat")
@@ -111,8 +111,8 @@ def test_stages_pass_on_what_one_process_computes(found: Callable[[Any], list[An
     assert len({name for of_rank in ranks for name in of_rank}) == 4 * len(KINDS)
 
 
-def test_two_axes(results: Any) -> None:
-    for of_rank in results["two_axes", 4]:
+def test_two_axes(ranks: Any) -> None:
+    for of_rank in ranks["two_axes", 4]:
         assert not isinstance(of_rank, Exception), of_rank
         assert len(of_rank) == 8
         assert max(of_rank.values()) <= 2e-5, of_rank

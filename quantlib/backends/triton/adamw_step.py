@@ -144,7 +144,11 @@ def adamw_step(
     block: int,
     key: torch.Tensor | None,
     origin: tuple[int, int],
-    *outs: torch.Tensor,
+    parameter_out: torch.Tensor,
+    m_out: torch.Tensor,
+    v_out: torch.Tensor,
+    m_scale_out: torch.Tensor,
+    v_scale_out: torch.Tensor,
 ) -> None:
     M, K = parameter.shape
     if not block and key is None:  # the elements stand alone
@@ -155,7 +159,8 @@ def adamw_step(
     exact = K % cols == 0 and M * across % count == 0
     launch.launch(
         adamw_step_kernel, launch.cdiv(M * across, count), parameter.device,
-        parameter, gradient, m, v, m_scale, v_scale, constants, key, *outs, M, K, across, *origin,
+        parameter, gradient, m, v, m_scale, v_scale, constants, key,
+        parameter_out, m_out, v_out, m_scale_out, v_scale_out, M, K, across, *origin,
         formats.get(parameter.dtype), block > 0, key is not None, M_CODES, V_CODES, count, cols, exact,
         launch.arch(parameter.device),
         warps=max(1, min(launch.WARPS, count * cols // 256)),
