@@ -9,7 +9,7 @@ namespace {
 
 using U = Bits<Floats>;
 using I = Ints<Floats>;
-constexpr int kAcross = kStep / kLanes;  // registers of a step
+constexpr int kStepRegisters = kStep / kLanes;  // registers of a step
 
 QL_FN Floats square_root(Floats x) {
 #if defined(__AVX512F__)
@@ -118,8 +118,8 @@ QL_FN Floats decode(const char* p, Floats scale) {
 template <class X, bool KEPT, bool AT_RANDOM>
 QL_FN void step(const Place& p, const Constants& c, Floats s_m, Floats s_v, const Random& random, Values& values,
                 Largest& largest, int64_t k) {
-  Floats x[kAcross];
-  for (int r = 0; r < kAcross; ++r) {
+  Floats x[kStepRegisters];
+  for (int r = 0; r < kStepRegisters; ++r) {
     const int64_t at = r * kLanes;
     const Floats before = load_values<X>(p.parameter + bytes_of<X>(at));
     Floats g = load_values<X>(p.gradient + bytes_of<X>(at)), m, v;
@@ -144,7 +144,7 @@ QL_FN void step(const Place& p, const Constants& c, Floats s_m, Floats s_v, cons
       store(p.v_out + at * 4, canonical(v));
     }
   }
-  for (int r = 0; r < kAcross; r += 2)
+  for (int r = 0; r < kStepRegisters; r += 2)
     put_pair<X, AT_RANDOM>(p.parameter_out + bytes_of<X>(r * kLanes), x[r], x[r + 1], random,
                            p.column + uint32_t(r * kLanes));
 }
@@ -157,7 +157,7 @@ QL_FN uint32_t largest_of(I lanes) {
 
 // The low bytes of four registers of codes
 template <class F>
-QL_FN void narrow(const I (&q)[kAcross], char* codes) {
+QL_FN void narrow(const I (&q)[kStepRegisters], char* codes) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i low = _mm256_packs_epi32(__m256i(q[0]), __m256i(q[1]));
   const __m256i high = _mm256_packs_epi32(__m256i(q[2]), __m256i(q[3]));
@@ -165,7 +165,7 @@ QL_FN void narrow(const I (&q)[kAcross], char* codes) {
   store(codes, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 #else
   alignas(64) int32_t wide[kStep];
-  for (int r = 0; r < kAcross; ++r) store(wide + r * kLanes, q[r]);
+  for (int r = 0; r < kStepRegisters; ++r) store(wide + r * kLanes, q[r]);
   for (int64_t k = 0; k < kStep; ++k) codes[k] = char(wide[k]);
 #endif
 }
@@ -187,8 +187,8 @@ QL_FN Floats about_root(Floats y) {
 template <class F>
 QL_FN void encode_step(const float* values, Floats r, char* codes) {
   constexpr float least = 0.01f, most = (F::most + 0.25f) * (F::most + 0.25f);  // beyond, codes are those of these
-  I q[kAcross];
-  for (int k = 0; k < kAcross; ++k) {
+  I q[kStepRegisters];
+  for (int k = 0; k < kStepRegisters; ++k) {
     const Floats value = load<Floats>(values + k * kLanes);
     const Floats y = min(max(mul(magnitude(value), r), splat<Floats>(least)), splat<Floats>(most));
     // This is the code, or one less: the instruction errs by 0.1 at most.

@@ -10,7 +10,7 @@ namespace QL_ISA {
 namespace {
 
 constexpr int kParts = 17, kSums = 16;  // scales that are tried; sums of a row of a block, whatever the instruction set
-constexpr int kRegisters = kSums / kLanes;
+constexpr int kSumRegisters = kSums / kLanes;
 
 // 32, 31, .., 20, 33, .., 36 of 32
 QL_FN float part(int k) { return float(k < 13 ? 32 - k : 20 + k) / 32.0f; }
@@ -32,12 +32,12 @@ QL_FN float narrowed(float s, Type kept) {
 // sums[l] += the errors of columns l, l + kSums, .. of n, with codes in units of 1 / r between the limits
 template <class F, bool MAGNITUDE>
 void add_errors(const float* x, const float* energy, int64_t n, float r, Limits q, float* sums) {
-  Floats total[kRegisters];
-  for (int k = 0; k < kRegisters; ++k) total[k] = load<Floats>(sums + k * kLanes);
+  Floats total[kSumRegisters];
+  for (int k = 0; k < kSumRegisters; ++k) total[k] = load<Floats>(sums + k * kLanes);
   const Floats by = splat<Floats>(r), lowest = splat<Floats>(q.qmin), highest = splat<Floats>(q.qmax);
   for (int64_t j = 0; j < n; j += kSums)
 #pragma GCC unroll 4
-    for (int k = 0; k < kRegisters; ++k) {
+    for (int k = 0; k < kSumRegisters; ++k) {
       const int64_t at = j + k * kLanes;
       const Floats t = mul(load<Floats>(x + at), by);
       Floats c;
@@ -48,7 +48,7 @@ void add_errors(const float* x, const float* energy, int64_t n, float r, Limits 
       if constexpr (MAGNITUDE) e = mul(e, same_bits<Floats>(bits_of(t) & 0x7fffffffu));
       total[k] = add(total[k], mul(e, load<Floats>(energy + at)));
     }
-  for (int k = 0; k < kRegisters; ++k) store(sums + k * kLanes, total[k]);
+  for (int k = 0; k < kSumRegisters; ++k) store(sums + k * kLanes, total[k]);
 }
 
 // Neighbours are added, until one is left.
