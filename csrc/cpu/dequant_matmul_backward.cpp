@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kColumns = 256;  // columns of the weight whose sums are kept
 constexpr int64_t kDepth = 16;     // rows of the weight decoded together: 16 KiB
-constexpr int kRegisters = 4;      // of columns, for kTile rows
+constexpr int kRegisters = 4;      // of columns, for kRowTile rows
 
 // sums[r, k] += dy[r, n] * w[n, k] for R rows, the n of a slab in order, kRegisters registers of columns
 template <int R>
@@ -53,9 +53,9 @@ struct Gradient {
 
   Gradient(const DequantMatmulBackward& p, Rows<float> dy, int64_t m0) : p(p), dy(dy), m0(m0) {}
 
-  // Rows r0 .. r1, at most kRows, and columns k0 .. k1 of dx, at most kColumns
+  // Rows r0 .. r1, at most kXRows, and columns k0 .. k1 of dx, at most kColumns
   void operator()(int64_t r0, int64_t r1, int64_t k0, int64_t k1) const {
-    alignas(64) float sums[kRows * kColumns], slab[kDepth * kColumns];
+    alignas(64) float sums[kXRows * kColumns], slab[kDepth * kColumns];
     const int64_t width = round_up(k1 - k0, kRegisters * kLanes);
     for (int64_t at = 0; at < (r1 - r0) * kColumns; ++at) sums[at] = 0.0f;
     for (int64_t at = 0; at < kDepth * kColumns; ++at) slab[at] = 0.0f;
@@ -63,7 +63,7 @@ struct Gradient {
       const int64_t count = least(kDepth, N - n0);
       for (int64_t n = 0; n < count; ++n) weight.row(n0 + n, k0, k1 - k0, slab + n * kColumns);
       for (int64_t k = 0; k < width; k += kRegisters * kLanes)
-        multiply_rows<kTile>(dy.data + r0 * dy.stride + n0, dy.stride, slab + k, count, sums + k, r1 - r0);
+        multiply_rows<kRowTile>(dy.data + r0 * dy.stride + n0, dy.stride, slab + k, count, sums + k, r1 - r0);
     }
     for (int64_t r = r0; r < r1; ++r) {
       float* row = sums + (r - r0) * kColumns;
@@ -80,7 +80,7 @@ void dequant_matmul_backward(const DequantMatmulBackward& p, ParallelFor run) {
   const int64_t N = p.weight.grid.M, K = p.weight.grid.K;
   if (!K) return;
   constexpr int64_t bytes = int64_t(8) << 20;  // of dy at a time, in FP32
-  const int64_t chunk = round_up(bytes / (4 * most(1, N)) + 1, kRows);
+  const int64_t chunk = round_up(bytes / (4 * most(1, N)) + 1, kXRows);
   const bool direct = p.dy_type == Type::float32;
   for (int64_t m = 0; m < p.M; m += chunk) {
     const int64_t count = least(chunk, p.M - m);
@@ -88,12 +88,12 @@ void dequant_matmul_backward(const DequantMatmulBackward& p, ParallelFor run) {
     auto* gathered = static_cast<float*>(scratch.data());
     if (!direct) gather_rows(run, p.dy, p.dy_type, N, nullptr, m, count, gathered, N);
     const Gradient gradient(p, {direct ? static_cast<const float*>(p.dy) + m * N : gathered, N}, m);
-    const int64_t across = (K + kColumns - 1) / kColumns, down = (count + kRows - 1) / kRows;
-    const int64_t work = least(kColumns, K) * least(kRows, count) * most(1, N);
+    const int64_t across = (K + kColumns - 1) / kColumns, down = (count + kXRows - 1) / kXRows;
+    const int64_t work = least(kColumns, K) * least(kXRows, count) * most(1, N);
     parallel(run, across * down, most(1, 4 * kGrain / work), [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
-        const int64_t r = piece / across * kRows, k = piece % across * kColumns;
-        gradient(r, least(r + kRows, count), k, least(k + kColumns, K));
+        const int64_t r = piece / across * kXRows, k = piece % across * kColumns;
+        gradient(r, least(r + kXRows, count), k, least(k + kColumns, K));
       }
     });
   }

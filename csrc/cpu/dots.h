@@ -10,9 +10,9 @@
 namespace quantlib {
 namespace QL_ISA {
 
-constexpr int64_t kSlab = 4;      // rows of the weight that are multiplied together
-constexpr int64_t kPanel = 32;    // rows of the weight whose sums are kept while x stays in the cache
-constexpr int64_t kHeight = 264;  // rows of x that meet one slab: the more, the less is decoded again
+constexpr int64_t kWeightRows = 4;  // rows of the weight that are multiplied together
+constexpr int64_t kPanel = 32;      // rows of the weight whose sums are kept while x stays in the cache
+constexpr int64_t kHeight = 264;    // rows of x that meet one slab: the more, the less is decoded again
 
 template <class E>
 constexpr int64_t kBlock = scales_sums<E> ? 4096 : 2048;  // columns of a slab: the more, the fewer lanes are added up
@@ -49,22 +49,22 @@ QL_FN Quad add_lanes(Floats a, Floats b, Floats c, Floats d) {
 constexpr int64_t kMostParts = kMostColumns / 32;
 struct Parts {
   int64_t count = 0, end[kMostParts];
-  float scale[kSlab][kMostParts];
+  float scale[kWeightRows][kMostParts];
 };
 
 // sum[r, n] += sum over k of x[r, k] * w(n, k) for R rows; k counts units of 32 bits
 template <int R, class E, class Part>
 QL_FN void multiply_part(const float* x, int64_t stride, const Part& w, int64_t begin, int64_t end,
-                         Floats (&sum)[R][kSlab]) {
+                         Floats (&sum)[R][kWeightRows]) {
   for (int64_t k = begin; k < end; k += kLanes) {
-    Floats row[kSlab];
+    Floats row[kWeightRows];
 #pragma GCC unroll 4
-    for (int n = 0; n < kSlab; ++n) row[n] = w(n, k);
+    for (int n = 0; n < kWeightRows; ++n) row[n] = w(n, k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Floats at = load<Floats>(x + r * stride + k);
 #pragma GCC unroll 4
-      for (int n = 0; n < kSlab; ++n) sum[r][n] = multiply_add<E>(at, row[n], sum[r][n]);
+      for (int n = 0; n < kWeightRows; ++n) sum[r][n] = multiply_add<E>(at, row[n], sum[r][n]);
     }
   }
 }
@@ -73,15 +73,15 @@ QL_FN void multiply_part(const float* x, int64_t stride, const Part& w, int64_t 
 // total = fma(sum of a part, its scale, total).
 template <int R, class E, class From>
 QL_FN void multiply(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts, float* sums) {
-  Floats total[R][kSlab] = {};
+  Floats total[R][kWeightRows] = {};
   if (!parts.count) multiply_part<R, E>(x, stride, w.part(0), 0, count, total);
   for (int64_t p = 0, begin = 0; p < parts.count; begin = parts.end[p++]) {
-    Floats sum[R][kSlab] = {};
+    Floats sum[R][kWeightRows] = {};
     multiply_part<R, E>(x, stride, w.part(p), begin, parts.end[p], sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < kSlab; ++n) total[r][n] = fma(sum[r][n], splat<Floats>(parts.scale[n][p]), total[r][n]);
+      for (int n = 0; n < kWeightRows; ++n) total[r][n] = fma(sum[r][n], splat<Floats>(parts.scale[n][p]), total[r][n]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -103,7 +103,7 @@ QL_FN void multiply_rows(const float* x, int64_t stride, const From& w, int64_t 
 
 // A piece of the weight in FP32: zeros behind its columns up to a whole register.
 struct Slab {
-  alignas(64) float w[kSlab][kBlock<float>];
+  alignas(64) float w[kWeightRows][kBlock<float>];
 
   struct Part {
     const Slab& slab;
@@ -113,7 +113,7 @@ struct Slab {
 };
 
 static void multiply_slab(const float* x, int64_t stride, const Slab& slab, int64_t count, float* sums, int64_t rows) {
-  multiply_rows<kTile, float>(x, stride, slab, count, Parts(), sums, rows);
+  multiply_rows<kRowTile, float>(x, stride, slab, count, Parts(), sums, rows);
 }
 
 #ifdef __AVX512BF16__
@@ -121,9 +121,9 @@ static void multiply_slab(const float* x, int64_t stride, const Slab& slab, int6
 template <class F, bool AFFINE>
 struct Direct {
   using Pairs = decltype(pairs_of<F, AFFINE>(0));
-  const char* codes[kSlab];
-  const int32_t (*zero_point)[kSlab];  // of each part
-  int64_t ahead;                       // bytes to the same columns of the rows that come next
+  const char* codes[kWeightRows];
+  const int32_t (*zero_point)[kWeightRows];  // of each part
+  int64_t ahead;                             // bytes to the same columns of the rows that come next
   const Pairs symmetric = pairs_of<F, AFFINE>(0);
 
   template <int COUNT>
@@ -139,7 +139,7 @@ struct Direct {
   QL_MEMBER auto part(int64_t p) const {
     if constexpr (AFFINE) {
       const int32_t* z = zero_point[p];
-      return Part<kSlab>{*this, {Pairs(z[0]), Pairs(z[1]), Pairs(z[2]), Pairs(z[3])}};
+      return Part<kWeightRows>{*this, {Pairs(z[0]), Pairs(z[1]), Pairs(z[2]), Pairs(z[3])}};
     } else {
       return Part<1>{*this, {symmetric}};
     }
@@ -147,11 +147,12 @@ struct Direct {
 };
 
 template <class F, bool AFFINE>
-void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[kSlab], int64_t ahead,
-                    const int32_t (*zero_point)[kSlab], int64_t count, const Parts& parts, float* sums, int64_t rows) {
+void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[kWeightRows], int64_t ahead,
+                    const int32_t (*zero_point)[kWeightRows], int64_t count, const Parts& parts, float* sums,
+                    int64_t rows) {
   const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point, ahead};
   if (parts.count) multiply_rows<3, uint16_t>(x, stride, direct, count, parts, sums, rows);
-  else multiply_rows<kTile, uint16_t>(x, stride, direct, count, parts, sums, rows);
+  else multiply_rows<kRowTile, uint16_t>(x, stride, direct, count, parts, sums, rows);
 }
 
 #elif defined(QL_VALUES)
@@ -159,9 +160,9 @@ void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[k
 template <class F, bool AFFINE>
 struct Direct {
   using Values = decltype(values_of<F, AFFINE>(0));
-  const char* codes[kSlab];
-  const int32_t (*zero_point)[kSlab];  // of each part
-  int64_t ahead;                       // bytes to the same columns of the rows that come next
+  const char* codes[kWeightRows];
+  const int32_t (*zero_point)[kWeightRows];  // of each part
+  int64_t ahead;                             // bytes to the same columns of the rows that come next
   const Values symmetric = values_of<F, AFFINE>(0);
 
   static constexpr bool by_quarters = Values::by_quarters;
@@ -216,7 +217,7 @@ struct Direct {
 struct SlabOfValues {
   static constexpr bool by_quarters = true;
   static constexpr int together(int rows) { return rows <= 3 ? 4 : 2; }
-  alignas(64) float w[kSlab][kBlock<Value>];
+  alignas(64) float w[kWeightRows][kBlock<Value>];
 
   struct Part {
     const SlabOfValues& slab;
@@ -232,7 +233,7 @@ struct SlabOfValues {
 
   template <class From>
   QL_MEMBER void decode(const From& from, int64_t count, const Parts& parts) {
-    for (int n = 0; n < kSlab; ++n)
+    for (int n = 0; n < kWeightRows; ++n)
       for (int64_t p = 0, k = 0; k < count; ++p) {
         const auto part = from.template part<1>(p, n);
         for (const int64_t end = parts.count ? parts.end[p] : count; k < end; k += 32) {
@@ -252,7 +253,7 @@ constexpr int64_t kChunkOfValues = 512;  // columns of x that stay in the first-
 // weight: columns that share scales, which it is multiplied by, or that have them yet to come
 template <int R, int S, class From, class Part>
 QL_FN void multiply_values(const float* x, int64_t stride, const Part& part, int n0, int64_t k, int64_t end,
-                           const float* scale, Floats (&total)[R][kSlab]) {
+                           const float* scale, Floats (&total)[R][kWeightRows]) {
   Floats sum[R][S] = {};
   for (; k < end; k += 32) {
     if constexpr (From::by_quarters) {
@@ -293,10 +294,10 @@ template <int R, class From>
 static void multiply_values(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts,
                             float* sums) {
   constexpr int S = From::together(R);
-  Floats total[R][kSlab] = {};
+  Floats total[R][kWeightRows] = {};
   for (int64_t p = 0, k = 0; k < count; ++p) {
     const int64_t end = parts.count ? parts.end[p] : least(count, k + kChunkOfValues);
-    for (int n = 0; n < kSlab; n += S)
+    for (int n = 0; n < kWeightRows; n += S)
       multiply_values<R, S, From>(x, stride, w.template part<S>(parts.count ? p : 0, n), n, k, end,
                                   parts.count ? &parts.scale[n][p] : nullptr, total);
     k = end;
@@ -317,8 +318,9 @@ QL_FN void multiply_all_values(const float* x, int64_t stride, const From& w, in
 constexpr int64_t kDirectRows = 4;
 
 template <class F, bool AFFINE>
-void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[kSlab], int64_t ahead,
-                    const int32_t (*zero_point)[kSlab], int64_t count, const Parts& parts, float* sums, int64_t rows) {
+void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[kWeightRows], int64_t ahead,
+                    const int32_t (*zero_point)[kWeightRows], int64_t count, const Parts& parts, float* sums,
+                    int64_t rows) {
   const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point, ahead};
   if (rows <= kDirectRows) return multiply_all_values(x, stride, direct, count, parts, sums, rows);
   SlabOfValues slab;
@@ -372,7 +374,7 @@ class Dots {
       });
     const float* x = in_place ? static_cast<const float*>(p_.x) + m0_ * K_ : data;
     const int64_t x_stride = in_place ? K_ : stride;
-    const int64_t panel = rows <= 16 ? kSlab : kPanel;  // few rows: the weight is read as it lies
+    const int64_t panel = rows <= 16 ? kWeightRows : kPanel;  // few rows: the weight is read as it lies
     const int64_t height = kHeight / plan_.parts;
     const int64_t across = (N_ + panel - 1) / panel, down = (count_ + height - 1) / height;
     const int64_t work = panel * least(rows, kHeight) * most(1, K_);
@@ -401,7 +403,7 @@ class Dots {
     const int64_t rows = r1 - r0;
     for (int64_t at = 0; at < rows * plan_.parts * kPanel; ++at) sums[at] = 0.0f;
     for (int64_t k = 0; k < K_; k += kBlock<E>)
-      for (int64_t n = n0; n < n1; n += kSlab)
+      for (int64_t n = n0; n < n1; n += kWeightRows)
         for (int64_t part = 0; part < plan_.parts; ++part)
           multiply_block(x + (part * count_ + r0) * stride + k * int64_t(sizeof(E)) / 4, stride, n, k,
                          least(kBlock<E>, K_ - k), sums + part * rows * kPanel + (n - n0), rows);
@@ -421,18 +423,19 @@ class Dots {
   const decltype(dot_kernel(Type::int8, false)) kernel_ = dot_kernel(p_.weight.format, p_.weight.zero_point);
 #endif
 
-  // sums += of rows n .. n + kSlab of the weight, columns k .. k + columns
+  // sums += of rows n .. n + kWeightRows of the weight, columns k .. k + columns
   void multiply_block(const float* x, int64_t stride, int64_t n0, int64_t k, int64_t columns, float* sums,
                       int64_t rows) const {
 #ifdef QL_CODES
     if constexpr (scales_sums<E>) {
-      const char* codes[kSlab];
-      for (int64_t n = 0; n < kSlab; ++n) codes[n] = codes_at(row_at(n0 + n), k);
-      const int64_t whole = columns / 32 * 32, rest = columns - whole, ahead = codes_at(kSlab, 0) - codes_at(0, 0);
+      const char* codes[kWeightRows];
+      for (int64_t n = 0; n < kWeightRows; ++n) codes[n] = codes_at(row_at(n0 + n), k);
+      const int64_t whole = columns / 32 * 32, rest = columns - whole,
+                    ahead = codes_at(kWeightRows, 0) - codes_at(0, 0);
       if (whole) multiply_direct(x, stride, codes, ahead, n0, k, whole, sums, rows);
       if (!rest) return;
-      char last[kSlab][32] = {};
-      for (int64_t n = 0; n < kSlab; ++n) {
+      char last[kWeightRows][32] = {};
+      for (int64_t n = 0; n < kWeightRows; ++n) {
         __builtin_memcpy(last[n], codes_at(row_at(n0 + n), k + whole), size_t(row_bytes(weight_.format, rest)));
         codes[n] = last[n];
       }
@@ -440,7 +443,7 @@ class Dots {
     }
 #endif
     Slab slab;
-    for (int64_t n = 0; n < kSlab; ++n) {
+    for (int64_t n = 0; n < kWeightRows; ++n) {
       weight_.row(row_at(n0 + n), k, columns, slab.w[n]);
       for (int64_t j = columns; j % kLanes; ++j) slab.w[n][j] = 0.0f;
     }
@@ -454,18 +457,18 @@ class Dots {
 
   static int64_t units(int64_t columns) { return round_up(columns, 32) * int64_t(sizeof(E)) / 4; }
 
-  void multiply_direct(const float* x, int64_t stride, const char* const (&codes)[kSlab], int64_t ahead, int64_t n0,
-                       int64_t k, int64_t columns, float* sums, int64_t rows) const {
+  void multiply_direct(const float* x, int64_t stride, const char* const (&codes)[kWeightRows], int64_t ahead,
+                       int64_t n0, int64_t k, int64_t columns, float* sums, int64_t rows) const {
     Parts parts;
-    int32_t zero_point[kMostParts][kSlab];
+    int32_t zero_point[kMostParts][kWeightRows];
     const int64_t J = k / weight_.bk, count = (k + columns - 1) / weight_.bk + 1 - J;
     if (scales_parts_) {
       parts.count = count;
-      for (int64_t n = 0; n < kSlab; ++n) weight_.row_scales(row_at(n0 + n), J, count, parts.scale[n]);
+      for (int64_t n = 0; n < kWeightRows; ++n) weight_.row_scales(row_at(n0 + n), J, count, parts.scale[n]);
       for (int64_t p = 0; p < count; ++p) parts.end[p] = units(least(columns, (J + p + 1) * weight_.bk - k));
     }
     if (weight_.w.zero_point)
-      for (int64_t n = 0; n < kSlab; ++n)
+      for (int64_t n = 0; n < kWeightRows; ++n)
         for (int64_t p = 0; p < count; ++p) zero_point[p][n] = weight_.zero_point(row_at(n0 + n), J + p);
     kernel_(x, stride, codes, ahead, zero_point, units(columns), parts, sums, rows);
   }

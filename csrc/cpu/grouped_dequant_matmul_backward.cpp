@@ -8,7 +8,7 @@ namespace QL_ISA {
 void dequant_matmul_backward(const DequantMatmulBackward&, ParallelFor);
 
 void grouped_dequant_matmul_backward(const GroupedDequantMatmulBackward& p, ParallelFor run) {
-  constexpr int64_t kHigh = 2 * kRows;  // rows of dy that share what is decoded of a weight
+  constexpr int64_t kHigh = 2 * kXRows;  // rows of dy that share what is decoded of a weight
   const DequantMatmulBackward& f = p.first;
   const Grid& g = f.weight.grid;
   int64_t high = 1;

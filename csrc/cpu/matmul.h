@@ -9,11 +9,11 @@
 namespace quantlib {
 namespace QL_ISA {
 
-constexpr int64_t kRows = 128;  // rows of x that meet one decoded piece of the weight
+constexpr int64_t kXRows = 128;  // rows of x that meet one decoded piece of the weight
 #ifdef __AVX512F__
-constexpr int kTile = 6;  // of them at once: with four registers a row, 24 of 32 are sums
+constexpr int kRowTile = 6;  // of them at once: with four registers a row, 24 of 32 are sums
 #else
-constexpr int kTile = 3;
+constexpr int kRowTile = 3;
 #endif
 
 // a * b + c, rounded once where the instruction set can

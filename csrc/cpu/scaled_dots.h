@@ -28,7 +28,8 @@ bool in_wide_dots([[maybe_unused]] const ScaledMatmul& p) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 template <class F>
 class WideDots {
-  static constexpr int64_t kSlab = 4, kPanel = 32, kColumns = 1024;  // rows of w, sums that are kept, columns at a time
+  static constexpr int64_t kWeightRows = 4, kPanel = 32,
+                           kColumns = 1024;  // rows of w, sums that are kept, columns at a time
   static constexpr int64_t kStep = 16;
 
  public:
@@ -53,7 +54,7 @@ class WideDots {
   void operator()(int64_t n0) const {
     const int64_t count = least(kPanel, g_.M - n0);
     alignas(64) uint32_t d[kWideRows][kPanel];
-    for (int64_t n = 0; n < count; n += kSlab) multiply_slab(n0 + n, &d[0][n]);
+    for (int64_t n = 0; n < count; n += kWeightRows) multiply_slab(n0 + n, &d[0][n]);
     finish(n0, count, d);
   }
   static constexpr int64_t panel = kPanel;
@@ -78,7 +79,7 @@ class WideDots {
   // total[r, s] += the lanes of the sum over `columns` of x'[r] * codes[s], for R rows of x and S of w
   template <int R, int S>
   static void multiply(const int16_t* x, int64_t stride, const char* const* w, int64_t ahead, int64_t columns,
-                       Int32s (*total)[kSlab]) {
+                       Int32s (*total)[kWeightRows]) {
     Int32s sum[R][S];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
@@ -104,10 +105,10 @@ class WideDots {
   // The same for R rows and a whole slab, as many rows of w at once as registers hold
   template <int R>
   static void multiply_rows(const int16_t* x, int64_t stride, const char* const* w, int64_t ahead, int64_t columns,
-                            Int32s (*total)[kSlab]) {
+                            Int32s (*total)[kWeightRows]) {
     constexpr int S = R == 4 ? 2 : 4;
-    for (int s = 0; s < kSlab; s += S) {
-      Int32s part[R][kSlab];
+    for (int s = 0; s < kWeightRows; s += S) {
+      Int32s part[R][kWeightRows];
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < S; ++i) part[r][i] = total[r][s + i];
       multiply<R, S>(x, stride, w + s, ahead, columns, part);
@@ -116,27 +117,28 @@ class WideDots {
     }
   }
 
-  void multiply_all(int64_t k, const char* const* w, int64_t ahead, int64_t columns, Int32s (*total)[kSlab]) const {
+  void multiply_all(int64_t k, const char* const* w, int64_t ahead, int64_t columns,
+                    Int32s (*total)[kWeightRows]) const {
     constexpr decltype(&multiply_rows<1>) some[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
                                                     multiply_rows<4>};
     for (int64_t m = 0; m < p_.M; m += 4)
       some[least(4, p_.M - m) - 1](x(m) + k, stride_, w, m ? 0 : ahead, columns, total + m);
   }
 
-  // d[m, 0 .. kSlab) of rows n0 .. n0 + kSlab of w; the last row stands in for those below it
+  // d[m, 0 .. kWeightRows) of rows n0 .. n0 + kWeightRows of w; the last row stands in for those below it
   void multiply_slab(int64_t n0, uint32_t* d) const {
-    Int32s total[kWideRows][kSlab] = {};
-    const char *row[kSlab], *w[kSlab];
-    for (int64_t s = 0; s < kSlab; ++s)
+    Int32s total[kWideRows][kWeightRows] = {};
+    const char *row[kWeightRows], *w[kWeightRows];
+    for (int64_t s = 0; s < kWeightRows; ++s)
       row[s] = static_cast<const char*>(p_.weight.codes) + least(n0 + s, g_.M - 1) * g_.K;
     const int64_t whole = g_.K / kStep * kStep;
     for (int64_t k = 0; k < whole; k += kColumns) {
-      for (int64_t s = 0; s < kSlab; ++s) w[s] = row[s] + k;
-      multiply_all(k, w, kSlab * g_.K, least(kColumns, whole - k), total);
+      for (int64_t s = 0; s < kWeightRows; ++s) w[s] = row[s] + k;
+      multiply_all(k, w, kWeightRows * g_.K, least(kColumns, whole - k), total);
     }
     if (whole < g_.K) {
-      char rest[kSlab][kStep] = {};
-      for (int64_t s = 0; s < kSlab; ++s) {
+      char rest[kWeightRows][kStep] = {};
+      for (int64_t s = 0; s < kWeightRows; ++s) {
         __builtin_memcpy(rest[s], row[s] + whole, size_t(g_.K - whole));
         w[s] = rest[s];
       }

@@ -18,7 +18,7 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kSumCols = 64;         // rows of w whose sums with kRows rows of x are kept together
+constexpr int64_t kSumCols = 64;         // rows of w whose sums with kXRows rows of x are kept together
 constexpr int64_t kSumDepth = 4096;      // codes of a row that are multiplied before lanes are added up
 constexpr int64_t kFlipGrain = 1 << 20;  // bytes to copy that a thread is worth waking for
 
@@ -48,7 +48,7 @@ uint32_t sum_of(const uint8_t* x, int64_t n) {
   return sum;
 }
 
-// x, and before every kRows rows of it a row of ones, whose products with w are the sums of w.
+// x, and before every kXRows rows of it a row of ones, whose products with w are the sums of w.
 class UnsignedRows {
  public:
   const int64_t M, K, blocks, stride;
@@ -62,12 +62,12 @@ class UnsignedRows {
         stride(stride_of(K)),
         moved(row_of(p.x_format).is_signed ? 128 : 0),
         summed_(p.weight.zero_point || is_moved),
-        bytes_((M + round_up(M, kRows) / kRows) * stride + 64),
+        bytes_((M + round_up(M, kXRows) / kXRows) * stride + 64),
         sums_(summed_ ? M * blocks * 4 : 0) {
     parallel(run, M, most(1, kFlipGrain / most(K, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
         uint8_t* x = row(m);
-        if (m % kRows == 0) __builtin_memset(x - stride, 1, size_t(K));
+        if (m % kXRows == 0) __builtin_memset(x - stride, 1, size_t(K));
         flip_bytes(static_cast<const uint8_t*>(p.x_codes) + m * K, uint8_t(moved), x, K);
         const int64_t bk = p.weight.grid.bk;
         for (int64_t J = 0; summed_ && J < blocks; ++J) sum(m, J) = sum_of(x + J * bk, least(bk, K - J * bk));
@@ -75,7 +75,7 @@ class UnsignedRows {
     });
   }
 
-  uint8_t* row(int64_t m) const { return static_cast<uint8_t*>(bytes_.data()) + (m / kRows + 1 + m) * stride; }
+  uint8_t* row(int64_t m) const { return static_cast<uint8_t*>(bytes_.data()) + (m / kXRows + 1 + m) * stride; }
   // The sum of block J of row m, where z is not always 0.
   bool summed() const { return summed_; }
   uint32_t& sum(int64_t m, int64_t J) const { return static_cast<uint32_t*>(sums_.data())[m * blocks + J]; }
@@ -91,14 +91,14 @@ class UnsignedRows {
   }
 };
 
-// The sums of kRows rows of x with kSumCols rows of w, and what becomes of them.
+// The sums of kXRows rows of x with kSumCols rows of w, and what becomes of them.
 template <class F>
 class ExactSums {
  public:
   ExactSums(const ScaledMatmul& p, const UnsignedRows& x) : p_(p), x_(x) {}
 
   void operator()(int64_t m0, int64_t n0) {
-    m0_ = m0, n0_ = n0, rows_ = least(kRows, x_.M - m0), cols_ = least(kSumCols, g_.M - n0);
+    m0_ = m0, n0_ = n0, rows_ = least(kXRows, x_.M - m0), cols_ = least(kSumCols, g_.M - n0);
     if (x_.blocks != 1) __builtin_memset(total_, 0, sizeof total_);
     for (int64_t J = 0; J < x_.blocks; ++J) {
       const int64_t k0 = J * g_.bk, n = least(g_.bk, g_.K - k0);
@@ -115,8 +115,8 @@ class ExactSums {
   const Row format_ = row_of(p_.weight.format), x_format_ = row_of(p_.x_format), y_format_ = row_of(p_.y_type);
   const Encode encode_ = encoder(p_.y_type, false, false);
   int64_t m0_, n0_, rows_, cols_;
-  alignas(64) uint32_t d_[(1 + kRows) * kSumCols];  // row 0: the sums of w
-  alignas(64) float total_[kRows * kSumCols];
+  alignas(64) uint32_t d_[(1 + kXRows) * kSumCols];  // row 0: the sums of w
+  alignas(64) float total_[kXRows * kSumCols];
   alignas(64) int8_t decoded_[kDotCols][kSumDepth + 64];
 
   // d = the sums over columns k0 .. k0 + n
@@ -229,15 +229,15 @@ void scaled_matmul(const ScaledMatmul& p, ParallelFor run) {
   if (way == Way::nibbles) return multiply_nibbles(p, run);
   if (way == Way::wide_dots) return multiply_wide_dots(p, run);
   if (way == Way::blocks) return multiply_in_blocks(p, run);
-  const int64_t down = round_up(p.M, kRows) / kRows, across = round_up(p.weight.grid.M, kSumCols) / kSumCols;
-  const int64_t products = least(p.M, kRows) * kSumCols * most(p.weight.grid.K, 1);
+  const int64_t down = round_up(p.M, kXRows) / kXRows, across = round_up(p.weight.grid.M, kSumCols) / kSumCols;
+  const int64_t products = least(p.M, kXRows) * kSumCols * most(p.weight.grid.K, 1);
   visit(p.weight.format, [&](auto f) {
     using F = decltype(f);
     if constexpr (!F::is_float) {
       const UnsignedRows x(p, excess<F> != 0, run);
       parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
         ExactSums<F> sums(p, x);
-        for (int64_t piece = begin; piece < end; ++piece) sums(piece % down * kRows, piece / down * kSumCols);
+        for (int64_t piece = begin; piece < end; ++piece) sums(piece % down * kXRows, piece / down * kSumCols);
       });
     }
   });

@@ -15,11 +15,11 @@ namespace {
 // Warps of a thread block, each of which sums its share of the columns: registers are enough for two blocks of eight an
 // SM, but where the weight has few rows there is one, and it has as many warps as that.
 constexpr int kWarps = 8;
-constexpr int64_t kFewRows = 4096;
+constexpr int64_t kSmallWeight = 4096;
 template <class F, bool TILED>
 constexpr int kMostWarps = F::per_byte == 2 && !TILED ? kWarps : 2 * kWarps;
 constexpr int kBands = 2;  // of 16 rows of the weight
-constexpr int kRows = 16 * kBands;
+constexpr int kBandRows = 16 * kBands;
 constexpr int kBatch = 16;  // rows of x
 
 template <class X>
@@ -48,11 +48,12 @@ template <class F, class X, bool TILED>
 __global__ void __launch_bounds__(32 * kMostWarps<F, TILED>, 1) dequant_matmul_kernel(const DecodeArgs<X> a) {
   using Order = Columns<F, TILED>;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const int64_t n0 = blockIdx.x / unsigned(a.chunks) * int64_t(kRows), m0 = blockIdx.x % unsigned(a.chunks) * kBatch;
+  const int64_t n0 = blockIdx.x / unsigned(a.chunks) * int64_t(kBandRows),
+                m0 = blockIdx.x % unsigned(a.chunks) * kBatch;
   const int begin = a.tiles * warp / a.warps, end = a.tiles * (warp + 1) / a.warps;
 
   // A lane has rows n0 + 16 i + 8 r + g of the weight and m0 + 8 b + g of x; zeros where one, or its end, is missing.
-  const int rows = at_most(a.N - n0 - g, kRows), batch = at_most(a.M - m0 - g, kBatch);
+  const int rows = at_most(a.N - n0 - g, kBandRows), batch = at_most(a.M - m0 - g, kBatch);
   const int K = int(a.K) - t * Order::lane - begin * Order::tile;
   int ends[2] = {0 < batch ? K : 0, 8 < batch ? K : 0};  // columns that there are from the next tile's first on
   const int last = TILED ? end : at_most((a.row_bytes - t * 16 + 63) / 64, end);  // tile past its codes
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(32 * kMostWarps<F, TILED>, 1) dequant_matmul_k
   }
 
   // The warps' sums, in their order.
-  __shared__ float sums[kMostWarps<F, TILED>][kBatch][kRows + 4];
+  __shared__ float sums[kMostWarps<F, TILED>][kBatch][kBandRows + 4];
 #pragma unroll
   for (int i = 0; i < kBands; ++i)
 #pragma unroll
@@ -148,13 +149,13 @@ __global__ void __launch_bounds__(32 * kMostWarps<F, TILED>, 1) dequant_matmul_k
       for (int c = 0; c < 4; ++c) sums[warp][8 * b + 2 * t + c % 2][16 * i + 8 * (c / 2) + g] = total[i][b][c];
   __syncthreads();
 #pragma unroll 1
-  for (int e = int(threadIdx.x); e < kBatch * kRows; e += 32 * a.warps) {
-    const int64_t m = m0 + e / kRows, n = n0 + e % kRows;
+  for (int e = int(threadIdx.x); e < kBatch * kBandRows; e += 32 * a.warps) {
+    const int64_t m = m0 + e / kBandRows, n = n0 + e % kBandRows;
     float y = 0.0f;
 #pragma unroll 1
     for (int first = 0; first < a.warps; first += kWarps)
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) y = add(y, sums[first + w][e / kRows][e % kRows]);
+      for (int w = 0; w < kWarps; ++w) y = add(y, sums[first + w][e / kBandRows][e % kBandRows]);
     if (m < a.M && n < a.N) finish(a.y, a.y_type, m * a.N + n, y, a.epilogue, n);
   }
 }
@@ -186,7 +187,7 @@ void run(const DequantMatmul& p, const Row& format, Stream stream) {
                         TILED ? ceil_div(g.K, columns) * 64 : bytes_of<F>(g.K),
                         int(g.scale_cols()),
                         Divisor(g.br),
-                        g.M <= kFewRows ? kMostWarps<F, TILED> : kWarps,
+                        g.M <= kSmallWeight ? kMostWarps<F, TILED> : kWarps,
                         int(ceil_div(g.K, columns)),
                         int(ceil_div(g.bk, columns)),
                         int(ceil_div(p.M, kBatch)),
@@ -194,7 +195,7 @@ void run(const DequantMatmul& p, const Row& format, Stream stream) {
                         format.qmin,
                         format.qmax};
   const auto kernel = dequant_matmul_kernel<F, X, TILED>;
-  launch("dequant_matmul", kernel, ceil_div(a.N, kRows) * a.chunks, 32 * a.warps, stream, a);
+  launch("dequant_matmul", kernel, ceil_div(a.N, kBandRows) * a.chunks, 32 * a.warps, stream, a);
 }
 
 template <class X>

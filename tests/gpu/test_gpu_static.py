@@ -20,7 +20,7 @@ from quantlib.backends import triton as backend
 
 
 @functools.cache
-def measured(language: str, arch: int, scope: str = "fast") -> list[Measured]:
+def measured(language: str, arch: int, scope: str = "first") -> list[Measured]:
     """What a worker says; of two that are asked the same, one waits for the other's results."""
     if why := run.missing(language):
         pytest.skip(why)
@@ -37,10 +37,10 @@ def kernels_of_sources() -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("arch", contract.SHARED)
+@pytest.mark.parametrize("arch", [80, 90])  # `make gpu-static ARGS=--fast` compiles for the others too, and more
 @pytest.mark.parametrize("language", ["triton", "cuda"])
 def test_every_kernel_keeps_its_contract(language: str, arch: int) -> None:
-    rows = run.judged(measured(language, arch, run.fast(arch)), Budgets.read(), new=True)
+    rows = run.judged(measured(language, arch), Budgets.read(), new=True)
     wrong = [row for row in rows if row.faults]
     assert not wrong, "\n" + table.table(wrong)
 

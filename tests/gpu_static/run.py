@@ -57,7 +57,7 @@ def missing(language: str) -> str | None:
 
 
 def fast(arch: int) -> str:
-    """What `make test` compiles: for the two architectures that differ most, matmuls of every size of a batch too."""
+    """The calls of the fast set: for the two architectures that differ most, matmuls of every size of a batch too."""
     return "fast" if arch in (80, 90) else "first"
 
 
