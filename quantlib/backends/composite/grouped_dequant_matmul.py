@@ -20,7 +20,7 @@ def grouped_dequant_matmul(
 def groups(offsets: Tensor, y: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert that has rows, and which they are; what belongs to none becomes 0 in y."""
     start = 0
-    for e, end in enumerate(offsets.view(-1).clamp(max=len(y)).tolist()):
+    for e, end in enumerate(offsets.view(-1).clamp(max=len(y)).cpu().tolist()):
         if start < end:
             yield e, slice(start, end)
             start = end
