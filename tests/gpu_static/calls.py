@@ -179,6 +179,7 @@ FIRST = (
     Call("dequant_matmul", "float16", "int4", per="group:128", M=1, tiled=True),
     Call("dequant_matmul", "bfloat16", "int8", M=256, tiled=True),
     Call("dequant_matmul", "bfloat16", "int8", M=1024, tiled=True),
+    Call("dequant_matmul_backward", "bfloat16", "int8", M=64),
     Call("dequant_matmul_backward", "bfloat16", "int8", M=256),
     Call("grouped_dequant_matmul", "bfloat16", "int8", M=64),
     Call("grouped_dequant_matmul", "bfloat16", "int4", per="group:128", M=64),
