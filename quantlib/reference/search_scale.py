@@ -34,17 +34,25 @@ def search_scale(
         for part in PARTS:
             # 1. a part of the scale, as it will be kept
             s = numerics.effective_scale(narrowed(s0 * np.float32(part / 32), kept), f)
-            # 2. the errors of the codes in units of that scale
-            t = numerics.project(rows, spread(s, rows.shape, block))
-            u = units(t, f, None if zero_point is None else spread(zero_point, rows.shape, block)) - t
-            e = u * u * np.abs(t) if method == "magnitude" else u * u
-            total = block_sums(e if energy is None else e * energy, block)
-            # 3. in units of the first scale; a later one must be better
-            q = s * r0
-            loss = total * q * q * q if method == "magnitude" else total * q * q
+            # 2. and 3. its loss; a later one must be better
+            loss = loss_of(rows, s, r0, f, block, method, zero_point, energy)
             better = loss < least
             least, found = np.where(better, loss, least), np.where(better, s, found)
         return found
+
+
+def loss_of(
+    x: Array, s: Array, r0: Array, f: Format, block: Block, method: str, zero_point: Array | None, energy: Array | None
+) -> Array:
+    """loss[I, J] = sum(|u - t|^2 |t|^p energy) (s r0)^(2 + p), where u are the values of the codes of t = x / s."""
+    # 2. the errors of the codes in units of the scale
+    t = numerics.project(x, spread(s, x.shape, block))
+    u = units(t, f, None if zero_point is None else spread(zero_point, x.shape, block)) - t
+    e = u * u * np.abs(t) if method == "magnitude" else u * u
+    total = block_sums(e if energy is None else e * energy, block)
+    # 3. in units of the first scale
+    q = s * r0
+    return total * q * q * q if method == "magnitude" else total * q * q
 
 
 def narrowed(s: Array, kept: str) -> Array:

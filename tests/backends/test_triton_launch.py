@@ -130,11 +130,11 @@ print(len(chosen), len(ours), len(tritons))
 
 
 def test_a_class_is_never_wider_than_tritons_own() -> None:
-    """Of real calls of every kernel: those that we start alike, Triton compiles alike; nor are there many more."""
+    """Calls that are started alike are calls that Triton compiles alike, and there are not many more classes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "QUANTLIB_BUILD": "0"}
     done = subprocess.run([sys.executable, "-c", CLASSES], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     calls, ours, tritons = map(int, done.stdout.split())
     assert calls > 90
-    assert tritons <= ours <= 1.3 * tritons
+    assert tritons <= ours <= 1.2 * tritons
