@@ -148,6 +148,11 @@ def read(numpy: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def placed(device: str) -> Iterator[None]:
     """Inside, a test is on ``device``."""
+    if device != "cpu":
+        import torch._dynamo.variables  # keeps for good what it finds in torch: to be what is there without patches
+        from torch._dynamo.trace_rules import get_torch_obj_rule_map
+
+        get_torch_obj_rule_map()
     with contextlib.ExitStack() as stack:
         if device == stand_in.NAME:
             stack.enter_context(stand_in.present())
