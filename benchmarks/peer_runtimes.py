@@ -1,4 +1,4 @@
-"""Who else multiplies by quantized weights, outside torch: onnxruntime's operators, and ggml's of llama.cpp.
+"""Products with quantized weights outside torch: the operators of onnxruntime, and those of ggml in llama.cpp.
 
 Both take x in float32 and give float32. A weight is one operator in a graph of its own; the graphs take turns, as the
 weights of every contender do.
@@ -36,7 +36,7 @@ FLOAT32 = "float32 in and out"
 
 
 def of(case: Product) -> list[Contender]:
-    """Who has this product on a CPU."""
+    """List the peers that have this product on a CPU."""
     if case.device != "cpu":
         return []
     four = case.spec.row.packed

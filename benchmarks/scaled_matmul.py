@@ -48,7 +48,7 @@ class DynamicMatmul(Product):
         return turns([functools.partial(call, x, c, scale) for c in self.copies(codes)])
 
     def our_int8(self, inputs: Tensors, outs: Tensors) -> Call:
-        """The same values in 8 bits, which are not exact."""
+        """Multiply by the same values in 8 bits, which are not exact."""
         eight = dataclasses.replace(self, spec=W8A8, backends=())
         w = quantlib.quantize_dynamic(self.values(*inputs[1:]), "int8", block=(1, -1))
         return eight.our_op((inputs[0], *w), outs)

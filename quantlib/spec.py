@@ -196,7 +196,7 @@ class QuantSpec:
 
     @property
     def kept(self) -> QuantSpec:
-        """The same without the activation and the search: what the codes of a stored weight are."""
+        """The spec of a stored weight: this one without the activation and the search."""
         return replace(self, activation=None, search="minmax")
 
     def block(self, shape: Sequence[int]) -> tuple[int, int]:

@@ -82,11 +82,9 @@ def process(rank: int, folder: str, cases: Sequence[tuple[str, str]]) -> None:
         dist.destroy_process_group()
 
 
-def run(cases: Sequence[tuple[str, str]], folder: Path) -> Results:
-    """What every process returned of every case (module, function)."""
-    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)  # imports once, for all of them
-    world = max(WORLDS)
-    context = mp.start_processes(process, (str(folder), cases), nprocs=world, join=False, start_method="forkserver")
+def saved(process: Callable[..., None], folder: Path, world: int, *more: Any, start_method: str = "spawn") -> list[Any]:
+    """Start ``process(rank, folder, *more)`` for each rank, and return what each saved as ``folder/rank``."""
+    context = mp.start_processes(process, (str(folder), *more), nprocs=world, join=False, start_method=start_method)
     end = time.monotonic() + SECONDS
     try:
         while not context.join(timeout=5):
@@ -95,5 +93,11 @@ def run(cases: Sequence[tuple[str, str]], folder: Path) -> Results:
         for worker in context.processes:
             if worker.is_alive():
                 worker.kill()
-    ranks = [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
+
+
+def run(cases: Sequence[tuple[str, str]], folder: Path) -> Results:
+    """Return what every process returned of every case (module, function)."""
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)  # imports once, for all of them
+    ranks = saved(process, folder, max(WORLDS), cases, start_method="forkserver")
     return {key: [found[key] for found in ranks] for key in ranks[0]}

@@ -122,7 +122,7 @@ def call(case: Searched, given: dict[str, torch.Tensor], out: Any = None) -> tup
 
 
 def check(case: Searched, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`."""
+    """Check the bytes of ``case``, as :func:`quantlib.testing.check` does."""
     given = tensors(case, device)
     prove(str(case), given, expected(case), ("found",), functools.partial(call, case, given))
 

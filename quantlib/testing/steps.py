@@ -125,7 +125,7 @@ def call(case: Step, given: dict[str, Any], out: Any = None) -> tuple[torch.Tens
 
 
 def check(case: Step, device: str = "cpu") -> None:
-    """As :func:`quantlib.testing.check`, and in place."""
+    """Check the bytes of ``case``, as :func:`quantlib.testing.check` does, and in place."""
     given, want = tensors(case, device), expected(case)
     prove(str(case), given, want, NAMES, functools.partial(call, case, given))
     own = tuple(given[name] for name in ("parameter", *STATES))

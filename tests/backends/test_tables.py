@@ -12,6 +12,7 @@ from quantlib.testing import every, learned, product
 from quantlib.testing.__main__ import in_processes, main
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.steps import Step
 from quantlib.testing.table import DTYPES
 
 KINDS = [(f.name, symmetric) for f in formats.TABLE for symmetric in (True, False) if symmetric or not f.is_float]
@@ -35,6 +36,14 @@ def test_every_kernel_is_launched(op: str) -> None:
     if op == "fake_quantize_backward":
         masks = {(c.format, c.symmetric, c.dtype, c.lsq) for c in table if isinstance(c, Learned)}
         assert len(masks) == 2 * len(found)
+    assert {case.layout for case in table} >= {"contiguous", "offset"}
+
+
+def test_every_kernel_of_a_step_is_launched() -> None:
+    """States in 8 bits and in 32 with every dtype, rounded at random where that is bfloat16, and at any address."""
+    table = [case for case in every.launches("adamw_step") if isinstance(case, Step)]
+    kinds = {(case.dtype, case.format, case.random) for case in table}
+    assert kinds == {(d, f, r) for d in DTYPES for f in ("int8", "float32") for r in {False, d == "bfloat16"}}
     assert {case.layout for case in table} >= {"contiguous", "offset"}
 
 

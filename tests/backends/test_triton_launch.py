@@ -1,4 +1,4 @@
-"""How a kernel is started: a class of calls is found again without Triton, and is never too wide for one binary."""
+"""Launches of kernels: a class of calls is found again without Triton, and is never too wide for one binary."""
 
 from __future__ import annotations
 

@@ -87,8 +87,7 @@ def test_a_search_never_adds_error_weighted_by_energy(text: str) -> None:
     z = None if zero_point is None else zero_point.numpy()
     share = (energy / energy.max()).numpy()
     losses = [  # as the search counts them
-        loss_of(w.numpy(), s.float().numpy(), first, spec.row, block, "mse", z, share)
-        for s in (scale, plain.scale)
+        loss_of(w.numpy(), s.float().numpy(), first, spec.row, block, "mse", z, share) for s in (scale, plain.scale)
     ]
     assert bool((losses[0] <= losses[1]).all())
     assert bool((losses[0] < losses[1]).any()) or text == "int8:row"

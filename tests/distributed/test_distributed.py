@@ -6,19 +6,17 @@ Both processes start once and go through every case; each leaves what it saw in 
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import gloo
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -239,17 +237,7 @@ def process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of the two processes saw, by case, and of each check."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(process, (str(folder),), nprocs=WORLD, join=False, start_method="spawn")
-    end = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < end, f"the processes still run after {SECONDS} s"
-    finally:
-        for worker in context.processes:
-            if worker.is_alive():
-                worker.kill()
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(WORLD)]
+    return gloo.saved(process, tmp_path_factory.mktemp("ranks"), WORLD)
 
 
 @pytest.fixture(scope="module")
