@@ -11,7 +11,9 @@ import contextlib
 import functools
 import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -52,6 +54,25 @@ import stand_in  # noqa: E402
 from quantlib import backends  # noqa: E402
 
 DEVICES = ["cpu", *["cuda"] * GPU, *filter(None, [os.environ.get("QUANTLIB_STAND_IN")])]
+
+
+@functools.cache
+def levels() -> list[str]:
+    """Return the values of QUANTLIB_ISA that this machine has, as the error for another one lists them."""
+    call = "import torch, quantlib; quantlib.cast(torch.ones(2), 'float16')"
+    environment = {**os.environ, "QUANTLIB_ISA": "none", "QUANTLIB_BACKEND": "cpp"}
+    done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True, check=False)
+    listed = re.search(r"QUANTLIB_ISA must be one of (.*) on this machine", done.stderr)
+    assert listed is not None, done.stderr
+    return listed[1].split(", ")
+
+
+def needs_level(level: str) -> None:
+    """Skip the test where there is no C++ library, or where this machine does not have ``level``."""
+    if why := backends.refuses("cpp", "cpu"):
+        pytest.skip(f"cpp: {why}")
+    if level not in levels():
+        pytest.skip(f"{level}: this machine has {', '.join(levels())}")
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,17 @@ def test_a_killed_rank_changes_nothing(tmp_path: Path) -> None:
         "    if step == 3 and dist.get_rank() == 1 and __import__('os').environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        __import__('os').kill(__import__('os').getpid(), 9)\n"
     )
+    late = (  # so that rank 0 looks for its peers before rank 1 has said where it is
+        "import os, time\n"
+        "time.sleep(3 * (os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] != '0'))\n"
+    )
     tell = "if dist.get_rank() == 0:\n    print('starts at', start, flush=True)\n"
     text = TRAIN.text.replace(before, kill + before).replace("for step in range", f"{tell}for step in range")
-    (killed / "train.py").write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "train.py"]
+    (killed / "train.py").write_text(late + text)
+    setting, _, line = TRAIN.text.partition("\n")[0].removeprefix("# ").partition(" torchrun ")
+    command = [sys.executable, "-m", "torch.distributed.run", *line.split()]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= dict([setting.split("=")])
     done = subprocess.run(
         command, cwd=killed, env=environment, capture_output=True, text=True, check=False, timeout=600
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Served, forced, serving
+from conftest import Served, forced, needs_level, serving
 from torch import Tensor
 
 import quantlib
@@ -142,8 +142,7 @@ def test_several_blocks_of_every_axis(
 @pytest.mark.slow
 @pytest.mark.parametrize("level", _build.LEVELS)
 def test_every_instruction_set(level: str) -> None:
-    if backends.refuses("cpp", "cpu"):
-        pytest.skip("there is no compiled library")
+    needs_level(level)
     chosen = "cpp and (blocks or exact or bound or special or batches)"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
@@ -152,8 +151,6 @@ def test_every_instruction_set(level: str) -> None:
         text=True,
         check=False,
     )
-    if "on this machine" in done.stdout:
-        pytest.skip(f"this machine has no {level}")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
