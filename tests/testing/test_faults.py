@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import fresh
 import pytest
 
 from quantlib import _build, backends
@@ -136,7 +135,7 @@ PLAIN = (
 
 def plant(scratch: Path, edits: tuple[tuple[str, str, str], ...]) -> Path:
     """A copy of the package and its C++ with ``edits`` made."""
-    leave_out = shutil.ignore_patterns("__pycache__", "*.so")
+    leave_out = shutil.ignore_patterns("*.so")
     for folder in ("quantlib", "csrc"):
         shutil.copytree(ROOT / folder, scratch / folder, ignore=leave_out)
     for name, right, wrong in edits:
@@ -147,7 +146,7 @@ def plant(scratch: Path, edits: tuple[tuple[str, str, str], ...]) -> Path:
     return scratch
 
 
-def run(scratch: Path, *arguments: str, build: str) -> subprocess.CompletedProcess[str]:
+def run(scratch: Path, *arguments: str, build: str) -> fresh.Done:
     environment = os.environ | {
         "PYTHONPATH": str(scratch),
         "QUANTLIB_BUILD": build,
@@ -156,8 +155,7 @@ def run(scratch: Path, *arguments: str, build: str) -> subprocess.CompletedProce
     }
     for name in ("QUANTLIB_ISA", "QUANTLIB_BACKEND"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=scratch)
+    return fresh.run(["-m", *arguments], env=environment, cwd=scratch)
 
 
 def needs_sources() -> None:
