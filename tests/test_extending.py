@@ -591,7 +591,7 @@ def test_a_backend_is_proved(with_stub: Path, tmp_path: Path) -> None:
     assert "equals stub on cpu" in run(with_stub, *verify, "--against", "stub")
     table = tmp_path / "support.txt"
     shutil.copy(ROOT / "tests/support.txt", table)
-    run(with_stub, "-m", "quantlib.testing.support", str(table))
+    run(with_stub, "-m", "quantlib.testing.support", str(table), TRITON_INTERPRET="0")  # its column is kept
     before, after = ((path.read_text()).splitlines() for path in (ROOT / "tests/support.txt", table))
     assert after[1] == before[1].replace("zero point, ", "zero point, stub ")
     column = before[2].index("composite")
