@@ -9,6 +9,7 @@ at every step.
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import os
@@ -92,6 +93,7 @@ def convert(box: Path, folder: bool, force: bool, at: int, fault: int, exchange:
         return os.waitstatus_to_exitcode(status), calls
     try:
         signal.alarm(60)
+        gc.disable()  # it would touch, and so copy, the memory of all that the tests have imported
         sys.stdout = sys.stderr = io.StringIO()
         inject(at, fault, write)
         if not exchange:
