@@ -13,13 +13,13 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kWideRows = 16;  // of x, from two on: one is faster as bytes, more in blocks
+constexpr int64_t kWideRows = 16;  // of x, at most: more are faster in blocks
 
 // AVX-VNNI multiplies bytes in less time.
 bool in_wide_dots([[maybe_unused]] const ScaledMatmul& p) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const Grid& g = p.weight.grid;
-  return !has_avx_vnni() && p.M > 1 && p.M <= kWideRows && row_of(p.weight.format).bits == 8 && g.K > 0 && g.bk >= g.K;
+  return !has_avx_vnni() && p.M <= kWideRows && row_of(p.weight.format).bits == 8 && g.K > 0 && g.bk >= g.K;
 #else
   return false;
 #endif
@@ -76,9 +76,10 @@ class WideDots {
     return F::is_signed ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
   }
 
-  // total[r, s] += the lanes of the sum over `columns` of x'[r] * codes[s], for R rows of x and S of w
+  // total[r, s] += the lanes of the sum over `columns` of x'[r] * codes[s], for R rows of x and S of w. What lies at
+  // `ahead`, where that is not null, is fetched from its first byte on, a line of each row of w in turn.
   template <int R, int S>
-  static void multiply(const int16_t* x, int64_t stride, const char* const* w, int64_t ahead, int64_t columns,
+  static void multiply(const int16_t* x, int64_t stride, const char* const* w, const char* ahead, int64_t columns,
                        Int32s (*total)[kWeightRows]) {
     Int32s sum[R][S];
 #pragma GCC unroll 4
@@ -87,7 +88,7 @@ class WideDots {
       for (int s = 0; s < S; ++s) sum[r][s] = total[r][s];
     for (int64_t k = 0; k < columns; k += kStep) {
       if (ahead && k % 64 == 0)
-        for (int s = 0; s < S; ++s) __builtin_prefetch(w[s] + k + ahead);
+        for (int s = 0; s < S; ++s) __builtin_prefetch(ahead + kWeightRows * k + 64 * s);
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
         const __m256i codes = widen_codes(w[s] + k);
@@ -104,25 +105,25 @@ class WideDots {
 
   // The same for R rows and a whole slab, as many rows of w at once as registers hold
   template <int R>
-  static void multiply_rows(const int16_t* x, int64_t stride, const char* const* w, int64_t ahead, int64_t columns,
+  static void multiply_rows(const int16_t* x, int64_t stride, const char* const* w, const char* ahead, int64_t columns,
                             Int32s (*total)[kWeightRows]) {
     constexpr int S = R == 4 ? 2 : 4;
     for (int s = 0; s < kWeightRows; s += S) {
       Int32s part[R][kWeightRows];
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < S; ++i) part[r][i] = total[r][s + i];
-      multiply<R, S>(x, stride, w + s, ahead, columns, part);
+      multiply<R, S>(x, stride, w + s, ahead ? ahead + 64 * s : nullptr, columns, part);
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < S; ++i) total[r][s + i] = part[r][i];
     }
   }
 
-  void multiply_all(int64_t k, const char* const* w, int64_t ahead, int64_t columns,
+  void multiply_all(int64_t k, const char* const* w, const char* ahead, int64_t columns,
                     Int32s (*total)[kWeightRows]) const {
     constexpr decltype(&multiply_rows<1>) some[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
                                                     multiply_rows<4>};
     for (int64_t m = 0; m < p_.M; m += 4)
-      some[least(4, p_.M - m) - 1](x(m) + k, stride_, w, m ? 0 : ahead, columns, total + m);
+      some[least(4, p_.M - m) - 1](x(m) + k, stride_, w, m ? nullptr : ahead, columns, total + m);
   }
 
   // d[m, 0 .. kWeightRows) of rows n0 .. n0 + kWeightRows of w; the last row stands in for those below it
@@ -134,7 +135,7 @@ class WideDots {
     const int64_t whole = g_.K / kStep * kStep;
     for (int64_t k = 0; k < whole; k += kColumns) {
       for (int64_t s = 0; s < kWeightRows; ++s) w[s] = row[s] + k;
-      multiply_all(k, w, kWeightRows * g_.K, least(kColumns, whole - k), total);
+      multiply_all(k, w, row[0] + kWeightRows * (g_.K + k), least(kColumns, whole - k), total);
     }
     if (whole < g_.K) {
       char rest[kWeightRows][kStep] = {};
@@ -142,7 +143,7 @@ class WideDots {
         __builtin_memcpy(rest[s], row[s] + whole, size_t(g_.K - whole));
         w[s] = rest[s];
       }
-      multiply_all(whole, w, 0, kStep, total);
+      multiply_all(whole, w, nullptr, kStep, total);
     }
     for (int64_t m = 0; m < p_.M; ++m)
       store(d + m * kPanel, lane_sums(total[m][0], total[m][1], total[m][2], total[m][3]));
