@@ -279,7 +279,7 @@ def test_new_rows_that_do_not_fit_the_scale_of_old_ones(spec: str) -> None:
     table.set_weight_(weight)
     assert_same_bytes(table.weight_codes[:16], before[0][:16])
     assert_same_bytes(table.weight_scale[:2], before[1][:2])
-    assert_close(table.values()[20:], weight[20:])
+    assert_close(table.values()[20:], weight[20:], 0.005)
     assert float(table.weight_scale[2]) > 10 * float(before[1][2])
 
 
