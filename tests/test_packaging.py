@@ -1,4 +1,4 @@
-"""What a user gets: the wheel, the source archive, and an import with and without a compiler."""
+"""A user's installation: the wheel, the source archive, and an import with and without a compiler."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_build_1_makes_a_library_that_does_not_load_an_error(tmp_path: Path) -> 
 
 
 def test_a_user_without_a_home(tmp_path: Path) -> None:
-    """As in a container that is started for a user id that it does not know."""
+    """The library works in a container that is started for a user id that it does not know."""
     code = """if True:
         import pwd
         def unknown(user): raise KeyError(user)

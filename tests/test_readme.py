@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is run: Python blocks in order, examples of docstrings, and marked commands verbatim.
+"""The code of README.md and docs/ runs: Python blocks in order, examples of docstrings, and marked commands verbatim.
 
 ``<!-- checked -->`` above a ```console block: the output of its ``$ quantlib`` commands must be exactly what is shown.
 ``<!-- not run: REASON -->`` above a ```python block leaves it out.

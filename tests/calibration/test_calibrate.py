@@ -111,7 +111,7 @@ def test_a_chain_is_run_block_by_block_on_what_came_out_of_the_quantized_ones() 
 
 
 class Twice(nn.Module):
-    """Not a chain: the second call of a block is given the sum of two results."""
+    """A model that is no chain: the second call of a block is given the sum of two results."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ def weight(N: int = 24, K: int = 80) -> Tensor:
 
 
 def gram(K: int = 80, rank: int = 12, tokens: int = 256) -> Tensor:
-    """Of inputs that lie near a space of few dimensions."""
+    """Make the Hessian of inputs that lie near a space of few dimensions."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, rank, generator=generator) @ torch.randn(rank, K, generator=generator)
     x += 0.1 * torch.randn(tokens, K, generator=generator)

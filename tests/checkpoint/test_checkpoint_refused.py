@@ -1,4 +1,4 @@
-"""What `quantize_file` refuses before any work, what it takes for the model, and what it leaves as it is."""
+"""`quantize_file`: refusals before any work, the files that it takes for the model, and files that it leaves."""
 
 from __future__ import annotations
 
@@ -438,7 +438,7 @@ def test_names(tmp_path: Path) -> None:
 
 
 def test_routers_and_heads_are_known_by_their_rows(tmp_path: Path) -> None:
-    """Under whatever name: a row for each expert beside it, or for each word of the vocabulary."""
+    """A router or a table is known under any name: it has a row for each expert, or for each word of the vocabulary."""
     state = {f"layers.0.mlp.experts.{i}.w1.weight": torch.ones(6, 4) for i in range(3)}
     state |= {"layers.0.mlp.switch.weight": torch.ones(3, 4), "layers.0.mlp.switch2.linear.weight": torch.ones(3, 4)}
     state |= {"layers.0.q.weight": torch.ones(3, 4), "layers.1.mlp.experts.up": torch.ones(5, 6, 4)}

@@ -84,7 +84,7 @@ def placed(args: list[Any], mesh: DeviceMesh) -> Iterator[list[Any]]:
 
 
 def every_op(mesh: DeviceMesh) -> dict[str, tuple[float, int, int]]:
-    """Of each overload: the largest relative difference to one process, results that are not whole, and all results."""
+    """Return for each overload the largest relative difference to one process, results not whole, and all results."""
     found: dict[str, tuple[float, int, int]] = {}
     for overload, args in calls():
         expected = op_of(overload)(*args)

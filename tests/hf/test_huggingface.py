@@ -1,4 +1,4 @@
-"""What transformers, peft and accelerate do to a model that is quantized, or before it is."""
+"""Work of transformers, peft and accelerate on a model that is quantized, or before it is."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_quantizing_under_adapters_keeps_them_trainable_floats(spec: str) -> Non
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "W8A8"])
 def test_dora_takes_the_norms_of_the_weight(spec: str) -> None:
-    """Not those of the codes, which are hundreds of times as large."""
+    """DoRA takes the norms of the values, not of the codes, which are hundreds of times as large."""
     model = quantized(spec)
     plain = copy.deepcopy(model)
     quantlib.dequantize_(plain)

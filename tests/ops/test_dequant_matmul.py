@@ -290,7 +290,7 @@ def test_lane_holds_its_fragment() -> None:
 @pytest.mark.parametrize("block", [(1, -1), (1, 16), (3, 5)], ids=str)
 @pytest.mark.parametrize("backend", serving("dequant_matmul_backward_scale"), ids=str, indirect=True)
 def test_gradients(backend: Served, block: tuple[int, int], dtype: torch.dtype, activation: str | None) -> None:
-    """Of x, scale and bias: those of F.linear with the dequantized weight."""
+    """Gradients of x, scale and bias are those of F.linear with the dequantized weight."""
     N, K = 12, 35
     codes, scale, _ = quantized(N, K, "int8", block, False)
     leaves = [torch.randn(2, 3, K).to(dtype), scale, torch.randn(N).to(dtype)]

@@ -29,7 +29,7 @@ def counted(function: Callable[[], Any]) -> int:
     "spec", ["int8:row", "int4:group:16", "float8_e4m3fn:tensor", "W8A8", "int8@uint8:tensor:affine"]
 )
 def test_a_layer(spec: str) -> None:
-    """As many as the float layer: a product forward, and backward one for x."""
+    """A quantized layer counts as many as the float layer: a product forward, and backward one for x."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(K, N)), torch.randn(2, M // 2, K, requires_grad=True)
     want = counted(lambda: net(x))

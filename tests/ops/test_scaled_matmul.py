@@ -117,7 +117,7 @@ def test_threads(backend: Served) -> None:
 
 @pytest.mark.parametrize("affine", [False, True])
 def test_the_largest_sums(backend: Served, affine: bool) -> None:
-    """At the largest K an int32 holds the sum, of either sign; one more is an error that says so."""
+    """An int32 holds the sum of either sign at the largest K; one more is an error that says so."""
     K = (2**31 - 1) // (255 * 255) if affine else (2**31 - 1) // (128 * 128)
     for x_code, code in itertools.product((-128, 127), repeat=2):
         case = scaled(2, 3, K, affine=affine, x_symmetric=not affine)
@@ -153,7 +153,7 @@ def test_special_scales(backend: Served, block: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("backend", [s for s in serving("scaled_matmul") if s.device == "cpu"], ids=str, indirect=True)
 def test_a_zero_point_out_of_range(backend: Served) -> None:
-    """Which is told where no device has to be waited for."""
+    """A zero point out of range is an error where no device has to be waited for."""
     case = scaled(2, 5, 9, "int4", True, x_format="uint8", x_symmetric=False)
     given = tensors(case)
     for name, qmax in (("x_zero_point", 255), ("zero_point", 7)):
@@ -189,7 +189,7 @@ def test_leading_axes_strides_and_out(backend: Served) -> None:
 
 
 def test_an_output_over_an_input(backend: Served) -> None:
-    """What is still read is not yet written."""
+    """The output may lie over an input: an element is read before its place is written."""
     case = scaled(4, 16, 16, bias=True, dtype="float32")
     given, memory = tensors(case), torch.zeros(4 * 16)
     memory[:16] = given["bias"]
