@@ -421,7 +421,7 @@ def test_refused_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"must be of version 1 or older, got 2: update quantlib"),
+        ({"version": 3}, r"must be of version 2 or older, got 3: update quantlib"),
         ({"version": None}, "metadata quantlib must describe its weights"),
         ({"weights": []}, "metadata quantlib must describe its weights"),
         ({"weights": {"first.weight": {"spec": "int8:row"}}}, "metadata quantlib must describe its weights"),

@@ -129,13 +129,18 @@ def test_the_largest_sums(backend: Served, affine: bool) -> None:
     assert_right(replace(longer, block=(1, K)))
 
 
-@pytest.mark.parametrize("block", [(1, 128), (1, 256)], ids=str)
-def test_the_largest_sums_of_nibbles(backend: Served, block: tuple[int, int]) -> None:
+@pytest.mark.parametrize("x_format", ["int8", "uint8"])
+@pytest.mark.parametrize(
+    ("M", "block"), [(3, (1, 128)), (3, (1, 256)), (21, (1, 128)), (21, (1, -1)), (9, (1, 20))], ids=str
+)
+def test_the_largest_sums_of_nibbles(backend: Served, M: int, block: tuple[int, int], x_format: str) -> None:
     """Every product as large as any: what AVX2 adds up in 16 bits stays there."""
-    M, N, K = 3, 9, 512
-    case = scaled(M, N, K, "int4", block=block)
-    for x_code, byte in itertools.product((-128, 127), (0x77, 0x88)):
-        x_codes, codes = torch.full((M, K), x_code, dtype=torch.int8), torch.full((N, K // 2), byte, dtype=torch.uint8)
+    N, K = 9, 512
+    case = scaled(M, N, K, "int4", block=block, x_format=x_format)
+    dtype = getattr(torch, x_format)
+    limits = torch.iinfo(dtype)
+    for x_code, byte in itertools.product((limits.min, limits.max), (0x77, 0x88)):
+        x_codes, codes = torch.full((M, K), x_code, dtype=dtype), torch.full((N, K // 2), byte, dtype=torch.uint8)
         assert_right(case, x_codes=x_codes, codes=codes)
 
 
