@@ -128,7 +128,7 @@ def test_pure_torch_serves_a_row(with_rows: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_triton_serves_a_row(with_rows: Path, name: str) -> None:
     pytest.importorskip("triton")
-    tables(with_rows, "triton", name, "3/61")
+    tables(with_rows, "triton", name, "16/61")  # every op, and few of the large products
 
 
 COMPILED = """
