@@ -50,7 +50,8 @@ def skeleton_of(config: Mapping[str, Any]) -> Any:
         found = [getattr(transformers, name, None) for name in config.get("architectures") or ()]
         cls: Any = next((cls for cls in found if cls is not None), transformers.AutoModel)
         with torch.device("meta"):
-            return cls.from_config(parsed) if cls is transformers.AutoModel else cls._from_config(parsed)
+            made = cls.from_config if cls is transformers.AutoModel else cls._from_config
+            return made(parsed)
     except Exception as error:  # a model that cannot be built tells nothing
         log.info("config.json tells nothing of how weights lie: %s", error)
         return None

@@ -181,10 +181,6 @@ class QuantLinear(QuantModule, nn.Linear):
         self.set_input_scale(static)
         self.batch_invariant, self.kernel, self._fixed = False, kernel_of(spec, self.in_features), False
 
-    def _resize(self, N: int) -> bool:
-        self.out_features = N
-        return True
-
     def set_input_scale(self, static: Scale | None) -> None:
         """Keep what static activations are projected with; None where they are not static."""
         for name, tensor in zip(("input_scale", "input_zero_point"), static or (None, None), strict=True):
