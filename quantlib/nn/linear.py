@@ -359,6 +359,12 @@ class QuantLinear(QuantModule, nn.Linear):
         self.untile_()
         return super().set_weight_(weight)
 
+    def _resize(self, N: int) -> bool:
+        if self.bias is not None:
+            return False
+        self.out_features = N
+        return True
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.tiled and not keep_vars:
