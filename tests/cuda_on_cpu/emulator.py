@@ -49,6 +49,7 @@ SMALLER = (
 )
 FAKE = ("fake_quantize", "fake_quantize_backward")
 STEP = ("adamw_step",)
+GROUPED = ("grouped_dequant_matmul",)
 TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum class Type of csrc/problem.h
 
 
@@ -142,7 +143,8 @@ class Call:
     M: int = 0  # of a matmul
 
     def packed(self) -> bytes:
-        first, ops = next(known for known in ((0, OPS), (16, MATMULS), (32, FAKE), (48, STEP)) if self.op in known[1])
+        families = ((0, OPS), (16, MATMULS), (32, FAKE), (48, STEP), (64, GROUPED))
+        first, ops = next(known for known in families if self.op in known[1])
         op = first + ops.index(self.op)
         types = (TYPES[self.source], TYPES[self.target], TYPES[self.result])
         activation = (None, *ACTIVATIONS).index(self.activation)
