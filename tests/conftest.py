@@ -13,7 +13,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -48,6 +47,7 @@ with contextlib.suppress(ImportError):  # the tests that draw their inputs: as o
     hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=slow)
     hypothesis.settings.load_profile("any machine")
 
+import fresh  # noqa: E402
 import interpreter  # noqa: E402
 import stand_in  # noqa: E402
 
@@ -61,7 +61,7 @@ def levels() -> list[str]:
     """Return the values of QUANTLIB_ISA that this machine has, as the error for another one lists them."""
     call = "import torch, quantlib; quantlib.cast(torch.ones(2), 'float16')"
     environment = {**os.environ, "QUANTLIB_ISA": "none", "QUANTLIB_BACKEND": "cpp"}
-    done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True, check=False)
+    done = fresh.run(["-c", call], env=environment)
     listed = re.search(r"QUANTLIB_ISA must be one of (.*) on this machine", done.stderr)
     assert listed is not None, done.stderr
     return listed[1].split(", ")

@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import textwrap
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh
 import pytest
 
 from quantlib import _build, backends, formats
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a chec
 def copy_of_tree(tmp_path: Path) -> Path:
     """The package and its C++ sources, to be changed."""
     for folder in ("quantlib", "csrc"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
     return tmp_path
 
 
@@ -36,8 +36,7 @@ def run(tree: Path, *arguments: str, **environment: str) -> str:
     """Return the output of this Python in ``tree``; it must succeed."""
     settings = {name: value for name, value in os.environ.items() if name not in ("QUANTLIB_BACKEND", "QUANTLIB_ISA")}
     settings |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **environment}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=settings, cwd=tree, capture_output=True, text=True, check=False)
+    done = fresh.run([*arguments], env=settings, cwd=tree)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -592,7 +591,7 @@ def test_a_backend_is_proved(with_stub: Path, tmp_path: Path) -> None:
     assert "equals stub on cpu" in run(with_stub, *verify, "--against", "stub")
     table = tmp_path / "support.txt"
     shutil.copy(ROOT / "tests/support.txt", table)
-    run(with_stub, "-m", "quantlib.testing.support", str(table))
+    run(with_stub, "-m", "quantlib.testing.support", str(table), TRITON_INTERPRET="0")  # its column is kept
     before, after = ((path.read_text()).splitlines() for path in (ROOT / "tests/support.txt", table))
     assert after[1] == before[1].replace("zero point, ", "zero point, stub ")
     column = before[2].index("composite")

@@ -64,8 +64,31 @@ QL_FN Int32s wrapping_add(Int32s a, Int32s b) {
   return same_bits<Int32s>(same_bits<U>(a) + same_bits<U>(b));
 }
 
+// The ways in which registers multiply. add<N>(sum, x, x_stride, w, w_stride) adds N bytes of V panels of x times R
+// rows of w, where N is a step, or a lane for what is left; R * V is `sums`.
+
+// Two int16 of a lane, or, of Bytes, its four bytes
+template <class Dot>
+struct ByLanes {
+  static constexpr int64_t step = 4, lane = 4;
+  static constexpr int sums = kSums;
+
+  template <int64_t, int R, int V>
+  static QL_MEMBER void add(Int32s (&sum)[R][V], const char* x, int64_t x_stride, const char* w, int64_t w_stride) {
+    Int32s a[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[v] = load<Int32s>(x + v * x_stride);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+      const Int32s b = splat<Int32s>(load<int32_t>(w + r * w_stride));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = Dot::dot(sum[r][v], a[v], b);
+    }
+  }
+};
+
 // sum + x * w of the two int16 of a lane
-struct Pairs {
+struct Pairs : ByLanes<Pairs> {
   static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
 #if defined(__AVX512BW__)
     return wrapping_add(sum, Int32s(_mm512_madd_epi16(__m512i(x), __m512i(w))));
@@ -82,7 +105,7 @@ struct Pairs {
 // sum + x * w of the four bytes of a lane, x signed and w unsigned
 #if defined(__AVX512VNNI__)
 #define QL_BYTES
-struct Bytes {
+struct Bytes : ByLanes<Bytes> {
   static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
     return Int32s(_mm512_dpbusd_epi32(__m512i(sum), __m512i(w), __m512i(x)));
   }
@@ -90,7 +113,7 @@ struct Bytes {
 #elif defined(__AVX2__) && !defined(__AVX512F__) && defined(__has_include)
 #if __has_include(<avxvnniintrin.h>)  // a sign that the assembler knows it
 #define QL_BYTES
-struct Bytes {
+struct Bytes : ByLanes<Bytes> {
   static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
     return sum;
@@ -99,39 +122,78 @@ struct Bytes {
 #endif
 #endif
 
-// V panels of x by kSums / V rows of w, of which `bytes` are multiplied, a multiple of four
-template <class Dot, int V>
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define QL_NIBBLE_BYTES
+// Signed bytes of x times unsigned codes of at most four bits: an int16 holds eight sums of two products, each of which
+// is at most 2 * 128 * 15 in magnitude. In assembly, or g++ 12 multiplies for all sums before it adds to the first, and
+// has no registers for that.
+struct Nibbles {
+  static constexpr int64_t step = 32, lane = 4;
+  static constexpr int sums = 12;
+
+  template <int64_t N, int R, int V>
+  static QL_MEMBER void add(Int32s (&sum)[R][V], const char* x, int64_t x_stride, const char* w, int64_t w_stride) {
+    __m256i part[R][V];
+    multiply<R, V, true>(part, x, x_stride, w, w_stride);
+#pragma GCC unroll 1
+    for (int64_t k = 4; k < N; k += 4) multiply<R, V, false>(part, x + k * kLanes, x_stride, w + k, w_stride);
+    const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = wrapping_add(sum[r][v], Int32s(_mm256_madd_epi16(part[r][v], ones)));
+  }
+
+ private:
+  // part = or += the products of four bytes of each row
+  template <int R, int V, bool FIRST>
+  static QL_MEMBER void multiply(__m256i (&part)[R][V], const char* x, int64_t x_stride, const char* w,
+                                 int64_t w_stride) {
+    __m256i a[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[v] = load<__m256i>(x + v * x_stride);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const __m256i b = _mm256_set1_epi32(load<int32_t>(w + r * w_stride));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        __m256i products;
+        if constexpr (FIRST) asm("vpmaddubsw %2, %1, %0" : "=x"(part[r][v]) : "x"(b), "x"(a[v]));
+        else asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(part[r][v]), "=&x"(products) : "x"(b), "x"(a[v]));
+      }
+    }
+  }
+};
+#endif
+
+// V panels of x by Way::sums / V rows of w, of which `bytes` are multiplied, a multiple of four
+template <class Way, int V>
 static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) {
-  constexpr int R = kSums / V;
+  constexpr int R = Way::sums / V;
   Int32s sum[R][V];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = to.add ? load<Int32s>(to.d + v * to.stride + r * kLanes) : Int32s{};
-  for (int64_t k = 0; k < bytes; k += 4) {
-    Int32s a[V];
+  int64_t k = 0;
+  for (; k + Way::step <= bytes; k += Way::step) {
     if (k % 64 == 0) ahead.fetch(k / 64);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) a[v] = load<Int32s>(x.data + v * x.stride + k * kLanes);
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r) {
-      const Int32s b = splat<Int32s>(load<int32_t>(w.data + r * w.stride + k));
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = Dot::dot(sum[r][v], a[v], b);
-    }
+    Way::template add<Way::step>(sum, x.data + k * kLanes, x.stride, w.data + k, w.stride);
   }
+  for (; Way::lane < Way::step && k < bytes; k += Way::lane)
+    Way::template add<Way::lane>(sum, x.data + k * kLanes, x.stride, w.data + k, w.stride);
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(to.d + v * to.stride + r * kLanes, sum[r][v]);
 }
 
-template <class Dot>
+template <class Way>
 static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead,
                                Sums to) {
-  constexpr decltype(&multiply_registers<Dot, 1>) kernels[] = {multiply_registers<Dot, 1>, multiply_registers<Dot, 2>,
-                                                               multiply_registers<Dot, 3>};
-  const int64_t step = kSums / panels;
+  constexpr decltype(&multiply_registers<Way, 1>) kernels[] = {multiply_registers<Way, 1>, multiply_registers<Way, 2>,
+                                                               multiply_registers<Way, 3>};
+  const int64_t step = Way::sums / panels;
   for (int64_t r = 0; r < rows; r += step) {
     kernels[panels - 1](w, x, bytes, r == 0 ? ahead : Ahead{}, to);
     w.data += step * w.stride, to.d += step * kLanes;

@@ -15,8 +15,9 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-// The instructions that multiply: of two int16, of signed by unsigned bytes, of tiles of bytes
-enum class Engine : uint8_t { pairs, bytes, tiles };
+// The instructions that multiply: of two int16, of signed bytes by codes of at most four bits or by unsigned bytes, of
+// tiles of bytes
+enum class Engine : uint8_t { pairs, nibbles, bytes, tiles };
 
 struct Blocking {
   Engine unit;
@@ -27,7 +28,7 @@ struct Blocking {
   int64_t padded(int64_t codes) const { return round_up(codes, depth) * code_bytes; }
 };
 
-Blocking blocking_of() {
+Blocking blocking_of([[maybe_unused]] Type w_format) {
 #ifdef QL_AMX
   if (has_amx()) return {Engine::tiles, 256, 128, 4096, 32, 1, 64};
 #endif
@@ -36,6 +37,9 @@ Blocking blocking_of() {
   if (has_avx_vnni())
 #endif
     return {Engine::bytes, 256, 4 * kSums, 1024, kSums, 1, 4};
+#endif
+#ifdef QL_NIBBLE_BYTES
+  if (row_of(w_format).bits <= 4) return {Engine::nibbles, 256, 4 * kSums, 1024, 4 * kSums, 1, 4};
 #endif
   return {Engine::pairs, 256, 4 * kSums, 512, kSums, 2, 2};
 }
@@ -84,7 +88,7 @@ void unpack_bytes(bool is_unsigned, const uint8_t* __restrict__ row, int64_t k0,
 // What is multiplied of codes k0 .. k0 + n of a row; z counts where pairs are
 template <class F>
 void unpack_row(Engine unit, const uint8_t* row, int64_t k0, int64_t n, int32_t z, char* out) {
-  if (unit != Engine::pairs) return unpack_bytes<F>(unit == Engine::bytes, row, k0, n, out);
+  if (unit != Engine::pairs) return unpack_bytes<F>(unit != Engine::tiles, row, k0, n, out);
   auto* __restrict__ to = reinterpret_cast<int16_t*>(out);
   if constexpr (is_whole<F>) {
     const uint8_t* __restrict__ codes = row + k0;
@@ -111,7 +115,7 @@ struct WeightCodes {
       using F = decltype(f);
       if constexpr (!F::is_float) {
         unpack = unpack_row<F>, ready = lies_ready<F>(unit);
-        moved = unit == Engine::pairs ? 0 : uint32_t(unit == Engine::bytes ? lift<F> : -excess<F>);
+        moved = unit == Engine::pairs ? 0 : uint32_t(unit == Engine::tiles ? -excess<F> : lift<F>);
       }
     });
   }
@@ -124,7 +128,7 @@ uint32_t sum_of_bytes(Engine unit, const char* w, int64_t n) {
 #ifdef QL_BYTES
   Int32s sums = {};
   const Int32s ones = splat<Int32s>(0x01010101);
-  for (; k + 4 * kLanes <= n; k += 4 * kLanes) {
+  for (; unit != Engine::nibbles && k + 4 * kLanes <= n; k += 4 * kLanes) {  // where the processor has VNNI
     const auto bytes = load<Int32s>(w + k);
     sums = unit == Engine::bytes ? Bytes::dot(sums, ones, bytes) : Bytes::dot(sums, bytes, ones);
   }
@@ -148,7 +152,7 @@ class PackedX {
         padded(round_up(M, kLanes)),
         row_bytes((p.weight.grid.scale_cols() - 1) * b.padded(p.weight.grid.bk) +
                   b.padded(p.weight.grid.K - (p.weight.grid.scale_cols() - 1) * p.weight.grid.bk)),
-        moved(b.unit == Engine::bytes && !row_of(p.x_format).is_signed ? 128 : 0),
+        moved((b.unit == Engine::bytes || b.unit == Engine::nibbles) && !row_of(p.x_format).is_signed ? 128 : 0),
         sums_w(b.unit != Engine::pairs && (p.x_zero_point || moved)),
         sums_x(b.unit != Engine::pairs && (p.weight.zero_point || w_moved)),
         p_(p),
@@ -393,6 +397,9 @@ class BlockOfSums {
 #ifdef QL_BYTES
     if (b_.unit == Engine::bytes) return multiply_registers<Bytes>(panels, b_.NR, w, x, bytes, ahead, to);
 #endif
+#ifdef QL_NIBBLE_BYTES
+    if (b_.unit == Engine::nibbles) return multiply_registers<Nibbles>(panels, b_.NR, w, x, bytes, ahead, to);
+#endif
     multiply_registers<Pairs>(panels, b_.NR, w, x, bytes, ahead, to);
   }
 
@@ -524,7 +531,7 @@ bool in_blocks(const ScaledMatmul& p) {
 }
 
 void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
-  const Blocking b = blocking_of();
+  const Blocking b = blocking_of(p.weight.format);
   const Grid& g = p.weight.grid;
   const WeightCodes codes(p.weight.format, b.unit);
   constexpr int64_t bytes = int64_t(16) << 20;  // of x that are packed at a time

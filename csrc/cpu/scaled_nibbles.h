@@ -15,17 +15,17 @@ namespace {
 constexpr int64_t kNibbleRows = 3;
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 #define QL_NIBBLES
-constexpr int64_t kNibbleRows = 16;
+constexpr int64_t kNibbleRows = 12;
 #endif
 
-// Tiles multiply two rows and more in less time, AVX-512 VNNI four in blocks; AVX2 any number, some at a time.
+// Tiles multiply two rows and more in less time, AVX-512 VNNI four in blocks, AVX2 more than twelve.
 bool in_nibbles([[maybe_unused]] const ScaledMatmul& p) {
 #ifdef QL_NIBBLES
   const Grid& g = p.weight.grid;
 #ifdef __AVX512VNNI__
   const bool faster = p.M <= (has_amx() ? 1 : kNibbleRows);
 #else
-  const bool faster = !has_avx_vnni();
+  const bool faster = !has_avx_vnni() && p.M <= kNibbleRows;
 #endif
   return faster && p.weight.format == Type::int4 && p.x_format == Type::int8 && !p.x_zero_point && g.bk < g.K &&
          g.bk % 128 == 0 && g.K % 128 == 0;
@@ -224,18 +224,11 @@ class NibbleRows {
 void multiply_nibbles([[maybe_unused]] const ScaledMatmul& p, [[maybe_unused]] ParallelFor run) {
 #ifdef QL_NIBBLES
   const int64_t N = p.weight.grid.M;
-  for (int64_t m = 0; m < p.M; m += kNibbleRows) {
-    ScaledMatmul some = p;
-    some.M = least(kNibbleRows, p.M - m);
-    some.x_codes = static_cast<const char*>(p.x_codes) + m * p.weight.grid.K;
-    if (p.x_per_row) some.x_scale += m;
-    some.y = static_cast<char*>(p.y) + byte_offset(row_of(p.y_type), N, m, 0);
-    const NibbleRows rows(some);
-    parallel(run, (N + kLanes - 1) / kLanes, most(1, 8 * kGrain / (kLanes * p.weight.grid.K)),
-             [&](int64_t begin, int64_t end) {
-               for (int64_t piece = begin; piece < end; ++piece) rows(piece * kLanes);
-             });
-  }
+  const NibbleRows rows(p);
+  parallel(run, (N + kLanes - 1) / kLanes, most(1, 8 * kGrain / (kLanes * p.weight.grid.K)),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t piece = begin; piece < end; ++piece) rows(piece * kLanes);
+           });
 #endif
 }
 

@@ -229,6 +229,12 @@ class QuantExperts(Routed):
                         part[e] = one.view(part.dtype)
         self._keep(name, parts)
 
+    def take(self, name: str, weight: Weight) -> None:
+        """Have the codes, scales and zero points [E, ...] of ``weight``, found elsewhere, for the weight ``name``."""
+        like = self._allocate(self.stacks[name])
+        parts = (t if t is None or p is None else t.view(p.dtype) for t, p in zip(weight, like, strict=True))
+        self._keep(name, Weight(*parts))  # type: ignore[arg-type]
+
     def dequantize(self) -> nn.Module:
         """The float module of ``self.dtype`` with the values that the codes stand for."""
         new = self.FLOAT.__new__(self.FLOAT)

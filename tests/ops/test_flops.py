@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -74,5 +73,6 @@ print(counter.get_total_flops())
 
 def test_a_program_asks_for_nothing() -> None:
     """The counter is imported after quantlib, as in a sorted list of imports."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, check=True)
+    done = fresh.run(["-c", PROGRAM])
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 2 * M * N * K

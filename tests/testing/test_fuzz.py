@@ -6,12 +6,12 @@ import functools
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import fresh
 import pytest
 import torch
 
@@ -24,10 +24,8 @@ CALLS = 1000
 @pytest.mark.skipif(sys.platform != "linux", reason="the calls run in forked processes")
 def test_random_calls() -> None:
     """Run in another process: what is forked there has run nothing yet."""
-    command = [sys.executable, "-m", "quantlib.testing.fuzz", "--calls", str(CALLS)]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    command = ["-m", "quantlib.testing.fuzz", "--calls", str(CALLS)]
+    done = fresh.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert f"{CALLS} calls" in done.stdout
 
