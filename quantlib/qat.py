@@ -139,15 +139,17 @@ def prepare_qat_(
         else:
             quantizers[id(new.weight)] = new.weight_quantizer
             report.layers.append(describe(name, new.weight, new.codes(), new.spec))
-    own = {"scale": scale, "initial": initial, "mask": mask}
-    trained = {name: QATExperts.from_float(module, spec, **own) for name, module in experts.items()}  # type: ignore[arg-type]
-    for name, found in trained.items():
-        report.layers += described(name, found)
+    trained = {
+        name: QATExperts.from_float(module, spec, scale=scale, initial=initial, mask=mask)
+        for name, module in experts.items()
+    }
+    for name, stacks in trained.items():
+        report.layers += described(name, stacks)
     places = places_of(model)
     for name, new in prepared.items():
         put(new, layers[name], places)
-    for name, found in trained.items():
-        put(found, experts[name], places)
+    for name, stacks in trained.items():
+        put(stacks, experts[name], places)
     account(model, report)
     return report
 

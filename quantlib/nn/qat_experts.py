@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantlib.nn.experts import QuantExperts, Routed, Stack, by_expert, number_of, ways_of
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
-from quantlib.nn.module import rebind_hooks, taken_over
+from quantlib.nn.module import rebind_hooks, stored_dtype, taken_over
 from quantlib.nn.observers import Initial
 from quantlib.ops.check import is_sharded
 from quantlib.spec import QuantSpec, check_of_weight
@@ -47,7 +47,7 @@ class QATExperts(Routed):
         for name, way in ways_of(experts).items():
             weight = experts._parameters[name]
             assert weight is not None
-            stack = Stack.of_shape(weight.shape, way, number_of(experts))
+            stack = Stack.of(weight, way, number_of(experts))
             if spec.scaled and stack.N % spec.block(stack.matrix_shape)[0]:
                 return f"rows of several experts would share a scale of {name}: {stack.N} rows in tiles"
             if spec.per == "tensor" and spec.scaled:
@@ -93,7 +93,7 @@ class QATExperts(Routed):
         rebind_hooks(new)
         for name, way in ways_of(experts).items():
             weight = getattr(new, name)
-            stack = new.stacks[name] = Stack.of_shape(weight.shape, way, number_of(experts))
+            stack = new.stacks[name] = Stack.of(weight, way, number_of(experts))
             device, shape = weight.device, (stack.E * stack.N, stack.K)
             quantizer = FakeQuantize(shape, spec.weight_only, scale=scale, mask=mask, device=device)
             quantizer.initialize(new.rows(name), initial)
@@ -144,10 +144,8 @@ class QATExperts(Routed):
                 raise ValueError(f"{name} must be finite, got {weight[~weight.isfinite()][0]:g}")
         parts = {name: self.codes(name) for name in self.stacks}
         new = QuantExperts.like(self.as_float(), self.spec)
-        for name, weight in parts.items():
-            kept = new._parameters[f"{name}_codes"]
-            assert kept is not None
-            new._keep(name, weight._replace(codes=weight.codes.view(kept.dtype)))
+        for name, found in parts.items():
+            new._keep(name, found._replace(codes=found.codes.view(stored_dtype(self.spec))))
         return new.train(self.training)
 
     def as_float(self) -> nn.Module:
