@@ -61,7 +61,7 @@ def stack_of(experts: nn.Module, name: str) -> tuple[Tensor, Stack]:
     """The float weight ``name`` of ``experts``, and its matrices."""
     weight = experts._parameters[name]
     assert weight is not None
-    return weight, Stack.of(weight, ways_of(experts)[name], number_of(experts))
+    return weight, Stack.of_shape(weight.shape, ways_of(experts)[name], number_of(experts))
 
 
 class RoundedStack(NamedTuple):
