@@ -131,6 +131,14 @@ class Loading:
                 f"model must have layers that can hold the codes of its files, got {told}{more}: leave these weights "
                 "out (exclude, --exclude) when files are quantized, or give the float folder to from_pretrained"
             )
+        for name, weight in stored.items():
+            owner, _, key = name.rpartition(".")
+            spec, way = QuantSpec.parse(weight.spec), ways_of(modules[owner]).get(key)
+            if way in ("enk", "ekn") and len(weight.shape) == 2 and spec.scaled and spec.block((2, 2))[0] != 1:
+                raise ValueError(
+                    f"{name} must have scales of rows or groups to become one stack, got {spec} of each matrix in its "
+                    "files: give the float folder to from_pretrained, or quantize it to scales of rows or groups"
+                )
         sources = {target: source for target, source in tied_keys(model).items() if source in stored}
         for name, weight in stored.items():
             if name not in sources:

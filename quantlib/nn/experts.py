@@ -76,10 +76,6 @@ class Stack(NamedTuple):
         return (*((self.E,) * experts), *kept, *((1,) * (spec.scaled or self.transposed)))
 
     @staticmethod
-    def of(weight: Tensor, way: Way, E: int) -> Stack:
-        return Stack.of_shape(weight.shape, way, E)
-
-    @staticmethod
     def of_shape(shape: Sequence[int], way: Way, E: int) -> Stack:
         """The stack whose float weight has ``shape``."""
         *rows, columns = shape
@@ -204,7 +200,7 @@ class QuantExperts(Routed):
         for name, way in ways_of(experts).items():
             weight = new._parameters.pop(name)
             assert weight is not None
-            stack = Stack.of(weight, way, number_of(experts))
+            stack = Stack.of_shape(weight.shape, way, number_of(experts))
             new.stacks[name], new.dtype = stack, weight.dtype
             new._keep(name, new._allocate(stack))
         rebind_hooks(new)

@@ -47,7 +47,7 @@ class QATExperts(Routed):
         for name, way in ways_of(experts).items():
             weight = experts._parameters[name]
             assert weight is not None
-            stack = Stack.of(weight, way, number_of(experts))
+            stack = Stack.of_shape(weight.shape, way, number_of(experts))
             if spec.scaled and stack.N % spec.block(stack.matrix_shape)[0]:
                 return f"rows of several experts would share a scale of {name}: {stack.N} rows in tiles"
             if spec.per == "tensor" and spec.scaled:
@@ -93,7 +93,7 @@ class QATExperts(Routed):
         rebind_hooks(new)
         for name, way in ways_of(experts).items():
             weight = getattr(new, name)
-            stack = new.stacks[name] = Stack.of(weight, way, number_of(experts))
+            stack = new.stacks[name] = Stack.of_shape(weight.shape, way, number_of(experts))
             device, shape = weight.device, (stack.E * stack.N, stack.K)
             quantizer = FakeQuantize(shape, spec.weight_only, scale=scale, mask=mask, device=device)
             quantizer.initialize(new.rows(name), initial)

@@ -113,6 +113,16 @@ def test_a_base_that_is_quantized_already(tmp_path: Path) -> None:
         assert_same_bytes(value, before[name], name)
 
 
+@pytest.mark.parametrize("spec", ["int8:tensor", "int8:tile:16"])
+def test_matrices_of_experts_whose_scales_are_not_those_of_a_stack(spec: str, tmp_path: Path) -> None:
+    model = next(a for a in ARCHITECTURES if a.name == "Mixtral").build()
+    model.save_pretrained(tmp_path / "floats")
+    quantize_file(tmp_path / "floats", tmp_path / "codes", spec)
+    with pytest.raises(ValueError, match=rf"experts.\w+ must have scales of rows or groups to .* got {spec} of each"):
+        load(tmp_path / "codes")
+    assert load(tmp_path / "floats", quantization_config=QuantlibConfig(spec)).hf_quantizer.report.coverage > 0.8
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mixtral"])
 def test_adapters_of_another_shape(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
