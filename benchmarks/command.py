@@ -60,7 +60,8 @@ def main(args: argparse.Namespace) -> int:
     shape = shape_of(args.shape, args.quick)
     about = machine.describe(args.device)
     about["noise"] = machine.noise(args.device)
-    limits = machine.limits(shape_of(None, args.quick), args.device)  # of what no cache holds, however small the cases
+    large = shape_of(None, args.quick)  # of what no cache holds, however small the cases
+    limits = machine.limits(large, args.device, args.quick)
     about["copy_gb_per_s"] = (limits.copy or 0.0) / 1e9
     about["read_gb_per_s"] = (limits.read or 0.0) / 1e9
     about["peak_tflop_per_s"] = {dtype: rate / 1e12 for dtype, rate in limits.products.items()}

@@ -23,6 +23,7 @@ from .measure import timed
 
 PRODUCTS = ("float32", "bfloat16", "int8")  # dtypes with a peak
 SQUARES = {"cpu": (2048,), "cuda": (4096, 8192)}  # sizes of the products that the peaks are of
+QUICK_SQUARES = {"cpu": (512,), "cuda": (4096,)}  # a CPU without instructions for bfloat16 takes seconds a larger one
 STATE = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
 PACKAGES = ("torch", "numpy", "triton", "torchao", "bitsandbytes", "optimum-quanto", "onnxruntime", "xllamacpp")
 NOISE_RUNS, NOISE_SIZE = 100, 512  # of the product that the noise is measured with
@@ -118,12 +119,13 @@ def waver(times: list[float]) -> float:
     return statistics.quantiles(times, n=4)[2] / min(times) - 1
 
 
-def limits(shape: tuple[int, ...], device: str) -> Limits:
+def limits(shape: tuple[int, ...], device: str, quick: bool = False) -> Limits:
     """Measure the limits of which every share is taken, before any case."""
+    squares = (QUICK_SQUARES if quick else SQUARES)[device]
     return Limits(
         copy_bandwidth(shape, device),
         read_bandwidth(shape, device),
-        {dtype: peak(dtype, device) for dtype in PRODUCTS},
+        {dtype: peak(dtype, device, squares) for dtype in PRODUCTS},
     )
 
 
@@ -139,10 +141,10 @@ def read_bandwidth(shape: tuple[int, ...], device: str, runs: int = 12) -> float
     return x.nbytes / best(functools.partial(torch.amax, x.view(torch.int32)), device, runs)
 
 
-def peak(dtype: str, device: str, runs: int = 12) -> float:
+def peak(dtype: str, device: str, sizes: tuple[int, ...], runs: int = 12) -> float:
     """FLOPs a second of torch's own product of square matrices, best of ``runs`` and of the sizes."""
     rates = []
-    for size in SQUARES[device]:
+    for size in sizes:
         x = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
         product = torch._int_mm if dtype == "int8" else torch.mm
         rates.append(2 * size**3 / best(functools.partial(product, x, x.t()), device, runs))

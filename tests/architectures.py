@@ -379,7 +379,7 @@ ARCHITECTURES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `quantize_` made of a model: refused with a reason, or a share of its parameters as codes."""
+    """The result of `quantize_` on a model: a refusal with its reason, or the share of its parameters as codes."""
 
     refused: str = ""
     coverage: float = 0.0
@@ -547,7 +547,7 @@ def _result(outcome: Outcome | None) -> str:
 
 
 def layers(model: nn.Module) -> str:
-    """How many modules of each type hold a parameter of two or more axes."""
+    """Count the modules of each type that hold a parameter of two or more axes."""
     kinds = Counter(
         re.sub("^Parametrized", "", type(module).__name__)
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""What every test finds: Triton's interpreter where there is no GPU, one thread a worker, the same random numbers.
+"""Settings of every test: Triton's interpreter where there is no GPU, one thread a worker, the same random numbers.
 
 Tests run on every device there is. With QUANTLIB_STAND_IN=lazy that is also one which is made up, see stand_in.py: what
 would fail on a GPU because of where a tensor lies fails there. It cannot be compiled for; QUANTLIB_STAND_IN=cpu:0 is
@@ -13,7 +13,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -48,6 +47,7 @@ with contextlib.suppress(ImportError):  # the tests that draw their inputs: as o
     hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=slow)
     hypothesis.settings.load_profile("any machine")
 
+import fresh  # noqa: E402
 import interpreter  # noqa: E402
 import stand_in  # noqa: E402
 
@@ -61,7 +61,7 @@ def levels() -> list[str]:
     """Return the values of QUANTLIB_ISA that this machine has, as the error for another one lists them."""
     call = "import torch, quantlib; quantlib.cast(torch.ones(2), 'float16')"
     environment = {**os.environ, "QUANTLIB_ISA": "none", "QUANTLIB_BACKEND": "cpp"}
-    done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True, check=False)
+    done = fresh.run(["-c", call], env=environment)
     listed = re.search(r"QUANTLIB_ISA must be one of (.*) on this machine", done.stderr)
     assert listed is not None, done.stderr
     return listed[1].split(", ")
@@ -87,7 +87,7 @@ class Served:
 
     @property
     def interpreted(self) -> bool:
-        """Whether everything takes a thousand times as long."""
+        """Say if everything takes a thousand times as long."""
         return self.backend == "triton" and self.device == "cpu"
 
     def refusal(self, overload: str | None = None) -> str | None:
@@ -108,7 +108,7 @@ LEFT_OUT = {str(s): why for s in ALL if (why := s.refusal()) is not None}
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What no test has run with, for a backend that does not serve is no parameter of any."""
+    """Name the backends that do not serve here: they are no test's parameter."""
     for name, why in LEFT_OUT.items():
         terminalreporter.write_line(f"backend left out: {name}: {why}")
 
@@ -125,7 +125,7 @@ MAKERS = (
 
 
 def maker(make: Callable[..., torch.Tensor], device: str) -> Callable[..., torch.Tensor]:
-    """What a test makes lies on ``device``; what the library makes lies where the library says.
+    """Put the tensors that a test makes on ``device``; tensors of the library lie where the library says.
 
     Only its constructors, like those of torch, follow the test. The numbers are the same on every device.
     """
@@ -143,7 +143,7 @@ def maker(make: Callable[..., torch.Tensor], device: str) -> Callable[..., torch
 
 
 def of_a_test(caller: FrameType | None) -> bool:
-    """Whether ``caller`` is a function of a test, or at work for a constructor."""
+    """Say if ``caller`` is a function of a test, or at work for a constructor."""
     while caller is not None:
         module = str(caller.f_globals.get("__name__"))
         if not module.startswith("quantlib."):
@@ -157,7 +157,7 @@ def of_a_test(caller: FrameType | None) -> bool:
 
 
 def read(numpy: Callable[..., Any]) -> Callable[..., Any]:
-    """What a test reads as an array comes from the device; what the library reads has to be here."""
+    """Copy a tensor from the device when a test reads it as an array; one that the library reads has to be here."""
 
     @functools.wraps(numpy)
     def array(x: torch.Tensor, **kwargs: Any) -> Any:
@@ -217,7 +217,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs on a GPU can be asked for: -m gpu."""
+    """Mark the tests that run on a GPU, so that ``-m gpu`` selects them."""
     for item in items:
         values = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]
         if any(getattr(v, "device", v) == "cuda" for v in values or () if isinstance(v, (str, Served))):

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Once:
-    """In place of the interpreter's own ``_patch_lang``; a launch restores what it and its functions have patched."""
+    """Replace the interpreter's ``_patch_lang``: a launch restores what it and its functions have patched."""
 
     def __init__(self, patch: Any) -> None:
         self.patch, self.scopes, self.patched = patch, [], set[str]()
@@ -37,7 +37,7 @@ def languages(function: Any) -> set[str]:
 
 
 def patch_once() -> None:
-    """From now on, if Triton's interpreter has been imported."""
+    """Patch the interpreter, if Triton's interpreter has been imported."""
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter and not isinstance(interpreter._patch_lang, Once):
         interpreter._patch_lang = Once(interpreter._patch_lang)

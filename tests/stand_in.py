@@ -52,7 +52,7 @@ class Away(Tensor):
 
 
 class StandIn(TorchDispatchMode):
-    """What is made with ``device="lazy"`` lies on it."""
+    """A tensor made with ``device="lazy"`` lies on it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})

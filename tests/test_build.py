@@ -136,7 +136,7 @@ def test_what_changes_while_it_is_compiled_is_not_kept(tree: Path) -> None:
 
 @compiler
 def test_every_header_that_a_compiler_reads_is_known() -> None:
-    """Of every source that this machine can preprocess: what `Unit.read` finds is what the compiler says."""
+    """`Unit.read` finds the headers that the compiler names, for every source that this machine can preprocess."""
     if not (ROOT / "csrc").is_dir():
         pytest.skip("not a checkout")
     include = [f"-I{_build.CSRC}", f"-I{_build.PACKAGE}", "-isystem", str(_build.find_torch() / "include")]
@@ -438,7 +438,7 @@ def test_a_link_of_another_user_is_not_followed(tree: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    """Say if a process runs; one that has ended, and that nobody has waited for, does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

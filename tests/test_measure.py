@@ -1,4 +1,4 @@
-"""How far codes are from a weight: the sums of squares of a report, by one pass in C++ and by torch."""
+"""The distance of codes from a weight: the sums of squares of a report, by one pass in C++ and by torch."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_static_activation(tmp_path: Path) -> None:
 
 
 def test_table_alone_is_enough_for_torch(tmp_path: Path) -> None:
-    """Without `export` packed codes stay bytes, which the file unpacks."""
+    """Packed codes stay bytes without `export`, and the file unpacks them."""
     quantized, x = model("int4:group:32"), torch.randn(3, 90)
     table = quantlib.onnx.table()
     torch.onnx.export(

@@ -1,4 +1,4 @@
-"""What a user gets: the wheel, the source archive, and an import with and without a compiler."""
+"""A user's installation: the wheel, the source archive, and an import with and without a compiler."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import fresh
 import pytest
 
 from quantlib import _build, formats
@@ -39,16 +40,23 @@ def run(*args: object, cwd: Path | None = None, **environment: str) -> subproces
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=1200)
 
 
-def import_quantlib(cwd: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def after_torch(code: str, *args: Path, cwd: Path | None = None, **environment: str) -> fresh.Done:
+    """The same, of ``code`` in a process that has imported torch."""
+    return fresh.run(["-c", code, *args], env={**os.environ, **environment}, cwd=cwd)
+
+
+QUANTIZE = """if True:
+    import torch, quantlib
+    from quantlib import backends
+    codes, scale = quantlib.quantize_dynamic(torch.tensor([[3.0, -1.0]]), "int8", block=(1, -1))
+    assert codes.tolist() == [[127, -42]], codes
+    print(backends.serving("cpu"), quantlib.__file__)
+"""
+
+
+def import_quantlib(cwd: Path, folder: Path, **environment: str) -> fresh.Done:
     """Quantize one tensor with the quantlib in ``folder``; stdout: what served, and its file; stderr: warnings."""
-    code = """if True:
-        import torch, quantlib
-        from quantlib import backends
-        codes, scale = quantlib.quantize_dynamic(torch.tensor([[3.0, -1.0]]), "int8", block=(1, -1))
-        assert codes.tolist() == [[127, -42]], codes
-        print(backends.serving("cpu"), quantlib.__file__)
-    """
-    return run("-c", code, cwd=cwd, PYTHONPATH=str(folder), **environment)
+    return after_torch(QUANTIZE, cwd=cwd, PYTHONPATH=str(folder), **environment)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +133,7 @@ def test_the_wheel_measures_itself_anywhere(wheel: Path, tmp_path: Path) -> None
         for arguments in (tiny, "compare run.json run.json", "--save"):
             print("status", main(["bench", *arguments.split()]))
     """
-    done = run("-c", code, cwd=tmp_path / "elsewhere", PYTHONPATH=str(tmp_path), QUANTLIB_BUILD="0")
+    done = after_torch(code, cwd=tmp_path / "elsewhere", PYTHONPATH=str(tmp_path), QUANTLIB_BUILD="0")
     assert [line for line in done.stdout.splitlines() if "status" in line] == ["status 0", "status 0", "status 2"]
     assert "quantlib composite" in done.stdout
     assert done.stderr == f"quantlib bench: --save must be in a checkout, got {tmp_path / 'quantlib/benchmarks'}\n"
@@ -136,7 +144,7 @@ def test_the_wheel_compiles_at_the_first_import(wheel: Path, tmp_path: Path) -> 
     if shutil.which(os.environ.get("CXX", "c++")) is None or _build.mode() == "0":
         pytest.skip("no compiler to compile with")
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    done = import_quantlib(tmp_path, tmp_path)
+    done = run("-c", QUANTIZE, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.stdout.split() == ["cpp", str(tmp_path / "quantlib/__init__.py")], done.stderr
 
 
@@ -192,14 +200,14 @@ def test_build_1_makes_a_library_that_does_not_load_an_error(tmp_path: Path) -> 
     """
     (tmp_path / "library.so").write_text("no library")
     for mode, status in (("auto", 0), ("1", 1)):
-        command = ["-c", "import sys; sys.argv[0] = 'quantlib'\n" + code, tmp_path / "library.so"]
-        done = run(*command, PYTHONPATH=str(ROOT), QUANTLIB_BUILD=mode, QUANTLIB_BACKEND="auto")
+        settings = {"PYTHONPATH": str(ROOT), "QUANTLIB_BUILD": mode, "QUANTLIB_BACKEND": "auto"}
+        done = after_torch("import sys; sys.argv[0] = 'quantlib'\n" + code, tmp_path / "library.so", **settings)
         assert done.returncode == status, done.stderr
         assert f"{tmp_path / 'library.so'} does not load" in done.stderr
 
 
 def test_a_user_without_a_home(tmp_path: Path) -> None:
-    """As in a container that is started for a user id that it does not know."""
+    """The library works in a container that is started for a user id that it does not know."""
     code = """if True:
         import pwd
         def unknown(user): raise KeyError(user)
@@ -208,8 +216,7 @@ def test_a_user_without_a_home(tmp_path: Path) -> None:
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "QUANTLIB_CACHE")}
     environment |= {**NO_COMPILER, "PYTHONPATH": str(ROOT), "QUANTLIB_BACKEND": "auto", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1200)
+    done = fresh.run(["-c", code], env=environment)
     assert done.stdout == "composite\n", done.stderr
     assert "quantlib runs without its C++ kernels, slower: no compiler" in done.stderr
 
@@ -226,7 +233,8 @@ def test_an_import_compiles_cuda_only_where_it_would_serve(
     nvcc.write_text(f"#!/bin/sh\n[ $1 = --list-gpu-code ] || touch {tmp_path}/called\nexit 1\n")
     nvcc.chmod(0o755)
     code = f"""if True:
-        import sys; sys.argv[0] = "quantlib"  # `import quantlib` alone then loads no kernels
+        import sys, warnings; sys.argv[0] = "quantlib"  # `import quantlib` alone then loads no kernels
+        warnings.simplefilter("ignore")
         import torch, quantlib._build as _build
         torch.version.cuda, torch.cuda.is_available = "13.0", lambda: {gpu}
         torch.cuda.get_device_capability = lambda device: {capability}
@@ -238,7 +246,7 @@ def test_an_import_compiles_cuda_only_where_it_would_serve(
         import quantlib.backends; from quantlib.backends import compiled; print(compiled.load("cuda"))
     """
     environment = {"TRITON_INTERPRET": "0" if triton else "1", "QUANTLIB_BUILD": mode, "NVCC": str(nvcc)}
-    done = run("-W", "ignore", "-c", code, PYTHONPATH=str(ROOT), QUANTLIB_CACHE=str(tmp_path / "cache"), **environment)
+    done = after_torch(code, PYTHONPATH=str(ROOT), QUANTLIB_CACHE=str(tmp_path / "cache"), **environment)
     serves = gpu and not triton and capability >= (8, 0)
     assert (tmp_path / "called").exists() == (mode == "1" or serves), done.stderr
     if mode == "1":

@@ -183,7 +183,7 @@ APPLIED = [
 
 @pytest.mark.parametrize("function", APPLIED, ids=lambda function: f"{function.name} {len(function.inputs)}")
 def test_a_formula_is_its_source_where_rounding_is_decided(function: Function) -> None:
-    """What the solver is given, evaluated by NumPy, against the reference run by NumPy: no solver takes part."""
+    """The terms that the solver is given equal the reference, both run by NumPy: no solver takes part."""
     small = [f for f in formats.WITHOUT_BOOKS if f.bits <= 8]
     decisive = values.neighbours(np.concatenate([values.midpoints(f.name) for f in small]))
     x = np.concatenate([values.edges()[::5], decisive])

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is run: Python blocks in order, examples of docstrings, and marked commands verbatim.
+"""The code of README.md and docs/ runs: Python blocks in order, examples of docstrings, and marked commands verbatim.
 
 ``<!-- checked -->`` above a ```console block: the output of its ``$ quantlib`` commands must be exactly what is shown.
 ``<!-- not run: REASON -->`` above a ```python block leaves it out.
@@ -11,11 +11,11 @@ import importlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import fresh
 import pytest
 
 import quantlib
@@ -76,8 +76,8 @@ def test_checked_commands_print_what_is_shown(page: Path, tmp_path: Path) -> Non
             continue
         for words, shown in transcript(block):
             assert words[0] == "quantlib" or words[:3] == ["python", "-m", "quantlib"], f"cannot check {words}"
-            command = [sys.executable, "-m", "quantlib", *words[1 if words[0] == "quantlib" else 3 :]]
-            done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=tmp_path)
+            command = ["-m", "quantlib", *words[1 if words[0] == "quantlib" else 3 :]]
+            done = fresh.run(command, env=environment, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
             assert done.stdout.rstrip() == shown.rstrip(), f"{page.name}:{block.line}: {shlex.join(words)}"
 

@@ -13,6 +13,7 @@ namespace QL_ISA {
 constexpr int64_t kWeightRows = 4;  // rows of the weight that are multiplied together
 constexpr int64_t kPanel = 32;      // rows of the weight whose sums are kept while x stays in the cache
 constexpr int64_t kHeight = 264;    // rows of x that meet one slab: the more, the less is decoded again
+constexpr int64_t kReadOnce = 16;   // of them, at most, for which a row of the weight is read from end to end
 
 template <class E>
 constexpr int64_t kBlock = scales_sums<E> ? 4096 : 2048;  // columns of a slab: the more, the fewer lanes are added up
@@ -177,6 +178,7 @@ struct Direct {
     Values values[S];
     QL_MEMBER const Values& of(int n) const { return values[n]; }
   };
+  template <int S>
   struct Symmetric {
     const Direct& direct;
     const int n0;
@@ -190,34 +192,40 @@ struct Direct {
       else if constexpr (S == 2) return Part<2>{*this, n0, {Values(z[0]), Values(z[1])}};
       else return Part<4>{*this, n0, {Values(z[0]), Values(z[1]), Values(z[2]), Values(z[3])}};
     } else {
-      return Symmetric{*this, n0};
+      return Symmetric<S>{*this, n0};
     }
   }
   // Values k .. k + 32 of row n0 + n, or a quarter of them
   template <class Part>
   static QL_MEMBER void values(const Part& part, int n, int64_t k, Floats (&v)[4]) {
-    part.of(n)(part.direct.fetch(part.n0 + n, k), v);
+    part.of(n)(fetch(part, n, k), v);
   }
   template <class Part>
   static QL_MEMBER Floats quarter(const Part& part, int n, int64_t k, int q) {
-    const char* from = part.direct.codes[part.n0 + n] + bytes_of<F>(k);
-    if (q == 0) __builtin_prefetch(from + part.direct.ahead);
-    return part.of(n).quarter(from, q);
+    return part.of(n).quarter(q ? part.direct.codes[part.n0 + n] + bytes_of<F>(k) : fetch(part, n, k), q);
   }
 
  private:
-  QL_MEMBER const char* fetch(int n, int64_t k) const {
-    const char* from = codes[n] + bytes_of<F>(k);
-    __builtin_prefetch(from + ahead);
+  // Where 32 codes lie. The rows that come next are fetched from their first byte to their last: memory is faster so
+  // than from several rows in turn.
+  template <template <int> class P, int S>
+  static QL_MEMBER const char* fetch(const P<S>& part, int n, int64_t k) {
+    constexpr int64_t bytes = bytes_of<F>(32);
+    const Direct& d = part.direct;
+    const char* from = d.codes[part.n0 + n] + bytes_of<F>(k);
+    if constexpr (S == 1) __builtin_prefetch(from + d.ahead);
+    else if (n * bytes % 64 == 0)
+      __builtin_prefetch(d.codes[0] + d.ahead + kWeightRows * bytes_of<F>(k) + (part.n0 + n) * bytes);
     return from;
   }
 };
 
-// The same, decoded before: for rows of x so many that each code would be decoded many times.
+// The same, decoded before, from column k0 on: for rows of x so many that each code would be decoded many times.
 struct SlabOfValues {
   static constexpr bool by_quarters = true;
   static constexpr int together(int rows) { return rows <= 3 ? 4 : 2; }
-  alignas(64) float w[kWeightRows][kBlock<Value>];
+  alignas(64) float w[kWeightRows * kBlock<Value>];  // a register of each row in turn
+  int64_t k0;
 
   struct Part {
     const SlabOfValues& slab;
@@ -228,32 +236,50 @@ struct SlabOfValues {
     return {*this, n0};
   }
   static QL_MEMBER Floats quarter(const Part& part, int n, int64_t k, int q) {
-    return load<Floats>(part.slab.w[part.n0 + n] + k + q * kLanes);
+    return load<Floats>(part.slab.w + (k - part.slab.k0) * kWeightRows + part.n0 * kLanes + at(n, q));
   }
-
-  template <class From>
-  QL_MEMBER void decode(const From& from, int64_t count, const Parts& parts) {
-    for (int n = 0; n < kWeightRows; ++n)
-      for (int64_t p = 0, k = 0; k < count; ++p) {
-        const auto part = from.template part<1>(p, n);
-        for (const int64_t end = parts.count ? parts.end[p] : count; k < end; k += 32) {
-          Floats v[4];
-          if constexpr (From::by_quarters)
-            for (int q = 0; q < 4; ++q) v[q] = From::quarter(part, 0, k, q);
-          else From::values(part, 0, k, v);
-          for (int q = 0; q < 4; ++q) store(w[n] + k + q * kLanes, v[q]);
-        }
-      }
-  }
+  // Register q of 32 columns of row n
+  static constexpr int64_t at(int n, int q) { return (q * kWeightRows + n) * kLanes; }
 };
 
 constexpr int64_t kChunkOfValues = 512;  // columns of x that stay in the first-level cache, of kDirectRows rows
+
+// Pieces of the columns of a slab that have one scale, or yet none: number p begins at k.
+struct Piece {
+  int64_t p, k;
+};
+QL_FN int64_t end_of(const Piece& piece, const Parts& parts, int64_t count) {
+  return parts.count ? parts.end[piece.p] : least(count, piece.k + kChunkOfValues);
+}
+
+// Decodes the pieces from `first` on, as many as fit into the first-level cache; where the next one begins.
+template <class From>
+QL_FN Piece decode_pieces(const From& from, const Piece& first, int64_t count, const Parts& parts, SlabOfValues& slab) {
+  Piece piece = first;
+  slab.k0 = first.k;
+  while (piece.k < count) {
+    const int64_t end = end_of(piece, parts, count);
+    if (piece.k > first.k && end - first.k > kChunkOfValues) break;
+    for (int n = 0; n < kWeightRows; ++n) {
+      const auto part = from.template part<1>(parts.count ? piece.p : 0, n);
+      for (int64_t k = piece.k; k < end; k += 32) {
+        Floats v[4];
+        if constexpr (From::by_quarters)
+          for (int q = 0; q < 4; ++q) v[q] = From::quarter(part, 0, k, q);
+        else From::values(part, 0, k, v);
+        for (int q = 0; q < 4; ++q) store(slab.w + (k - first.k) * kWeightRows + SlabOfValues::at(n, q), v[q]);
+      }
+    }
+    piece = {piece.p + 1, end};
+  }
+  return piece;
+}
 
 // total[r, n0 + n] += the lanes of the sum over k .. end of x[r, k] * w(n0 + n, k), for R rows of x and S of the
 // weight: columns that share scales, which it is multiplied by, or that have them yet to come
 template <int R, int S, class From, class Part>
 QL_FN void multiply_values(const float* x, int64_t stride, const Part& part, int n0, int64_t k, int64_t end,
-                           const float* scale, Floats (&total)[R][kWeightRows]) {
+                           const float* scale, Floats (*total)[kWeightRows]) {
   Floats sum[R][S] = {};
   for (; k < end; k += 32) {
     if constexpr (From::by_quarters) {
@@ -289,30 +315,28 @@ QL_FN void multiply_values(const float* x, int64_t stride, const Part& part, int
   }
 }
 
-// sums[r, n] += the same for R rows and a whole slab, as many rows of the weight at once as registers hold
+// The same for R rows and the pieces from `piece` to column `stop` of a slab, as many rows of the weight at once as
+// registers hold
 template <int R, class From>
-static void multiply_values(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts,
-                            float* sums) {
+static void multiply_values(const float* x, int64_t stride, const From& w, Piece piece, int64_t stop,
+                            const Parts& parts, Floats (*total)[kWeightRows]) {
   constexpr int S = From::together(R);
-  Floats total[R][kWeightRows] = {};
-  for (int64_t p = 0, k = 0; k < count; ++p) {
-    const int64_t end = parts.count ? parts.end[p] : least(count, k + kChunkOfValues);
+  while (piece.k < stop) {
+    const int64_t end = end_of(piece, parts, stop);
     for (int n = 0; n < kWeightRows; n += S)
-      multiply_values<R, S, From>(x, stride, w.template part<S>(parts.count ? p : 0, n), n, k, end,
-                                  parts.count ? &parts.scale[n][p] : nullptr, total);
-    k = end;
+      multiply_values<R, S, From>(x, stride, w.template part<S>(parts.count ? piece.p : 0, n), n, piece.k, end,
+                                  parts.count ? &parts.scale[n][piece.p] : nullptr, total);
+    piece = {piece.p + 1, end};
   }
-  for (int r = 0; r < R; ++r, sums += kPanel)
-    store(sums, load<Quad>(sums) + add_lanes(total[r][0], total[r][1], total[r][2], total[r][3]));
 }
 
 template <class From>
-QL_FN void multiply_all_values(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts,
-                               float* sums, int64_t rows) {
-  for (; rows > 4; rows -= 3, x += 3 * stride, sums += 3 * kPanel) multiply_values<3>(x, stride, w, count, parts, sums);
+QL_FN void multiply_all_values(const float* x, int64_t stride, const From& w, const Piece& piece, int64_t stop,
+                               const Parts& parts, Floats (*total)[kWeightRows], int64_t rows) {
+  for (; rows > 4; rows -= 3, x += 3 * stride, total += 3) multiply_values<3>(x, stride, w, piece, stop, parts, total);
   constexpr decltype(&multiply_values<1, From>) some[] = {multiply_values<1, From>, multiply_values<2, From>,
                                                           multiply_values<3, From>, multiply_values<4, From>};
-  some[rows - 1](x, stride, w, count, parts, sums);
+  some[rows - 1](x, stride, w, piece, stop, parts, total);
 }
 
 constexpr int64_t kDirectRows = 4;
@@ -322,10 +346,20 @@ void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[k
                     const int32_t (*zero_point)[kWeightRows], int64_t count, const Parts& parts, float* sums,
                     int64_t rows) {
   const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point, ahead};
-  if (rows <= kDirectRows) return multiply_all_values(x, stride, direct, count, parts, sums, rows);
-  SlabOfValues slab;
-  slab.decode(direct, count, parts);
-  multiply_all_values(x, stride, slab, count, parts, sums, rows);
+  Floats total[kHeight][kWeightRows];
+  __builtin_memset(total, 0, size_t(rows) * sizeof total[0]);
+  if (rows <= kDirectRows) {
+    multiply_all_values(x, stride, direct, {0, 0}, count, parts, total, rows);
+  } else {
+    SlabOfValues slab;
+    for (Piece piece = {0, 0}; piece.k < count;) {
+      const Piece next = decode_pieces(direct, piece, count, parts, slab);
+      multiply_all_values(x, stride, slab, piece, next.k, parts, total, rows);
+      piece = next;
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r, sums += kPanel)
+    store(sums, load<Quad>(sums) + add_lanes(total[r][0], total[r][1], total[r][2], total[r][3]));
 }
 #endif
 
@@ -352,7 +386,7 @@ class Dots {
   // odd[r] of each row: whether it is to be multiplied in FP32 instead
   void operator()(ParallelFor run, uint8_t* odd) const {
     const bool in_place = !scales_sums<E> && p_.x_type == Type::float32 && K_ % kLanes == 0 && !x_.list;
-    const int64_t stride = round_up(K_, kWhole<E>) * int64_t(sizeof(E)) / 4, rows = count_ * plan_.parts;
+    const int64_t stride = stride_of(K_), rows = count_ * plan_.parts;
     const Scratch packed(in_place ? 0 : rows * stride * 4);
     auto* data = static_cast<float*>(packed.data());
     if (!in_place)
@@ -374,7 +408,7 @@ class Dots {
       });
     const float* x = in_place ? static_cast<const float*>(p_.x) + m0_ * K_ : data;
     const int64_t x_stride = in_place ? K_ : stride;
-    const int64_t panel = rows <= 16 ? kWeightRows : kPanel;  // few rows: the weight is read as it lies
+    const int64_t panel = rows <= kReadOnce && N_ < 8 * kPanel ? kWeightRows : kPanel;
     const int64_t height = kHeight / plan_.parts;
     const int64_t across = (N_ + panel - 1) / panel, down = (count_ + height - 1) / height;
     const int64_t work = panel * least(rows, kHeight) * most(1, K_);
@@ -397,22 +431,40 @@ class Dots {
   const Encode encode_ = encoder(p_.x_type, false, false);
   const bool scales_parts_ = scales_sums<E> && weight_.cols > 1;
 
+  // Floats from a row of x to the next: chunks of those that are multiplied together lie in different sets of the
+  // first-level cache.
+  static int64_t stride_of(int64_t K) {
+#ifdef QL_VALUES
+    if (scales_sums<E> && K > kChunkOfValues) return round_up(K, 1024) + kChunkOfValues + kUnits;
+#endif
+    return round_up(K, kWhole<E>) * int64_t(sizeof(E)) / 4;
+  }
+
   // Rows r0 .. r1 and columns n0 .. n1 of y, at most kPanel
   void multiply_piece(const float* x, int64_t stride, int64_t r0, int64_t r1, int64_t n0, int64_t n1) const {
     alignas(64) float sums[kHeight * kPanel];
     const int64_t rows = r1 - r0;
     for (int64_t at = 0; at < rows * plan_.parts * kPanel; ++at) sums[at] = 0.0f;
-    for (int64_t k = 0; k < K_; k += kBlock<E>)
+    const auto multiply = [&](int64_t n, int64_t k) {
+      for (int64_t part = 0; part < plan_.parts; ++part)
+        multiply_block(x + (part * count_ + r0) * stride + k * int64_t(sizeof(E)) / 4, stride, n, k,
+                       least(kBlock<E>, K_ - k), sums + part * rows * kPanel + (n - n0), rows);
+    };
+    if (rows * plan_.parts <= kReadOnce)  // the weight is read as it lies
       for (int64_t n = n0; n < n1; n += kWeightRows)
-        for (int64_t part = 0; part < plan_.parts; ++part)
-          multiply_block(x + (part * count_ + r0) * stride + k * int64_t(sizeof(E)) / 4, stride, n, k,
-                         least(kBlock<E>, K_ - k), sums + part * rows * kPanel + (n - n0), rows);
+        for (int64_t k = 0; k < K_; k += kBlock<E>) multiply(n, k);
+    else  // a part of x stays in the cache
+      for (int64_t k = 0; k < K_; k += kBlock<E>)
+        for (int64_t n = n0; n < n1; n += kWeightRows) multiply(n, k);
+    float scale[kPanel];
+    if (scales_sums<E> && !scales_parts_)
+      for (int64_t n = n0; n < n1; ++n) scale[n - n0] = weight_.scale(n, 0);
     for (int64_t r = 0; r < rows; ++r) {
       float* sum = sums + r * kPanel;
       if (plan_.parts == 2)
         for (int64_t n = 0; n < kPanel; ++n) sum[n] = add(sum[n], sum[rows * kPanel + n]);
       const int64_t m = m0_ + r0 + r;
-      finish(sum, x_.list ? x_.list[m] : m, n0, n1);
+      finish(sum, scale, x_.list ? x_.list[m] : m, n0, n1);
     }
   }
 
@@ -475,11 +527,11 @@ class Dots {
 #endif
 
   // y[m, n0 .. n1) from the sums of a row
-  void finish(float* sums, int64_t m, int64_t n0, int64_t n1) const {
+  void finish(const float* sums, const float* scale, int64_t m, int64_t n0, int64_t n1) const {
     alignas(64) float total[kPanel] = {};
     for (int64_t n = n0; n < n1; ++n) {
       float sum = sums[n - n0];
-      if (scales_sums<E> && !scales_parts_) sum = mul(sum, weight_.scale(n, 0));
+      if (scales_sums<E> && !scales_parts_) sum = mul(sum, scale[n - n0]);
       sum = add(sum, 0.0f);  // a product that underflows may be -0, a sum from +0 never is
       total[n - n0] = p_.epilogue.bias ? add(sum, p_.epilogue.bias[n]) : sum;
     }

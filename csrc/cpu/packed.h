@@ -125,12 +125,15 @@ static inline bool pack_row(const Source& from, int64_t m, const uint16_t (&orde
 static inline bool pack_row(const Source& from, int64_t m, const uint16_t (&order)[32], float* to) {
   constexpr int64_t part = 512;
   alignas(64) float x[part];
+  bool in_order = true;
+  for (int p = 0; p < 32; ++p) in_order &= order[p] == p;
   bool odd = false;
   for (int64_t k = 0; k < from.K; k += part) {
     const int64_t n = least(part, from.K - k), whole = round_up(n, 32);
-    from.floats(m, k, n, whole, x);
-    odd |= is_odd(reinterpret_cast<const uint32_t*>(x), n);
-    for (int64_t j = 0; j < whole; j += 32)
+    float* const out = in_order ? to + k : x;
+    from.floats(m, k, n, whole, out);
+    odd |= is_odd(reinterpret_cast<const uint32_t*>(out), n);
+    for (int64_t j = 0; !in_order && j < whole; j += 32)
       for (int p = 0; p < 32; ++p) to[k + j + p] = x[j + order[p]];
   }
   return odd;

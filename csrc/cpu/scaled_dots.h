@@ -13,13 +13,13 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kWideRows = 16;  // of x, from two on: one is faster as bytes, more in blocks
+constexpr int64_t kWideRows = 16;  // of x, at most: more are faster in blocks
 
 // AVX-VNNI multiplies bytes in less time.
 bool in_wide_dots([[maybe_unused]] const ScaledMatmul& p) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const Grid& g = p.weight.grid;
-  return !has_avx_vnni() && p.M > 1 && p.M <= kWideRows && row_of(p.weight.format).bits == 8 && g.K > 0 && g.bk >= g.K;
+  return !has_avx_vnni() && p.M <= kWideRows && row_of(p.weight.format).bits == 8 && g.K > 0 && g.bk >= g.K;
 #else
   return false;
 #endif
@@ -82,9 +82,10 @@ class WideDots {
     return F::is_signed ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
   }
 
-  // total[r, s] += the lanes of the sum over `columns` of x'[r] * codes[s], for R rows of x and S of w
-  template <int R, int S>
-  static void multiply(const int16_t* x, int64_t stride, const char* const* w, int64_t ahead, int64_t columns,
+  // total[r, s] += the lanes of the sum over `columns` of x'[r] * codes[s], for R rows of x and S of w. What lies at
+  // `ahead`, where that is not null, is fetched from its first byte on, a line of each row of w in turn.
+  template <int R, int S, int64_t ROWS>
+  static void multiply(const int16_t* x, int64_t stride, const char* const* w, const char* ahead, int64_t columns,
                        Int32s (*total)[S]) {
     Int32s sum[R][S];
 #pragma GCC unroll 4
@@ -93,7 +94,7 @@ class WideDots {
       for (int s = 0; s < S; ++s) sum[r][s] = total[r][s];
     for (int64_t k = 0; k < columns; k += kStep) {
       if (ahead && k % 64 == 0)
-        for (int s = 0; s < S; ++s) __builtin_prefetch(w[s] + k + ahead);
+        for (int s = 0; s < S; ++s) __builtin_prefetch(ahead + ROWS * k + 64 * s);
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
         const __m256i codes = widen_codes(w[s] + k);
@@ -110,25 +111,25 @@ class WideDots {
 
   // The same for R rows and a whole slab, as many rows of w at once as registers hold
   template <int R, int64_t ROWS>
-  static void multiply_rows(const int16_t* x, int64_t stride, const char* const* w, int64_t ahead, int64_t columns,
+  static void multiply_rows(const int16_t* x, int64_t stride, const char* const* w, const char* ahead, int64_t columns,
                             Int32s (*total)[ROWS]) {
     constexpr int S = R == 4 ? 2 : 4;
     for (int s = 0; s < ROWS; s += S) {
       Int32s part[R][S];
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < S; ++i) part[r][i] = total[r][s + i];
-      multiply<R, S>(x, stride, w + s, ahead, columns, part);
+      multiply<R, S, ROWS>(x, stride, w + s, ahead ? ahead + 64 * s : nullptr, columns, part);
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < S; ++i) total[r][s + i] = part[r][i];
     }
   }
 
   template <int64_t ROWS>
-  void multiply_all(int64_t k, const char* const* w, int64_t ahead, int64_t columns, Int32s (*total)[ROWS]) const {
+  void multiply_all(int64_t k, const char* const* w, const char* ahead, int64_t columns, Int32s (*total)[ROWS]) const {
     constexpr decltype(&multiply_rows<1, ROWS>) some[] = {multiply_rows<1, ROWS>, multiply_rows<2, ROWS>,
                                                           multiply_rows<3, ROWS>, multiply_rows<4, ROWS>};
     for (int64_t m = 0; m < p_.M; m += 4)
-      some[least(4, p_.M - m) - 1](x(m) + k, stride_, w, m ? 0 : ahead, columns, total + m);
+      some[least(4, p_.M - m) - 1](x(m) + k, stride_, w, m ? nullptr : ahead, columns, total + m);
   }
 
   // d[m, 0 .. ROWS) of rows n0 .. n0 + ROWS of w; the last row stands in for those below it
@@ -142,7 +143,7 @@ class WideDots {
     const int64_t whole = g_.K / kStep * kStep;
     for (int64_t k = 0; k < whole; k += kColumns<ROWS>) {
       for (int64_t s = 0; s < ROWS; ++s) w[s] = row[s] + k;
-      multiply_all<ROWS>(k, w, ROWS * g_.K, least(kColumns<ROWS>, whole - k), total);
+      multiply_all<ROWS>(k, w, row[0] + ROWS * (g_.K + k), least(kColumns<ROWS>, whole - k), total);
     }
     if (whole < g_.K) {
       char rest[ROWS][kStep] = {};
@@ -150,7 +151,7 @@ class WideDots {
         __builtin_memcpy(rest[s], row[s] + whole, size_t(g_.K - whole));
         w[s] = rest[s];
       }
-      multiply_all<ROWS>(whole, w, 0, kStep, total);
+      multiply_all<ROWS>(whole, w, nullptr, kStep, total);
     }
     for (int64_t m = 0; m < p_.M; ++m)
       for (int64_t s = 0; s < ROWS; s += 4)

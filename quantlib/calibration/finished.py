@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,15 @@ def key_of(model: nn.Module, calls: Sequence[Call], *options: object) -> str:
     return found.hexdigest()
 
 
+class Layer(NamedTuple):
+    """A layer, or a weight of experts: its codes, its bias if that changed, and what the report says."""
+
+    name: str
+    weight: Weight
+    bias: Tensor | None
+    told: dict[str, Any]
+
+
 class Finished:
     """The finished layers of the calibration ``key`` in ``folder``; files of another calibration are replaced."""
 
@@ -44,8 +53,8 @@ class Finished:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.key, self.stages = folder, key, 0
 
-    def read(self) -> Iterable[tuple[str, Weight, dict[str, Any]]]:
-        """(name, codes, what the report said) of each finished layer, up to the first stage that is missing."""
+    def read(self) -> Iterable[Layer]:
+        """Return each finished layer, up to the first stage that is missing."""
         while (path := self._path()).exists():
             try:
                 with safe_open(path, "pt") as file:
@@ -56,18 +65,18 @@ class Finished:
             except SafetensorError:
                 return
             for name, told in json.loads(metadata["layers"]).items():
-                yield name, Weight(*(parts.get(f"{name}.{part}") for part in Weight._fields)), told  # type: ignore[arg-type]
+                weight = Weight(*(parts.get(f"{name}.{part}") for part in Weight._fields))  # type: ignore[arg-type]
+                yield Layer(name, weight, parts.get(f"{name}.bias"), told)
             self.stages += 1
 
-    def write(self, layers: Mapping[str, tuple[Weight, dict[str, Any]]]) -> None:
+    def write(self, layers: Iterable[Layer]) -> None:
         """The layers of a stage, whole or not at all."""
-        parts = {
-            f"{n}.{k}": t for n, (weight, _) in layers.items() for k, t in weight._asdict().items() if t is not None
-        }
+        layers = list(layers)
+        parts = {f"{x.name}.{k}": t for x in layers for k, t in {**x.weight._asdict(), "bias": x.bias}.items()}
         path = self._path()
         part = path.with_suffix(".part")
-        told = json.dumps({name: told for name, (_, told) in layers.items()})
-        tensors = {name: t.detach().cpu().contiguous() for name, t in parts.items()}
+        told = json.dumps({x.name: x.told for x in layers})
+        tensors = {name: t.detach().cpu().contiguous() for name, t in parts.items() if t is not None}
         save_file(tensors, part, metadata={"key": self.key, "layers": told})
         os.replace(part, path)
         self.stages += 1

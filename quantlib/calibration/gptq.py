@@ -1,7 +1,8 @@
 """Codes q that make sum over x of |(w - decode(q)) x|^2 small: a column is rounded, and its error moved into the rest
 
 Frantar et al., GPTQ, 2023: columns in an order of falling energy, groups with scales of their own, the Cholesky factor
-of the inverse of H = sum of x x^T in FP32, errors moved at once within a block of columns and later beyond it.
+of the inverse of H = sum of x x^T in FP32, errors moved at once within a block of columns and later beyond it. Where a
+layer has a bias, which can take the mean of the error, H is the covariance of x.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ class Rounded:
     loss: float  # of |w x|^2, the share that the error of the codes has
     rounding: float  # the same of `quantize_`
     damping: float  # a share of the mean of H's diagonal
+    energy: float  # of w x, |w x|^2: what the two losses are shares of
+    shift: Tensor | None  # [N], (w - decode(q)) mean: what a bias takes
 
 
-def gptq(w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: bool = True) -> Rounded:
-    """Codes of w [N, K] for inputs x of which H [K, K] is the sum of x x^T, up to a factor; both float32.
+def gptq(
+    w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: bool = True, mean: Tensor | None = None
+) -> Rounded:
+    """Codes of w [N, K] for inputs x of which H [K, K] is the mean of x x^T; both float32.
 
     Parameters
     ----------
@@ -40,6 +45,8 @@ def gptq(w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: b
         The amount added to H's diagonal, as a share of its mean. It grows until H is positive definite.
     search : bool
         Look for the part of each block's scale that leaves the least error, weighted by H's diagonal.
+    mean : Tensor [K] float32, optional
+        The mean of x, where a bias takes the mean of the error: only the rest of it counts as a loss.
 
     Raises
     ------
@@ -50,6 +57,10 @@ def gptq(w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: b
     if not bool(H.isfinite().all()):
         raise ValueError("inputs must leave sums of squares that are finite, got some that are not")
     plain = quantize_weight(w, spec)
+    whole, rounding = energy_of(w, H), energy_of(decoded(plain, spec, w) - w, H)
+    if mean is not None:
+        H = H - torch.outer(mean, mean)
+        H.diagonal().clamp_(min=0)  # which only an error of rounding leaves below
     energy = H.diagonal().clone()
     scale, zero_point = searched(w, spec, energy) if search else plain[1:]
     assert scale is not None
@@ -73,9 +84,9 @@ def gptq(w: Tensor, H: Tensor, spec: QuantSpec, damping: float = 0.01, search: b
     values[:, order] = done
     codes = ops.quantize(values, scale, spec.format, block=block, zero_point=zero_point)
     weight = Weight(codes, scale, zero_point)
-    whole = energy_of(w, H)
-    loss, rounding = (energy_of(decoded(part, spec, w) - w, H) / whole if whole else 0.0 for part in (weight, plain))
-    return Rounded(weight, loss, rounding, used)
+    error = w - decoded(weight, spec, w)
+    loss, rounding = (part / whole if whole else 0.0 for part in (energy_of(error, H), rounding))
+    return Rounded(weight, loss, rounding, used, whole, None if mean is None else error @ mean)
 
 
 def searched(w: Tensor, spec: QuantSpec, energy: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantlib.api import (
@@ -26,9 +27,10 @@ from quantlib.api import (
     stacks_of,
     weight_of,
 )
-from quantlib.calibration.finished import Finished, key_of
+from quantlib.calibration.experts import expert_name, is_told, rounded_stack, stack_of
+from quantlib.calibration.finished import Finished, Layer, key_of
 from quantlib.calibration.fold import fold_
-from quantlib.calibration.gptq import gptq
+from quantlib.calibration.gptq import Rounded, gptq
 from quantlib.calibration.stages import Gram, calls_of, run
 from quantlib.measure import check_weight, describe, describe_experts
 from quantlib.nn.experts import QuantExperts
@@ -44,7 +46,11 @@ METHODS = ("gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """The errors of a layer before and after calibration, as shares of the energy of its output."""
+    """The errors of a layer before and after calibration, as shares of the energy of its output.
+
+    Of a weight of experts they are those of all of its matrices; ``idle`` are the experts that no token reached, which
+    have the codes of `quantize_`.
+    """
 
     name: str
     spec: str
@@ -52,6 +58,7 @@ class LayerCalibration:
     loss: float
     rounding: float  # the loss of `quantize_`
     damping: float
+    idle: tuple[int, ...] = ()
 
 
 @dataclass
@@ -65,15 +72,19 @@ class CalibrationReport:
     layers : list of LayerCalibration
         The layers with codes that suit their inputs.
     data_free : dict
-        Name of a layer that has the codes of `quantize_` -> why.
+        Name of a layer that has the codes of `quantize_` -> why. Experts that no token reached are here too, each set
+        under the name of its weight.
     scaled : list of str
         The layers whose input channels were scaled.
+    biased : list of str
+        The layers whose biases took the mean of the error.
     """
 
     report: Report
     layers: list[LayerCalibration] = field(default_factory=list)
     data_free: dict[str, str] = field(default_factory=dict)
     scaled: list[str] = field(default_factory=list)
+    biased: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [("layer", "format", "tokens", "loss", "of rounding", "damping")]
@@ -97,14 +108,16 @@ def calibrate(
     filter_fn: Filter | None = None,
     damping: float = 0.01,
     search: bool = True,
+    correct_bias: bool = True,
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> CalibrationReport:
-    """Quantize the ``nn.Linear`` layers of ``model`` in place, with codes that suit the inputs that it is given.
+    """Quantize the ``nn.Linear`` layers and the experts of ``model`` in place, with codes that suit its inputs.
 
     The format, the bytes and the speed are those of `quantize_`; only the choice of scales and codes differs. A block
     of the model sees what the blocks before it give once they are quantized. The activations of one block and the sums
-    of its layers' inputs, K x K float32, are in memory at a time.
+    of its layers' inputs, K x K float32, are in memory at a time. Each expert is rounded for its own tokens, in modules
+    whose computation transformers describes; it needs sums of its own.
 
     Parameters
     ----------
@@ -127,6 +140,9 @@ def calibrate(
         definite more is added, and the report says how much.
     search : bool
         Look for the scale that leaves the least error, weighted by the energy of each input; else that of `quantize_`.
+    correct_bias : bool
+        Add the mean of a layer's error over the inputs to its bias, in place, where method is or ends with gptq. A
+        layer without a bias gets none, and one whose bias belongs to another layer too keeps it.
     folder : path, optional
         Where finished layers are kept. A run that was interrupted and is called once more, with the same model, inputs
         and options, goes on from there to the same bytes. The folder may be deleted afterwards.
@@ -136,8 +152,8 @@ def calibrate(
     Returns
     -------
     CalibrationReport
-        Losses beside those of rounding. Layers that no token reached, experts, and weights without a scale have the
-        codes of `quantize_`, and are named with the reason.
+        Losses beside those of rounding. Layers and experts that no token reached, experts of other kinds, and weights
+        without a scale have the codes of `quantize_`, and are named with the reason.
 
     Raises
     ------
@@ -184,7 +200,8 @@ def calibrate(
     done = CalibrationReport(Report(skipped=skipped))
     finished = None
     if folder is not None:
-        options = (method, damping, search, {name: str(s) for name, s in specs.items()})
+        every = {name: str(s) for name, s in specs.items()} | dict.fromkeys(experts, str(common))
+        options = (method, damping, search, correct_bias, every)
         finished = Finished(Path(folder), key_of(model, calls, *options))
     scaling = method.partition("+")[0]
     if scaling != "gptq":
@@ -193,8 +210,23 @@ def calibrate(
     first: dict[int, QuantModule] = {}  # id of a float weight -> what it became
     originals = {name: weight_of(layer) for name, layer in layers.items()}
     kept: list[nn.Parameter] = []  # so that no id is used twice
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     shown = None if progress is None else not progress
-    with tqdm(total=len(layers), unit="layer", file=sys.stderr, disable=shown) as bar:
+    with tqdm(total=len(layers) + len(experts), unit="layer", file=sys.stderr, disable=shown) as bar:
+
+        def bias_of(module: nn.Module, name: str = "bias") -> nn.Parameter | None:
+            bias = module._parameters.get(name)
+            return bias if correct_bias and type(bias) is nn.Parameter and owners[id(bias)] == 1 else None
+
+        def shifted(name: str, bias: nn.Parameter | None, by: Tensor | None) -> Tensor | None:
+            """``bias`` after it took the mean of the error, ``by``."""
+            return None if bias is None or by is None else set_bias(name, bias, (bias.detach() + by).to(bias.dtype))
+
+        def set_bias(name: str, bias: nn.Parameter, value: Tensor) -> Tensor:
+            with torch.no_grad():
+                bias.copy_(value)
+            done.biased.append(name)
+            return value
 
         def replace(name: str, weight: Weight | None, told: LayerCalibration | None, why: str = "") -> None:
             layer, s, original = layers.pop(name), specs[name], originals.pop(name)
@@ -219,38 +251,96 @@ def calibrate(
             put(new, layer, places)
             bar.update()
 
+        def replace_experts(name: str, stacks: dict[str, tuple[Weight, LayerCalibration]], why: str = "") -> None:
+            assert common is not None
+            module = experts.pop(name)
+            codes = QuantExperts.like(module, common)
+            for key, x in stacks_of(module).items():
+                if key in stacks:
+                    weight, told = stacks[key]
+                    codes.take(key, weight)
+                    done.layers.append(told)
+                    if told.idle:
+                        who = "expert" if len(told.idle) == 1 else "experts"
+                        done.data_free[told.name] = f"no token reached {who} {', '.join(map(str, told.idle))}"
+                else:
+                    codes.quantize(key, x.detach())
+                done.report.layers.append(describe_experts(name, key, x, codes))
+            if not stacks:
+                done.data_free[name] = why
+            put(codes, module, places)
+            bar.update()
+
+        def finish_experts(name: str, grams: dict[str, Gram]) -> Iterator[Layer]:
+            assert common is not None
+            module, stacks = experts[name], {}
+            for key in stacks_of(module):
+                bias = bias_of(module, f"{key}_bias")
+
+                def found_of(w: Tensor, e: int) -> Rounded | None:
+                    gram = grams.pop(expert_name(name, key, e), None)  # noqa: B023 (called before the next key)
+                    return None if gram is None else rounded(f"{name}.{key}", w, gram, common, bias is not None)  # noqa: B023
+
+                tokens = sum(g.tokens for n, g in grams.items() if n.startswith(f"{name}.{key}."))
+                found = rounded_stack(*stack_of(module, key), common, found_of)
+                told = LayerCalibration(
+                    f"{name}.{key}", str(common), tokens, found.loss, found.rounding, found.damping, found.idle
+                )
+                stacks[key] = found.weight, told
+                yield Layer(told.name, found.weight, shifted(told.name, bias, found.shift), asdict(told))
+            replace_experts(name, stacks)
+
+        def rounded(name: str, w: Tensor, gram: Gram, s: QuantSpec, biased: bool) -> Rounded:
+            mean = gram.total / gram.tokens if biased else None
+            try:
+                return gptq(w, gram.H / gram.tokens, s, damping, search, mean)
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
+
         def finish(grams: dict[str, Gram]) -> None:
-            stage: dict[str, tuple[Weight, dict[str, Any]]] = {}
+            stage: list[Layer] = []
+            for name in list(experts):
+                if any(n.startswith(tuple(f"{name}.{key}." for key in stacks_of(experts[name]))) for n in grams):
+                    stage += finish_experts(name, grams)
             for name, gram in grams.items():
                 s = specs[name]
                 if not s.scaled or id(originals[name]) in first:
                     replace(name, None, None, f"{s} has no scale")
                     continue
-                try:
-                    found = gptq(originals[name].detach().float(), gram.H, s, damping, search)
-                except ValueError as error:
-                    raise ValueError(f"layer {name}: {error}") from None
+                bias = bias_of(layers[name])
+                found = rounded(name, originals[name].detach().float(), gram, s, bias is not None)
                 told = LayerCalibration(name, str(s), gram.tokens, found.loss, found.rounding, found.damping)
-                stage[name] = found.weight, asdict(told)
+                stage.append(Layer(name, found.weight, shifted(name, bias, found.shift), asdict(told)))
                 replace(name, found.weight, told)
             if finished is not None:
                 finished.write(stage)
 
-        for name, weight, told in finished.read() if finished is not None else ():
-            device = originals[name].device
-            values, *parts = (None if t is None else t.to(device) for t in weight)
-            assert values is not None
-            replace(name, Weight(values, *parts), LayerCalibration(**told))
-        if method.endswith("gptq"):
-            run(model, calls, list(layers), finish)
+        stacks: dict[str, tuple[Weight, LayerCalibration]] = {}
+        for was in finished.read() if finished is not None else ():
+            told = LayerCalibration(**{**was.told, "idle": tuple(was.told["idle"])})
+            name, key = (was.name, "") if was.name in layers else was.name.rsplit(".", 1)
+            device = originals[name].device if not key else stack_of(experts[name], key)[0].device
+            weight = Weight(*(None if t is None else t.to(device) for t in was.weight))  # type: ignore[arg-type]
+            if was.bias is not None:
+                owner: nn.Module = experts[name] if key else layers[name]
+                set_bias(was.name, owner.get_parameter(f"{key}_bias" if key else "bias"), was.bias)
+            if not key:
+                replace(name, weight, told)
+                continue
+            stacks[key] = weight, told
+            if len(stacks) == len(stacks_of(experts[name])):
+                replace_experts(name, stacks)
+                stacks = {}
+        with_gptq = method.endswith("gptq")
+        if with_gptq:
+            of_kind = [name for name, module in experts.items() if is_told(module) and common and common.scaled]
+            run(model, calls, [*layers, *of_kind], finish)
         for name in list(layers):
-            replace(name, None, None, "no token reached it" if method.endswith("gptq") else "it was rounded")
-    for name, module in experts.items():
-        assert common is not None
-        codes = QuantExperts.from_float(module, common)
-        done.report.layers += [describe_experts(name, key, x, codes) for key, x in stacks_of(module).items()]
-        done.data_free[name] = "experts are quantized without calibration"
-        put(codes, module, places)
+            replace(name, None, None, "no token reached it" if with_gptq else "it was rounded")
+        for name, module in list(experts.items()):
+            why = "no token reached it" if is_told(module) else "experts of its kind are not calibrated"
+            why = why if common is None or common.scaled else f"{common} has no scale"
+            replace_experts(name, {}, why if with_gptq else "it was rounded")
     account(model, done.report)
     record_(model)
     return done

@@ -15,16 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlib.calibration.experts import expert_name, tell_rows
+from quantlib.nn.experts import ways_of
 from quantlib.ops.check import dtype_name
 
 
 @dataclass
 class Gram:
-    """Sums over the inputs of a layer: H [K, K] float32, the largest magnitudes [K], and the number of tokens."""
+    """Sums over the inputs x [K] of a layer, float32: of x x^T, of x, and their number; and the largest magnitudes."""
 
     H: Tensor
+    total: Tensor
     peak: Tensor
     tokens: int = 0
+
+    @classmethod
+    def of(cls, K: int, device: torch.device) -> Gram:
+        """The sums over no input."""
+        H, total, peak = (torch.zeros(shape, device=device) for shape in ((K, K), (K,), (K,)))
+        return cls(H, total, peak)
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of x [tokens, K]."""
+        x = x.float()
+        self.H.addmm_(x.T, x)
+        self.total += x.sum(0)
+        torch.maximum(self.peak, x.abs().amax(0), out=self.peak)
+        self.tokens += len(x)
 
 
 Finish = Callable[[dict[str, Gram]], None]  # quantizes the layers of a stage, by name
@@ -107,20 +124,24 @@ def run(model: nn.Module, calls: Sequence[Call], layers: Collection[str], finish
 
 
 def grams(module: nn.Module, calls: Sequence[Call], layers: Mapping[str, str]) -> dict[str, Gram]:
-    """name -> sums over the layer's inputs while ``module`` is called; ``layers`` has the names inside ``module``."""
+    """name -> sums over the layer's inputs while ``module`` is called; ``layers`` has the names inside ``module``.
+
+    Of experts the names are those of `expert_name`.
+    """
     found: dict[str, Gram] = {}
     handles = []
 
+    def add(name: str, x: Tensor) -> None:
+        if name not in found:
+            found[name] = Gram.of(x.shape[-1], x.device)
+        found[name].add(x.detach().reshape(-1, x.shape[-1]))
+
     def watch(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else kwargs["input"]
-            x = x.detach().reshape(-1, x.shape[-1]).float()
-            if name not in found:
-                K = x.shape[1]
-                found[name] = Gram(x.new_zeros(K, K), x.new_zeros(K))
-            found[name].H.addmm_(x.T, x)
-            torch.maximum(found[name].peak, x.abs().amax(0), out=found[name].peak)
-            found[name].tokens += len(x)
+            if ways_of(layer):
+                tell_rows(layer, lambda key, e, x: add(expert_name(name, key, e), x), args, kwargs)
+            else:
+                add(name, args[0] if args else kwargs["input"])
 
         return hook
 

@@ -7,6 +7,7 @@ are looked up, routers, heads and adapters stay floats unless they are asked for
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 
 from quantlib.checkpoint.files import NAMES, Slot
+from quantlib.checkpoint.stored import Stored
 from quantlib.nn.functional import SOURCES
+from quantlib.spec import QuantSpec
 
 FLOATS = (*SOURCES, torch.float64)
 COMPLEX = (torch.complex64,)
@@ -96,32 +99,82 @@ CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp
 
 
 def reasons(
-    slots: Mapping[str, Slot], config: Mapping[str, Any], include: Sequence[str], exclude: Sequence[str]
+    slots: Mapping[str, Slot],
+    config: Mapping[str, Any],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    layouts: Mapping[str, str],
 ) -> dict[str, str | None]:
-    """Return why each float tensor stays as it is; None for one that is quantized. Integer tensors are left out."""
+    """Return why each float tensor stays as it is; None for one that is quantized. Integer tensors are left out.
+
+    ``layouts`` are those that `layouts_of` found.
+    """
     lies, shaped = transposed(slots, config), by_shape(slots, config)
     return {
-        name: unable(slot, lies) or unwanted(name, include, exclude, shaped)
+        name: unable(slot, lies, layouts) or unwanted(name, include, exclude, shaped, name in layouts)
         for name, slot in slots.items()
         if slot.dtype in (*FLOATS, *COMPLEX)
     }
 
 
-def unable(slot: Slot, lies: Mapping[str, str]) -> str | None:
+def layouts_of(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, str]:
+    """How each weight lies that is no matrix [N, K] but can be quantized: see `quantlib.checkpoint.stored`.
+
+    A stack of experts is known by its name, and lies as its sizes say: ``gate_up_proj`` has two rows for each column of
+    ``down_proj``. What sizes leave open, and ``Conv1D`` of transformers, the class of the model in ``config.json``
+    decides, where transformers is installed and knows it.
+    """
+    found = {name: way for name in slots if (way := by_sizes(name, slots))}
+    stacks = [name for name, slot in slots.items() if len(slot.shape) == 3 and EXPERTS.search(name)]
+    unknown = {*stacks, *transposed(slots, config)} - found.keys()
+    if unknown and isinstance(config.get("model_type"), str) and importlib.util.find_spec("transformers") is not None:
+        of_class = importlib.import_module("quantlib.hf.skeleton").layouts_of(config, slots)
+        found |= {name: of_class[name] for name in unknown if name in of_class}
+    return found
+
+
+def by_sizes(name: str, slots: Mapping[str, Slot]) -> str | None:
+    """The layout of a stack of experts, by the one beside it: of [E, a, b] and [E, c, d] the inner sizes are equal."""
+    match = re.fullmatch(r"(.*\bexperts\.(?:.+\.)?)(gate_up_proj|down_proj)(\.weight)?", name)
+    if match is None:
+        return None
+    pair = [slots.get(f"{match[1]}{key}{match[3] or ''}") for key in ("gate_up_proj", "down_proj")]
+    if not all(slot is not None and len(slot.shape) == 3 for slot in pair):
+        return None
+    (E, a, b), (F, c, d) = (slot.shape for slot in pair if slot is not None)
+    if E != F:
+        return None
+    return "enk" if b == c and a == 2 * d else "ekn" if a == d and b == 2 * c else None
+
+
+def stored_as(slot: Slot, spec: QuantSpec, layouts: Mapping[str, str]) -> Stored:
+    """The weight as a file will have it. A cast leaves every value where it is, whatever it belongs to."""
+    return Stored(str(spec), slot.shape, layouts.get(slot.name, "") if spec.scaled else "")
+
+
+EXPERTS = re.compile(r"\b(\w*experts?|\w*moe)\.")  # of the name of a stack
+
+
+def unable(slot: Slot, lies: Mapping[str, str], layouts: Mapping[str, str]) -> str | None:
     """Return why a tensor cannot be quantized, or None."""
     axes = len(slot.shape)
     if axes < 2:
         return f"{axes} axes: a matrix is quantized"
-    if axes > 2:
-        kind = "experts" if "expert" in slot.name else "a convolution" if slot.name.endswith("weight") else "a stack"
-        return f"{axes} axes: {kind}, not one matrix"
+    if slot.name in layouts and slot.dtype in SOURCES:
+        return None
+    if axes > 2 and slot.name not in layouts:
+        if axes == 3 and EXPERTS.search(slot.name):
+            return "a stack of experts: neither its sizes nor the class in config.json tell how it lies"
+        return f"{axes} axes: {'a convolution' if slot.name.endswith('weight') else 'a stack'}, not one matrix"
     if slot.dtype not in SOURCES:
         return f"{str(slot.dtype).removeprefix('torch.')}: float32, float16 or bfloat16 is quantized"
     return lies.get(slot.name)
 
 
-def unwanted(name: str, include: Sequence[str], exclude: Sequence[str], shaped: Mapping[str, str]) -> str | None:
-    """Return why a matrix is not to be quantized, or None."""
+def unwanted(
+    name: str, include: Sequence[str], exclude: Sequence[str], shaped: Mapping[str, str], known: bool
+) -> str | None:
+    """Return why a weight is not to be quantized, or None; one of a ``known`` layout may have any name."""
     if pattern := next((p for p in exclude if fnmatch.fnmatchcase(name, p)), None):
         return f"matches {pattern}"
     if any(fnmatch.fnmatchcase(name, p) for p in include):
@@ -130,7 +183,7 @@ def unwanted(name: str, include: Sequence[str], exclude: Sequence[str], shaped: 
         return rule.why
     if name in shaped:
         return shaped[name]
-    return None if name.rpartition(".")[2] == "weight" else "not named *.weight"
+    return None if known or name.rpartition(".")[2] == "weight" else "not named *.weight"
 
 
 def transposed(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from quantlib.checkpoint.manifest import finish
 from quantlib.checkpoint.publish import Scratch, keep_mode, remove, replacing, sync
 from quantlib.checkpoint.stored import KEY, Contents, Stored, as_stored
 from quantlib.measure import OnNonfinite, Sums, check_finite
-from quantlib.nn.functional import SOURCES, Weight, quantize_weight, slabs
+from quantlib.nn.functional import SLAB, SOURCES, Weight, quantize_weight, slabs
 from quantlib.ops.check import dtype_name
 from quantlib.record import ENTRY, entry_of
 from quantlib.report import LayerReport, Report
@@ -132,6 +132,7 @@ def quantize_file(
         if isinstance(patterns, str):
             raise TypeError(f"{name} must be a sequence of patterns, got the string {patterns!r}")
     report = Report()
+    planned: dict[str, Stored] = {}
 
     def plan(model: Model) -> list[Plan]:
         for reader in model.readers:
@@ -139,9 +140,13 @@ def quantize_file(
                 raise ValueError(f"{reader.path} must hold float weights, got weights that are quantized already")
         slots = model.slots
         choose.check_float(src, slots, model.config)
-        reasons = choose.reasons(slots, model.config, include, exclude)
-        for name in (name for name, why in reasons.items() if why is None):
-            for part in Stored(str(spec), slots[name].shape).slots(name)[1:]:
+        layouts = choose.layouts_of(slots, model.config)
+        reasons = choose.reasons(slots, model.config, include, exclude, layouts)
+        planned.update(
+            (name, choose.stored_as(slots[name], spec, layouts)) for name, why in reasons.items() if why is None
+        )
+        for name, stored in planned.items():
+            for part in stored.slots(name)[1:]:
                 if part.name in slots:
                     raise ValueError(f"{src} must leave {part.name} free for the codes of {name}, got a tensor there")
         for option, patterns in (("exclude", exclude), ("include", include)):
@@ -161,16 +166,15 @@ def quantize_file(
             largest = sorted(report.sizes, key=lambda name: report.sizes[name], reverse=True)[:3]
             why = "; ".join(f"{name}: {report.skipped[name]}" for name in largest) or "no matrix"
             raise ValueError(f"{src} must hold weights to convert, got none among {len(slots)} tensors: {why}")
-        return [plan_of(reader, reasons) for reader in model.readers]
+        return [plan_of(reader) for reader in model.readers]
 
-    def plan_of(reader: Reader, reasons: dict[str, str | None]) -> Plan:
+    def plan_of(reader: Reader) -> Plan:
         batches, weights = [], {}
         for name, slot in reader.slots.items():
-            if name in reasons and reasons[name] is None:
-                weights[name] = Stored(str(spec), slot.shape)
-                rows = partial(reader.rows, name)
-                told = f"{reader.path.name}: {name}"
-                batches.append(Projection(slot, spec, on_nonfinite, rows, told, slot.nbytes).batch)
+            if name in planned:
+                weights[name] = stored = planned[name]
+                rows, told = rows_of(reader, name, stored), f"{reader.path.name}: {name}"
+                batches.append(Projection(name, stored, on_nonfinite, rows, told, slot.nbytes).batch)
             else:
                 batches.append(files.copied(reader, slot))
         return Plan(reader, batches, Contents(weights), list(weights))
@@ -256,65 +260,71 @@ def layers_of(notes: list[Any]) -> list[LayerReport]:
 
 @dataclass(frozen=True)
 class Projection:
-    """A float weight that becomes codes, a slab of rows at a time."""
+    """A float weight that becomes codes, a slab of rows of one of its matrices [N, K] at a time."""
 
-    slot: Slot
-    spec: QuantSpec
+    name: str
+    stored: Stored
     on_nonfinite: OnNonfinite
-    rows: Callable[[slice], Tensor]  # values of some of its rows
+    rows: Callable[[int, slice], Tensor]  # values of some rows of the matrix of an expert
     told: str  # its name in errors
     size: int  # bytes that it takes where it comes from
-    sums: dict[int, Sums] = field(default_factory=dict)  # first row of a slab -> its sums
+    sums: dict[tuple[int, int], Sums] = field(default_factory=dict)  # expert, first row of a slab -> its sums
+
+    @cached_property
+    def spec(self) -> QuantSpec:
+        return QuantSpec.parse(self.stored.spec)
 
     @property
     def batch(self) -> Batch:
-        slots = Stored(str(self.spec), self.slot.shape).slots(self.slot.name)
-        rows = slabs(*self.shape, self.spec.block(self.shape)[0] if self.spec.scaled else 1)
-        jobs: list[Job] = [partial(self._slab, part) for part in rows]
+        slots, (E, N, K, _) = self.stored.slots(self.name), self.stored.stack
+        multiple, elements = self.spec.block((N, K))[0] if self.spec.scaled else 1, SLAB
+        if self.stored.stack.transposed:  # rows of the matrix are columns of the file, which has them apart
+            elements = max(SLAB, COLUMNS * K)
+        jobs: list[Job]
         if self.spec.per == "tensor" and self.spec.search == "minmax":  # a search reads all values at once
-            jobs = [self._with_one_scale]
+            jobs = [partial(self._with_one_scale, e) for e in range(E)]
+        else:
+            parts = list(slabs(N, K, min(multiple, max(N, 1)), elements))
+            jobs = [partial(self._slab, e, rows) for e in range(E) for rows in parts]
         return Batch(slots, jobs, lambda: self._report(sum(slot.nbytes for slot in slots)))
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[N, K]"""
-        return self.slot.shape[0], math.prod(self.slot.shape[1:])
+    def _slab(self, e: int, rows: slice) -> list[Piece]:
+        x = self.rows(e, rows)
+        return self._pieces(e, rows, x, quantize_weight(x, self.spec))
 
-    def _slab(self, rows: slice) -> list[Piece]:
-        x = self.rows(rows)
-        return self._pieces(rows, x, quantize_weight(x, self.spec))
-
-    def _with_one_scale(self) -> Iterator[Piece]:
+    def _with_one_scale(self, e: int) -> Iterator[Piece]:
         """Quantize all rows in two passes over the file: the first finds the extremes, which alone decide the scale."""
-        parts = list(slabs(*self.shape)) if self.slot.nbytes else []
-        extremes = [torch.stack(self.rows(rows).aminmax()) for rows in parts]
+        parts = list(slabs(*self.stored.matrix)) if math.prod(self.stored.shape) else []
+        extremes = [torch.stack(self.rows(e, rows).aminmax()) for rows in parts]
         if not extremes:
             return
         _, scale, zero_point = quantize_weight(torch.cat(extremes).view(1, -1), self.spec)
         for rows in parts:
-            x = self.rows(rows)
+            x = self.rows(e, rows)
             block = self.spec.block(x.shape)
             assert scale is not None
             codes = ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point)
-            yield from self._pieces(rows, x, Weight(codes, scale, zero_point))
+            yield from self._pieces(e, rows, x, Weight(codes, scale, zero_point))
 
-    def _pieces(self, rows: slice, x: Tensor, weight: Weight) -> list[Piece]:
+    def _pieces(self, e: int, rows: slice, x: Tensor, weight: Weight) -> list[Piece]:
         """Codes and scales of some rows, each with the byte that it begins at; the rows are counted."""
-        sums = self.sums[rows.start] = Sums()
+        sums = self.sums[e, rows.start] = Sums()
         sums.add(x, weight, self.spec)
         if self.on_nonfinite == "raise" and not math.isfinite(sums.noise):
-            self._check()
-        first = rows.start // self.spec.block(self.shape)[0]
-        starts = (rows.start, first, first)
-        names = (self.slot.name, f"{self.slot.name}_scale", f"{self.slot.name}_zero_point")
+            self._check(e)
+        N, K = self.stored.matrix
+        first = rows.start // self.spec.block((N, K))[0]
+        first += e * self.spec.scale_shape((N, K))[0] if self.spec.scaled else 0
+        starts = (e * N + rows.start, first, first)
+        names = (self.name, f"{self.name}_scale", f"{self.name}_zero_point")
         return [
             (name, start * (t[:1].numel() * t.element_size()), t)
             for name, start, t in zip(names, starts, as_stored(weight), strict=False)
         ]
 
-    def _check(self) -> None:
-        parts = ((rows.start, self.rows(rows)) for rows in slabs(*self.shape))
-        check_finite(self.told, parts, self.spec)
+    def _check(self, e: int) -> None:
+        parts = ((rows.start, self.rows(e, rows)) for rows in slabs(*self.stored.matrix))
+        check_finite(f"{self.told} of expert {e}" if self.stored.is_experts else self.told, parts, self.spec)
 
     def _report(self, size: int) -> dict[str, Any]:
         total = Sums()
@@ -322,18 +332,38 @@ class Projection:
             total.signal += self.sums[start].signal
             total.noise += self.sums[start].noise
         self.sums.clear()
-        return asdict(LayerReport(self.slot.name, self.slot.shape, str(self.spec), self.size, size, total.snr_db))
+        return asdict(LayerReport(self.name, self.stored.shape, str(self.spec), self.size, size, total.snr_db))
+
+
+COLUMNS = 512  # of a matrix [K, N] that are read at a time: as many values lie beside each other in the file
+
+
+def rows_of(reader: Reader, name: str, stored: Stored) -> Callable[[int, slice], Tensor]:
+    """The function that reads some rows of the matrix [N, K] of an expert from a float tensor of a file."""
+    _, N, K, _ = stored.stack
+
+    def rows_of_expert(e: int, rows: slice) -> Tensor:
+        if stored.stack.transposed:
+            return reader.columns(name, slice(e * K, (e + 1) * K), rows).t().contiguous()
+        return reader.part(name, e * N + rows.start, (rows.stop - rows.start, K))
+
+    return rows_of_expert
 
 
 def values(reader: Reader, name: str, stored: Stored, dtype: torch.dtype) -> list[Job]:
     """Jobs that make the values of the codes of a file."""
-    N, K = stored.matrix
+    E, N, K, _ = stored.stack
     block = QuantSpec.parse(stored.spec).block((N, K))
 
-    def job(rows: slice) -> list[Piece]:
-        return [(name, rows.start * K * dtype.itemsize, stored.rows(reader, name, rows, dtype))]
+    def job(e: int, rows: slice) -> list[Piece]:
+        y = stored.rows(reader, name, rows, dtype, e)
+        y = y.t().contiguous() if stored.stack.transposed else y
+        return [(name, (e * N + rows.start) * K * dtype.itemsize, y)]
 
-    return [partial(job, rows) for rows in slabs(N, K, block[0] if block[0] < N else 1)]
+    parts = list(slabs(N, K, block[0] if block[0] < N else 1))
+    if stored.stack.transposed:  # what is one block of the file is made at once: a whole matrix
+        parts = [slice(0, N)]
+    return [partial(job, e, rows) for e in range(E) for rows in parts]
 
 
 @dataclass(frozen=True)
@@ -360,7 +390,7 @@ def entry_of_plans(plans: list[Plan]) -> dict[str, Any] | None:
     stored = {name: stored for p in plans for name, stored in p.contents.weights.items()}
     if not any(s.scaled for s in stored.values()):  # a float weight like any other, for every library
         return None
-    return entry_of({name: asdict(s) for name, s in stored.items()})
+    return entry_of({name: {"spec": s.spec, "shape": s.shape} for name, s in stored.items()})
 
 
 def convert(

@@ -200,7 +200,7 @@ def check(src: object, model: Model, found: list[Found], target: Target) -> None
         raise ValueError(f"{src} must hold codes that quantlib reads, got {left}")
     if not found:
         raise ValueError(f"{src} must hold weights that are quantized, got none: quantize_file is for floats")
-    if target.to == OURS and all(weight.method == own.METHOD for weight in found):
+    if target.to == OURS and all(weight.method.startswith(own.METHOD) for weight in found):
         raise ValueError(f"{src} must be of another library to become quantlib's, got quantlib's own")
 
 
@@ -260,11 +260,11 @@ def requantized(weight: Found, spec: QuantSpec, cost: int) -> Batch:
     br = weight.spec.block(weight.shape)[0] if weight.spec is not None and weight.spec.scaled else 1
     N = weight.shape[0]
 
-    def rows_of(rows: slice) -> torch.Tensor:
+    def rows_of(_: int, rows: slice) -> torch.Tensor:
         first, last = rows.start // br * br, min(-(-rows.stop // br) * br, N)
         return weight.decoded(slice(first, last), torch.float32)[rows.start - first : rows.stop - first].contiguous()
 
-    made = Projection(Slot(weight.name, torch.float32, weight.float_shape), spec, "raise", rows_of, weight.name, cost)
+    made = Projection(weight.name, Stored(str(spec), weight.float_shape), "raise", rows_of, weight.name, cost)
     inner = made.batch
 
     def done() -> Any:

@@ -130,6 +130,23 @@ class Reader:
         shape = (rows.stop - rows.start, *slot.shape[1:])
         return self._tensor(slot, shape, rows.start * math.prod(slot.shape[1:]) * slot.dtype.itemsize)
 
+    def part(self, name: str, row: int, shape: tuple[int, ...]) -> Tensor:
+        """As many rows as ``shape`` [R, ...] has, from row ``row``, of a tensor seen as rows of that size."""
+        slot = self.slots[name]
+        return self._tensor(slot, shape, row * math.prod(shape[1:]) * slot.dtype.itemsize)
+
+    def columns(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """Some columns of some rows of a tensor [..., C], seen as a matrix."""
+        slot = self.slots[name]
+        size, C = slot.dtype.itemsize, slot.shape[-1]
+        tensor = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=slot.dtype)
+        if tensor.numel():
+            data, width = bytes_of(tensor), tensor.shape[1] * size
+            start = self._starts[name] + (rows.start * C + columns.start) * size
+            for i in range(len(tensor)):
+                self._fill(data[i * width : (i + 1) * width], start + i * C * size)
+        return tensor
+
     def chunk(self, name: str, chunk: slice) -> Tensor:
         """Bytes of a tensor, uint8."""
         slot = Slot(name, torch.uint8, (chunk.stop - chunk.start,))

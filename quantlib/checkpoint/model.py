@@ -6,17 +6,17 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from quantlib.api import places_of, put, quantized_type, reasons_to_skip, share_weight, weight_of
+from quantlib.api import experts_of, places_of, put, quantized_type, reasons_to_skip, share_weight
 from quantlib.checkpoint import files
 from quantlib.checkpoint.card import HUB_ID, Card
 from quantlib.checkpoint.files import Batch, Reader, Slot
@@ -25,11 +25,13 @@ from quantlib.checkpoint.manifest import finish
 from quantlib.checkpoint.publish import INDEX, replacing
 from quantlib.checkpoint.stored import Contents, Stored, words
 from quantlib.nn import QUANTIZED, QuantModule
+from quantlib.nn.experts import QuantExperts, number_of, ways_of
+from quantlib.nn.forms import TransposedLinear, form_of, with_likes
 from quantlib.nn.module import check_whole, stored_dtype
 from quantlib.nn.qat import QATModule
 from quantlib.ops.check import dtype_of
 from quantlib.record import of_config, record_
-from quantlib.spec import QuantSpec, stored_shape
+from quantlib.spec import QuantSpec
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +120,8 @@ def card_of(model: nn.Module, batches: list[Batch], contents: Contents) -> Card:
 def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) -> nn.Module:
     """Fill ``model`` from what `save_quantized` or `quantize_file` wrote.
 
-    Where the file holds codes, ``nn.Linear`` becomes `QuantLinear`, ``nn.Embedding`` `QuantEmbedding`, and so on.
+    Where the file holds codes, ``nn.Linear`` becomes `QuantLinear`, ``nn.Embedding`` `QuantEmbedding`, and so on, and
+    experts and ``Conv1D`` of transformers become their forms of codes.
     Parameters take the dtypes of the file. Everything is checked, from the headers alone, before the model is touched.
 
     Parameters
@@ -158,7 +161,8 @@ def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) ->
     with ExitStack() as stack:
         stored = stack.enter_context(Model.open(Path(path)))
         readers = stored.readers
-        held = {file_name(name): Entry(reader, name) for reader in readers for name in reader.slots}
+        weights = weights_in(model)
+        held = {file_name(name, weights): Entry(reader, name) for reader in readers for name in reader.slots}
         contents = Contents()
         for reader in readers:
             found = Contents.of(reader)
@@ -189,9 +193,11 @@ def check_module(model: object) -> None:
 def formats_of(names: list[str], entry: dict[str, Any] | None, path: Path, model: nn.Module) -> dict[str, Stored]:
     """Return the formats of the weights ``names``: from ``entry`` of config.json, or else as in ``model`` already."""
     known = Contents.parse(entry | {"tied": {}}, str(path / CONFIG)).weights if entry else {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantModule):
-            known.setdefault(join(prefix, "weight"), Stored(str(module.spec), module.weight_shape))
+    for name, (module, key) in weights_in(model).items():
+        if is_quantized(module):
+            known.setdefault(name, Stored(str(module.spec), shape_of(module, key)))
+        if name in known:  # config.json does not say how a weight lies: the class does
+            known[name] = replace(known[name], layout=layout_of(module, key))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
             f"{path} must say what its codes are quantized to, got codes without a format, {files.some(unknown)}: "
@@ -223,9 +229,45 @@ class Entry:
         return self.reader.read(self.name)
 
 
-def file_name(name: str) -> str:
+def file_name(name: str, weights: Container[str] = ()) -> str:
     """The name in a file of a parameter ``name``: codes are stored under the name of the weight."""
-    return name.removesuffix("_codes") if name.rpartition(".")[2] == "weight_codes" else name
+    weight = name.removesuffix("_codes")
+    return weight if weight in weights or name.rpartition(".")[2] == "weight_codes" else name
+
+
+def weights_in(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Name of each weight that is codes, or can be, under every name that it has -> its module, its name there."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    types = (*with_likes(tuple(QUANTIZED)), QuantModule)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        keys = module.stacks if isinstance(module, QuantExperts) else ways_of(module)
+        for key in (*keys, *(("weight",) if isinstance(module, types) else ())):
+            found[join(prefix, key)] = module, key
+    return found
+
+
+def is_quantized(module: nn.Module) -> TypeGuard[QuantModule | QuantExperts]:
+    return isinstance(module, (QuantModule, QuantExperts))
+
+
+def shape_of(module: Any, key: str) -> tuple[int, ...]:
+    """The shape of the float weight ``key``."""
+    if isinstance(module, QuantExperts):
+        return module.stacks[key].shape
+    return module.weight_shape if isinstance(module, QuantModule) else tuple(module._parameters[key].shape)
+
+
+def layout_of(module: nn.Module, key: str) -> str:
+    """How the float weight ``key`` lies: see `quantlib.checkpoint.stored`."""
+    ways = ways_of(module)
+    if isinstance(module, QuantExperts):
+        E, _, _, way = module.stacks[key]
+    elif key in ways:
+        E, way = number_of(module), ways[key]
+    else:
+        form = type(module) if isinstance(module, QuantModule) else form_of(type(module))
+        return "kn" if form is not None and issubclass(form, TransposedLinear) else ""
+    return way if way in ("enk", "ekn") else f"{way}/{E}"
 
 
 Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and the name there
@@ -233,8 +275,9 @@ Place = tuple[dict[str, Any], str]  # a module's parameters or buffers, and the 
 
 def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
     """Every tensor of the state once, a weight's codes with its scales, and what the metadata says of them."""
-    state = {file_name(name): tensor for name, tensor in model.state_dict().items()}
-    objects = {file_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    quantized = {name: found for name, found in weights_in(model).items() if is_quantized(found[0])}
+    state = {file_name(name, quantized): tensor for name, tensor in model.state_dict().items()}
+    objects = {file_name(name, quantized): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dtype not in files.NAMES:
             got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -245,14 +288,11 @@ def state_of(model: nn.Module) -> tuple[list[Batch], Contents]:
         if (known := first.setdefault(id(tensor), name)) != name:
             tied[name] = known
     weights: dict[str, Stored] = {}
-    for prefix, module in model.named_modules():
-        name = join(prefix, "weight")
-        if isinstance(module, QuantModule) and name in state:
-            known = tied.get(name, name)  # of those that share it, an embedding's spec tells nothing of activations
-            if known not in weights or module.spec.activation is not None:
-                if module._matrix[0] != module.weight_shape[0]:
-                    raise ValueError(f"{name} must lie [out, in] to be saved so, got a Conv1D: use save_pretrained")
-                weights[known] = Stored(str(module.spec), module.weight_shape)
+    for name, (module, key) in quantized.items():
+        assert is_quantized(module)
+        known = tied.get(name, name)  # of those that share it, an embedding's spec tells nothing of activations
+        if name in state and (known not in weights or module.spec.activation is not None):
+            weights[known] = Stored(str(module.spec), shape_of(module, key), layout_of(module, key))
     parts = {slot.name for name, stored in weights.items() for slot in stored.slots(name)[1:]}
     batches = []
     for name, tensor in state.items():
@@ -300,6 +340,7 @@ class Skeleton:
     def __init__(self, model: nn.Module, contents: Contents) -> None:
         self.model, self.contents = model, contents
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.weights = weights_in(model)
         self.values: set[str] = set()  # weights whose layers cannot hold codes
         self.replacements = self._replacements()  # id of a float layer -> what takes its place
         self.places = dict(self._places())
@@ -325,18 +366,22 @@ class Skeleton:
             stored = self.contents.weights.get(name)
             if stored is not None and slot_of_codes(stored, slot):
                 spec = QuantSpec.parse(stored.spec)
-                slot = Slot(name, stored_dtype(spec), spec.codes_shape(stored.matrix))
+                slot = Slot(name, stored_dtype(spec), stored.kept_shape)
             if name in self.values:
                 slot = replace(slot, shape=self.contents.weights[name].shape, dtype=store[key].dtype)
             same_kind = slot.dtype == store[key].dtype or slot.dtype.is_floating_point == store[key].is_floating_point()
             if tuple(store[key].shape) != slot.shape or not same_kind:
                 expected = Slot(name, store[key].dtype, tuple(store[key].shape))
                 problems.append(f"{name} {words(entry.slot)} for {words(expected)}")
+        for name, (module, key) in self.weights.items():
+            stored = self.contents.weights.get(name)
+            if stored is None or not is_quantized(module):
+                continue
+            if QuantSpec.parse(stored.spec).weight_only != (mine := module.spec.weight_only):
+                problems.append(f"{name.removesuffix('.weight')}: codes of {stored.spec} for {mine}")
+            elif stored.layout != layout_of(module, key):
+                problems.append(f"{name} of a weight that lies otherwise, {stored.layout or 'nk'}")
         for prefix, module in self.modules.items():
-            stored = self.contents.weights.get(join(prefix, "weight"))
-            mine = module.spec.weight_only if isinstance(module, QuantModule) else None
-            if mine and stored and QuantSpec.parse(stored.spec).weight_only != mine:
-                problems.append(f"{prefix}: codes of {stored.spec} for {mine}")
             for key in module._non_persistent_buffers_set:
                 if isinstance(buffer := module._buffers[key], Tensor) and buffer.is_meta:
                     problems.append(f"{join(prefix, key)} on meta, which no file fills")
@@ -360,7 +405,7 @@ class Skeleton:
             old = store[key]
             if name in self.values:
                 tensor = self.contents.weights[name].values(entry.reader, name, old.dtype)
-            elif key == "weight_codes":
+            elif name in self.weights and key.endswith("_codes"):
                 tensor = entry.read().view(old.dtype).reshape(old.shape)
             else:
                 tensor = entry.read()
@@ -369,22 +414,31 @@ class Skeleton:
             for store, key in self.targets[name]:
                 store[key] = new  # one object in all of them: what is tied stays tied
 
-    def _replacements(self) -> dict[int, QuantModule]:
+    def _replacements(self) -> dict[int, QuantModule | QuantExperts]:
         stored = dict(self.contents.weights)
         stored.update({alias: stored[name] for alias, name in self.contents.tied.items() if name in stored})
-        types = tuple(QUANTIZED)
-        skipped = {id(self.modules[name]) for name in reasons_to_skip(self.model, types=types)}
+        types = with_likes(tuple(QUANTIZED))
+        skipped = reasons_to_skip(self.model, types=types)
+        experts = experts_of(self.model, None, skipped)
+        unable = {id(self.modules[name]) for name in skipped}
         specs: dict[int, QuantSpec] = {}  # id of a float weight -> what it becomes
         for name, weight in stored.items():
-            module = self.modules.get(name.rpartition(".")[0])
-            if isinstance(module, QuantModule):
+            module, key = self.weights.get(name, (None, ""))
+            if module is not None and is_quantized(module):
                 continue
-            if isinstance(module, types) and weight_of(module).shape == weight.shape and id(module) not in skipped:
-                specs[id(module.weight)] = QuantSpec.parse(weight.spec)
+            known = None if module is None else (shape_of(module, key), layout_of(module, key))
+            if module is not None and id(module) not in unable and known == (weight.shape, weight.layout):
+                specs[id(module._parameters[key])] = QuantSpec.parse(weight.spec)
             elif name in self.contents.weights:
                 self.values.add(name)
         done: dict[int, QuantModule] = {}
-        replacements: dict[int, QuantModule] = {}
+        replacements: dict[int, QuantModule | QuantExperts] = {}
+        for prefix, module in experts.items():
+            found = [specs.get(id(module._parameters[key])) for key in ways_of(module)]
+            if found[0] is not None and found.count(found[0]) == len(found):
+                replacements[id(module)] = QuantExperts.like(module, found[0])
+            else:  # some of its weights are floats, or of another spec: a module has one
+                self.values |= {name for key in ways_of(module) if (name := join(prefix, key)) in stored}
         for module in self.modules.values():
             if not isinstance(module, types) or id(module) in replacements or id(module.weight) not in specs:
                 continue
@@ -403,7 +457,7 @@ class Skeleton:
             module: nn.Module = placed.get(id(old), old)
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    yield file_name(join(prefix, key)), (module._parameters, key)
+                    yield file_name(join(prefix, key), self.weights), (module._parameters, key)
             for key, buffer in module._buffers.items():
                 if buffer is not None and key not in module._non_persistent_buffers_set:
                     yield join(prefix, key), (module._buffers, key)
@@ -424,7 +478,7 @@ class Skeleton:
 def slot_of_codes(stored: Stored, slot: Slot) -> bool:
     """True if ``slot`` holds codes in the shape and dtype of a file or of a parameter."""
     spec = QuantSpec.parse(stored.spec)
-    shapes = stored_shape(spec, stored.shape), spec.codes_shape(stored.matrix)
+    shapes = stored.slots(slot.name)[0].shape, stored.kept_shape
     return slot.shape in shapes and slot.dtype in (dtype_of(spec.row), stored_dtype(spec))
 
 

@@ -6,6 +6,11 @@ the weight of a convolution as that of the matrix [out, in / groups * kernel]. T
 
     {"version": 1, "weights": {"encoder.0.weight": {"spec": "int4:group:32", "shape": [384, 384]}}, "tied": {}}
 
+A weight that is no such matrix has a ``"layout"`` too, and makes the version 2: ``"kn"`` lies [K, N], as ``Conv1D`` of
+transformers does; ``"enk"`` is E matrices [N, K] of the experts of a layer, ``"ekn"`` E matrices [K, N], and
+``"(en)k/E"`` and ``"(ek)n/E"`` are the same with two axes as one. However the float weight lies, its codes are
+[N, K, 1], or [E, N, K, 1] with a scale [E, ...] of each expert.
+
 Codes that need their scale have one axis more than the weight, [N, K, 1], all but two of them ones: a program that
 knows nothing of the scale finds a tensor of the wrong shape and stops, where it would otherwise take the codes for
 weights. A 16-bit float without a scale is a float weight like any other, and keeps its shape.
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,12 +28,14 @@ import torch
 from torch import Tensor
 
 from quantlib.checkpoint.files import NAMES, Reader, Slot, checked_shape, some_words
+from quantlib.nn.experts import Stack
 from quantlib.nn.functional import Weight, dequantize_weight, scale_dtype
 from quantlib.ops.check import dtype_of
 from quantlib.spec import QuantSpec, stored_shape
 
-VERSION = 1  # of what this module describes; every older one stays readable
+VERSION = 2  # of what this module describes; every older one stays readable
 KEY = "quantlib"
+LAYOUT = re.compile(r"|kn|enk|ekn|(\(en\)k|\(ek\)n)/[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -36,43 +44,68 @@ class Stored:
 
     spec: str
     shape: tuple[int, ...]  # of the float weight
+    layout: str = ""  # how the float weight lies where it is no matrix [N, ...]
+
+    @property
+    def stack(self) -> Stack:
+        """The matrices [N, K]: one, or one for each expert."""
+        way, _, count = self.layout.partition("/")
+        if not way:
+            return Stack(1, self.shape[0], math.prod(self.shape[1:]), "(en)k")
+        if way == "kn":
+            return Stack.of_shape(self.shape, "(ek)n", 1)
+        return Stack.of_shape(self.shape, way, int(count) if count else self.shape[0])
+
+    @property
+    def is_experts(self) -> bool:
+        return self.layout not in ("", "kn")
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """[N, K]"""
-        return self.shape[0], math.prod(self.shape[1:])
+        """[N, K], of each expert."""
+        return self.stack.matrix_shape
 
     @property
     def scaled(self) -> bool:
         """True if the codes need a scale."""
         return QuantSpec.parse(self.spec).scaled
 
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        """The shape of the codes as a module has them: [N, K], or [E, N, K]."""
+        experts = (self.stack.E,) if self.is_experts else ()
+        return (*experts, *QuantSpec.parse(self.spec).codes_shape(self.matrix))
+
     def slots(self, name: str) -> list[Slot]:
         """Codes, scale, zero point: the tensors of the file that hold weight ``name``."""
-        spec = QuantSpec.parse(self.spec)
-        codes = Slot(name, dtype_of(spec.row), stored_shape(spec, self.shape))
-        scale = Slot(f"{name}_scale", scale_dtype(spec), spec.scale_shape(self.matrix))
+        spec, experts = QuantSpec.parse(self.spec), (self.stack.E,) if self.is_experts else ()
+        shape = stored_shape(spec, self.shape) if not self.layout else self.stack.stored_shape(spec, self.is_experts)
+        codes = Slot(name, dtype_of(spec.row), shape)
+        scale = Slot(f"{name}_scale", scale_dtype(spec), (*experts, *spec.scale_shape(self.matrix)))
         zero_point = Slot(f"{name}_zero_point", torch.int32, scale.shape)
         return [codes, scale, zero_point][: 1 if not spec.scaled else 2 if spec.symmetric else 3]
 
     def values(self, reader: Reader, name: str, dtype: torch.dtype) -> Tensor:
         """Return the decoded weight, of ``dtype`` and in the shape of the float weight."""
-        return self.rows(reader, name, slice(0, self.shape[0]), dtype).view(self.shape)
+        E, N, *_ = self.stack
+        matrices = [self.rows(reader, name, slice(0, N), dtype, e) for e in range(E)]
+        return self.stack.join(matrices).view(self.shape)
 
-    def rows(self, reader: Reader, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
-        """The values of some rows of the matrix [N, K]; rows that share a scale come together."""
+    def rows(self, reader: Reader, name: str, rows: slice, dtype: torch.dtype, e: int = 0) -> Tensor:
+        """The values of some rows of the matrix [N, K] of expert ``e``; rows that share a scale come together."""
         spec = QuantSpec.parse(self.spec)
-        return dequantize_weight(self.codes(reader, name, rows), spec, self.matrix[1], dtype)
+        return dequantize_weight(self.codes(reader, name, rows, e), spec, self.matrix[1], dtype)
 
-    def codes(self, reader: Reader, name: str, rows: slice) -> Weight:
-        """Codes of some rows of the matrix [N, K] with their scales; rows that share a scale come together."""
+    def codes(self, reader: Reader, name: str, rows: slice, e: int = 0) -> Weight:
+        """Codes of some rows of the matrix [N, K] of expert ``e`` with their scales; blocks of rows are whole."""
         spec = QuantSpec.parse(self.spec)
-        block = spec.block(self.matrix)
-        blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
+        (N, K), br = self.matrix, spec.block(self.matrix)[0]
+        blocks = slice(rows.start // br, -(-rows.stop // br))
         of_codes, *others = self.slots(name)
-        codes = reader.rows(of_codes.name, rows)
-        codes = codes.reshape(spec.codes_shape((len(codes), self.matrix[1])))
-        return Weight(codes, *(reader.rows(slot.name, blocks) for slot in others))
+        codes = reader.part(of_codes.name, e * N + rows.start, spec.codes_shape((rows.stop - rows.start, K)))
+        shape = blocks.stop - blocks.start, spec.scale_shape((N, K))[1]
+        first = e * spec.scale_shape((N, K))[0] + blocks.start
+        return Weight(codes, *(reader.part(slot.name, first, shape) for slot in others))
 
 
 @dataclass(frozen=True)
@@ -126,17 +159,26 @@ class Contents:
         if not isinstance(weight, dict) or not isinstance(weight.get("spec"), str) or "shape" not in weight:
             raise ValueError(f"{expected} by spec and shape, got {some_words(weight)} for {name}")
         shape = checked_shape(f"{expected}: {name}", weight["shape"])
+        stored = Stored(weight["spec"], shape, weight.get("layout", ""))
         try:
-            spec = QuantSpec.parse(weight["spec"])
-            spec.scale_shape((shape[0], math.prod(shape[1:])))
-        except (ValueError, IndexError) as error:
+            if not isinstance(stored.layout, str) or not LAYOUT.fullmatch(stored.layout):
+                raise ValueError("a layout that quantlib does not know")
+            if stored.layout and stored.stack.shape != shape:
+                raise ValueError("a shape that this layout does not have")
+            QuantSpec.parse(stored.spec).scale_shape(stored.matrix)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
             got = f"{some_words(weight)} for {name}: {some_words(error)}"
             raise ValueError(f"{expected} by spec and shape, got {got}") from None
-        return Stored(weight["spec"], shape)
+        return stored
 
     def metadata(self) -> dict[str, str]:
-        """The entry as it is written; none where nothing is quantized."""
-        entry = {"version": VERSION, "weights": {n: asdict(w) for n, w in self.weights.items()}, "tied": self.tied}
+        """The entry as it is written, of the oldest version that can say it; none where nothing is quantized."""
+        weights = {
+            name: {key: value for key, value in asdict(stored).items() if key != "layout" or value}
+            for name, stored in self.weights.items()
+        }
+        version = VERSION if any("layout" in weight for weight in weights.values()) else 1
+        entry = {"version": version, "weights": weights, "tied": self.tied}
         return {KEY: json.dumps(entry, separators=(",", ":"))} if self.weights or self.tied else {}
 
 

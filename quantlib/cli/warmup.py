@@ -93,7 +93,7 @@ def of_model(path: str, dtype: str) -> Iterator[Product]:
     with Model.open(Path(path)) as model:
         for reader in model.readers:
             for name, stored in Contents.of(reader).weights.items():
-                if len(stored.shape) == 2 and stored.scaled:
+                if len(stored.shape) == 2 and stored.scaled and not stored.layout:
                     bias = f"{name.removesuffix('weight')}bias" in reader.slots
                     yield product_of(stored.spec, stored.matrix, dtype, bias)
 

@@ -209,9 +209,8 @@ def adopt_codes(model: nn.Module) -> None:
 def shapes_of_codes(module: nn.Module, key: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The shapes of the parameter ``key`` of ``module`` in memory and in a file; None where it holds no codes."""
     if isinstance(module, QuantExperts) and key.endswith("_codes"):
-        E, N, K, _ = module.stacks[key.removesuffix("_codes")]
-        kept = E, *module.spec.codes_shape((N, K))
-        return kept, (*kept, 1) if module.spec.scaled else kept
+        stack = module.stacks[key.removesuffix("_codes")]
+        return (stack.E, *module.spec.codes_shape(stack.matrix_shape)), stack.stored_shape(module.spec)
     if isinstance(module, QuantModule) and key == "weight_codes":
         return module.spec.codes_shape(module._matrix), module.stored_shape
     return None
@@ -223,7 +222,8 @@ def state_as_stored(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantModule) and (name := join(prefix, "weight_codes")) in state:
             state[name] = state[name].view(dtype_of(module.spec.row)).view(module.stored_shape)
-        elif isinstance(module, QuantExperts) and module.spec.scaled:
-            for name in (join(prefix, f"{key}_codes") for key in module.stacks):
-                state[name] = state[name].view(dtype_of(module.spec.row)).unsqueeze(-1)
+        elif isinstance(module, QuantExperts):
+            for key, stack in module.stacks.items():
+                name = join(prefix, f"{key}_codes")
+                state[name] = state[name].view(dtype_of(module.spec.row)).view(stack.stored_shape(module.spec))
     return state

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -30,6 +33,7 @@ from quantlib.checkpoint.model import join
 from quantlib.checkpoint.stored import Stored
 from quantlib.hf.config import QuantlibConfig
 from quantlib.hf.loading import Loading, adopt_codes, kept_by, state_as_stored
+from quantlib.nn import QuantLinear
 from quantlib.nn.experts import QuantExperts
 from quantlib.record import LIBRARY, entry_of, own_config, record_, weights_of
 
@@ -171,6 +175,28 @@ class Codes(WeightRenaming):
         return Codes(self.names, self.prefix, not self.back)
 
 
+def resizing(resize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``resize`` of transformers, which makes another output layer for more or fewer tokens, for a quantized one too.
+
+    It gives a float layer. A quantized one takes over its weight, old rows with their codes, and stays in its place.
+    """
+
+    @functools.wraps(resize)
+    def _get_resized_lm_head(self: Any, old_lm_head: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        new: Any = resize(self, old_lm_head, *args, **kwargs)
+        if new is old_lm_head or not isinstance(old_lm_head, QuantLinear):
+            return new  # type: ignore[no-any-return]
+        old_lm_head.register_parameter("bias", None)  # which has as many elements as there are tokens
+        old_lm_head.set_weight_(new.weight)
+        old_lm_head.bias = new.bias
+        return old_lm_head
+
+    return _get_resized_lm_head
+
+
+PreTrainedModel._get_resized_lm_head = resizing(PreTrainedModel._get_resized_lm_head)  # type: ignore
+
+
 def names_in(model: Any, weights: dict[str, Stored]) -> dict[str, Stored]:
     """``weights`` of a file under the names that they have in ``model``, which may have renamed what it loads."""
     state = model.state_dict()
@@ -205,6 +231,9 @@ def conversions_of_codes(conversions: list[Any], model: Any) -> list[Any]:
         for key in module.stacks
     }
     parts = [copy for entry in known if isinstance(entry, WeightConverter) for copy in of_parts(entry, stacks)]
+    parts += [
+        copy for entry in known if isinstance(entry, WeightRenaming) for copy in renamings_of_parts(entry, stacks)
+    ]
     return [*parts, *known, Codes(frozenset(weights_of(model)), model.base_model_prefix)]
 
 
@@ -228,6 +257,17 @@ def of_parts(converter: WeightConverter, stacks: dict[str, QuantExperts]) -> lis
             [s + of_source for s in sources], [targets[0] + of_target], operations=list(converter.operations)
         )
         for of_target, of_source in suffixes.items()
+    ]
+
+
+def renamings_of_parts(renaming: WeightRenaming, stacks: dict[str, QuantExperts]) -> list[Any]:
+    """``renaming`` of a weight of experts, for its scales and zero points: a pattern ends where a name does."""
+    pairs = zip(renaming._original_source_patterns, renaming._original_target_patterns, strict=False)
+    return [
+        renaming.copy([f"{source}{part}"], [f"{target}{part}"])
+        for source, target in pairs
+        if re.search(r"\w$", target) and any(re.search(f"{target}$", name) for name in stacks)
+        for part in ("_scale", "_zero_point")
     ]
 
 

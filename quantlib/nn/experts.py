@@ -62,9 +62,23 @@ class Stack(NamedTuple):
     def transposed(self) -> bool:
         return self.way in ("ekn", "(ek)n")
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """[N, K]"""
+        return self.N, self.K
+
+    def stored_shape(self, spec: QuantSpec, experts: bool = True) -> tuple[int, ...]:
+        """Shape in a file of the codes [E, N, K], or [N, K] where this is no stack of experts.
+
+        They have an axis more than the float weight where they are of no use without a scale or lie otherwise.
+        """
+        kept = spec.codes_shape(self.matrix_shape)
+        return (*((self.E,) * experts), *kept, *((1,) * (spec.scaled or self.transposed)))
+
     @staticmethod
-    def of(weight: Tensor, way: Way, E: int) -> Stack:
-        *rows, columns = weight.shape
+    def of_shape(shape: Sequence[int], way: Way, E: int) -> Stack:
+        """The stack whose float weight has ``shape``."""
+        *rows, columns = shape
         inner = rows[-1] // E if len(rows) == 1 else rows[-1]
         return Stack(E, columns, inner, way) if way in ("ekn", "(ek)n") else Stack(E, inner, columns, way)
 
@@ -136,7 +150,7 @@ class QuantExperts(Leaf):
         for name, way in ways_of(experts).items():
             weight = new._parameters.pop(name)
             assert weight is not None
-            stack = Stack.of(weight, way, number_of(experts))
+            stack = Stack.of_shape(weight.shape, way, number_of(experts))
             new.stacks[name], new.dtype = stack, weight.dtype
             new._keep(name, new._allocate(stack))
         rebind_hooks(new)
@@ -168,6 +182,12 @@ class QuantExperts(Leaf):
                     if part is not None and one is not None:
                         part[e] = one.view(part.dtype)
         self._keep(name, parts)
+
+    def take(self, name: str, weight: Weight) -> None:
+        """Have the codes, scales and zero points [E, ...] of ``weight``, found elsewhere, for the weight ``name``."""
+        like = self._allocate(self.stacks[name])
+        parts = (t if t is None or p is None else t.view(p.dtype) for t, p in zip(weight, like, strict=True))
+        self._keep(name, Weight(*parts))  # type: ignore[arg-type]
 
     def dequantize(self) -> nn.Module:
         """The float module of ``self.dtype`` with the values that the codes stand for."""

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from quantlib.nn.conv import QuantConv1d, QuantConv2d
 from quantlib.nn.embedding import QuantEmbedding
-from quantlib.nn.experts import Matrix
+from quantlib.nn.experts import Matrix, Stack
 from quantlib.nn.leaf import check_inside
 from quantlib.nn.linear import QuantLinear
 from quantlib.nn.module import QuantModule
-from quantlib.spec import stored_shape
 
 QUANTIZED: dict[type[nn.Module], type[QuantModule]] = {
     nn.Linear: QuantLinear,
@@ -103,7 +102,7 @@ class TransposedLinear(QuantModule):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        return stored_shape(self.spec, self._matrix)
+        return Stack(1, *self._matrix, "(ek)n").stored_shape(self.spec, experts=False)
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return Matrix(self.plain, self.spec, self.nx).values(dtype).t()

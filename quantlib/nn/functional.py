@@ -63,6 +63,42 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
     return Weight(ops.quantize(x, scale, spec.format, block=block, zero_point=zero_point), scale, zero_point)
 
 
+def continue_weight(weight: Weight, x: Tensor, kept: int, spec: QuantSpec) -> Weight:
+    """Codes of x [M, K] whose first ``kept`` rows are those of ``weight``, which has them or more.
+
+    Rows that share a scale with these are quantized with it, if it is large enough for them; else all that share it
+    are quantized anew.
+    """
+    if not spec.scaled:
+        return Weight(torch.cat([weight.codes[:kept], ops.cast(x[kept:], spec.format)]))
+    br = spec.block(x.shape)[0]
+    whole = kept // br * br  # rows of blocks without a new row
+    known = rows_of(weight, slice(0, kept), br)
+    if kept == len(x):
+        return Weight(*(None if t is None else t.clone() for t in known))  # type: ignore[arg-type]
+    parts = [rows_of(weight, slice(0, whole), br)]
+    if whole < kept:
+        rows, last = slice(whole, min(whole + br, len(x))), rows_of(weight, slice(whole, kept), br)
+        fresh, (_, scale, z) = quantize_weight(x[rows], spec), last
+        assert fresh.scale is not None
+        assert scale is not None
+        block = spec.block((br, x.shape[1]))
+        codes = ops.quantize(x[rows], scale.float(), spec.format, block=block, zero_point=z)
+        if z is None:
+            fits = bool((fresh.scale.float() <= scale.float() * (1 + 2.0**-20)).all())
+        else:  # no value is further than half a step, and a little, from that of its code
+            off = x[rows].float() - dequantize_weight(Weight(codes, scale, z), spec, x.shape[1], torch.float32)
+            fits = not ops.quantize(off, scale.float() * 1.01, "int8", block=block).any()
+        if fits:
+            codes[: kept - whole] = last.codes
+            fresh = Weight(codes, scale, z)
+        parts.append(fresh)
+        whole = rows.stop
+    if whole < len(x):
+        parts.append(quantize_weight(x[whole:], spec))
+    return Weight(*(None if t[0] is None else torch.cat(t) for t in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
 def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """float32 scales in the dtype that ``spec`` keeps them in, rounded to nearest, ties to even.
 

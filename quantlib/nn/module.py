@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantlib.nn.functional import SOURCES, Seen, Weight, dequantize_weight, quantize_weight, scale_dtype
+from quantlib.nn.functional import (
+    SOURCES,
+    Seen,
+    Weight,
+    continue_weight,
+    dequantize_weight,
+    quantize_weight,
+    rows_of,
+    scale_dtype,
+    slabs_of,
+)
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
@@ -159,8 +169,9 @@ class QuantModule(Leaf):
         Parameters
         ----------
         weight : Tensor [N, ...]
-            float32, float16 or bfloat16, on any device, which becomes that of the codes. N may differ from the
-            layer's, as after ``resize_token_embeddings`` of transformers; the rest of the shape may not.
+            float32, float16 or bfloat16, on any device, which becomes that of the codes. N may differ from that of an
+            embedding or of a linear layer without a bias, as after ``resize_token_embeddings`` of transformers; the
+            rest of the shape may not.
 
         Raises
         ------
@@ -168,11 +179,18 @@ class QuantModule(Leaf):
             For another dtype.
         ValueError
             For another shape, or a weight that is not finite.
+
+        Notes
+        -----
+        Where the weight begins with the values that the layer has now, or is the beginning of them, their codes and
+        scales stay, and only the rows behind them are quantized: a table of tokens grows and shrinks without loss. New
+        rows that share a scale with old ones, and do not fit it, change those too.
         """
         weight = weight.detach()
         if weight.dtype not in SOURCES:
             raise TypeError(f"weight must be float32, float16 or bfloat16, got {dtype_name(weight.dtype)}")
         N, *rest = self.weight_shape
+        before = self._matrix[0]
         if tuple(weight.shape[1:]) != tuple(rest) or not weight.dim():
             expected = ", ".join(map(str, ("N", *rest)))
             raise ValueError(f"weight must be [{expected}], got {list(weight.shape)}")
@@ -181,11 +199,23 @@ class QuantModule(Leaf):
         if not weight.is_meta and not weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {float(weight[~weight.isfinite()][0]):g}")
         matrix = self.as_matrix(weight)
+        new = self._continued(matrix, before) or quantize_weight(matrix, self.spec)
         self.block = self.spec.block(matrix.shape)
-        for name, tensor in self._parts(quantize_weight(matrix, self.spec)).items():
+        for name, tensor in self._parts(new).items():
             if tensor is not None:
                 self._parameters[name].data = tensor  # type: ignore[union-attr]
         return self
+
+    def _continued(self, x: Tensor, before: int) -> Weight | None:
+        """Codes of x [M, K] that begin with those of the ``before`` rows of now; None where its values differ."""
+        old, kept = self.plain, min(before, len(x))
+        if x.is_meta or old.codes.device != x.device or is_sharded(old.codes) or not kept:
+            return None
+        for rows in slabs_of(x[:kept], self.block[0]):
+            now = dequantize_weight(rows_of(old, rows, self.block[0]), self.spec, x.shape[1], x.dtype)
+            if not torch.equal(now, x[rows]):
+                return None
+        return continue_weight(old, x, kept, self.spec)
 
     @property
     def codes(self) -> Tensor:

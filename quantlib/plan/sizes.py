@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from quantlib.checkpoint import choose
 from quantlib.checkpoint.files import Slot, header_of
 from quantlib.checkpoint.model import cut, state_of
 from quantlib.checkpoint.stored import KEY, Contents, Stored
-from quantlib.nn.experts import QuantExperts
 from quantlib.plan.lines import Line, Section
 from quantlib.plan.parameters import KINDS, Parameters, kind_of
 from quantlib.plan.source import Source, on_meta
@@ -99,12 +98,14 @@ def of_files(source: Source, spec: QuantSpec, include: Sequence[str] = (), exclu
     if source.quantized:
         raise ValueError(f"model must hold float weights to be planned as {spec}, got {source.quantized}")
     everything = {name: slot for file in source.files for name, slot in file.slots.items()}
-    reasons = choose.reasons(everything, source.config, include, exclude)
+    layouts = choose.layouts_of(everything, source.config)
+    reasons = choose.reasons(everything, source.config, include, exclude, layouts)
     if None not in reasons.values():
         raise ValueError(f"model must hold weights to quantize, got none among {len(reasons)} tensors")
     headers, weights, slots = 0, dict[str, Stored](), list[Slot]()
     for file in source.files:
-        chosen = {n: Stored(str(spec), s.shape) for n, s in file.slots.items() if reasons.get(n, "no float") is None}
+        found = {n: slot for n, slot in file.slots.items() if reasons.get(n, "no float") is None}
+        chosen = {n: choose.stored_as(slot, spec, layouts) for n, slot in found.items()}
         made = [part for n, slot in file.slots.items() for part in (chosen[n].slots(n) if n in chosen else [slot])]
         kept = {key: value for key, value in file.metadata.items() if key != KEY}
         headers += len(header_of(made, {"format": "pt", **kept, **Contents(chosen).metadata()}, file.name)[0])
@@ -133,30 +134,7 @@ def of_state(skeleton: nn.Module, parameters: int) -> Sizes:
             {alias: name for alias, name in contents.tied.items() if name in names},
         )
         headers += len(header_of(slots, {"format": "pt", **part.metadata()}, "the model")[0])
-    return experts_apart(
-        skeleton, add(contents, [slot for batch in batches for slot in batch.slots], headers, parameters)
-    )
-
-
-def experts_apart(skeleton: nn.Module, sizes: Sizes) -> Sizes:
-    """``sizes`` with the codes of stacks of experts, which lie in files as they do in the module, counted as codes."""
-    found = dict.fromkeys(("codes", "scales", "zero_points"), 0)
-    quantized = 0
-    for module in skeleton.modules():
-        if isinstance(module, QuantExperts):
-            quantized += sum(math.prod(stack.shape) for stack in module.stacks.values())
-            for name, p in module._parameters.items():
-                for end, part in (("_codes", "codes"), ("_scale", "scales"), ("_zero_point", "zero_points")):
-                    if p is not None and name.endswith(end):
-                        found[part] += p.nbytes
-    return replace(
-        sizes,
-        codes=sizes.codes + found["codes"],
-        scales=sizes.scales + found["scales"],
-        zero_points=sizes.zero_points + found["zero_points"],
-        floats=sizes.floats - sum(found.values()),
-        quantized=sizes.quantized + quantized,
-    )
+    return add(contents, [slot for batch in batches for slot in batch.slots], headers, parameters)
 
 
 def of_count(parameters: int, spec: QuantSpec) -> Sizes:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch._dynamo.testing
@@ -93,10 +92,8 @@ def test_unknown_backend(name: str) -> None:
         pass
 
 
-def fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **environment}
-    command = [sys.executable, "-c", f"import torch, quantlib\n{code}"]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+def fresh_process(code: str, **environment: str) -> fresh.Done:
+    return fresh.run(["-c", f"import torch, quantlib\n{code}"], env={**os.environ, **environment})
 
 
 def test_environment_chooses_the_backend() -> None:
@@ -209,7 +206,7 @@ def test_a_gpu_that_no_kernel_was_compiled_for_gets_pure_torch(
         print(torch.library.get_kernel("quantlib::cast", "CUDA").call_boxed(cuda, torch.ones(3), "float16", False))
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # so that Triton serves no GPU
-    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)
+    done = fresh.run(["-c", code], env=environment)
     assert done.stdout.splitlines()[:2] == [f"{serves} {serves}", str(why)], done.stderr
     assert ("no kernel image" in done.stderr) == (serves == "cuda")
     assert ("dtype=torch.float16" in done.stdout) == (serves == "composite")

@@ -1,45 +1,26 @@
-"""One library, several instruction sets, one set of bytes, whatever the floats of the calling thread are set to."""
+"""One library, several instruction sets, whatever the floats of the calling thread are set to.
+
+That each gives the same bytes is in tests/ops: test_every_instruction_set.
+"""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
-from conftest import needs_level
 
-from quantlib import _build, backends
+from quantlib import backends
 from quantlib.testing import assert_same_bytes
 
 quant = torch.ops.quantlib
 pytestmark = pytest.mark.skipif(backends.refuses("cpp", "cpu") is not None, reason="there is no compiled library")
 
 
-def python(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "QUANTLIB_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("isa", _build.ISAS)
-@pytest.mark.parametrize("op", ["cast", "quantize", "dequantize", "quantize_dynamic"])
-@pytest.mark.slow
-def test_bytes(isa: str, op: str) -> None:
-    needs_level(isa)
-    formats = [] if op == "cast" else ["--format", {"dequantize": "int4", "quantize": "int8"}.get(op, "float8_e4m3fn")]
-    done = python(isa, "-m", "quantlib.testing", "cpp", "--op", op, *formats)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_unknown() -> None:
     call = "import torch, quantlib; quantlib.cast(torch.ones(2), 'float16')"
-    done = python("sse9", "-c", call)
+    done = fresh.run(["-c", call], env={**os.environ, "QUANTLIB_ISA": "sse9"})
     assert done.returncode == 1
     assert "quantlib: QUANTLIB_ISA must be one of plain" in done.stderr
     assert "on this machine, got sse9" in done.stderr

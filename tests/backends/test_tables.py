@@ -25,7 +25,7 @@ def test_no_case_is_there_twice() -> None:
 
 @pytest.mark.parametrize("op", [op for op in every.OPS if op not in ("cast", "adamw_step")])
 def test_every_kernel_is_launched(op: str) -> None:
-    """With every format, dtype and kind of zero point that the op has, tiles and both masks too."""
+    """The table has every format, dtype and kind of zero point of the op, tiles and both masks too."""
     table = every.launches(op)
     found = {(case.format, case.symmetric, case.dtype) for case in table}
     integers = op in product.INTEGERS

@@ -5,12 +5,11 @@ The table of ops, formats and blocks runs in test_bits.py; there a tile holds a 
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -165,7 +164,7 @@ def test_it_says_why_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_quantlib_imports_no_triton() -> None:
     code = "import sys, quantlib, quantlib.backends.triton; sys.exit('triton.language' in sys.modules)"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    assert fresh.run(["-c", code]).returncode == 0
 
 
 def test_a_choice_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 
@@ -133,7 +132,7 @@ def test_a_class_is_never_wider_than_tritons_own() -> None:
     """Calls that are started alike are calls that Triton compiles alike, and there are not many more classes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "QUANTLIB_BUILD": "0"}
-    done = subprocess.run([sys.executable, "-c", CLASSES], env=environment, capture_output=True, text=True, check=False)
+    done = fresh.run(["-c", CLASSES], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     calls, ours, tritons = map(int, done.stdout.split())
     assert calls > 90

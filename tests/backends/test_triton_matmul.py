@@ -273,7 +273,7 @@ def test_a_choice_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.mark.parametrize("D", ["bfloat16", "float16"])
 @pytest.mark.parametrize("format", ["int8", "uint8", "int4"])
 def test_the_assembly_that_makes_operands(format: str, D: str) -> None:
-    """What the interpreter cannot run, run here an instruction at a time on every byte: exact, and -0 nowhere."""
+    """Instructions that the interpreter lacks are run here one by one on every byte: exact, and -0 nowhere."""
     from quantlib.backends.triton import matmul
 
     byte = np.arange(256, dtype=np.uint32)

@@ -266,7 +266,7 @@ BATCHES = (1, 4, 16, 32, 64, 65, 128, 256, 512, 1024, 4096)
 
 
 def programs(M: int, N: int, tile: MatmulTile) -> int:
-    """How many programs a matmul starts; of one by slabs the tiles of 128 x 128 that a slab's product has."""
+    """Count the programs that a matmul starts; by slabs these are the tiles of 128 x 128 of a slab's product."""
     down, across, parts = (128, 128, 1) if tile.slab else (tile.tile_m, tile.tile_n, tile.splits)
     rows = min(tile.slab or N, N)
     return -(-M // down) * -(-rows // across) * parts

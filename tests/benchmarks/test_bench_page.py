@@ -100,7 +100,7 @@ def test_light_and_dark_have_the_same_colours(text: str) -> None:
 
 
 def test_numbers_sort_as_numbers(text: str) -> None:
-    """What a cell is sorted by is the figure, not how it is written: 1 ms before 900 us would be wrong."""
+    """A cell is sorted by its figure, not by how it is written: 1 ms before 900 us would be wrong."""
     assert f'data-value="{ROW.min!r}">1.00 ms' in text
     assert f'data-value="{ROW.spread!r}">10%' in text
 

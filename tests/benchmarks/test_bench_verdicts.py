@@ -1,4 +1,4 @@
-"""When there is a verdict, what it says, and how often a contender is timed for it; of given times, without a clock."""
+"""Verdicts of given times, without a clock: when there is one, its words, and how often a contender is timed."""
 
 from __future__ import annotations
 

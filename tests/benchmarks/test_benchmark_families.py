@@ -142,7 +142,7 @@ def test_rotation_exceeds_three_caches(nbytes: int, cache: int, count: int) -> N
 
 
 def test_slope_and_intercept() -> None:
-    """Of exact times, and of times of which one is 4 % too long."""
+    """The fit finds slope and intercept of exact times, and of times of which one is 4 % too long."""
     sizes = [2.0**i for i in range(16, 32, 3)]
     exact = [3e-6 + size / 4.3e12 for size in sizes]
     assert graphs.fit(sizes, exact) == pytest.approx((4300, 3.0))
@@ -159,7 +159,7 @@ def test_slope_and_intercept() -> None:
 
 
 def test_on_a_gpu_no_two_calls_in_turn_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes turns by itself is captured as it is; anything else is bound to so many copies that no cache holds."""
+    """A call that takes turns by itself is captured as it is; another is bound to more copies than a cache holds."""
     bound: list[torch.Tensor] = []  # held: the memory of a tensor that is gone may be another one's
 
     def bind(inputs: Any, outs: Any) -> Callable[[], None]:

@@ -24,7 +24,7 @@ CASES = [
 
 
 def error(one: Any, y: torch.Tensor) -> float:
-    """How far y is from the product in float64, as a share of that."""
+    """Return the distance of y from the product in float64, as a share of that."""
     x, codes, scale = one.inputs()
     exact = x.double() @ one.values(codes, scale).double().t()
     return float((y.double() - exact).norm() / exact.norm())

@@ -69,7 +69,7 @@ def test_the_model_stays_as_it_was() -> None:
 
 
 def test_a_loss_is_half_the_squared_error_of_the_outputs() -> None:
-    """Of the last layer of a model without logits, whose curvature is exact: G is the unit matrix in the mean."""
+    """The curvature of the last layer of a model without logits is exact: G is the unit matrix in the mean."""
     m, x = model(), torch.cat(inputs())
     found = curvatures(m, stages.calls_of(inputs() * 50, m), {"4": m[4]}, lambda: None)["4"]
     error = error_of(m[4].weight.detach(), QuantSpec.parse("int4:group:16"))

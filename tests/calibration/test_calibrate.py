@@ -111,7 +111,7 @@ def test_a_chain_is_run_block_by_block_on_what_came_out_of_the_quantized_ones() 
 
 
 class Twice(nn.Module):
-    """Not a chain: the second call of a block is given the sum of two results."""
+    """A model that is no chain: the second call of a block is given the sum of two results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,3 +282,29 @@ def test_a_language_model_of_transformers_with_a_cache() -> None:
     quantlib.quantize_(plain, "int4:group:16", lambda module, name: name != "lm_head")
     losses = [quantlib.evaluate(m, float_model, tokens).kl.mean for m in (model, plain)]
     assert losses[0] < losses[1]
+
+
+def test_a_bias_takes_the_mean_of_the_error() -> None:
+    torch.manual_seed(0)
+    x = inputs(1)[0].flatten(0, 1) + 2
+    layer = nn.Linear(16, 24)
+    for correct_bias in (True, False):
+        model = nn.Sequential(copy.deepcopy(layer))
+        report = quantlib.calibrate(model, [x], "int4:row", correct_bias=correct_bias)
+        with torch.no_grad():
+            off = (model(x) - layer(x)).mean(0).abs().max() / (model(x) - layer(x)).abs().max()
+        assert (off < 1e-5) == correct_bias
+        assert torch.equal(model[0].bias, layer.bias) != correct_bias
+        assert report.biased == (["0"] if correct_bias else [])
+
+
+def test_a_bias_that_is_not_a_layers_own_stays() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.Linear(16, 4, bias=False))
+    model[2].bias = model[0].bias
+    before = model[0].bias.detach().clone()
+    report = quantlib.calibrate(model, inputs(1), "int4:row")
+    assert report.biased == []
+    assert torch.equal(model[0].bias, before)
+    assert model[2].bias is model[0].bias
+    assert model[3].bias is None

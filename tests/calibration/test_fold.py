@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="a Llama of transforme
 
 
 def llama() -> Any:
-    """With a few channels of large activations and of small weights, as large models have."""
+    """Make a model with a few channels of large activations and small weights, as large models have."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4

@@ -24,7 +24,7 @@ def weight(N: int = 24, K: int = 80) -> Tensor:
 
 
 def gram(K: int = 80, rank: int = 12, tokens: int = 256) -> Tensor:
-    """Of inputs that lie near a space of few dimensions."""
+    """Make the Hessian of inputs that lie near a space of few dimensions."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, rank, generator=generator) @ torch.randn(rank, K, generator=generator)
     x += 0.1 * torch.randn(tokens, K, generator=generator)
@@ -126,3 +126,18 @@ def test_the_same_bytes_twice() -> None:
 def test_blocks_of_any_shape() -> None:
     sums = torch.tensor([[12.0, 20, 13], [21, 25, 14]])
     assert spread(sums, torch.Size((3, 5)), (2, 2))[2].tolist() == [21, 21, 25, 25, 14]
+
+
+def test_a_bias_leaves_only_the_covariance_to_be_small() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = 20 * torch.randn(80, generator=generator)  # the mean, and a space of few dimensions around it
+    x = x + torch.randn(512, 12, generator=generator) @ torch.randn(12, 80, generator=generator)
+    w, spec, H, mean = weight(), QuantSpec.parse("int4:row"), x.T @ x / len(x), x.mean(0)
+    found, without = gptq(w, H, spec, mean=mean), gptq(w, H, spec)
+    left, other = ((w - decoded(f.weight, spec, w)) @ (x - mean).T for f in (found, without))
+    assert left.square().mean() < 0.8 * other.square().mean()
+    torch.testing.assert_close(found.loss * found.energy, float(left.square().sum()) / len(x), rtol=1e-2, atol=0)
+    assert found.shift is not None
+    torch.testing.assert_close(found.shift, (w - decoded(found.weight, spec, w)) @ mean)
+    assert found.rounding == without.rounding
+    assert without.shift is None

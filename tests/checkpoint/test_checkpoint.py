@@ -126,7 +126,7 @@ def test_every_way_gives_the_same_bytes(words: str, tmp_path: Path) -> None:
 
 
 def test_the_layout_on_disk(tmp_path: Path) -> None:
-    """What every later version has to read."""
+    """A file that every later version has to read."""
     quantize_file(float_file(tmp_path / "float.safetensors"), tmp_path / "q.safetensors", "int4:group:8:affine")
     found = tensors(tmp_path / "q.safetensors")
     assert {name: (t.dtype, tuple(t.shape)) for name, t in found.items() if name.startswith(("first", "second"))} == {
@@ -421,7 +421,7 @@ def test_refused_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"must be of version 1 or older, got 2: update quantlib"),
+        ({"version": 3}, r"must be of version 2 or older, got 3: update quantlib"),
         ({"version": None}, "metadata quantlib must describe its weights"),
         ({"weights": []}, "metadata quantlib must describe its weights"),
         ({"weights": {"first.weight": {"spec": "int8:row"}}}, "metadata quantlib must describe its weights"),

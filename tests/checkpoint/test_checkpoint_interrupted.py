@@ -62,7 +62,7 @@ def build(box: Path, folder: bool) -> None:
 
 
 def build_old(box: Path, folder: bool) -> None:
-    """What an earlier run and the user have put at the place of the output."""
+    """The files that an earlier run and the user have put at the place of the output."""
     if not folder:
         (box / "out.safetensors").write_bytes(b"an earlier model")
         return

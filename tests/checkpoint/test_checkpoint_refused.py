@@ -1,4 +1,4 @@
-"""What `quantize_file` refuses before any work, what it takes for the model, and what it leaves as it is."""
+"""`quantize_file`: refusals before any work, the files that it takes for the model, and files that it leaves."""
 
 from __future__ import annotations
 
@@ -408,6 +408,7 @@ GO = [
         "q_proj.base_layer",
     ),
 ]
+STACK = "a stack of experts: neither its sizes nor the class in config.json tell how it lies"
 
 
 def test_names(tmp_path: Path) -> None:
@@ -424,7 +425,7 @@ def test_names(tmp_path: Path) -> None:
         "x.lora_embedding_A": "an adapter",
         "positional_embedding": "a table that is looked up",
         "in_proj_weight": "not named *.weight",
-        "mlp.experts.gate_up_proj": "3 axes: experts, not one matrix",
+        "mlp.experts.gate_up_proj": STACK,
         "conv.weight": "4 axes: a convolution, not one matrix",
         "double.weight": "float64: float32, float16 or bfloat16 is quantized",
     }
@@ -433,12 +434,12 @@ def test_names(tmp_path: Path) -> None:
     assert report.quantized == 64 * len(GO)
     assert report.quantized + report.floats == sum(t.numel() for t in state.values() if t.is_floating_point())
     asked = quantize_file(src, tmp_path / "all.safetensors", "int8", include=["*"], exclude=["0.weight"])
-    assert all("axes" in why or why.startswith(("float64", "matches")) for why in asked.skipped.values())
+    assert all("axes" in why or why.startswith(("float64", "matches", STACK)) for why in asked.skipped.values())
     assert len(asked.layers) == len(report.layers) - 1 + len(expected) - 3
 
 
 def test_routers_and_heads_are_known_by_their_rows(tmp_path: Path) -> None:
-    """Under whatever name: a row for each expert beside it, or for each word of the vocabulary."""
+    """A router or a table is known under any name: it has a row for each expert, or for each word of the vocabulary."""
     state = {f"layers.0.mlp.experts.{i}.w1.weight": torch.ones(6, 4) for i in range(3)}
     state |= {"layers.0.mlp.switch.weight": torch.ones(3, 4), "layers.0.mlp.switch2.linear.weight": torch.ones(3, 4)}
     state |= {"layers.0.q.weight": torch.ones(3, 4), "layers.1.mlp.experts.up": torch.ones(5, 6, 4)}
@@ -456,7 +457,7 @@ def test_routers_and_heads_are_known_by_their_rows(tmp_path: Path) -> None:
     assert report.skipped == {
         "layers.0.mlp.switch.weight": "a router: a row for each of 3 experts",
         "layers.0.mlp.switch2.linear.weight": "a router: a row for each of 3 experts",
-        "layers.1.mlp.experts.up": "3 axes: experts, not one matrix",
+        "layers.1.mlp.experts.up": STACK,
         "layers.1.mlp.switch.weight": "a router: a row for each of 5 experts",
         "speech.weight": "a head or a table: a row for each of 11 words",
         "text.weight": "a head or a table: a row for each of 9 words",

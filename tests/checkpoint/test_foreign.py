@@ -290,7 +290,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     "case", ["pack-quantized, affine", "int-quantized", "float-quantized", "bitsandbytes nf4", "awq"]
 )
 def test_scales_of_zero(case: str, tmp_path: Path) -> None:
-    """By quantlib's rules a scale of 0 is 2^-100; the values stay 0 all the same. Negative ones are refused."""
+    """A scale of 0 becomes 2^-100, by quantlib's rules; the values stay 0 all the same. Negative ones are refused."""
     state, config, _ = CASES[case][0]()
     name = next(name for name in state if name.endswith(("scale", "absmax", "scales")))
     state[name] = state[name].contiguous().clone(memory_format=torch.contiguous_format)

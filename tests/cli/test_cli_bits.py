@@ -183,7 +183,7 @@ def test_bits_and_formats_do_not_wait_for_torch() -> None:
 
 
 def cpu_seconds(*argv: str) -> float:
-    """Which other work on this machine does not stretch."""
+    """Return the CPU seconds of a program, which other work on this machine does not stretch."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *argv], stdout=subprocess.DEVNULL, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -43,9 +42,7 @@ def test_every_kernel_of_a_class_is_compiled_once_and_without_a_gpu(tmp_path: Pa
     environment |= {"PYTHONPATH": str(ROOT), "QUANTLIB_BUILD": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     kept = []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE, "80"], env=environment, capture_output=True, text=True, check=False
-        )
+        done = fresh.run(["-c", COMPILE, "80"], env=environment)
         assert done.stdout.split() == ["1", "1", "2", "2"], done.stderr
         kept.append(sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.cubin")))
     assert len(kept[0]) == 6

@@ -52,7 +52,7 @@ TYPES = {name: index for index, name in enumerate(formats.FORMATS)}  # enum clas
 
 
 class KernelError(RuntimeError):
-    """What the emulator, a launcher or a sanitizer said."""
+    """An error of the emulator, a launcher or a sanitizer."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def call_of(case: Case, seed: int = 0, shift: int = 0) -> Call:
 
 
 def expected_buffers(case: Case, call: Call) -> list[Array]:
-    """What :meth:`Emulator.run` gives for a call of ``case`` when every byte is right."""
+    """Return the result of :meth:`Emulator.run` for a call of ``case`` when every byte is right."""
     written = iter(expected(case))
     return [b.values if b.given else bits(next(written)) for b in call.buffers if b is not None]
 
@@ -220,7 +220,7 @@ def link(cache: Path, sources: Sequence[Path], csrc: Path = CSRC, mode: str = "w
 
 @functools.cache
 def digest(folders: tuple[Path, ...]) -> str:
-    """Of the headers in them."""
+    """Return the hash of the headers in ``folders``."""
     found = hashlib.sha256()
     for path in sorted(p for folder in folders for p in folder.rglob("*.*h")):
         found.update(path.name.encode() + path.read_bytes())

@@ -137,7 +137,7 @@ WAYS: dict[str, tuple[Wrap, Optimizer, dict[str, Any]]] = {
 
 
 def trained(mesh: DeviceMesh) -> dict[str, float]:
-    """How far the parameters are from those of one process, by way and spec."""
+    """Return the distances of the parameters from those of one process, by way and spec."""
     found, rank, world = {}, mesh.get_local_rank(), mesh.size()
     for spec, kind in KINDS.items():
         one = made(spec, kind)

@@ -52,7 +52,7 @@ CASES = tuple(product(WAYS, SPECS))
 
 @dataclass
 class Trained:
-    """What a process has at the end."""
+    """Return the results of a process at its end."""
 
     losses: list[float]  # of the whole batch, before each step
     parameters: dict[str, Tensor]  # whole, by the names that they have in one process
@@ -117,7 +117,7 @@ def train(spec: str, wrap: Callable[[nn.Sequential], nn.Module], optimizer: Any,
 
 
 def scales(model: nn.Module) -> list[float]:
-    """Of the activations, to compare between the processes."""
+    """Return the scales of the activations, to compare between the processes."""
     return [float(m.scale) for m in model.modules() if isinstance(m, FakeQuantize) and m.observer is not None]
 
 
@@ -175,7 +175,7 @@ def mixed_precision(rank: int, folder: str) -> list[float]:
 
 
 def resumed(rank: int, folder: str) -> list[float]:
-    """What rank 0 alone has read of a file becomes that of a sharded model, its switches too."""
+    """A sharded model takes the values and switches that rank 0 alone has read from a file."""
     trained, fresh = prepared(SPECS[3]), sharded(prepared(SPECS[3]))
     trained(torch.ones(2, 24))
     qat_mode_(trained, observers=False)
@@ -236,7 +236,7 @@ def process(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each of the two processes saw, by case, and of each check."""
+    """Return the results of each of the two processes, by case and by check."""
     return gloo.saved(process, tmp_path_factory.mktemp("ranks"), WORLD)
 
 
@@ -247,7 +247,7 @@ def both(results: list[Any]) -> Both:
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, Trained]:
-    """What one process makes of the same batches, by spec."""
+    """Return the results of one process on the same batches, by spec."""
     return {spec: train(spec, lambda model: model, adamw, 0, 1) for spec in SPECS}
 
 

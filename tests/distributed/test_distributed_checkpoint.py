@@ -1,4 +1,4 @@
-"""What some ranks save, others load: more, fewer, one, cut in another way; and a run that lost a rank goes on."""
+"""Some ranks save and others load: more, fewer, one, cut in another way; and a run that lost a rank goes on."""
 
 from __future__ import annotations
 

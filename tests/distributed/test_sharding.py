@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from gloo import far, message, whole
@@ -84,7 +83,7 @@ def placed(args: list[Any], mesh: DeviceMesh) -> Iterator[list[Any]]:
 
 
 def every_op(mesh: DeviceMesh) -> dict[str, tuple[float, int, int]]:
-    """Of each overload: the largest relative difference to one process, results that are not whole, and all results."""
+    """Return for each overload the largest relative difference to one process, results not whole, and all results."""
     found: dict[str, tuple[float, int, int]] = {}
     for overload, args in calls():
         expected = op_of(overload)(*args)
@@ -226,5 +225,5 @@ def test_rules_come_with_dtensor_and_not_before() -> None:
         "x = distribute_tensor(torch.ones(2, 4), init_device_mesh('cpu', (1,)), [Shard(0)])\n"
         "print(quantlib.quantize_dynamic(x, 'int8', block=(1, 4))[0].placements)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh.run(["-c", code])
     assert done.stdout.startswith("(Shard(dim=0),)"), done.stderr

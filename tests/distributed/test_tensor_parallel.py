@@ -83,7 +83,7 @@ def of_torch() -> dict[str, Any]:
 
 
 def trained(one: nn.Module, cut: nn.Module, steps: int, x: torch.Tensor) -> dict[str, float]:
-    """How far results, gradients of x and parameters are from those of one process."""
+    """Return the distances of results, gradients of x and parameters from those of one process."""
     found: dict[str, float] = {"y": 0.0, "dx": 0.0}
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (one, cut)]
     for _ in range(steps):
@@ -129,7 +129,7 @@ def qat(mesh: DeviceMesh) -> dict[str, dict[str, float]]:
 
 
 def tables(mesh: DeviceMesh) -> dict[str, float]:
-    """Of 40 rows, which both ways of cutting look up without gathering them."""
+    """Make a table of 40 rows, which both ways of cutting look up without gathering them."""
     ids, found = torch.randint(0, 40, (3, 5), generator=torch.Generator().manual_seed(3)), {}
     for spec in ("int8:row", "int4:group:16:affine", "float8_e4m3fn:row", "int8:tensor"):
         for style in (ColwiseParallel, RowwiseParallel, parallel.ColwiseParallel, parallel.RowwiseParallel):
@@ -226,7 +226,7 @@ def refused(mesh: DeviceMesh) -> list[str]:
 
 
 def unsynchronized(mesh: DeviceMesh) -> float:
-    """What a rank alone makes of its columns, to see that the bounds of this file tell it apart."""
+    """Compute what a rank alone makes of its columns, to see that the bounds of this file tell it apart."""
     model = parallelize_module(quantized("int8:row"), mesh, {"0": ColwiseParallel()})
     y = model[0](x := batch(5, K))
     one = quantized("int8:row")[0](x)
@@ -249,7 +249,7 @@ CASES = (
 
 @pytest.mark.parametrize(("case", "bound"), [(products, 1e-6), (adapters, 5e-6), (qat, 2e-3)])
 def test_layers_compute_and_train_as_in_one_process(found: Callable[[Any], list[Any]], case: Any, bound: float) -> None:
-    """In QAT, sums in another order may move a value to the next code."""
+    """Sums in another order may move a value to the next code in QAT."""
     for of_rank in found(case):
         for spec, errors in of_rank.items():
             assert errors["y"] <= bound, (spec, errors)

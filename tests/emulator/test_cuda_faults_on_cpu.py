@@ -1,4 +1,4 @@
-"""Who runs CUDA kernels on this CPU sees the errors that a GPU may hide: one of each kind, in a kernel of its own."""
+"""CUDA kernels that run on this CPU show the errors that a GPU may hide: one of each kind, in a kernel of its own."""
 
 from __future__ import annotations
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def test_a_real_folder_cannot_be_loaded_as_floats(tmp_path: Path) -> None:
 
     quantize_file(get_model_path(), tmp_path / "q", "int8")
     load = f"import transformers; transformers.AutoModel.from_pretrained({str(tmp_path / 'q')!r})"  # without quantlib
-    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=False)
+    done = fresh.run(["-c", load])
     assert done.returncode == 1
     assert "ignore_mismatched_sizes" in done.stderr
     encoder, _ = encoders.minilm()

@@ -102,7 +102,7 @@ except KeyboardInterrupt:
 
 
 def test_the_limit(accept: Accept, tmp_path: Path) -> None:
-    """What does not fit is not begun, what does is run, and the rest is for the next call."""
+    """Pieces that fit are run, others are not begun, and the rest is for the next call."""
     long, short = piece("long", "pass", 100), piece("short", "pass", 1)
     assert accept(long, short, options=("--limit", "30")) == 3
     assert list(kept(tmp_path)) == ["short"]
@@ -162,7 +162,7 @@ else: raise SystemExit("nothing beside it")
 
 
 def test_what_a_lent_machine_gives_back(accept: Accept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After every piece the summary and its output are in OUT; a fresh machine goes on from them."""
+    """The summary and its output are in OUT after every piece; a fresh machine goes on from them."""
     out = tmp_path / "given back"
     monkeypatch.setenv("OUT", str(out))
     see = f"import os; assert sorted(os.listdir({str(out)!r})) == ['first.log', 'gpu.json']"
@@ -193,7 +193,7 @@ def test_a_machine_without_a_gpu_is_told_so(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of their worth; without pytest-xdist the tests are a piece a file, without pytest left out."""
+    """Pieces come in the order of their worth; without pytest-xdist tests are a piece a file, without pytest none."""
     monkeypatch.setattr(gpu_pieces, "families_of_benchmarks", lambda: ["cast", "matmul", "dequant_matmul", "startup"])
     assert gpu_acceptance.main(["--list"], wanted=lambda: gpu_pieces.pieces(cores=16)) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -21,14 +21,14 @@ from quantlib.backends import triton as backend
 
 @functools.cache
 def measured(language: str, arch: int, scope: str = "first") -> list[Measured]:
-    """What a worker says; of two that are asked the same, one waits for the other's results."""
+    """A worker reports its findings; of two that are asked the same, one waits for the other's results."""
     if why := run.missing(language):
         pytest.skip(why)
     return run.measure(language, arch, scope)
 
 
 def kernels_of_sources() -> set[tuple[str, str]]:
-    """Whatever is called a kernel in the sources of either language."""
+    """List the functions that the sources of either language call a kernel."""
     found = set()
     for path in Path(backend.__file__).parent.glob("*.py"):
         found |= {("triton", name) for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
@@ -47,7 +47,7 @@ def test_every_kernel_keeps_its_contract(language: str, arch: int) -> None:
 
 @pytest.mark.parametrize("language", ["triton", "cuda"])
 def test_no_kernel_is_forgotten(language: str) -> None:
-    """What is compiled for sm_90 are all kernels of the sources, and contracts and budgets are of no others."""
+    """All kernels of the sources are compiled for sm_90, and contracts and budgets are of no others."""
     compiled = {(m.language, m.kernel) for m in measured(language, 90)}
     assert compiled == {kernel for kernel in kernels_of_sources() if kernel[0] == language}
     assert compiled == {kernel for kernel in contract.CONTRACTS if kernel[0] == language}

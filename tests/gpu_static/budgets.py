@@ -1,4 +1,4 @@
-"""What every kernel needed when somebody last looked: instructions a unit and registers, in ``tests/gpu_budgets.txt``.
+"""The recorded needs of every kernel: instructions a unit and registers, in ``tests/gpu_budgets.txt``.
 
 A line a configuration: its name, then ``instructions/registers`` on each architecture, "-" where it is not in use.
 """
@@ -42,7 +42,7 @@ class Budgets:
         return self.of.get((m.name, m.arch))
 
     def is_stale(self, m: Measured) -> bool:
-        """Whether another compiler was measured."""
+        """Say if another compiler was measured."""
         return self.compilers.get(m.language) != m.compiler
 
     def record(self, measured: Iterable[Measured], path: Path = PATH) -> None:

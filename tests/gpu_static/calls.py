@@ -1,4 +1,4 @@
-"""What is called: op x format x type of x x granularity x shape; the shapes are those of models.
+"""The calls: op x format x type of x x granularity x shape; the shapes are those of models.
 
 Two calls may start one and the same kernel: launches.py counts what their launchers tell apart.
 """
@@ -117,7 +117,7 @@ def fake_quantizations() -> Iterator[Call]:
 
 
 def steps() -> Iterator[Call]:
-    """Of states in blocks of 128, and in 32 bits; those of bfloat16 parameters are rounded at random."""
+    """Return the steps with states in blocks of 128, and in 32 bits; bfloat16 parameters are rounded at random."""
     for source, format, shape in itertools.product(SOURCES, ("int8", "float32"), ((4096, 4096), *RAGGED[:1])):
         yield Call("adamw_step", source, format, shape, "group:128")
 

@@ -1,4 +1,4 @@
-"""What the machine code of a kernel must be: a table of kernels, and the faults of one that is not so, in words.
+"""The contracts of machine code: a table of kernels, and the faults of one that breaks its contract, in words.
 
 A kernel that is not in the table is at fault: nobody said what it must be.
 """
@@ -30,7 +30,7 @@ DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP)\b")
 
 @dataclass(frozen=True)
 class Contract:
-    """What one kernel must be. Bytes are those of a unit, scales apart; None: it moves what it moves."""
+    """The contract of one kernel. Bytes are those of a unit, without scales; None leaves them open."""
 
     reads: float | None = None
     writes: float | None = None
@@ -43,7 +43,7 @@ class Contract:
 
 
 def faults(m: Measured, recorded: tuple[float, int] | None, stale: bool = False) -> list[str]:
-    """What is wrong with ``m``, in words; ``recorded`` is its budget: (instructions a unit, registers).
+    """List the faults of ``m``, in words; ``recorded`` is its budget: (instructions a unit, registers).
 
     A ``stale`` budget comes of other compilers, and does not count.
     """
@@ -65,7 +65,7 @@ def faults(m: Measured, recorded: tuple[float, int] | None, stale: bool = False)
 
 
 def everywhere(m: Measured, contract: Contract) -> list[str]:
-    """What no kernel may have, on whatever path."""
+    """List the faults that no kernel may have, on any path."""
     found = []
     if m.spilled or any(LOCAL.match(name) for name in m.names):
         found.append(f"spills {m.spilled} bytes")
@@ -103,7 +103,7 @@ def widths_of(m: Measured, kind: str) -> list[int]:
 
 
 def beyond(m: Measured, recorded: tuple[float, int] | None) -> list[str]:
-    """What is more than was recorded, by more than a twentieth or a step of what a multiprocessor hands out."""
+    """List what exceeds the record, by more than a twentieth or a step of what a multiprocessor hands out."""
     if recorded is None:
         return [NEW]
     found = []
@@ -160,7 +160,7 @@ def triton_scaled(m: Measured) -> Contract:
 
 
 def cuda_stream(m: Measured, x: int = 0, y: int = 1, tensors: int = 1) -> Contract:
-    """Of kernels whose template arguments are the formats of x and y."""
+    """Return the contract of kernels whose template arguments are the formats of x and y."""
     formats = m.facts["bits"]
     read, written = (formats[n] / 8 if n < len(formats) else 0.0 for n in (x, y))
     return stream(m, read, written, tensors=tensors, without="CALL")

@@ -46,7 +46,7 @@ def sources() -> list[Path]:
 
 
 def key(source: Path, arch: int) -> str:
-    """Of all that a file of kernels is compiled from."""
+    """Return the hash of all that a file of kernels is compiled from."""
     headers = sorted(p for p in source.parent.parent.rglob("*") if p.suffix in (".h", ".cuh"))
     parts = [compiler(), *command(source, arch)[1:-1], source.name, *(p.read_text() for p in (source, *headers))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

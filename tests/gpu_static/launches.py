@@ -1,4 +1,4 @@
-"""What the launchers start: they are called with tensors that have no memory, and told that they are on a GPU.
+"""The launches of the launchers, which are called with tensors that have no memory and are told of a GPU.
 
 Triton itself says what it would tell its compiler, so that a configuration in use is neither forgotten nor made up.
 """
@@ -31,7 +31,7 @@ class Config:
 
     @property
     def key(self) -> str:
-        """Of all that the compiler is told."""
+        """Return the hash of all that the compiler is told."""
         import triton
 
         told = (self.kernel.cache_key, self.signature, self.constants, self.attributes, self.options)
@@ -146,7 +146,7 @@ def start(call: Call, instead: Any = None) -> None:
 
 
 def told(launch: Any, arch: int) -> tuple[Any, ...]:
-    """What the compiler is told of a launch: types, constants, and what is a multiple of 16, as Triton finds them."""
+    """Return what the compiler is told of a launch: types, constants, and multiples of 16, as Triton finds them."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -161,7 +161,7 @@ def told(launch: Any, arch: int) -> tuple[Any, ...]:
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """What a contract asks of a configuration."""
+    """Return the facts of a configuration that a contract asks for."""
     given, tile, call = config.args, config.tile, config.call
     return {
         "bits": {name: given[name].bits for name in ("X", "Y", "F") if hasattr(given.get(name), "bits")},

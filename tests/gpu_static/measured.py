@@ -1,4 +1,4 @@
-"""What a kernel was compiled to, of either language."""
+"""The compiled form of a kernel, of either language."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a launch costs on the host: ``python -m gpu_static.overhead`` from ``tests/``, microseconds of a launch.
+"""The cost of a launch on the host: ``python -m gpu_static.overhead`` from ``tests/``, microseconds of a launch.
 
 The driver is a function that does nothing, so that what is timed is all of `launch.launch` but the driver's call; and
 what Triton's own launch takes to find the kernel of the same arguments, for comparison.
@@ -46,7 +46,7 @@ def driver(run: Callable[..., None]) -> Iterator[None]:
 
 
 def calls_of(call: Call, arch: int = 90) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the launcher of ``call`` gives `launch.launch`."""
+    """Return the arguments that the launcher of ``call`` gives `launch.launch`."""
     from quantlib.backends.triton import launch
 
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -32,7 +32,7 @@ class Row:
 
 
 def measure(language: str, arch: int, scope: str, told: Callable[[str], None] = lambda line: None) -> list[Measured]:
-    """What a worker finds; ``told`` of each line that it prints meanwhile."""
+    """Return the findings of a worker; ``told`` gets each line that it prints meanwhile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
     environment |= {"QUANTLIB_BUILD": "0", "OMP_NUM_THREADS": "1"}

@@ -44,7 +44,7 @@ class Instruction:
 
     @property
     def falls_through(self) -> bool:
-        """Whether what follows it can come next."""
+        """Say if the instruction after it can come next."""
         kind = self.name.split(".")[0]
         if kind in ("BRA", "JMP"):
             return bool(self.guard) or not re.fullmatch(r"\s*0x[0-9a-f]+\s*", self.operands)
@@ -209,7 +209,7 @@ class Graph:
         return self.blocks[n][-1].name.startswith("EXIT") and not self.blocks[n][-1].guard
 
     def _onward(self, n: int, skip: set[tuple[int, int]]) -> list[int]:
-        """Where block n leads; a jump back that is not taken leads to where its loop is left."""
+        """List the blocks that follow block n; a jump back that is not taken leads to where its loop is left."""
         onward = [m for m in self.after[n] if (n, m) not in skip]
         if onward or not any((n, m) in skip for m in self.after[n]):
             return onward

@@ -1,4 +1,4 @@
-"""What is printed: a line a kernel and architecture, and the summary that docs/gpu.md holds."""
+"""The printed tables: a line a kernel and architecture, and the summary that docs/gpu.md holds."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def each(parts: list[list[Row]], say: Callable[[list[Row]], object]) -> str:
-    """What is to be said of each part, once where it is the same of all."""
+    """Say the same once where it holds of all parts, and else of each part."""
     said = [str(say(part)) if part else "-" for part in parts]
     return said[0] if len(set(said)) == 1 else " / ".join(said)
 

@@ -24,7 +24,7 @@ def compiled(config: Config, arch: int, *, aligned: bool = True, **options: Any)
 
 
 def measure(config: Config, arch: int, **how: Any) -> Measured:
-    """What the compiler made of ``config``."""
+    """Return the compiled kernel of ``config``."""
     import triton
 
     binary = compiled(config, arch, **how)

@@ -36,7 +36,7 @@ class Kept:
         self._read = 0  # bytes of the file
 
     def get(self, key: str, job: Callable[[], Any]) -> Any:
-        """What is kept under ``key``, or what ``job`` gives, which nobody else does meanwhile."""
+        """Return what is kept under ``key``, or the result of ``job``, which no other process runs meanwhile."""
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with open(self.path, "a+") as file:
@@ -50,7 +50,7 @@ class Kept:
 
 
 def folder() -> Path:
-    """Where measurements are kept: in the first cache that can be written."""
+    """Return the folder of measurements: the first cache that can be written."""
     for cache in _build.caches():
         with contextlib.suppress(OSError):
             (cache / "gpu-static").mkdir(0o700, parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def planted(plants: dict[str, Any], sources: str) -> list[Job]:
 
 
 def digest(*paths: Path) -> str:
-    """Of files, and of what is planted in them."""
+    """Return the hash of files, and of what is planted in them."""
     contents = b"".join(path.read_bytes() for path in (HERE / "plants.py", *paths) if path.is_file())
     return hashlib.sha256(contents).hexdigest()[:20]
 

@@ -7,12 +7,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from safetensors import safe_open
@@ -165,8 +164,7 @@ transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 @pytest.mark.parametrize("spec", ["W8A16", "W4A16"])
 def test_without_quantlib_it_does_not_load(spec: str, tmp_path: Path) -> None:
     loaded(saved(tmp_path / "floats"), QuantlibConfig(spec)).save_pretrained(tmp_path / "codes")
-    command = [sys.executable, "-c", WITHOUT, tmp_path / "codes"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = fresh.run(["-c", WITHOUT, tmp_path / "codes"])
     assert done.returncode != 0
     assert "quantlib" in done.stderr
     assert "mismatch" in done.stderr

@@ -1,4 +1,4 @@
-"""What transformers, peft and accelerate do to a model that is quantized, or before it is."""
+"""Work of transformers, peft and accelerate on a model that is quantized, or before it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import quantlib
 from quantlib.checkpoint import load_quantized
-from quantlib.nn import QuantLinear
+from quantlib.nn import QuantEmbedding, QuantLinear
 from quantlib.testing import assert_same_bytes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,9 +50,9 @@ def quantized(spec: str, tied: bool = False, types: Any = (nn.Linear,)) -> nn.Mo
     return model
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
-        y: Tensor = model(input_ids=IDS).logits
+        y: Tensor = model(input_ids=ids).logits
     return y
 
 
@@ -135,7 +135,7 @@ def test_quantizing_under_adapters_keeps_them_trainable_floats(spec: str) -> Non
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "W8A8"])
 def test_dora_takes_the_norms_of_the_weight(spec: str) -> None:
-    """Not those of the codes, which are hundreds of times as large."""
+    """DoRA takes the norms of the values, not of the codes, which are hundreds of times as large."""
     model = quantized(spec)
     plain = copy.deepcopy(model)
     quantlib.dequantize_(plain)
@@ -215,24 +215,72 @@ def test_saved_by_transformers_and_loaded_again(spec: str, tmp_path: Path) -> No
     assert_same_bytes(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_more_tokens_than_before(spec: str) -> None:
-    model = quantized(spec)
-    y = logits(model)
-    model.resize_token_embeddings(100)  # type: ignore[operator]
-    again = logits(model)
-    assert again.shape[-1] == 100
-    assert_close(again[..., :96], y, 0.02 if spec == "W8A8" else 1e-5)  # the head is a float one from here on
+SHARED = ("int8:tensor", "uint8:tensor:affine", "int8:tile:16", "float8_e5m2:tensor", "int4:group:16:bfloat16")
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_more_tokens_where_the_head_has_the_codes_of_the_embedding(spec: str) -> None:
-    model = quantized(spec, tied=True, types=EVERY)
-    y = logits(model)
-    model.resize_token_embeddings(100)  # type: ignore[operator]
-    again = logits(model)
-    assert again.shape[-1] == 100
-    assert_close(again[..., :96], y, 0.02 if spec == "W8A8" else 1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("spec", [*SPECS, *SHARED])
+def test_more_and_fewer_tokens_than_before(spec: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    model: Any = llama(tied).to(dtype)
+    quantlib.quantize_(model, spec, types=EVERY)
+    head, table = model.lm_head, model.model.embed_tokens
+    before = {layer: {k: v.clone() for k, v in layer.state_dict().items()} for layer in (head, table)}
+    ids = IDS.clamp(max=60)  # of tokens that are always there
+    y = logits(model, ids)
+    for tokens in (100, 61, 96):
+        model.resize_token_embeddings(tokens)
+        assert model.lm_head is head
+        assert model.model.embed_tokens is table
+        assert head.weight.shape == table.weight.shape == (tokens, 32)
+        assert head.out_features == table.num_embeddings == model.config.vocab_size == tokens
+        assert (head.weight_codes is table.weight_codes) == tied
+        kept = min(tokens, 96, *((61,) if tokens == 96 else ()))
+        for layer, state in before.items():
+            assert_same_bytes(layer.weight_codes[:kept], state["weight_codes"][:kept])
+            if (scale := layer.weight_scale) is not None:
+                rows = kept // layer.block[0] or 1
+                assert_same_bytes(scale[:rows], state["weight_scale"][:rows])
+        if tokens == 100:
+            new = model.lm_head.weight[96:].float()  # the mean of the old ones, but for rounding
+            assert_close(new, head.weight[:96].float().mean(0).expand(4, 32), 0.5)
+    again = logits(model, ids)
+    assert_same_bytes(again[..., :61], y[..., :61])
+    model.save_pretrained(tmp_path)
+    state = type(model).from_pretrained(tmp_path, dtype=dtype).state_dict()
+    for name, value in model.state_dict().items():
+        assert_same_bytes(state[name], value, name)
+
+
+def test_more_tokens_where_the_output_layer_has_a_bias() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}
+    model: Any = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    quantlib.quantize_(model, "W8A16")
+    ids = IDS.clamp(max=60)
+    y, head = logits(model, ids), model.lm_head
+    with pytest.raises(ValueError, match=r"weight must be \[96, 32\], got \[100, 32\]"):
+        head.set_weight_(torch.zeros(100, 32))
+    for tokens in (100, 61):
+        model.resize_token_embeddings(tokens)
+        assert model.lm_head is head
+        assert head.bias.shape == (tokens,)
+    assert_same_bytes(logits(model, ids), y[..., :61])
+
+
+@pytest.mark.parametrize("spec", ["int8:tile:8", "uint8:tile:8:affine"])
+def test_new_rows_that_do_not_fit_the_scale_of_old_ones(spec: str) -> None:
+    """All rows that share it are quantized anew."""
+    torch.manual_seed(0)
+    table = QuantEmbedding.from_float(nn.Embedding(20, 8), spec)
+    before = table.weight_codes.clone(), table.weight_scale.detach().clone()
+    weight = torch.cat([table.values(), 100 * torch.ones(12, 8)])
+    table.set_weight_(weight)
+    assert_same_bytes(table.weight_codes[:16], before[0][:16])
+    assert_same_bytes(table.weight_scale[:2], before[1][:2])
+    assert_close(table.values()[20:], weight[20:], 0.005)
+    assert float(table.weight_scale[2]) > 10 * float(before[1][2])
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -110,11 +110,12 @@ void fill(Type type, void* x, int64_t n) {
 void check_cast(const Ops& ops, Type from, Type to, bool saturate, int64_t n) {
   const Row x_row = row_of(from), y_row = row_of(to);
   const Buffer x(n * x_row.bytes, x_row.bytes), y(n * y_row.bytes, y_row.bytes);
+  const std::string where =
+      std::string(ops.isa) + " cast " + std::to_string(int(from)) + " to " + std::to_string(int(to));
   fill(from, x.data(), n);
   ops.cast({x.data(), from, y.data(), to, n, saturate}, threads);
   for (int64_t j = 0; j < n; ++j)
-    compare(std::string(ops.isa) + " cast " + std::to_string(int(from)) + " to " + std::to_string(int(to)), 0, j,
-            code_at(y.data(), y_row, n, 0, j),
+    compare(where, 0, j, code_at(y.data(), y_row, n, 0, j),
             encode_one(to, decode_one(from, code_at(x.data(), x_row, n, 0, j), false, 0), saturate, false, 0));
 }
 
@@ -148,7 +149,8 @@ void check_block(const Ops& ops, Type x_type, Type format, bool affine, Grid g) 
       if (affine) compare("zero_point " + where, I, J, uint32_t(z[I * cols + J]), uint32_t(want.zero_point));
     }
 
-  const auto check_codes = [&](const char* op, const void* codes) {
+  const auto check_codes = [&](const std::string& op, const void* codes) {
+    const std::string here = op + where;
     for (int64_t i = 0; i < g.M; ++i)
       for (int64_t j = 0; j < row_bytes(row, g.K) / row.bytes * row.per_byte; ++j) {
         const int64_t at = i / g.br * cols + j / g.bk;
@@ -156,7 +158,7 @@ void check_block(const Ops& ops, Type x_type, Type format, bool affine, Grid g) 
         if (j < g.K)
           want =
               encode_one(format, x_at(i, j) * reciprocal(scale_one(format, s[at])), true, affine, affine ? z[at] : 0);
-        compare(op + where, i, j, code_at(codes, row, g.K, i, j), want & ((1u << row.bits) - 1));
+        compare(here, i, j, code_at(codes, row, g.K, i, j), want & ((1u << row.bits) - 1));
       }
   };
   {
@@ -181,11 +183,12 @@ void check_block(const Ops& ops, Type x_type, Type format, bool affine, Grid g) 
   const Buffer y(g.M * g.K * x_row.bytes, x_row.bytes);
   fill(Type::uint8, codes.data(), code_bytes);
   ops.dequantize({g, codes.data(), format, s, z, y.data(), x_type}, threads);
+  const std::string back = "dequantize " + where;
   for (int64_t i = 0; i < g.M; ++i)
     for (int64_t j = 0; j < g.K; ++j) {
       const int64_t at = i / g.br * cols + j / g.bk;
       const float value = decode_one(format, code_at(codes.data(), row, g.K, i, j), affine, affine ? z[at] : 0);
-      compare("dequantize " + where, i, j, code_at(y.data(), x_row, g.K, i, j),
+      compare(back, i, j, code_at(y.data(), x_row, g.K, i, j),
               encode_one(x_type, canonical(value * scale_one(format, s[at])), false, false, 0));
     }
 }
@@ -217,6 +220,7 @@ void check_fake(const Ops& ops, Type x_type, Type format, bool affine, Limits q,
     if (run == one_thread)
       std::memcpy(ds + blocks, ds, size_t(blocks * 4)), std::memcpy(dz + blocks, dz, size_t(blocks * 4));
   }
+  const std::string y_where = "y " + where, dx_where = "dx " + where;
   std::vector<double> sums[2] = {std::vector<double>(blocks), std::vector<double>(blocks)},
                       sizes[2] = {sums[0], sums[0]};
   const auto value = [&](uint32_t code) { return decode_one(x_type, code, false, 0); };
@@ -228,9 +232,9 @@ void check_fake(const Ops& ops, Type x_type, Type format, bool affine, Limits q,
       const uint32_t dy_code = code_at(dy.data(), row, g.K, i, j);
       const float xij = value(code_at(x.data(), row, g.K, i, j));
       const Gradients<float> want = gradients<F, LSQ>(value(dy_code), xij, of, q);
-      compare("y " + where, i, j, code_at(y.data(), row, g.K, i, j),
+      compare(y_where, i, j, code_at(y.data(), row, g.K, i, j),
               encode_one(x_type, fake_quantized<F>(xij, of, q), false, false, 0));
-      compare("dx " + where, i, j, code_at(dx.data(), row, g.K, i, j), want.inside ? dy_code : 0);
+      compare(dx_where, i, j, code_at(dx.data(), row, g.K, i, j), want.inside ? dy_code : 0);
       sums[0][at] += want.scale, sizes[0][at] += std::fabs(want.scale);
       sums[1][at] += want.zero_point, sizes[1][at] += std::fabs(want.zero_point);
     }
@@ -293,6 +297,15 @@ void check_scaled_matmul(const Ops& ops, Type x_format, Type format, bool affine
                      y.data(),
                      y_type},
                     threads);
+  std::vector<int32_t> xs(size_t(M * K)), w(size_t(N * K));
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t m = 0; m < M; ++m)
+      xs[size_t(m * K + k)] =
+          int32_t(decode_one(x_format, code_at(x.data(), row_of(x_format), K, m, k), affine, x_z[m]));
+    for (int64_t n = 0; n < N; ++n)
+      w[size_t(n * K + k)] =
+          int32_t(decode_one(format, code_at(codes.data(), row, K, n, k), affine, z[n / g.br * cols + k / g.bk]));
+  }
   for (int64_t m = 0; m < M; ++m)
     for (int64_t n = 0; n < N; ++n) {
       const float s_x = scale_one(x_format, x_s[m]);
@@ -301,8 +314,7 @@ void check_scaled_matmul(const Ops& ops, Type x_format, Type format, bool affine
         const int64_t at = n / g.br * cols + J;
         int64_t d = 0;
         for (int64_t k = J * g.bk; k < std::min((J + 1) * g.bk, K); ++k)
-          d += int64_t(decode_one(x_format, code_at(x.data(), row_of(x_format), K, m, k), affine, x_z[m])) *
-               int64_t(decode_one(format, code_at(codes.data(), row, K, n, k), affine, z[at]));
+          d += int64_t(xs[size_t(m * K + k)]) * w[size_t(n * K + k)];
         const float s_w = scale_one(format, s[at]);
         total = cols == 1 ? float(d) * s_x * s_w : total + float(d) * s_w;
       }
@@ -361,21 +373,25 @@ void check_dequant_matmul(const Ops& ops, Type x_type, Type format, bool affine,
       w[size_t(n * K + k)] =
           decode_one(format, code_at(codes.data(), row, K, n, k), affine, affine ? z[at] : 0) * s[at];
     }
-  const auto value = [=](const Buffer& of, int64_t columns, int64_t i, int64_t j) {
-    return decode_one(x_type, code_at(of.data(), x_row, columns, i, j), false, 0);
+  const auto decoded = [=](const Buffer& of, int64_t columns) {
+    std::vector<float> values(size_t(M * columns));
+    for (int64_t e = 0; e < M * columns; ++e)
+      values[size_t(e)] = decode_one(x_type, code_at(of.data(), x_row, M * columns, 0, e), false, 0);
+    return values;
   };
+  const std::vector<float> xs = decoded(x, K), dys = decoded(dy, N);
+  const std::string backward = "backward of " + where;
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t n = 0; n < N; ++n) {
       float total = 0;
-      for (int64_t k = 0; k < K; ++k) total += value(x, K, m, k) * w[size_t(n * K + k)];
+      for (int64_t k = 0; k < K; ++k) total += xs[size_t(m * K + k)] * w[size_t(n * K + k)];
       compare(where, m, n, code_at(y.data(), x_row, N, m, n),
               encode_one(x_type, activate(total + b[n], activation), false, false, 0));
     }
     for (int64_t k = 0; k < K; ++k) {
       float total = 0;
-      for (int64_t n = 0; n < N; ++n) total += value(dy, N, m, n) * w[size_t(n * K + k)];
-      compare("backward of " + where, m, k, code_at(dx.data(), x_row, K, m, k),
-              encode_one(x_type, total, false, false, 0));
+      for (int64_t n = 0; n < N; ++n) total += dys[size_t(m * N + n)] * w[size_t(n * K + k)];
+      compare(backward, m, k, code_at(dx.data(), x_row, K, m, k), encode_one(x_type, total, false, false, 0));
     }
   }
 }

@@ -67,7 +67,7 @@ def made(module: str, name: str) -> nn.Module:
 
 
 def inputs(experts: nn.Module, rows: int = 10) -> tuple[Any, ...]:
-    """What the forward of ``experts`` takes."""
+    """Return the arguments of the forward of ``experts``."""
     generator = torch.Generator().manual_seed(1)
     name = type(experts).__name__.removeprefix("Quant")
     if "_is_expert_parallel" in vars(experts):

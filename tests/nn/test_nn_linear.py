@@ -1,4 +1,4 @@
-"""Which product a QuantLinear takes, tiles, batch invariance, and adapters around frozen codes."""
+"""QuantLinear's choice of product, tiles, batch invariance, and adapters around frozen codes."""
 
 from __future__ import annotations
 

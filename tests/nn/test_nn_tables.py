@@ -250,7 +250,7 @@ def test_all_of_them_are_modules_of_codes() -> None:
     ids=["embedding", "conv1d", "conv2d"],
 )
 def test_the_gradient_of_a_scale(layer: nn.Module, quantized: Any, x: torch.Tensor, spec: str) -> None:
-    """That of its block of the weight, times the codes; the values stay what they are."""
+    """The gradient of a scale is that of its block of the weight, times the codes; the values stay."""
     module = quantized.from_float(layer, spec)
     y = module(x)
     module.requires_grad_(True)

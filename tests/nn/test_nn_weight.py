@@ -279,7 +279,7 @@ def test_asking_for_gradients_one_by_one(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["int8", "bfloat16", "W4A16"])
 def test_what_was_frozen_is_frozen_as_floats(spec: str) -> None:
-    """As the base of adapters is."""
+    """A layer that was frozen stays frozen as codes and as floats again, as the base of adapters has to."""
 
     def trains(change: Callable[[nn.Module], Any], after: Callable[[nn.Module], Any]) -> bool:
         model = nn.Sequential(nn.Linear(K, N))

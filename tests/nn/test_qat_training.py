@@ -1,4 +1,4 @@
-"""What training does to a prepared model: starts from nothing, stops, resumes, evaluates, checkpoints, transforms."""
+"""Training of a prepared model: starts from nothing, stops, resumes, evaluates, checkpoints, transforms."""
 
 from __future__ import annotations
 
@@ -526,7 +526,7 @@ def test_what_a_loaded_observer_has_seen_stays() -> None:
 
 
 def test_scales_that_were_set_stay_though_all_is_asked_for_a_gradient() -> None:
-    """As a model that was frozen for a while is unfrozen: a step would take a bare scale below 0."""
+    """Unfreezing a model leaves its set scales without a gradient: a step would take a bare one below 0."""
     model = prepared("int8").requires_grad_(True)
     before = [q.base.clone() for q in quantizers(model) if q.base is not None]
     for parameters in (model.parameters(), qat_parameters(model)):

@@ -495,7 +495,7 @@ def test_wrong_types_are_the_schemas_to_refuse(number: int, backend: str) -> Non
 
 
 def test_another_device() -> None:
-    """With no kernel between them torch's own word on mixed devices, or ours; never a read of foreign memory."""
+    """Mixed devices raise torch's error or ours where no kernel takes both; foreign memory is never read."""
     meta = ones(6, 35, device="meta")
     for call in (
         lambda: quant.quantize(X, S.to("meta"), "int8", B),
@@ -521,7 +521,7 @@ def test_a_scale_on_the_other_device(name: str) -> None:
 
 @pytest.mark.parametrize("name", [b.name for b in backends.BACKENDS.values() if "quantize" in b.kernels])
 def test_a_kernel_clamps_a_zero_point_that_nobody_looked_at(name: str) -> None:
-    """On a device the check would have to wait for its values; a kernel stays inside the format by itself."""
+    """A kernel stays inside the format by itself: on a device, a check would have to wait for the values."""
     if why := backends.refuses(name, "cpu"):
         pytest.skip(f"{name}: {why}")
     kernel = backends.BACKENDS[name].kernels["quantize"]

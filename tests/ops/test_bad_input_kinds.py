@@ -204,7 +204,7 @@ def test_a_scale_of_zero_or_nan_is_not(backend: str) -> None:
 
 
 def test_one_negative_scale_of_many_is_found(backend: str) -> None:
-    """In every part that a thread takes, and in one whose elements are not side by side."""
+    """The bad value is found in the part of every thread, and where elements do not lie side by side."""
     codes = torch.ones(1, 300_000, dtype=torch.int8)
     for at in (0, 100_001, 299_999):
         scale = torch.ones(300_000, 2)[:, 0].view(1, -1)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -21,9 +20,8 @@ from quantlib.testing.table import GRID, OPS
 TABLE = sorted({(case.op, case.format) for case in testing.cases()})
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "quantlib.testing", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
+def run(arguments: list[str], **environment: str) -> fresh.Done:
+    return fresh.run(["-m", "quantlib.testing", *arguments], env=os.environ | environment)
 
 
 @pytest.mark.parametrize("of", TABLE, ids="-".join)

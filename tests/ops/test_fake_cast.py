@@ -1,4 +1,4 @@
-"""What training sees of a float format without a scale: the bytes of the cast, and where a gradient passes."""
+"""Training with a float format without a scale: the bytes of the cast, and where a gradient passes."""
 
 from __future__ import annotations
 

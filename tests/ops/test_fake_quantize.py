@@ -135,7 +135,7 @@ def test_any_axis_can_be_the_channels() -> None:
 
 
 def test_gradients_of_a_saturated_and_of_a_rounded_value(backend: Served) -> None:
-    """Where x saturates, y = c * s is linear in s; where it does not, x moves with the rounding: dy/ds = k - t."""
+    """y = c * s is linear in s where x saturates; elsewhere x moves with the rounding: dy/ds = k - t."""
     scale = torch.full((1, 1), 0.5, requires_grad=True)
     saturated = torch.tensor([[100.0, -100.0]])
     y = quantlib.fake_quantize(saturated, scale, "int4", block=(-1, -1))
@@ -147,7 +147,7 @@ def test_gradients_of_a_saturated_and_of_a_rounded_value(backend: Served) -> Non
 
 
 def test_gradients_of_saturated_values_match_float64_differences(backend: Served) -> None:
-    """Where every x saturates y is smooth in scale and zero point: (c - z) * s, c the lowest or the highest code."""
+    """y = (c - z) * s is smooth in scale and zero point where every x saturates: c is the lowest or highest code."""
     rng = np.random.default_rng(2)
     x = np.where(rng.random((4, 32)) < 0.5, -1e6, 1e6)
     dy, s, z = rng.standard_normal((4, 32)), rng.uniform(0.01, 0.1, (4, 1)), rng.integers(-9, 9, (4, 1)).astype(float)

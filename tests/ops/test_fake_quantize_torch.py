@@ -137,7 +137,7 @@ def test_a_scale_a_channel_of_any_shape() -> None:
 
 @pytest.mark.parametrize("limits", [r for r in RANGES if type(r[0]) is int and r[0] <= r[1]], ids=str)
 def test_the_gradient_of_the_input(limits: tuple[int, int]) -> None:
-    """Where torch multiplies a masked gradient by 0, +0 is selected here: equal as numbers."""
+    """A masked gradient is +0, where torch multiplies it by 0: equal as numbers."""
     for name, s in itertools.product((n for n, x in INPUTS.items() if x.is_floating_point()), (0.1, -0.1, 1e-40)):
         x = INPUTS[name]
         if x.dtype == torch.float8_e4m3fn or x.dim() < 2 or not x.numel():

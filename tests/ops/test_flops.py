@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -29,7 +28,7 @@ def counted(function: Callable[[], Any]) -> int:
     "spec", ["int8:row", "int4:group:16", "float8_e4m3fn:tensor", "W8A8", "int8@uint8:tensor:affine"]
 )
 def test_a_layer(spec: str) -> None:
-    """As many as the float layer: a product forward, and backward one for x."""
+    """A quantized layer counts as many as the float layer: a product forward, and backward one for x."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(K, N)), torch.randn(2, M // 2, K, requires_grad=True)
     want = counted(lambda: net(x))
@@ -74,5 +73,6 @@ print(counter.get_total_flops())
 
 def test_a_program_asks_for_nothing() -> None:
     """The counter is imported after quantlib, as in a sorted list of imports."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, check=True)
+    done = fresh.run(["-c", PROGRAM])
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 2 * M * N * K

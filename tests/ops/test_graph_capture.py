@@ -31,7 +31,7 @@ EVERY = CALLS | LEARNED
 
 
 class Remembered:
-    """What stands for a graph where there is none: it calls again."""
+    """A stand-in for a graph where there is none: it calls again."""
 
     def __init__(self, function: Callable[[], object]) -> None:
         self.replay = function

@@ -1,4 +1,4 @@
-"""What a search finds has the least loss of all parts of the scale, in float64; its bytes are in the case tables."""
+"""A search finds the part of the scale with the least loss, in float64; its bytes are in the case tables."""
 
 from __future__ import annotations
 

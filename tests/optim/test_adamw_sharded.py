@@ -150,7 +150,7 @@ def columns_and_refusals() -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Bytes]]:
-    """What the first process of each number of them has."""
+    """Return the results of the first process, by the number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (2, 1, 4):  # two write the checkpoint
         mp.spawn(rank, args=(world, str(folder)), nprocs=world)

@@ -1,4 +1,4 @@
-"""What a plan says: rules of thumb, bytes by hand, cache, compute, verdicts, and its errors."""
+"""The contents of a plan: rules of thumb, bytes by hand, cache, compute, verdicts, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says beside what happens: bytes of files exactly, peaks as the CPU's allocator reports them."""
+"""A plan beside measurements: bytes of files exactly, peaks as the CPU's allocator reports them."""
 
 from __future__ import annotations
 

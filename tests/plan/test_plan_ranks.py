@@ -1,4 +1,4 @@
-"""What a plan says of a rank beside what two gloo processes allocate."""
+"""The plan of a rank beside the allocations of two gloo processes."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@ import functools
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import fresh
 import pytest
 import torch
 
@@ -23,11 +23,9 @@ CALLS = 1000
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the calls run in forked processes")
 def test_random_calls() -> None:
-    """In a process of its own: what is forked there has run nothing yet."""
-    command = [sys.executable, "-m", "quantlib.testing.fuzz", "--calls", str(CALLS)]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    """Run in another process: what is forked there has run nothing yet."""
+    command = ["-m", "quantlib.testing.fuzz", "--calls", str(CALLS)]
+    done = fresh.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert f"{CALLS} calls" in done.stdout
 
@@ -54,7 +52,7 @@ def test_every_op_and_every_overload_is_drawn() -> None:
 def planted(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any], seeds: Sequence[int] = range(20), limit: float = 60.0
 ) -> dict[str, fuzz.Finding]:
-    """What a hunt finds, by class, where ``quantlib.cast`` has ``fault``."""
+    """Return the findings of a hunt, by class, where ``quantlib.cast`` has ``fault``."""
     monkeypatch.setattr(ops, "cast", fault)
     found = fuzz.hunt(seeds, ["composite"], "cast", limit)
     return {finding.kind: finding for finding in found if finding.call.startswith("quantlib.cast(")}

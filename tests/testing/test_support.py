@@ -1,4 +1,4 @@
-"""Who serves what is a checked-in table, so that a kernel which stops being reached fails here and not in silence."""
+"""The backends of each op are a checked-in table, so that a kernel which stops being reached fails here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_table_is_complete() -> None:
 
 
 def test_the_cuda_column_is_what_the_library_registers() -> None:
-    """As the sources say, where no GPU can."""
+    """The table agrees with the sources about the CUDA kernels, where no GPU can say it."""
     csrc = TABLE.parent.parent / "csrc"
     if not csrc.is_dir():
         pytest.skip("not a checkout")
