@@ -16,7 +16,7 @@ from torch import Tensor
 
 import quantlib
 from quantlib import _build, ops
-from quantlib.cli.info import instruction_set
+from quantlib.backends.choice import instruction_set
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing import assert_same_bytes
 from quantlib.testing.product import Product, call, expected, meaning, tensors
