@@ -16,7 +16,7 @@ import fresh
 import pytest
 
 from quantlib import _build, backends, formats
-from quantlib.cli.info import instruction_set
+from quantlib.backends.choice import instruction_set
 from quantlib.formats import NF4, FloatFormat, Format, IntFormat, book
 from quantlib.testing import names
 
