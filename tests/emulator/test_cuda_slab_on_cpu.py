@@ -32,8 +32,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     kernels = [csrc / f"cuda/{name}.cu" for name in KERNELS]
     glue = [csrc / f"ops/{name}.cpp" for name in KERNELS[2:]]
     sources = (HERE / "library.cpp", *RUNTIME, csrc / "cuda/backend.cpp", *kernels)
-    (csrc / "glue.cpp").write_text("".join(f'#include "{path}"
-' for path in (*glue, csrc / "cuda/backend.cpp")))
+    (csrc / "glue.cpp").write_text("".join(f'#include "{path}"\n' for path in (*glue, csrc / "cuda/backend.cpp")))
     compiled = [csrc / "glue.cpp" if path.stem == "backend" else path for path in sources]
     needed = ("-x", "none", str(installed / "lib/libtorch_cpu.so"))
     flags = (
