@@ -34,11 +34,11 @@ def run(arguments: list[Any], *, env: Mapping[str, str] | None = None, cwd: Path
     ``arguments`` begin with -c, -m or a script. As with ``subprocess.run``, ``env`` is the whole environment.
     """
     words, environment = [str(word) for word in arguments], dict(os.environ if env is None else env)
-    if early(environment) != early(os.environ) or (words[0].startswith("-") and words[0] not in ("-c", "-m")):
+    server = ready()
+    if early(environment) != STARTED or (words[0].startswith("-") and words[0] not in ("-c", "-m")):
         command = [sys.executable, *words]
         return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
     with LOCK, tempfile.TemporaryDirectory() as folder:
-        server = ready()
         said = [Path(folder, "out"), Path(folder, "err")]
         asked = {"words": words, "env": environment, "cwd": str(cwd or os.getcwd()), "said": list(map(str, said))}
         assert server.stdin
@@ -57,11 +57,13 @@ def early(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 SERVERS: list[subprocess.Popen[str]] = []
+STARTED: dict[str, str] = {}  # what it read early
 
 
 def ready() -> subprocess.Popen[str]:
     """The process that has imported torch and waits; it ends with this one."""
     if not SERVERS:
+        STARTED.update(early(os.environ))
         command = [sys.executable, __file__]
         SERVERS.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         atexit.register(stop)
@@ -105,7 +107,7 @@ def become(words: list[str], env: dict[str, str], cwd: str, said: list[str]) -> 
     first = {"-c": "", "-m": cwd}.get(words[0], str(Path(words[0]).resolve().parent))
     own = [path for path in sys.path[1:] if path not in before]
     given = [os.path.abspath(path) for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [first, *given, *(path for path in own if path not in given)]
+    sys.path[:] = [first, *dict.fromkeys([*given, *own])]  # as Python itself leaves out what comes twice
 
 
 if __name__ == "__main__":
