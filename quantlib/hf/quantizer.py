@@ -194,7 +194,7 @@ def resizing(resize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return _get_resized_lm_head
 
 
-PreTrainedModel._get_resized_lm_head = resizing(PreTrainedModel._get_resized_lm_head)  # type: ignore
+PreTrainedModel._get_resized_lm_head = resizing(PreTrainedModel._get_resized_lm_head)  # type: ignore[assignment, method-assign]
 
 
 def names_in(model: Any, weights: dict[str, Stored]) -> dict[str, Stored]:

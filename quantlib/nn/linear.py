@@ -181,6 +181,12 @@ class QuantLinear(QuantModule, nn.Linear):
         self.set_input_scale(static)
         self.batch_invariant, self.kernel, self._fixed = False, kernel_of(spec, self.in_features), False
 
+    def _resize(self, N: int) -> bool:
+        if self.bias is not None and len(self.bias) != N:
+            return False
+        self.out_features = N
+        return True
+
     def set_input_scale(self, static: Scale | None) -> None:
         """Keep what static activations are projected with; None where they are not static."""
         for name, tensor in zip(("input_scale", "input_zero_point"), static or (None, None), strict=True):
@@ -354,12 +360,6 @@ class QuantLinear(QuantModule, nn.Linear):
     def set_weight_(self, weight: Tensor) -> Self:
         self.untile_()
         return super().set_weight_(weight)
-
-    def _resize(self, N: int) -> bool:
-        if self.bias is not None:
-            return False
-        self.out_features = N
-        return True
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
