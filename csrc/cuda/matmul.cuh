@@ -82,11 +82,10 @@ struct ProductArgs {
 };
 
 // out[i, j] = epilogue(sum over l of left[i, l] * w[j, l]), l ascending in one FP32 accumulator: whatever the other
-// rows.
+// rows. A thread block makes rows i0 .. i0 + kSide and columns j0 .. j0 + kSide.
 template <bool TRANSPOSED>
-__global__ void __launch_bounds__(kThreads) product_kernel(const ProductArgs a) {
+QL_DEVICE void multiply_square(const ProductArgs& a, int64_t i0, int64_t j0) {
   __shared__ float left[kDepth][kSide + 1], right[kDepth][kSide + 1];  // one more: no two columns in one bank
-  const int64_t i0 = blockIdx.x % a.row_blocks * kSide, j0 = blockIdx.x / a.row_blocks * kSide;
   const int row = int(threadIdx.x) / 16, column = int(threadIdx.x) % 16;
   float sum[kCells][kCells] = {};
   for (int64_t l0 = 0; l0 < a.L; l0 += kDepth) {
@@ -118,6 +117,11 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const ProductArgs a) 
     const int64_t i = i0 + e / kSide, j = j0 + e % kSide;
     if (i < a.I && j < a.J) finish(a.out, a.type, i * a.J + j, sums[e / kSide][e % kSide], a.epilogue, j);
   }
+}
+
+template <bool TRANSPOSED>
+__global__ void __launch_bounds__(kThreads) product_kernel(const ProductArgs a) {
+  multiply_square<TRANSPOSED>(a, blockIdx.x % a.row_blocks * kSide, blockIdx.x / a.row_blocks * kSide);
 }
 
 template <bool TRANSPOSED>

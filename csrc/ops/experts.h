@@ -55,6 +55,7 @@ struct ExpertArguments : WeightArguments {
     static constexpr bool reads_values = false;
   };
 
+  template <class Reading = Backend>
   void check_values(const char* op, int64_t blocks) {
     const Type type = check_dtype(op, "scale", scale.dtype(), inputs).type;
     for (int64_t e = 0, start = 0; e < groups.E; ++e) {
@@ -65,7 +66,7 @@ struct ExpertArguments : WeightArguments {
       if (end == start) continue;
       start = end;
       const auto* first = static_cast<const char*>(scale.data()) + e * blocks * (type == Type::float32 ? 4 : 2);
-      const float least = Backend(scale.device()).least_scale(first, type, blocks);
+      const float least = Reading(scale.device()).least_scale(first, type, blocks);
       if (least < 0) fail(op, "scale", ">= 0", text_of(double(least)));
       if (zero_point)
         check_zero_point(op, "zero_point", static_cast<const int32_t*>(zero_point->data()) + e * blocks, blocks,

@@ -10,6 +10,7 @@
 #include "ops/dynamic_matmul.h"
 #include "ops/fake_quantize.h"
 #include "ops/fake_quantize_backward.h"
+#include "ops/grouped_dequant_matmul.h"
 #include "ops/quantize.h"
 #include "ops/quantize_dynamic.h"
 #include "ops/scaled_matmul.h"
@@ -29,6 +30,7 @@ ABSENT(dequant_matmul, DequantMatmul)
 ABSENT(dequant_matmul_backward, DequantMatmulBackward)
 ABSENT(scaled_matmul, ScaledMatmul)
 ABSENT(dynamic_matmul, DynamicMatmul)
+ABSENT(grouped_dequant_matmul, GroupedDequantMatmul)
 ABSENT(adamw_step, AdamwStep)
 #undef ABSENT
 __attribute__((weak)) bool takes_slabs(const DequantMatmul&) { return false; }

@@ -48,6 +48,7 @@ uint32_t atomicAdd(uint32_t* p, uint32_t value);
 void __threadfence();
 
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
 

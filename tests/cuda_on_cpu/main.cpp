@@ -23,13 +23,13 @@ using namespace quantlib;
 namespace memory = cuda_on_cpu::memory;
 
 struct Call {
-  int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py, 32 and in FAKE, 48
+  int32_t op;  // as in ops.def; of a matmul 16 and its place in MATMULS of emulator.py; 32, 48 and 64 likewise
   Type from, to, result;
   uint8_t flag;  // saturate, tiled, x_per_row or lsq_mask
   Activation activation;
   uint32_t seed, buffers;
   Grid grid;
-  int64_t M;  // of a matmul
+  int64_t M;  // of a matmul; rows of x of a grouped one
 };
 
 struct Header {
@@ -57,6 +57,7 @@ class Buffer {
   ~Buffer() { std::free(memory_); }
 
   char* data() const { return memory_ ? memory_ + kGap + shift_ : nullptr; }
+  int64_t bytes() const { return bytes_; }
   bool overrun() const {
     const auto written = [&](const char* p, int64_t n) {
       return std::any_of(p, p + n, [](char c) { return c != '\xa5'; });
@@ -134,6 +135,12 @@ static void run(const Call& c, const std::vector<Buffer>& buffers) {
       return cuda::scaled_matmul(
           {c.M, p(0), c.from, scale(1), zero_point(2), c.flag != 0, w, {scale(6), c.activation}, p(7), c.result},
           stream);
+    }
+    case 64: {
+      const Weight w = {c.grid, p(1), c.to, scale(2), zero_point(3)};
+      const Groups groups = {buffers.at(4).bytes() / 4, c.M, zero_point(4)};
+      return cuda::grouped_dequant_matmul({{c.M, p(0), c.from, w, {scale(5), c.activation}, false, p(6)}, groups},
+                                          stream);
     }
     case 48:  // the block of the states is M; the place of the matrix in the whole parameter, those of a block
       return cuda::adamw_step({c.grid.M, c.grid.K, c.M, p(0), p(1), c.from, p(2), p(3), scale(4), scale(5), scale(6),

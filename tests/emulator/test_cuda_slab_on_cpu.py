@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_on_cpu.emulator import COMPILER, FLAGS, HERE, RUNTIME, digest, make, with_small_slabs
+from cuda_on_cpu.emulator import COMPILER, FLAGS, HERE, RUNTIME, digest, keep_formats, make, with_small_slabs
 
 import quantlib
 from quantlib import _build, backends, formats
@@ -17,6 +17,7 @@ from quantlib.testing import assert_same_bytes, bits
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no {COMPILER[0]}")
 
+KERNELS = ("slab", "cast", "dequant_matmul", "dequant_matmul_backward", "grouped_dequant_matmul")
 M, N, K = 300, 200, 40  # two parts of x, two slabs, both ragged
 
 
@@ -24,12 +25,15 @@ M, N, K = 300, 200, 40  # two parts of x, two slabs, both ragged
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     """torch.ops.quantlib_on_cpu: the glue of the CUDA backend and what it needs here, for slabs of few rows."""
     csrc = with_small_slabs(tmp_path_factory.mktemp("library"))
+    keep_formats(csrc, "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int4")  # those of the tests below
     installed = _build.find_torch()
     folders = (HERE, csrc / "cuda", csrc, _build.PACKAGE)
     include = (*(f"-I{folder}" for folder in folders), "-isystem", str(installed / "include"), "-include", "on_cpu.h")
-    kernels = [csrc / f"cuda/{name}.cu" for name in ("slab", "cast", "dequant_matmul", "dequant_matmul_backward")]
-    glue = sorted(p for p in csrc.glob("ops/*.cpp") if (csrc / f"cuda/{p.stem}.cu").exists())
-    sources = (HERE / "library.cpp", *RUNTIME, csrc / "cuda/backend.cpp", *glue, *kernels)
+    kernels = [csrc / f"cuda/{name}.cu" for name in KERNELS]
+    glue = [csrc / f"ops/{name}.cpp" for name in KERNELS[2:]]
+    sources = (HERE / "library.cpp", *RUNTIME, csrc / "cuda/backend.cpp", *kernels)
+    (csrc / "glue.cpp").write_text("".join(f'#include "{path}"\n' for path in (*glue, csrc / "cuda/backend.cpp")))
+    compiled = [csrc / "glue.cpp" if path.stem == "backend" else path for path in sources]
     needed = ("-x", "none", str(installed / "lib/libtorch_cpu.so"))
     flags = (
         *FLAGS,
@@ -44,11 +48,11 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     read = (
         torch.__version__,
         digest((HERE, csrc)),
-        [path.read_bytes() for path in (*sources, _build.PACKAGE / "ops.def")],
+        [path.read_bytes() for path in (*sources, *glue, _build.PACKAGE / "ops.def")],
     )
     key = hashlib.sha256(repr((COMPILER, flags, read)).encode()).hexdigest()[:16]
     made = request.config.cache.mkdir("cuda_on_cpu") / f"library-{key}.so"
-    torch.ops.load_library(make(made, [*COMPILER, *flags, *include, "-x", "c++", *map(str, sources), *needed]))
+    torch.ops.load_library(make(made, [*COMPILER, *flags, *include, "-x", "c++", *map(str, compiled), *needed]))
 
 
 Products = list[tuple[torch.Size, torch.Size]]
@@ -127,3 +131,20 @@ def test_a_batch_invariant_product_takes_no_slabs(products: Products) -> None:
         y = torch.ops.quantlib_on_cpu.dequant_matmul(*arguments)
         assert_same_bytes(bits(y), bits(torch.full((rows, N), K, dtype=torch.bfloat16)), "y")
     assert products == []
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("int8", torch.bfloat16), ("int4", torch.float32)])
+def test_experts_are_found_by_the_offsets(library: None, format: str, dtype: torch.dtype) -> None:
+    """A call of torch: the bytes of a loop of calls, and zeros for rows of no expert."""
+    ops, random, ends = torch.ops.quantlib_on_cpu, torch.Generator().manual_seed(0), (0, 2, 19, 19, 21)
+    scale = torch.rand(5, 24, 1, generator=random)
+    codes = torch.randint(-128 if format == "int8" else 0, 128, (5, 24, 64), generator=random)
+    codes = codes.to(torch.int8 if format == "int8" else torch.uint8)
+    size, bias = 64 * (1 + (format == "int4")), torch.randn(5, 24, generator=random)
+    x = torch.randn(size, 23, generator=random).to(dtype).T  # of any strides
+    offsets, rest = torch.tensor(ends, dtype=torch.int32), (None, bias, "silu", False)
+    y = ops.grouped_dequant_matmul(x, codes, scale, format, [1, size], offsets, *rest)
+    for e, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+        single = (x[start:end], codes[e], scale[e], format, [1, size], None, bias[e], "silu", True)
+        assert_same_bytes(y[start:end], ops.dequant_matmul(*single), f"expert {e}")
+    assert not y[ends[-1] :].any()

@@ -209,6 +209,8 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("cuda", "finish_slab_kernel"): lambda m: Contract(needs=(r"LDG\.E\.128", r"STG\.E\.64")),
     ("cuda", "product_kernel"): lambda m: Contract(),
     ("cuda", "dequant_matmul_kernel"): cuda_matmul,
+    ("cuda", "grouped_dequant_matmul_kernel"): cuda_matmul,
+    ("cuda", "grouped_product_kernel"): lambda m: Contract(),
     ("cuda", "scaled_rows_kernel"): lambda m: Contract(needs=(r"IMMA\.16832\.S8\.S8", r"LDG\.E\.\S*128")),
     ("cuda", "scaled_matmul_kernel"): lambda m: Contract(needs=(r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128", "LDS")),
 }

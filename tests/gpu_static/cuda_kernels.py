@@ -90,7 +90,7 @@ def read(listing: sass.Listing, name: str, op: str, arch: int) -> Measured:
     kernel, given = re.fullmatch(r"(\w+)(?:<(.*)>)?", name).groups()  # type: ignore[union-attr]
     arguments = re.split(r", ", given) if given else []
     formats = [a for a in arguments if a in BITS]
-    product = any(sass.PRODUCTS.match(name) for name in listing.names) or kernel == "product_kernel"
+    product = any(sass.PRODUCTS.match(name) for name in listing.names) or kernel.endswith("product_kernel")
     code, in_loop = (listing.graph.around_products(), True) if product else listing.graph.streaming()
     units = units_of(kernel, code, formats)
     return Measured(
