@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -468,13 +469,12 @@ class Matrices:
 
 def by_expert(product: Callable[[Tensor, int], Tensor], x: Tensor, ends: Tensor) -> Tensor:
     """``product(rows, e)`` of the rows of x of one expert after the other, and 0 for rows of none."""
-    parts: list[Tensor] = []
-    start = 0
-    for e, end in enumerate(ends.tolist()):
-        if start < end or (e == len(ends) - 1 and not parts):
-            parts.append(product(x[start:end], e))
-        start = end
-    return torch.cat([*parts, parts[0].new_zeros(len(x) - start, *parts[0].shape[1:])])
+    bounds = [0, *ends.tolist()]
+    sizes = [end - start for start, end in itertools.pairwise(bounds)]
+    rows = x.split([*sizes, len(x) - bounds[-1]])  # whose gradients become one tensor at once
+    last = len(sizes) - 1
+    parts = [product(rows[e], e) for e, size in enumerate(sizes) if size or (e == last and not bounds[-1])]
+    return torch.cat([*parts, parts[0].new_zeros(len(rows[-1]), *parts[0].shape[1:])])
 
 
 class DecodedStack(DecodedWeight):

@@ -181,12 +181,15 @@ class QATExperts(Routed):
                 del vars(self)[name]
 
     def _product(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        stack, bias = self.stacks[name], getattr(self, f"{name}_bias") if self.has_bias else None
-        weight, project = self._fakes[name], self._modules.get(f"{name}_input_quantizer")
+        bias: Any = getattr(self, f"{name}_bias") if self.has_bias else None
+        (E, N, K, _), project = self.stacks[name], self._modules.get(f"{name}_input_quantizer")
+        weights = self.stacks[name].rows(self._fakes[name]).view(E, N, K).unbind()
+        if project is not None and self.spec.activation is not None and self.spec.activation.per in ("row", "group"):
+            x, project = project(x), None
 
         def multiply(rows: Tensor, e: int) -> Tensor:
             rows = rows if project is None else project(rows)
-            y: Tensor = F.linear(rows, stack.matrix(weight, e), None if bias is None else bias[e])
+            y: Tensor = F.linear(rows, weights[e], None if bias is None else bias[e])
             return y
 
         return by_expert(multiply, x, ends)

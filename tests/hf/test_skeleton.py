@@ -171,16 +171,23 @@ def test_without_a_class_stacks_lie_as_their_sizes_say_and_the_rest_stays(tmp_pa
     assert not quantize_file(source, tmp_path / "none", "int8:row", exclude=["a.*"]).skipped.keys() & {"b"}
 
 
-@pytest.mark.parametrize("wide", [1, 700])
-def test_columns_of_a_stack_are_read_a_few_at_a_time(wide: int, tmp_path: Path) -> None:
-    """More of them than are read at once."""
-    x = torch.randn(2, 5, 2 * wide, generator=torch.Generator().manual_seed(0))
-    state = {"experts.gate_up_proj": x, "experts.down_proj": torch.ones(2, wide, 5)}
-    source = file_of(state, tmp_path / "in")
-    quantize_file(source, tmp_path / "out", "int8:row")
-    out = load_file(tmp_path / "out" / "model.safetensors")["experts.gate_up_proj_scale"]
-    scale = quantlib.compute_scale(x.transpose(1, 2).reshape(-1, 5).contiguous(), "int8", block=(1, -1))
-    assert_same_bytes(out.view(-1, 1), scale)
+@pytest.mark.parametrize("spec", ["int8:row", "int8:tile:4", "int4:group:2"])
+def test_columns_of_a_stack_are_read_a_few_at_a_time(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes do not depend on how many."""
+    x = torch.randn(2, 5, 46, generator=torch.Generator().manual_seed(0))
+    source = file_of({"experts.gate_up_proj": x, "experts.down_proj": torch.ones(2, 23, 5)}, tmp_path / "in")
+    quantize_file(source, tmp_path / "whole", spec)
+    monkeypatch.setattr("quantlib.checkpoint.convert.SLAB", 1)
+    monkeypatch.setattr("quantlib.checkpoint.convert.COLUMNS", 8)
+    quantize_file(source, tmp_path / "parts", spec)
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    for name, value in whole.items():
+        assert_same_bytes(parts[name], value, name)
+    if spec == "int8:row":
+        scale = quantlib.compute_scale(x.transpose(1, 2).reshape(-1, 5).contiguous(), "int8", block=(1, -1))
+        assert_same_bytes(whole["experts.gate_up_proj_scale"].view(-1, 1), scale)
 
 
 def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
