@@ -6,7 +6,7 @@ RUN := $(BIN)/python
 ENVIRONMENT := $(if $(PYTHON),$(PYTHON),python3) scripts/environment.py
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # One worker a core, each with one thread.
-WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8 --dist=loadgroup)
+WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8 --dist=loadfile)
 
 .PHONY: help demo accuracy qat test test-everywhere setup lint format bench verify prove fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
 

@@ -17,6 +17,7 @@ from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule, form_of
 from quantlib.nn.experts import QuantExperts, ways_of
 from quantlib.nn.module import check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
+from quantlib.nn.qat_experts import QATExperts
 from quantlib.ops.check import dtype_name, one_of
 from quantlib.record import record_
 from quantlib.report import LayerReport, Report
@@ -28,6 +29,15 @@ Filter = Callable[[nn.Module, str], bool]
 READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+
+# Modules of torch that hold matrices and have no form of codes, and why.
+WITHOUT_FORM: dict[type[nn.Module], str] = {
+    nn.RNNBase: "gives its weights to a kernel of torch for all steps, which takes floats",
+    nn.RNNCellBase: "gives its weights to a kernel of torch, which takes floats",
+    nn.EmbeddingBag: "sums its rows in a kernel of torch, which takes floats: an nn.Embedding and a sum can be codes",
+    nn.modules.conv._ConvTransposeNd: "has its weight as [in, out, ...], and no quantized form",
+    nn.MultiheadAttention: "reads its weight directly",
 }
 
 
@@ -286,7 +296,7 @@ def account(model: nn.Module, report: Report) -> None:
             report.floats += parameter.numel()
             report.float_bytes += parameter.numel() * parameter.element_size()
             if parameter.dim() > 1:
-                name = prefix if key == "weight" and prefix else f"{prefix}.{key}".removeprefix(".")
+                name = name_of(prefix, key)
                 parts = name.split(".")
                 above = (".".join(parts[:n]) for n in range(1, len(parts)))
                 name = next((a for a in above if a in report.skipped), name)  # a layer with parametrizations
@@ -304,19 +314,27 @@ def quantized_parameters(module: nn.Module) -> tuple[Collection[str], dict[str, 
         return module.kept, {f"{name}_codes": math.prod(stack.shape) for name, stack in module.stacks.items()}
     if isinstance(module, QATModule):
         return ("weight",), {"weight": module.weight.numel()}
+    if isinstance(module, QATExperts):
+        return tuple(module.stacks), {name: math.prod(stack.shape) for name, stack in module.stacks.items()}
     return (), {}
 
 
 def other_weights(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:
-    """name -> why it stays a float, for each module whose weight is a matrix and that is not in ``skipped``."""
+    """name -> why it stays a float, for each parameter of two or more axes of a module that is not in ``skipped``."""
     return {
-        name: why_float(module, "weight", weight)
-        for name, module in model.named_modules()
-        if (weight := dict(module._parameters.items()).get("weight")) is not None
-        and not isinstance(weight, UninitializedParameter)
-        and weight.dim() > 1
-        and name not in skipped
+        name_of(prefix, key): why_float(module, key, parameter)
+        for prefix, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+        and not isinstance(parameter, UninitializedParameter)
+        and parameter.dim() > 1
+        and prefix not in skipped
     }
+
+
+def name_of(prefix: str, key: str) -> str:
+    """The name of a parameter in a report: of a weight, that of its module."""
+    return prefix if key == "weight" and prefix else f"{prefix}.{key}".removeprefix(".")
 
 
 def by_reason(skipped: dict[str, str]) -> str:
@@ -328,10 +346,17 @@ def by_reason(skipped: dict[str, str]) -> str:
     return "; ".join(f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)}: {why}" for why, n in groups)
 
 
+def reason_without_form(cls: type) -> str | None:
+    """Return why modules of class ``cls`` of torch stay floats, for a sentence with their name; None if not known."""
+    return next((why for known, why in WITHOUT_FORM.items() if issubclass(cls, known)), None)
+
+
 def why_float(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
     """Return why ``parameter``, which no rule of `reasons_to_skip` covers, stays as it is."""
     if not parameter.is_floating_point():
         return f"it is of {dtype_name(parameter.dtype)}"
+    if why := reason_without_form(type(module)):
+        return f"nn.{type(module).__name__} {why}"
     if form_of(type(module)) is not None and key == "weight":
         base = next((t for t in QUANTIZED if isinstance(module, t)), nn.Linear)
         like = "" if type(module) is base else f"{type(module).__name__}, like "
@@ -358,7 +383,8 @@ def checked_types(types: Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ..
     for t in types:
         if not isinstance(t, type) or form_of(t) is None:
             known = one_of([f"nn.{known.__name__}" for known in QUANTIZED])
-            raise ValueError(f"types must be {known}, got {getattr(t, '__name__', t)}")
+            why = reason_without_form(t) if isinstance(t, type) else None
+            raise ValueError(f"types must be {known}, got {getattr(t, '__name__', t)}{f', which {why}' if why else ''}")
     return tuple(types)
 
 

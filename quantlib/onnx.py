@@ -19,6 +19,7 @@ from quantlib.checkpoint.files import some
 from quantlib.formats import SCALE_MIN, FloatFormat, Format, IntFormat
 from quantlib.nn.observers import KeepsDtype
 from quantlib.nn.qat import QATModule
+from quantlib.nn.qat_experts import QATExperts
 from quantlib.reference.numerics import decode_float
 from quantlib.reference.packing import unpack
 
@@ -73,7 +74,9 @@ def export(
     if not options.get("dynamo", True):
         raise ValueError("dynamo must be True, got False: the older exporter knows no tables of translations")
     if isinstance(model, nn.Module):
-        learning = [name for name, module in model.named_modules() if isinstance(module, (QATModule, KeepsDtype))]
+        learning = [
+            name for name, module in model.named_modules() if isinstance(module, (QATModule, QATExperts, KeepsDtype))
+        ]
         if learning:
             raise ValueError(f"model must be converted before it is exported: convert_(model), got {some(learning)}")
     optimize = options.pop("optimize", True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,20 +13,25 @@ from quantlib.api import (
     account,
     check_root,
     checked_types,
+    experts_of,
     names_of,
     places_of,
     put,
     reasons_to_skip,
+    stacks_of,
     weight_of,
 )
 from quantlib.measure import check_weight, describe
 from quantlib.nn import QUANTIZED
+from quantlib.nn.experts import QuantExperts
 from quantlib.nn.fake_quantize import FakeQuantize, Source
+from quantlib.nn.functional import Weight
 from quantlib.nn.module import QuantModule, check_whole
 from quantlib.nn.observers import Initial, MovingAverageObserver, Observer
 from quantlib.nn.qat import QAT, QATModule
+from quantlib.nn.qat_experts import QATExperts
 from quantlib.record import record_
-from quantlib.report import Report
+from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
 
 
@@ -56,7 +62,7 @@ def prepare_qat_(
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
     types : sequence of {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d}
-        The classes of layers to prepare.
+        The classes of layers to prepare; ``nn.Linear`` stands for experts of transformers too.
     scale : {"learned", "dynamic"}
         Whether the scales of weights are parameters (LSQ), or follow the weights at each forward as `quantize_` takes
         them. Activations are projected with the scales of the moment, as they will be when deployed, unless the spec
@@ -104,14 +110,22 @@ def prepare_qat_(
     types = checked_types(types)
     skipped = reasons_to_skip(model, filter_fn, types, QUANTIZED.get)
     for name, module in model.named_modules():
-        if isinstance(module, QATModule) and name in skipped:
+        if isinstance(module, QATExperts) or (isinstance(module, QATModule) and name in skipped):
             skipped[name] = f"already prepared for {module.spec}"
     layers = {n: m for n, m in model.named_modules() if isinstance(m, types) and n not in skipped}
-    if not layers and filter_fn is None:
+    experts = experts_of(model, filter_fn, skipped) if nn.Linear in types else {}
+    for name, module in list(experts.items()):
+        if why := QATExperts.refuses(module, spec):
+            skipped[name] = why
+            del experts[name]
+    if not layers and not experts and filter_fn is None:
         found = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "none"
         raise ValueError(f"model must have an {names_of(types)} to prepare, got {found}")
     for name, layer in layers.items():
         check_weight(f"weight of layer {name}", weight_of(layer).flatten(1), spec, "raise")
+    for name, module in experts.items():
+        for key, weight in stacks_of(module).items():
+            check_weight(f"{key} of {name}", weight.flatten(0, -2), spec, "raise")
 
     options: dict[str, Any] = {
         "scale": scale, "initial": initial, "mask": mask, "activation_scale": activation_scale, "observer": observer,
@@ -125,11 +139,29 @@ def prepare_qat_(
         else:
             quantizers[id(new.weight)] = new.weight_quantizer
             report.layers.append(describe(name, new.weight, new.codes(), new.spec))
+    trained = {
+        name: QATExperts.from_float(module, spec, scale=scale, initial=initial, mask=mask)
+        for name, module in experts.items()
+    }
+    for name, stacks in trained.items():
+        report.layers += described(name, stacks)
     places = places_of(model)
     for name, new in prepared.items():
         put(new, layers[name], places)
+    for name, stacks in trained.items():
+        put(stacks, experts[name], places)
     account(model, report)
     return report
+
+
+def described(name: str, experts: QATExperts) -> list[LayerReport]:
+    """Report on each weight of ``experts`` and the codes that it would have now."""
+    reports = []
+    for key, stack in experts.stacks.items():
+        codes = Weight(*(None if t is None else t.flatten(0, 1) for t in experts.codes(key)))  # type: ignore[arg-type]
+        flat = describe(f"{name}.{key}", experts.rows(key).detach(), codes, experts.spec)
+        reports.append(replace(flat, shape=stack.shape))
+    return reports
 
 
 def convert_(model: nn.Module) -> Report:
@@ -151,7 +183,7 @@ def convert_(model: nn.Module) -> Report:
     RuntimeError
         Where no forward has projected a weight yet, naming the layer.
     """
-    if isinstance(model, QATModule):
+    if isinstance(model, (QATModule, QATExperts)):
         raise ValueError(
             f"model must contain the layers to replace, got a single {type(model).__name__}: use .convert()"
         )
@@ -161,7 +193,8 @@ def convert_(model: nn.Module) -> Report:
         "that is not, and convert that",
     )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QATModule)}
-    if not layers:
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, QATExperts)}
+    if not layers and not experts:
         raise ValueError("model must have been prepared by prepare_qat_, got one without a prepared layer")
     report, converted = Report(), dict[str, QuantModule]()
     done: dict[int, QuantModule] = {}  # id of a weight -> what it became
@@ -177,9 +210,18 @@ def convert_(model: nn.Module) -> Report:
         if first is None:
             done[id(layer.weight)] = new
             report.layers.append(describe(name, layer.weight, new.plain, new.spec))
+    landed: dict[str, QuantExperts] = {}
+    for name, module in experts.items():
+        try:
+            landed[name] = module.convert()
+            report.layers += described(name, module)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"layer {name}: {error}") from None
     places = places_of(model)
     for name, new in converted.items():
         put(new, layers[name], places)
+    for name, codes in landed.items():
+        put(codes, experts[name], places)
     account(model, report)
     record_(model)
     return report
@@ -223,7 +265,7 @@ def qat_mode_(
     ...         qat_mode_(model, learn_scales=False)
     """
     for module in model.modules():
-        if fake_quantize and isinstance(module, QATModule):
+        if fake_quantize and isinstance(module, (QATModule, QATExperts)):
             module.catch_up()
         if isinstance(module, FakeQuantize):
             module.enabled = module.enabled if fake_quantize is None else bool(fake_quantize)

@@ -217,11 +217,48 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run on a GPU, so that ``-m gpu`` selects them."""
+    """Mark the tests that run on a GPU, so that ``-m gpu`` selects them; what takes longest comes first."""
+    items.sort(
+        key=lambda item: next((k for k, part in enumerate(LONGEST) if item.nodeid.startswith(part)), len(LONGEST))
+    )
     for item in items:
         values = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]
         if any(getattr(v, "device", v) == "cuda" for v in values or () if isinstance(v, (str, Served))):
             item.add_marker(pytest.mark.gpu)
+
+
+# ---- which worker of pytest-xdist runs what --------------------------------------------------------------------------
+
+RANKS = "tests/distributed/"  # one fixture starts the processes of all these files
+APART = ("tests/gpu/test_gpu_static.py",)  # files that share nothing, and would be the tail of a run
+LONGEST = (
+    *(*APART, RANKS, "tests/test_extending.py", "tests/backends/test_cpu_sanitizers.py", "tests/emulator/"),
+    *("tests/testing/test_faults.py", "tests/test_proof.py", "tests/backends/test_triton_matmul.py", "tests/ops/"),
+    *("tests/checkpoint/", "tests/test_onnx.py", "tests/nn/"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a file to one worker, so that what a module's fixtures make is made once; of few files each test by itself.
+
+    --dist=loadgroup and xdist_group do not: pytest 9.2 has no ``_nodeid`` for them to change, and nothing is said.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            if path.startswith(RANKS):
+                return RANKS
+            return nodeid if path in APART or self.few else path
+
+        @functools.cached_property
+        def few(self) -> bool:
+            return len({nodeid.partition("::")[0] for nodeid in self.collection}) < 5 * self.numnodes
+
+    config.option.loadscopereorder = False  # they start in the order of the items
+    return Files(config, log)
 
 
 @pytest.hookimpl(trylast=True)

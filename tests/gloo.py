@@ -82,9 +82,15 @@ def process(rank: int, folder: str, cases: Sequence[tuple[str, str]]) -> None:
         dist.destroy_process_group()
 
 
-def saved(process: Callable[..., None], folder: Path, world: int, *more: Any, start_method: str = "spawn") -> list[Any]:
+def start(process: Callable[..., None], world: int, *args: Any, join: bool = True) -> Any:
+    """Start ``process(rank, *args)`` for each rank: forks of a process that has imported what they need."""
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)  # imports once, for all of this test process
+    return mp.start_processes(process, args, nprocs=world, join=join, start_method="forkserver")
+
+
+def saved(process: Callable[..., None], folder: Path, world: int, *more: Any) -> list[Any]:
     """Start ``process(rank, folder, *more)`` for each rank, and return what each saved as ``folder/rank``."""
-    context = mp.start_processes(process, (str(folder), *more), nprocs=world, join=False, start_method=start_method)
+    context = start(process, world, str(folder), *more, join=False)
     end = time.monotonic() + SECONDS
     try:
         while not context.join(timeout=5):
@@ -98,6 +104,5 @@ def saved(process: Callable[..., None], folder: Path, world: int, *more: Any, st
 
 def run(cases: Sequence[tuple[str, str]], folder: Path) -> Results:
     """Return what every process returned of every case (module, function)."""
-    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)  # imports once, for all of them
-    ranks = saved(process, folder, max(WORLDS), cases, start_method="forkserver")
+    ranks = saved(process, folder, max(WORLDS), cases)
     return {key: [found[key] for found in ranks] for key in ranks[0]}

@@ -101,6 +101,28 @@ class Experts(nn.Module):
         self.act = nn.SiLU()
 
 
+def test_layers_of_torch_without_a_form_are_named_with_the_reason() -> None:
+    layers = [nn.GRU(4, 4), nn.GRUCell(4, 4), nn.EmbeddingBag(4, 4), nn.ConvTranspose2d(4, 4, 3), nn.Conv3d(4, 4, 3)]
+    words = {
+        "0.weight_ih_l0": "nn.GRU gives its weights to a kernel",
+        "0.weight_hh_l0": "nn.GRU gives its weights to a kernel",
+        "1.weight_ih": "nn.GRUCell gives its weights to a kernel",
+        "1.weight_hh": "nn.GRUCell gives its weights to a kernel",
+        "2": "nn.EmbeddingBag sums its rows in a kernel",
+        "3": r"nn.ConvTranspose2d has its weight as [in, out, ...]",
+        "4": "Conv3d has no quantized form",
+    }
+    model = nn.Sequential(*layers, nn.Linear(4, 4))
+    for report in (quantize_(copy.deepcopy(model), "int8"), prepare_qat_(copy.deepcopy(model), "int8")):
+        assert report.skipped.keys() == words.keys()
+        assert all(report.skipped[name].startswith(why) for name, why in words.items())
+    for layer in layers[:4]:
+        with pytest.raises(ValueError, match=rf"to quantize, got 0.*nn\.{type(layer).__name__} "):
+            quantize_(nn.Sequential(layer), "int8")
+        with pytest.raises(ValueError, match=rf"types must be nn.Linear.*, got {type(layer).__name__}, which "):
+            quantize_(model, "int8", types=[type(layer)])
+
+
 def test_a_report_accounts_for_every_parameter(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.ModuleDict({
         "table": nn.Embedding(10, 16), "norm": nn.LayerNorm(16), "experts": Experts(), "rnn": nn.LSTM(16, 4),
@@ -111,8 +133,8 @@ def test_a_report_accounts_for_every_parameter(caplog: pytest.LogCaptureFixture)
     assert report.skipped == {
         "table": "an nn.Embedding, which types= does not name",
         "experts.gate_up_proj": "a parameter of Experts, which is not a layer that quantlib knows",
-        "rnn.weight_ih_l0": "a parameter of LSTM, which is not a layer that quantlib knows",
-        "rnn.weight_hh_l0": "a parameter of LSTM, which is not a layer that quantlib knows",
+        "rnn.weight_ih_l0": "nn.LSTM gives its weights to a kernel of torch for all steps, which takes floats",
+        "rnn.weight_hh_l0": "nn.LSTM gives its weights to a kernel of torch for all steps, which takes floats",
     }
     assert report.sizes == {"table": 160, "experts.gate_up_proj": 512, "rnn.weight_ih_l0": 256, "rnn.weight_hh_l0": 64}
     assert report.quantized == 256
@@ -325,8 +347,7 @@ def test_layers_that_are_read_directly_are_left_alone(training: bool) -> None:
     x = torch.randn(2, 3, 16)
     report = quantize_(model, "int8")
     assert report.skipped == {
-        "encoder.layers.0.self_attn.in_proj_weight": "a parameter of MultiheadAttention, which is not a layer that "
-        "quantlib knows",
+        "encoder.layers.0.self_attn.in_proj_weight": "nn.MultiheadAttention reads its weight directly",
         "encoder.layers.0.self_attn.out_proj": "nn.MultiheadAttention reads its weight directly",
         "encoder.layers.0.linear1": "nn.TransformerEncoderLayer reads its weight directly",
         "encoder.layers.0.linear2": "nn.TransformerEncoderLayer reads its weight directly",

@@ -16,7 +16,7 @@ import fresh
 import pytest
 
 from quantlib import _build, backends, formats
-from quantlib.cli.info import instruction_set
+from quantlib.backends.choice import instruction_set
 from quantlib.formats import NF4, FloatFormat, Format, IntFormat, book
 from quantlib.testing import names
 
@@ -128,7 +128,7 @@ def test_pure_torch_serves_a_row(with_rows: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_triton_serves_a_row(with_rows: Path, name: str) -> None:
     pytest.importorskip("triton")
-    tables(with_rows, "triton", name, "3/61")
+    tables(with_rows, "triton", name, "16/61")  # every op, and few of the large products
 
 
 COMPILED = """
@@ -222,10 +222,12 @@ from pathlib import Path
 
 import test_cuda_matmul_on_cpu as products
 import test_cuda_on_cpu as ops
+from cuda_on_cpu.emulator import keep_formats
 from quantlib.testing import cases
 
-cache, names = Path(sys.argv[1]), sys.argv[2:]
-emulator = ops.build(cache, ("quantize", "dequantize", "scaled_matmul", "dequant_matmul"))
+cache, csrc, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+keep_formats(csrc, "float16", "bfloat16", "int8", "uint8", *names)
+emulator = ops.build(cache, ("quantize", "dequantize", "scaled_matmul", "dequant_matmul"), csrc)
 for name in names:
     for op in ("quantize", "dequantize"):
         chosen = list(cases(op, name))[::9]
@@ -240,12 +242,13 @@ for name in names:
 """
 
 
-def test_cuda_kernels_serve_the_rows(with_rows: Path, request: pytest.FixtureRequest) -> None:
+def test_cuda_kernels_serve_the_rows(with_rows: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """A part of what test_cuda_on_cpu.py and test_cuda_matmul_on_cpu.py do, by the emulator that they run on."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
     cache = request.config.cache.mkdir("cuda_on_cpu")
-    run(with_rows, "-c", EMULATED, str(cache), *ROWS, QUANTLIB_BUILD="0")
+    shutil.copytree(with_rows / "csrc", tmp_path / "csrc")
+    run(with_rows, "-c", EMULATED, str(cache), str(tmp_path / "csrc"), *ROWS, QUANTLIB_BUILD="0")
 
 
 # ---- an op -----------------------------------------------------------------------------------------------------------

@@ -405,7 +405,7 @@ def test_what_cannot_be_served_is_listed() -> None:
     report = prepare_qat_(model, "int8", lambda m, name: name != "small", types=TYPES)
     assert [layer.name for layer in report.layers] == ["served"]
     assert report.skipped == {
-        "attention.in_proj_weight": "a parameter of MultiheadAttention, which is not a layer that quantlib knows",
+        "attention.in_proj_weight": "nn.MultiheadAttention reads its weight directly",
         "attention.out_proj": "nn.MultiheadAttention reads its weight directly",
         "own": "Own, a subclass of nn.Linear, may compute something else",
         "small": "filter_fn said no",

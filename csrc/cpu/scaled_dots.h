@@ -13,7 +13,7 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kWideRows = 16;  // of x, at most: more are faster in blocks
+constexpr int64_t kWideRows = 24;  // of x, at most: more are faster in blocks
 
 // AVX-VNNI multiplies bytes in less time.
 bool in_wide_dots([[maybe_unused]] const ScaledMatmul& p) {

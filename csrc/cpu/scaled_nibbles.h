@@ -15,10 +15,10 @@ namespace {
 constexpr int64_t kNibbleRows = 3;
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 #define QL_NIBBLES
-constexpr int64_t kNibbleRows = 12;
+constexpr int64_t kNibbleRows = 16;
 #endif
 
-// Tiles multiply two rows and more in less time, AVX-512 VNNI four in blocks, AVX2 more than twelve.
+// Tiles multiply two rows and more in less time, AVX-512 VNNI four in blocks, AVX2 more than sixteen.
 bool in_nibbles([[maybe_unused]] const ScaledMatmul& p) {
 #ifdef QL_NIBBLES
   const Grid& g = p.weight.grid;

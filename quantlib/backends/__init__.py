@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantlib import _build
-from quantlib.backends import compiled
+from quantlib.backends import choice, compiled
 from quantlib.backends.backend import OPS, SCHEMAS, Backend, Kernel, Kernels
 
 __all__ = [
@@ -177,8 +177,14 @@ def vmap(overload: str, rule: Callable[..., Any]) -> None:
 
 
 def start() -> None:
-    """Put preferred Python kernels over compiled ones and heed ``QUANTLIB_BACKEND``, once every op is attached."""
-    global _blocks  # noqa: PLW0603
+    """Put preferred Python kernels over compiled ones, heed the environment, once every op is attached.
+
+    That is ``QUANTLIB_BACKEND`` and ``QUANTLIB_LOG``.
+    """
+    global _blocks, _logged  # noqa: PLW0603
+    if choice.is_logged():
+        _logged = choice.PRODUCTS
+        choice.start()
     _blocks = (_Block(os.environ.get("QUANTLIB_BACKEND", "auto")),)
     for overload, device in itertools.product(_binders, DEVICES):
         usual = _usual(overload, device)
@@ -204,11 +210,11 @@ def _keep_own(*entered: _Block) -> None:
 
 
 def _install() -> None:
-    """Cover the ops for which an open block forces another backend by kernels that ask `current`."""
+    """Cover the ops that log, or for which an open block forces another backend, by kernels that ask `current`."""
     global _switch  # noqa: PLW0603
     for device in DEVICES:
         for overload in _binders:
-            if (overload, device) not in _covered and any(_differs(b.name, overload, device) for b in _blocks):
+            if (overload, device) not in _covered and _asks(overload, device):
                 if _switch is None:
                     _switch = torch.library.Library("quantlib", "IMPL")
                 _compiled_kernel(overload, device)  # before it is covered
@@ -223,7 +229,7 @@ def _uninstall() -> None:
     stays as it is, and a call costs some microseconds more.
     """
     global _switch  # noqa: PLW0603
-    needed = any(_differs(b.name, *pair) for b in _blocks for pair in _covered)
+    needed = any(_asks(*pair) for pair in _covered)
     if _switch is not None and not needed and threading.active_count() == 1:
         _switch._destroy()
         _switch = None
@@ -236,8 +242,26 @@ def _cover(library: torch.library.Library, overload: str, device: str, kernel: C
         library.impl(overload, kernel, DEVICES[device], with_keyset=True, allow_override=True)
 
 
+def _asks(overload: str, device: str) -> bool:
+    return _op(overload) in _logged or any(_differs(b.name, overload, device) for b in _blocks)
+
+
 def _ask(overload: str, device: str, keyset: Any, *args: Any, **outs: Tensor) -> Any:
-    return _kernel(current(), overload, device)(keyset, *args, **outs)
+    name = current()
+    y = _kernel(name, overload, device)(keyset, *args, **outs)
+    if _op(overload) in _logged:
+        backend = _usual(overload, device) if name == "auto" else name
+        choice.say(overload, backend, functools.partial(_why, name, overload, device), args)
+    return y
+
+
+def _why(name: str, overload: str, device: str) -> str:
+    """Why the backend that runs ``overload`` is this one, where ``name`` is forced, or "auto"."""
+    if name != "auto":
+        return "which is forced"
+    before = itertools.takewhile(lambda backend: backend != _usual(overload, device), order(device))
+    refused = [f"{backend} {refuses(backend, device, overload)}" for backend in before]
+    return f"as {'; '.join(refused)}" if refused else f"the first for {device}"
 
 
 @functools.cache
@@ -311,4 +335,5 @@ _own = _Own()
 _lock = threading.RLock()
 _blocks: tuple[_Block, ...] = ()  # blocks that are open in the process, the one entered last at the end
 _switch: torch.library.Library | None = None
+_logged: tuple[str, ...] = ()  # ops that say which kernel they take
 _covered: set[tuple[str, str]] = set()  # (overload, device) that `_switch` has a kernel for

@@ -61,7 +61,7 @@ def stack_of(experts: nn.Module, name: str) -> tuple[Tensor, Stack]:
     """The float weight ``name`` of ``experts``, and its matrices."""
     weight = experts._parameters[name]
     assert weight is not None
-    return weight, Stack.of(weight, ways_of(experts)[name], number_of(experts))
+    return weight, Stack.of_shape(weight.shape, ways_of(experts)[name], number_of(experts))
 
 
 class RoundedStack(NamedTuple):
@@ -90,7 +90,7 @@ def rounded_stack(
             idle.append(e)
         else:
             reached.append(found)
-        shifts.append(w.new_zeros(stack.N) if found is None or found.shift is None else found.shift)
+        shifts.append(torch.zeros(stack.N, device=w.device) if found is None or found.shift is None else found.shift)
     energy = sum(found.energy for found in reached) or 1.0
     loss, rounding = (
         sum(share * found.energy for found, share in zip(reached, shares, strict=True)) / energy

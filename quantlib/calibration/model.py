@@ -223,7 +223,7 @@ def calibrate(
             return None if bias is None or by is None else set_bias(name, bias, (bias.detach() + by).to(bias.dtype))
 
         def set_bias(name: str, bias: nn.Parameter, value: Tensor) -> Tensor:
-            with torch.no_grad():
+            with torch.inference_mode(bias.is_inference()), torch.no_grad():
                 bias.copy_(value)
             done.biased.append(name)
             return value

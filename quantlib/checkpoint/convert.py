@@ -137,7 +137,10 @@ def quantize_file(
     def plan(model: Model) -> list[Plan]:
         for reader in model.readers:
             if Contents.of(reader).weights:
-                raise ValueError(f"{reader.path} must hold float weights, got weights that are quantized already")
+                help = "convert_file quantizes them anew, dequantize_file gives floats"
+                raise ValueError(
+                    f"{reader.path} must hold float weights, got weights that are quantized already: {help}"
+                )
         slots = model.slots
         choose.check_float(src, slots, model.config)
         layouts = choose.layouts_of(slots, model.config)

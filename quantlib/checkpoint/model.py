@@ -29,6 +29,7 @@ from quantlib.nn.experts import QuantExperts, number_of, ways_of
 from quantlib.nn.forms import TransposedLinear, form_of, with_likes
 from quantlib.nn.module import check_whole, stored_dtype
 from quantlib.nn.qat import QATModule
+from quantlib.nn.qat_experts import QATExperts
 from quantlib.ops.check import dtype_of
 from quantlib.record import of_config, record_
 from quantlib.spec import QuantSpec
@@ -73,7 +74,7 @@ def save_quantized(
     path = Path(path)
     batches, contents = state_of(model)
     if not contents.weights:
-        prepared = any(isinstance(module, QATModule) for module in model.modules())
+        prepared = any(isinstance(module, (QATModule, QATExperts)) for module in model.modules())
         help = "convert_ it first" if prepared else "quantize_ it first"
         raise ValueError(f"model must have a module of codes to save, got none: {help}")
     single = path.suffix == ".safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ VARIABLES = {
     "QUANTLIB_ISA": "plain, avx2, avx2_vnni, avx512, avx512_bf16 or amx: the instruction set of the C++ kernels",
     "QUANTLIB_BUILD": "0: never compile the kernels; 1: compile all, a build that fails is an error",
     "QUANTLIB_CACHE": "an absolute path: where compiled kernels are kept",
+    "QUANTLIB_LOG": "1: say on stderr which backend, kernel and instruction set a product takes, and why, once a shape",
     "QUANTLIB_SHOW_LAUNCH": "1: print the tile that each Triton launch chose",
     "QUANTLIB_TUNED": "where quantlib tune keeps its tables, and the kernels read them",
     "TRITON_INTERPRET": "1: run Triton kernels in its interpreter, on the CPU",
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 def matmul(args: argparse.Namespace) -> int:
     """Print which kernel of the C++ backend serves each number of rows of x, and why."""
+    from quantlib.backends.choice import instruction_set
+
     found: list[tuple[QuantSpec, str, dict[str, dict[str, str]]]] = []
     N, K = args.matmul
     for text in args.to or ["W8A16"]:
@@ -89,20 +91,13 @@ def matmul(args: argparse.Namespace) -> int:
 
 
 def matmul_choice(M: int, N: int, K: int, spec: QuantSpec, x: str) -> dict[str, str]:
-    """Ask the kernels: ``choose`` of csrc/cpu/dequant_matmul.cpp or csrc/cpu/scaled_matmul.cpp."""
-    from quantlib import formats
+    """Ask the C++ kernels which of them serves a weight of ``spec``."""
     from quantlib.backends import compiled
+    from quantlib.backends.choice import kernel_of
 
-    path = compiled.path_of("cpu")
-    if path is None:
+    if compiled.path_of("cpu") is None:
         raise ValueError(f"--matmul must be asked where the C++ kernels are: {compiled.load('cpu')}, got {N} {K}")
-    kernel, why = ctypes.c_char_p(), ctypes.c_char_p()
-    types = list(formats.FORMATS)  # as `enum class Type` of csrc/formats.h numbers them
-    ask = ctypes.CDLL(str(path)).quantlib_matmul_choice
-    ask.restype = None
-    sizes = [ctypes.c_int64(size) for size in (M, N, K, *spec.block((N, K)))]
-    ask(*sizes, types.index(spec.format), not spec.symmetric, types.index(x), ctypes.byref(kernel), ctypes.byref(why))
-    return {"kernel": (kernel.value or b"").decode(), "why": (why.value or b"").decode()}
+    return kernel_of((M, N, K), spec.block((N, K)), spec.format, not spec.symmetric, x)
 
 
 def versions() -> dict[str, str]:
@@ -110,6 +105,7 @@ def versions() -> dict[str, str]:
 
     import quantlib
     from quantlib import _build
+    from quantlib.backends.choice import instruction_set
 
     found = {
         "quantlib": f"{quantlib.__version__} in {os.path.dirname(quantlib.__file__)}",
@@ -157,19 +153,6 @@ def library(device: str) -> str:
     from quantlib.backends import compiled
 
     return str(compiled.path_of(device) or "-")
-
-
-def instruction_set() -> str:
-    """Return the instruction set that the C++ library chose on this machine."""
-    from quantlib.backends import compiled
-
-    path = compiled.path_of("cpu")
-    if path is None:
-        return "-"
-    ask = ctypes.CDLL(str(path)).quantlib_isa
-    ask.restype = ctypes.c_char_p
-    name: bytes = ask()
-    return name.decode() or f"QUANTLIB_ISA={os.environ.get('QUANTLIB_ISA')} is none of this machine's"
 
 
 def serving() -> dict[str, Any]:

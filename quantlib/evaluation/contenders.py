@@ -28,6 +28,7 @@ SEARCHED = (
 CALIBRATED = (
     "W4A16+gptq",
     "W4A16+awq+gptq",
+    "fp8+gptq",
     "int4:group:128+gptq",
     "int4:group:128:affine+gptq",
     "nf4:group:32:bfloat16+gptq",

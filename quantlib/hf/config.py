@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantlib.api import check_on_nonfinite
 from quantlib.measure import OnNonfinite
-from quantlib.record import LIBRARY, VERSION
+from quantlib.record import ENTRY, LIBRARY, VERSION
 from quantlib.spec import QuantSpec, check_dynamic
 
 
@@ -86,9 +87,8 @@ class QuantlibConfig(QuantizationConfigMixin):
         if quant_method != LIBRARY or library != LIBRARY:
             raise ValueError(f"quant_method must be {LIBRARY!r}, got {quant_method!r}, library {library!r}")
         if type(version) is not int or not 1 <= version <= VERSION:
-            raise ValueError(
-                f"version must be an integer of at most {VERSION}, got {version!r}: a later quantlib wrote it"
-            )
+            why = "a later quantlib wrote it, update quantlib"
+            raise ValueError(f"version must be an integer of at most {VERSION}, got {version!r}: {why}")
         check_on_nonfinite(on_nonfinite)
         parsed = QuantSpec.parse(spec)
         if not weights:  # a model that is quantized already may have been calibrated
@@ -101,7 +101,12 @@ class QuantlibConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(**{**config_dict, **kwargs})
+        given = {**config_dict, **kwargs}
+        unknown = given.keys() - inspect.signature(cls.__init__).parameters.keys()
+        config = cls(**{name: value for name, value in given.items() if name not in unknown})  # checks the version
+        if unknown:
+            names = ", ".join(map(repr, sorted(unknown)))
+            raise ValueError(f"{ENTRY} must have keys of quantlib, got {names}: update quantlib, or remove them")
         return (config, {}) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantlib.api import experts_of, places_of, put, quantized_type, reasons_to_skip, share_weight
+from quantlib.api import (
+    by_reason,
+    experts_of,
+    other_weights,
+    places_of,
+    put,
+    quantized_type,
+    reason_to_skip,
+    reasons_to_skip,
+    share_weight,
+)
 from quantlib.checkpoint.choose import RULES, TABLE
 from quantlib.checkpoint.model import join
 from quantlib.checkpoint.stored import Contents, Stored
 from quantlib.hf.config import QuantlibConfig
 from quantlib.measure import Sums, check_weight, describe_experts
-from quantlib.nn import QuantModule
+from quantlib.nn import QUANTIZED, QuantModule
 from quantlib.nn.experts import QuantExperts, ways_of
 from quantlib.nn.forms import with_likes
 from quantlib.nn.functional import quantize_weight
@@ -87,7 +97,8 @@ class Loading:
         self.waiting = {f"{name}.weight" for name in wanted}
         self.waiting |= {f"{name}.{key}" for name, m in experts.items() if name not in skipped for key in ways_of(m)}
         if not self.waiting:
-            raise ValueError(f"model must have a layer to quantize, got {skipped or 'none'}")
+            found = by_reason(skipped | other_weights(model, skipped)) or "none"
+            raise ValueError(f"model must have a layer to quantize, got {found}")
 
     def _unwanted(self, name: str, is_head: bool) -> str | None:
         """Return why a layer stays a float though it could be quantized, or None."""
@@ -113,6 +124,21 @@ class Loading:
             if shape is None or (shape != weight.shape and key not in ways_of(modules[owner])):
                 got = "no such weight" if shape is None else f"one of {list(shape)}"
                 raise ValueError(f"model must have {name} {list(weight.shape)} for its codes, got {got}")
+        if unable := {n: why for n in stored if (why := reason_against(modules[n.rpartition(".")[0]], n)) is not None}:
+            told = "; ".join(f"{name}: {why}" for name, why in list(unable.items())[:3])
+            more = f" and {len(unable) - 3} more" if len(unable) > 3 else ""
+            raise ValueError(
+                f"model must have layers that can hold the codes of its files, got {told}{more}: leave these weights "
+                "out (exclude, --exclude) when files are quantized, or give the float folder to from_pretrained"
+            )
+        for name, weight in stored.items():
+            owner, _, key = name.rpartition(".")
+            spec, way = QuantSpec.parse(weight.spec), ways_of(modules[owner]).get(key)
+            if way in ("enk", "ekn") and len(weight.shape) == 2 and spec.scaled and spec.block((2, 2))[0] != 1:
+                raise ValueError(
+                    f"{name} must have scales of rows or groups to become one stack, got {spec} of each matrix in its "
+                    "files: give the float folder to from_pretrained, or quantize it to scales of rows or groups"
+                )
         sources = {target: source for target, source in tied_keys(model).items() if source in stored}
         for name, weight in stored.items():
             if name not in sources:
@@ -167,6 +193,14 @@ class Loading:
 
 
 HEAD = "the output layer"
+
+
+def reason_against(layer: nn.Module, name: str) -> str | None:
+    """Return why ``layer`` cannot hold codes for its weight ``name``, or None."""
+    if isinstance(layer, (QuantModule, QuantExperts)) or name.rpartition(".")[2] in ways_of(layer):
+        return None
+    known = isinstance(layer, with_likes(tuple(QUANTIZED)))
+    return reason_to_skip(layer) if known else f"{type(layer).__name__} has no quantized form"
 
 
 def tied_keys(model: Any) -> dict[str, str]:

@@ -186,7 +186,7 @@ def resizing(resize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         new: Any = resize(self, old_lm_head, *args, **kwargs)
         if new is old_lm_head or not isinstance(old_lm_head, QuantLinear):
             return new  # type: ignore[no-any-return]
-        old_lm_head.bias = None  # which has as many elements as there are tokens
+        old_lm_head.register_parameter("bias", None)  # which has as many elements as there are tokens
         old_lm_head.set_weight_(new.weight)
         old_lm_head.bias = new.bias
         return old_lm_head
@@ -194,7 +194,7 @@ def resizing(resize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return _get_resized_lm_head
 
 
-PreTrainedModel._get_resized_lm_head = resizing(PreTrainedModel._get_resized_lm_head)  # type: ignore[method-assign]
+PreTrainedModel._get_resized_lm_head = resizing(PreTrainedModel._get_resized_lm_head)  # type: ignore[assignment, method-assign]
 
 
 def names_in(model: Any, weights: dict[str, Stored]) -> dict[str, Stored]:

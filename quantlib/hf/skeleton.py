@@ -48,9 +48,9 @@ def skeleton_of(config: Mapping[str, Any]) -> Any:
     try:
         parsed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         found = [getattr(transformers, name, None) for name in config.get("architectures") or ()]
-        cls: Any = next((cls for cls in found if cls is not None), transformers.AutoModel)
+        build: Any = next((cls._from_config for cls in found if cls is not None), transformers.AutoModel.from_config)
         with torch.device("meta"):
-            return cls.from_config(parsed) if cls is transformers.AutoModel else cls._from_config(parsed)
+            return build(parsed)
     except Exception as error:  # a model that cannot be built tells nothing
         log.info("config.json tells nothing of how weights lie: %s", error)
         return None

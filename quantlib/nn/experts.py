@@ -86,6 +86,16 @@ class Stack(NamedTuple):
         """The float weight of E matrices [N, K]."""
         return torch.stack([m.t() for m in matrices] if self.transposed else list(matrices)).reshape(self.shape)
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """[E * N, K]: the matrices of a float weight below each other."""
+        experts = weight.view(self.E, -1, weight.shape[-1])
+        return (experts.transpose(1, 2) if self.transposed else experts).reshape(self.E * self.N, self.K)
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """The float weight of matrices [E * N, K] below each other."""
+        experts = rows.view(self.E, self.N, self.K)
+        return (experts.transpose(1, 2) if self.transposed else experts).reshape(self.shape)
+
     def matrix(self, weight: Tensor, e: int) -> Tensor:
         """[N, K] of expert ``e`` of a float weight."""
         expert = weight.view(self.E, -1, weight.shape[-1])[e]
@@ -109,7 +119,47 @@ class LowRank(NamedTuple):
         return self.scaling * (self.b @ self.a)
 
 
-class QuantExperts(Leaf):
+class Routed(Leaf):
+    """A module of experts that multiplies the rows of each expert at once, by a product of its own.
+
+    It stands for one of transformers whose decorator says what it computes; others run their own forward.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the float module; a group of tokens is multiplied by the codes of its expert."""
+        if "_is_expert_parallel" in vars(self):  # transformers says what all experts of its own kind compute
+            return self._routed(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """y[t] = sum over j of top_k_weights[t, j] * expert(hidden_states[t]), the expert top_k_index[t, j].
+
+        Rows are sorted by their expert, so that an expert multiplies all of its rows at once, and summed in the order
+        of j. An index of E, which no expert has, adds nothing.
+        """
+        x: Any = hidden_states
+        (tokens, chosen), E = top_k_index.shape, self.num_experts
+        owner, order = top_k_index.reshape(-1).sort(stable=True)
+        ends = torch.searchsorted(owner, torch.arange(E, device=owner.device, dtype=owner.dtype), right=True)
+        first, last = ("gate_up_proj", "down_proj") if self.has_gate else ("up_proj", "down_proj")
+        h = self._product(first, x[order // chosen], ends)
+        h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+        h = self._product(last, h, ends)
+        h = self.post_expert_norm(h) if self.has_post_expert_norm else h
+        h = h * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        y = torch.empty_like(h).index_copy(0, order, h)
+        return y.view(tokens, chosen, y.shape[-1]).sum(1).to(hidden_states.dtype)
+
+    def _product(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """y[t] = x[t] @ weight[e].T + bias[e], ends[e - 1] <= t < ends[e]; 0 for rows of no expert."""
+        raise NotImplementedError
+
+
+class QuantExperts(Routed):
     """A module of experts whose matrices are codes and their scales, in place of one whose weights are floats.
 
     It derives from the float module too, whose methods and attributes it keeps. A weight ``w`` of that module still
@@ -235,31 +285,6 @@ class QuantExperts(Leaf):
                 "weight, and dequantize_(model) gives back float experts, which can be changed"
             )
         super().__setattr__(name, value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the float module; a group of tokens is multiplied by the codes of its expert."""
-        if "_is_expert_parallel" in vars(self):  # transformers says what all experts of its own kind compute
-            return self._routed(*args, **kwargs)
-        return super().forward(*args, **kwargs)
-
-    def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """y[t] = sum over j of top_k_weights[t, j] * expert(hidden_states[t]), the expert top_k_index[t, j].
-
-        Rows are sorted by their expert, so that an expert multiplies all of its rows at once, and summed in the order
-        of j. An index of E, which no expert has, adds nothing.
-        """
-        x: Any = hidden_states
-        (tokens, chosen), E = top_k_index.shape, self.num_experts
-        owner, order = top_k_index.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(owner, torch.arange(E, device=owner.device, dtype=owner.dtype), right=True)
-        first, last = ("gate_up_proj", "down_proj") if self.has_gate else ("up_proj", "down_proj")
-        h = self._product(first, x[order // chosen], ends)
-        h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
-        h = self._product(last, h, ends)
-        h = self.post_expert_norm(h) if self.has_post_expert_norm else h
-        h = h * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        y = torch.empty_like(h).index_copy(0, order, h)
-        return y.view(tokens, chosen, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _product(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """y[t] = x[t] @ weight[e].T + bias[e], ends[e - 1] <= t < ends[e]; 0 for rows of no expert."""
@@ -576,7 +601,7 @@ def ways_of(module: nn.Module) -> dict[str, Way]:
 
     Experts of transformers say so themselves: its decorator ``use_experts_implementation`` sets ``is_transposed``.
     """
-    if isinstance(module, QuantExperts):
+    if isinstance(module, Routed):
         return {}
     attributes, name = vars(module), type(module).__name__
     if "_is_expert_parallel" in attributes and "is_transposed" in attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from quantlib.nn.functional import Scale, Weight, kept_scale, project, quantize_
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
 from quantlib.ops.autograd import StraightThrough, apply
+from quantlib.ops.check import is_sharded
 from quantlib.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -287,6 +289,21 @@ class FakeQuantize(Leaf, KeepsDtype):
         self.enabled, observing, learning = (bool(switch) for switch in state.tolist())
         self.observing = observing and self.observer is not None
         self.learn(learning)
+
+    def catch_up(self, x: Tensor, how: Initial) -> None:
+        """`initialize` once more, if x, a weight, was trained without its scale until now.
+
+        The scale must be switched off, nothing of it may be learned, and it must not be frozen after it was in use.
+        """
+        learned = [t for t in (self.scale_bias, self.zero_point_bias) if t is not None]
+        if self.enabled or not learned or x.is_meta or self.forwards.is_meta:
+            return
+        if not (learned[0].requires_grad or not int(self.forwards)):
+            return
+        if is_sharded(x):
+            warnings.warn("scales of sharded weights start from the weights of prepare_qat_", stacklevel=4)
+        elif not any(bool(t.any()) for t in learned):
+            self.initialize(x, how)
 
     def calibrate(self, calibrating: bool) -> None:
         """Have the observer watch in evaluation, until the module is put into training, or not."""

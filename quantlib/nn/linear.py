@@ -182,6 +182,8 @@ class QuantLinear(QuantModule, nn.Linear):
         self.batch_invariant, self.kernel, self._fixed = False, kernel_of(spec, self.in_features), False
 
     def _resize(self, N: int) -> bool:
+        if self.bias is not None and len(self.bias) != N:
+            return False
         self.out_features = N
         return True
 
@@ -358,12 +360,6 @@ class QuantLinear(QuantModule, nn.Linear):
     def set_weight_(self, weight: Tensor) -> Self:
         self.untile_()
         return super().set_weight_(weight)
-
-    def _resize(self, N: int) -> bool:
-        if self.bias is not None:
-            return False
-        self.out_features = N
-        return True
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
@@ -199,20 +198,8 @@ class QATModule(Leaf):
         self._scales_came_first = with_scales and not with_weight
 
     def catch_up(self) -> None:
-        """Start the scale from the weight once more, if the weight was trained without it until now.
-
-        It must be switched off, nothing of it may be learned, and it must not be frozen after it was in use.
-        """
-        quantizer = self.weight_quantizer
-        learned = [t for t in (quantizer.scale_bias, quantizer.zero_point_bias) if t is not None]
-        if quantizer.enabled or not learned or self.weight.is_meta or quantizer.forwards.is_meta:
-            return
-        if not (learned[0].requires_grad or not int(quantizer.forwards)):
-            return
-        if is_sharded(self.weight):
-            warnings.warn("scales of sharded weights start from the weights of prepare_qat_", stacklevel=3)
-        elif not any(bool(t.any()) for t in learned):
-            quantizer.initialize(self.weight.flatten(1), self.initial)
+        """Start the scale from the weight once more, if the weight was trained without it until now."""
+        self.weight_quantizer.catch_up(self.weight.flatten(1), self.initial)
 
     def _start_over(self) -> None:
         """Scales as they start from the weight, on its device if they are on ``meta``."""

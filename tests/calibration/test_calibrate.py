@@ -308,3 +308,11 @@ def test_a_bias_that_is_not_a_layers_own_stays() -> None:
     assert torch.equal(model[0].bias, before)
     assert model[2].bias is model[0].bias
     assert model[3].bias is None
+
+
+def test_a_bias_of_a_model_that_was_made_without_gradients() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    bias = model[0].bias
+    assert quantlib.calibrate(model, inputs(1), "int4:row").biased == ["0", "1"]
+    assert model[0].bias is bias

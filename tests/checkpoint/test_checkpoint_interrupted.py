@@ -9,6 +9,8 @@ at every step.
 from __future__ import annotations
 
 import errno
+import functools
+import gc
 import io
 import json
 import os
@@ -23,6 +25,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantlib import cli
 from quantlib.checkpoint import publish
 from quantlib.cli import main
 
@@ -92,6 +95,7 @@ def convert(box: Path, folder: bool, force: bool, at: int, fault: int, exchange:
         return os.waitstatus_to_exitcode(status), calls
     try:
         signal.alarm(60)
+        gc.disable()  # it would touch, and so copy, the memory of all that the tests have imported
         sys.stdout = sys.stderr = io.StringIO()
         inject(at, fault, write)
         if not exchange:
@@ -150,7 +154,10 @@ def faults_at(at: int, killed: bool) -> tuple[int, ...]:
     ("folder", "force", "exchange"),
     [(True, True, True), (True, True, False), (True, False, False), (False, True, True), (False, False, False)],
 )
-def test_whatever_stops_it(folder: bool, force: bool, exchange: bool, tmp_path: Path) -> None:
+def test_whatever_stops_it(
+    folder: bool, force: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "parser", functools.cache(cli.parser))  # a third of a child's time, and no step of it
     places = boxes(tmp_path, folder, force)
     suffix = "" if folder else ".safetensors"
     source, target = f"in{suffix}", f"out{suffix}"

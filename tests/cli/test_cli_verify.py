@@ -210,7 +210,7 @@ def test_a_result_of_another_shape_is_an_error() -> None:
 
 def test_an_interrupt_keeps_what_was_proved(tmp_path: Path) -> None:
     out = tmp_path / "verify.json"
-    command = [sys.executable, "-m", "quantlib", "verify", "--op", "cast", "--share", "1/16", "--json", str(out)]
+    command = [sys.executable, "-m", "quantlib", "verify", "--op", "cast", "--share", "1/64", "--json", str(out)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     first = child.stdout.readline()

@@ -23,7 +23,7 @@ using namespace quantlib;
 namespace memory = cuda_on_cpu::memory;
 
 struct Call {
-  int32_t op;  // in the order of ops.def; of a matmul 16 and its place in MATMULS of emulator.py, of others likewise
+  int32_t op;  // as in ops.def; of a matmul 16 and its place in MATMULS of emulator.py; 32, 48 and 64 likewise
   Type from, to, result;
   uint8_t flag;  // saturate, tiled, x_per_row or lsq_mask
   Activation activation;

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from quantlib import prepare_qat_, qat_mode_, qat_parameters, quantize_
 from quantlib.nn import LoRALinear, QuantLinear
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 K, INNER, N, BATCH, STEPS = 24, 33, 7, 16, 4  # 33 rows and 7 rows are shared unevenly by 2 and by 4 ranks
 KINDS = {

@@ -31,7 +31,6 @@ from quantlib.nn import FakeQuantize, MinMaxObserver, QuantLinear
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("ranks"),
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"),
 ]
 

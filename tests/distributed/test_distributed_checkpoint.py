@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from quantlib.distributed import ColwiseParallel, RowwiseParallel
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 KINDS = {
     "int8:row": "codes",

@@ -14,7 +14,6 @@ import gloo
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_readme import blocks
 
 pytestmark = pytest.mark.slow
@@ -46,9 +45,7 @@ def as_torchrun(rank: int, world: int, port: int, folder: str, texts: list[tuple
 
 
 def run(world: int, folder: Path, texts: list[tuple[int, str]]) -> None:
-    mp.get_context("forkserver").set_forkserver_preload(gloo.PRELOAD)
-    args = (world, free_port(), str(folder), texts)
-    mp.start_processes(as_torchrun, args, nprocs=world, start_method="forkserver")
+    gloo.start(as_torchrun, world, world, free_port(), str(folder), texts)
 
 
 @pytest.mark.parametrize("world", gloo.WORLDS)

@@ -17,7 +17,6 @@ from quantlib import backends, ops
 from quantlib.ops.sharding import RULES, Matrix, refusal
 from quantlib.spec import SEARCHES
 
-pytestmark = pytest.mark.xdist_group("ranks")
 slow = pytest.mark.slow
 Call = tuple[str, list[Any]]  # overload, arguments
 M, N, K = 8, 16, 64

@@ -18,7 +18,7 @@ from quantlib import prepare_qat_, quantize_
 from quantlib.distributed import ColwiseParallel, RowwiseParallel
 from quantlib.nn import LoRALinear
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 WIDTH, BATCH, PARTS = 32, 16, 8
 KINDS = ("int8:row", "W8A8", "lora", "qat")

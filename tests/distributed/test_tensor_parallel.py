@@ -21,7 +21,7 @@ from quantlib.distributed import ColwiseParallel, ExpertParallel, RowwiseParalle
 from quantlib.nn import LoRALinear
 from quantlib.nn.forms import TransposedLinear
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 # A scale for each row, for all, for groups of packed codes, for tiles; in 16 bits; with zero points; FP8 and a code
 # book; inputs that are quantized with a scale for each row, for all and for groups; and a cast.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from cuda_on_cpu.emulator import (
     build,
     call_of,
     expected_buffers,
+    keep_formats,
 )
 
 from quantlib import formats
@@ -160,17 +160,11 @@ FAULTS = (
           "encode_int<F, AFFINE>(__builtin_roundf(mul(x, r)), z)", "", "quantize"),
 )  # fmt: skip
 
-# A planted executable serves one op, int8 codes of float32 x, so that it compiles in seconds.
-OTHER_ROWS = r" \\\n  X\((?!int8,).*?\)(?= \\$|$)"  # of formats.h
-
 
 def planted(fault: Fault, folder: Path) -> Path:
+    """Serve one op, int8 codes of float32 x, so that it compiles in seconds."""
     csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
-    header = csrc / "formats.h"
-    rows = header.read_text().count("\n  X(")
-    text, n = re.subn(OTHER_ROWS, "", header.read_text(), flags=re.MULTILINE)
-    assert n == rows - 1
-    header.write_text(text)
+    keep_formats(csrc, "int8")
     if fault.right:
         path = csrc / fault.file
         assert path.read_text().count(fault.right) == 1, "the fault's place has changed"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_on_cpu.emulator import COMPILER, FLAGS, HERE, RUNTIME, digest, make, with_small_slabs
+from cuda_on_cpu.emulator import COMPILER, FLAGS, HERE, RUNTIME, digest, keep_formats, make, with_small_slabs
 
 import quantlib
 from quantlib import _build, backends, formats
@@ -25,12 +25,15 @@ M, N, K = 300, 200, 40  # two parts of x, two slabs, both ragged
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     """torch.ops.quantlib_on_cpu: the glue of the CUDA backend and what it needs here, for slabs of few rows."""
     csrc = with_small_slabs(tmp_path_factory.mktemp("library"))
+    keep_formats(csrc, "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int4")  # those of the tests below
     installed = _build.find_torch()
     folders = (HERE, csrc / "cuda", csrc, _build.PACKAGE)
     include = (*(f"-I{folder}" for folder in folders), "-isystem", str(installed / "include"), "-include", "on_cpu.h")
     kernels = [csrc / f"cuda/{name}.cu" for name in KERNELS]
-    glue = sorted(p for p in csrc.glob("ops/*.cpp") if (csrc / f"cuda/{p.stem}.cu").exists())
-    sources = (HERE / "library.cpp", *RUNTIME, csrc / "cuda/backend.cpp", *glue, *kernels)
+    glue = [csrc / f"ops/{name}.cpp" for name in KERNELS[2:]]
+    sources = (HERE / "library.cpp", *RUNTIME, csrc / "cuda/backend.cpp", *kernels)
+    (csrc / "glue.cpp").write_text("".join(f'#include "{path}"\n' for path in (*glue, csrc / "cuda/backend.cpp")))
+    compiled = [csrc / "glue.cpp" if path.stem == "backend" else path for path in sources]
     needed = ("-x", "none", str(installed / "lib/libtorch_cpu.so"))
     flags = (
         *FLAGS,
@@ -45,11 +48,11 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     read = (
         torch.__version__,
         digest((HERE, csrc)),
-        [path.read_bytes() for path in (*sources, _build.PACKAGE / "ops.def")],
+        [path.read_bytes() for path in (*sources, *glue, _build.PACKAGE / "ops.def")],
     )
     key = hashlib.sha256(repr((COMPILER, flags, read)).encode()).hexdigest()[:16]
     made = request.config.cache.mkdir("cuda_on_cpu") / f"library-{key}.so"
-    torch.ops.load_library(make(made, [*COMPILER, *flags, *include, "-x", "c++", *map(str, sources), *needed]))
+    torch.ops.load_library(make(made, [*COMPILER, *flags, *include, "-x", "c++", *map(str, compiled), *needed]))
 
 
 Products = list[tuple[torch.Size, torch.Size]]

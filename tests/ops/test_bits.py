@@ -13,7 +13,7 @@ from conftest import Served, needs_level
 
 import quantlib
 from quantlib import _build, backends, reference, testing
-from quantlib.cli.info import instruction_set
+from quantlib.backends.choice import instruction_set
 from quantlib.testing import Case
 from quantlib.testing.table import GRID, OPS
 

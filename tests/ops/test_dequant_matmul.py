@@ -16,7 +16,7 @@ from torch import Tensor
 
 import quantlib
 from quantlib import _build, backends, formats, ops, reference
-from quantlib.cli.info import instruction_set
+from quantlib.backends.choice import instruction_set
 from quantlib.reference.matmul import bound
 from quantlib.reference.numerics import Array, decode_float
 from quantlib.testing import assert_same_bytes, bits

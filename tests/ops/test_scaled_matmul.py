@@ -16,7 +16,7 @@ from torch import Tensor
 
 import quantlib
 from quantlib import _build, ops
-from quantlib.cli.info import instruction_set
+from quantlib.backends.choice import instruction_set
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.testing import assert_same_bytes
 from quantlib.testing.product import Product, call, expected, meaning, tensors
@@ -75,7 +75,7 @@ def test_larger_than_what_stays_in_a_cache(backend: Served, format: str, affine:
 # M, N, K, block: where the C++ kernels of the CPU change their way
 EDGES = {
     "whole rows of whole lines, read where they lie": (49, 70, 256, (1, -1)),
-    "more columns than are multiplied at a time": (16, 33, 5120, (1, -1)),
+    "more columns than are multiplied at a time": (24, 33, 5120, (1, -1)),
     "blocks that fill lines": (33, 40, 384, (1, 128)),
     "more blocks than are multiplied at a time": (5, 40, 4224, (1, 128)),
     "a block longer than what is multiplied at a time": (4, 34, 9500, (3, 4700)),

@@ -6,11 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import gloo
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -153,7 +153,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Bytes
     """Return the results of the first process, by the number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (2, 1, 4):  # two write the checkpoint
-        mp.spawn(rank, args=(world, str(folder)), nprocs=world)
+        gloo.start(rank, world, world, str(folder))
     return {world: torch.load(folder / f"{world}.pt") for world in WORLDS}
 
 

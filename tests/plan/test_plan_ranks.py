@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import gloo
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -107,7 +107,7 @@ def rank(number: int, folder: str) -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, int]]:
     """Peak and held bytes of the fuller of the two ranks, for each kind."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank, args=(str(folder),), nprocs=WORLD)
+    gloo.start(rank, WORLD, str(folder))
     ranks = [json.loads((folder / f"{number}.json").read_text()) for number in range(WORLD)]
     return {kind: (max(found[kind][0] for found in ranks), max(found[kind][1] for found in ranks)) for kind in ranks[0]}
 
