@@ -19,6 +19,7 @@ FAMILIES = (
     "fake_quantize",
     "dequant_matmul",
     "scaled_matmul",
+    "grouped_matmul",
     "modules",
     "transformer",
     "call",

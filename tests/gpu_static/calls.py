@@ -183,6 +183,8 @@ FIRST = (
     Call("dequant_matmul_backward", "bfloat16", "int8", M=256),
     Call("grouped_dequant_matmul", "bfloat16", "int8", M=64),
     Call("grouped_dequant_matmul", "bfloat16", "int4", per="group:128", M=64),
+    Call("grouped_dequant_matmul_backward", "bfloat16", "int8", M=64),
+    Call("grouped_dynamic_matmul", "bfloat16", "int8", M=64),
     Call("scaled_matmul", "bfloat16", "int8", M=1),
     Call("scaled_matmul", "bfloat16", "int8", M=4096),
 )

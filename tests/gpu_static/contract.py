@@ -193,7 +193,9 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "dequant_matmul_kernel"): triton_matmul,
     ("triton", "grouped_dequant_matmul_kernel"): lambda m: replace(triton_matmul(m), tickets=0),
     ("triton", "dequant_matmul_backward_kernel"): triton_backward,
+    ("triton", "grouped_dequant_matmul_backward_kernel"): triton_backward,
     ("triton", "scaled_matmul_kernel"): triton_scaled,
+    ("triton", "grouped_scaled_matmul_kernel"): triton_scaled,
     ("triton", "described_matmul_kernel"): lambda m: Contract(
         needs=("UTCIMMA" if m.arch == 100 else "IGMMA", "UTMALDG"), stores=None if m.arch == 100 else 0
     ),

@@ -140,6 +140,8 @@ def start(call: Call, instead: Any = None) -> None:
         "dequant_matmul": lambda: (batch, weight, epilogue, call.invariant, y),
         "dequant_matmul_backward": lambda: (y, weight, batch),
         "grouped_dequant_matmul": lambda: (batch, weight._replace(**of_experts), offsets, biases, call.invariant, y),
+        "grouped_dequant_matmul_backward": lambda: (y, weight._replace(**of_experts), offsets, batch),
+        "grouped_dynamic_matmul": lambda: (batch, weight._replace(**of_experts), offsets, biases, y),
         "scaled_matmul": lambda: (x_codes, x_scale, weight, None, epilogue, y),
     }[call.op]()
     (instead or backend.KERNELS[call.op])(*arguments)

@@ -14,6 +14,7 @@ import quantlib
 from quantlib.testing import assert_same_bytes
 
 E, N, K = 6, 150, 264
+SMALL = (18, 34)  # (N, K) for the interpreter
 SPECS = [("int8", (1, -1)), ("int4", (1, 128)), ("nf4", (1, 32)), ("float8_e4m3fn", (64, 64)), ("uint8", (3, 7))]
 ENDS = {
     "one row each": [1, 2, 3, 4, 5, 6],
@@ -21,6 +22,7 @@ ENDS = {
     "many rows": [70, 70, 75, 105, 114, 114],
     "no rows": [0, 0, 0, 0, 0, 0],
 }
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TAIL = 2  # rows that belong to no expert
 
 
@@ -30,18 +32,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Served]:
     yield from forced(request.param)
 
 
-def weight(format: str, block: tuple[int, int], affine: bool = False) -> dict[str, Any]:
+def weight(
+    format: str, block: tuple[int, int], affine: bool = False, shape: tuple[int, int] = (N, K)
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     made = [
-        quantlib.quantize_dynamic(torch.randn(N, K, generator=generator), format, block=block, symmetric=not affine)
+        quantlib.quantize_dynamic(torch.randn(shape, generator=generator), format, block=block, symmetric=not affine)
         for _ in range(E)
     ]
     parts = dict(zip(("codes", "scale", "zero_point"), (torch.stack(t) for t in zip(*made, strict=True)), strict=False))
     return {**parts, "format": format, "block": block}
 
 
-def rows(ends: list[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(ends[-1] + TAIL, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+def rows(ends: list[int], dtype: torch.dtype = torch.bfloat16, columns: int = K) -> Tensor:
+    return torch.randn(ends[-1] + TAIL, columns, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
 def loop(op: Callable[..., Tensor], x: Tensor, ends: list[int], given: dict[str, Any], **options: Any) -> Tensor:
@@ -51,29 +55,49 @@ def loop(op: Callable[..., Tensor], x: Tensor, ends: list[int], given: dict[str,
         op(x[start:end], **{**given, **{name: given[name][e] for name in own}}, **options)
         for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
     ]
-    return torch.cat([*parts, parts[0].new_zeros(len(x) - ends[-1], N)])
+    return torch.cat([*parts, parts[0].new_zeros(len(x) - ends[-1], parts[0].shape[1])])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize(("format", "block"), SPECS, ids=str)
 def test_bytes_of_the_loop(
     backend: Served, format: str, block: tuple[int, int], ends: list[int], dtype: torch.dtype
 ) -> None:
-    if backend.interpreted and (dtype != torch.bfloat16 or ends[-1] != 13 or format not in ("int8", "int4")):
-        pytest.skip("the interpreter takes minutes")
-    given = weight(format, block, affine=format == "uint8")
-    given["bias"] = torch.randn(E, N, generator=torch.Generator().manual_seed(3))
+    turn = SPECS.index((format, block)) + list(ENDS.values()).index(ends)
+    if backend.interpreted and dtype != DTYPES[turn % 3]:
+        pytest.skip("the interpreter takes seconds for each: one dtype of x for a weight and its rows")
+    shape = SMALL if backend.interpreted else (N, K)
+    given = weight(format, block, format == "uint8", shape)
+    given["bias"] = torch.randn(E, shape[0], generator=torch.Generator().manual_seed(3))
     given = {name: value.to(backend.device) if isinstance(value, Tensor) else value for name, value in given.items()}
-    x, offsets = rows(ends, dtype).to(backend.device), torch.tensor(ends, device=backend.device)
-    for invariant in (False, True):
+    x, offsets = rows(ends, dtype, shape[1]).to(backend.device), torch.tensor(ends, device=backend.device)
+    for invariant in (True,) if backend.interpreted else (False, True):
         y = quantlib.grouped_dequant_matmul(x, offsets=offsets, activation="silu", batch_invariant=invariant, **given)
         on_gpu = invariant or backend.backend in ("triton", "cuda")
         want = loop(quantlib.dequant_matmul, x, ends, given, activation="silu", batch_invariant=on_gpu)
         assert_same_bytes(y, want, f"invariant {invariant}")
-    if format in ("int8", "int4", "uint8"):
+    if format in ("int8", "int4", "uint8") and backend in serving("grouped_dynamic_matmul"):
         y = quantlib.grouped_dynamic_matmul(x, offsets=offsets.int(), activation="gelu", **given)
         assert_same_bytes(y, loop(quantlib.dynamic_matmul, x, ends, given, activation="gelu"), "dynamic")
+
+
+@pytest.mark.parametrize("backend", serving("grouped_dequant_matmul_backward"), ids=str, indirect=True)
+@pytest.mark.parametrize(("format", "block"), SPECS[:3], ids=str)
+def test_gradient_of_x_has_the_bytes_of_the_loop(backend: Served, format: str, block: tuple[int, int]) -> None:
+    shape = SMALL if backend.interpreted else (N, K)
+    given, ends = weight(format, block, shape=shape), ENDS["few rows"]
+    given = {name: value.to(backend.device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    x, offsets = rows(ends, columns=shape[1]).to(backend.device), torch.tensor(ends, device=backend.device)
+    dy = torch.randn(len(x), shape[0], generator=torch.Generator().manual_seed(6)).to(x)
+    found = []
+    for call in (
+        lambda x: quantlib.grouped_dequant_matmul(x, offsets=offsets, **given),
+        lambda x: loop(quantlib.dequant_matmul, x, ends, given),
+    ):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(call(leaf), leaf, dy)[0])
+    assert_same_bytes(*found, "dx")
 
 
 def test_scales_of_16_bits_and_threads() -> None:

@@ -18,6 +18,28 @@ from quantlib.backends.weight import QuantizedWeight
 
 
 @triton.jit
+def sum_rows(
+    dy_ptr,  # [tile_m, 1] where the rows of dy begin
+    codes_ptr, scale_ptr, zero_point_ptr, batch, k_tile, k, N, K, br, bk, scale_cols, stride,
+    X: tl.constexpr, F: tl.constexpr, D: tl.constexpr, ONE_BLOCK: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """Return the sum over the rows n of the weight, [tile_m, tile_k]; ``batch`` says which rows of dy there are."""
+    total = tl.full((T.tile_m, T.tile_k), 0.0, tl.float32)
+    for step in range(tl.cdiv(N, T.tile_n)):
+        n_first = tl.cast(step, tl.int64) * T.tile_n
+        n = n_first + tl.arange(0, T.tile_n)
+        dy = load_x(dy_ptr + n[None, :], batch & (n < N)[None, :], X, D, ARCH)
+        w = load_operands(codes_ptr, n_first, k_tile, stride, N, K, F, tl.float32, T, False, True, ARCH)[0]
+        if ONE_BLOCK:
+            at, exists = (n // br * scale_cols)[:, None] + k_tile * T.tile_k // bk, (n < N)[:, None]
+        else:
+            at, exists = (n // br * scale_cols)[:, None] + k // bk, (n < N)[:, None] & (k < K)
+        w = subtract_zero_point(w, zero_point_ptr, at, exists, F) * load_scale(scale_ptr + at, exists, F)
+        total = tl.dot(dy, w.to(D), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def dequant_matmul_backward_kernel(
     dy_ptr,  # [M, N] of row X
     codes_ptr,  # [N, K] of row F, or [N, ceil(K / 2)] bytes
@@ -33,18 +55,10 @@ def dequant_matmul_backward_kernel(
     m_tile, k_tile = tl.program_id(0) // across, tl.program_id(0) % across
     m = (m_tile.to(tl.int64) * T.tile_m + tl.arange(0, T.tile_m))[:, None]
     k = k_tile.to(tl.int64) * T.tile_k + tl.arange(0, T.tile_k)[None, :]
-    total = tl.full((T.tile_m, T.tile_k), 0.0, tl.float32)
-    for step in range(tl.cdiv(N, T.tile_n)):
-        n_first = tl.cast(step, tl.int64) * T.tile_n
-        n = n_first + tl.arange(0, T.tile_n)
-        dy = load_x(dy_ptr + m * N + n[None, :], (m < M) & (n < N)[None, :], X, D, ARCH)
-        w = load_operands(codes_ptr, n_first, k_tile, stride, N, K, F, tl.float32, T, False, True, ARCH)[0]
-        if ONE_BLOCK:
-            at, exists = (n // br * scale_cols)[:, None] + k_tile * T.tile_k // bk, (n < N)[:, None]
-        else:
-            at, exists = (n // br * scale_cols)[:, None] + k // bk, (n < N)[:, None] & (k < K)
-        w = subtract_zero_point(w, zero_point_ptr, at, exists, F) * load_scale(scale_ptr + at, exists, F)
-        total = tl.dot(dy, w.to(D), total, input_precision="ieee")
+    total = sum_rows(
+        dy_ptr + m * N, codes_ptr, scale_ptr, zero_point_ptr, m < M, k_tile, k, N, K, br, bk, scale_cols, stride,
+        X, F, D, ONE_BLOCK, T, ARCH,
+    )  # fmt: skip
     finish(total, dx_ptr + m * K + k, None, k, (m < M) & (k < K), K, X, None, ARCH)
 
 

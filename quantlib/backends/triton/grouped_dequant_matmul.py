@@ -13,6 +13,7 @@ import triton.language as tl
 from quantlib import formats
 from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.dequant_matmul import scales, sum_steps
+from quantlib.backends.triton.groups import groups_of, part_of, slots_of
 from quantlib.backends.triton.matmul import finish
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 
@@ -31,24 +32,15 @@ def grouped_dequant_matmul_kernel(
     GROUPS: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     SPLITS: tl.constexpr = T.splits
-    # 1. the expert: each has as many tiles of rows as it needs; what belongs to none is one more, the last
+    # 1. the expert
     across = tl.cdiv(N, T.tile_n)
     slot, n_first = tl.program_id(0) // across, (tl.program_id(0) % across).to(tl.int64) * T.tile_n
-    group = tl.arange(0, GROUPS)
-    ends = tl.minimum(tl.maximum(tl.load(offsets_ptr + group, group < E, R), 0), R)
-    before = tl.load(offsets_ptr + group - 1, (group > 0) & (group <= E), 0)
-    starts = tl.minimum(tl.maximum(before, 0), R)
-    past = tl.cumsum(tl.where(group <= E, tl.cdiv(tl.maximum(ends - starts, 0), T.tile_m), 0), 0)
-    e = tl.sum((past <= slot).to(tl.int32), 0)
-    is_e = group == e
-    start, end = tl.sum(tl.where(is_e, starts, 0), 0), tl.sum(tl.where(is_e, ends, 0), 0)
-    first_slot = tl.max(tl.where(past <= slot, past, 0), 0)
+    e, start, M, m_first = part_of(slot, offsets_ptr, E, R, GROUPS, T.tile_m)
     # 2. its rows of x, from m = 0 on, and its weight
-    M = end - start
-    m = (slot - first_slot).to(tl.int64) * T.tile_m + tl.arange(0, T.tile_m)
+    m = m_first + tl.arange(0, T.tile_m)
     n = n_first + tl.arange(0, T.tile_n)
     inside = (n < N)[:, None] & (m < M)[None, :]
-    y_at = (start.to(tl.int64) + m[None, :]) * N + n[:, None]
+    y_at = (start + m[None, :]) * N + n[:, None]
     if e < E:
         wide = e.to(tl.int64)
         blocks = wide * scale_rows * scale_cols
@@ -59,7 +51,7 @@ def grouped_dequant_matmul_kernel(
         total = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
         for split in range(SPLITS):  # as programs that share a tile add their sums
             part = sum_steps(
-                x_ptr + start.to(tl.int64) * K, codes_ptr + wide * N * stride, scale_ptr + blocks, zero_point_ptr,
+                x_ptr + start * K, codes_ptr + wide * N * stride, scale_ptr + blocks, zero_point_ptr,
                 n_first, n, m, split, M, N, K, br, bk, scale_cols, stride, X, F, SCALES, False, MASKED, T, ARCH,
             )  # fmt: skip
             total = tl.where(split == 0, part, total + part)
@@ -83,12 +75,11 @@ def grouped_dequant_matmul(
         launch.device_name(device), launch.shared_memory(device),
     )  # fmt: skip
     codes, scale = launch.codes_of(weight.codes), weight.scale
-    slots = min(R, (R + (tile.tile_m - 1) * min(E + 1, R)) // tile.tile_m)
     launch.launch(
-        grouped_dequant_matmul_kernel, slots * launch.cdiv(N, tile.tile_n), device,
+        grouped_dequant_matmul_kernel, slots_of(R, E, tile.tile_m) * launch.cdiv(N, tile.tile_n), device,
         x, codes, scale, weight.zero_point, epilogue.bias, y, offsets,
         E, R, N, K, *weight.block, scale.shape[1], scale.shape[2], codes.shape[2], formats.get(x.dtype), weight.format,
         epilogue.activation, scales(x[: tile.tile_m], weight.expert(0), tile), K % tile.tile_k > 0,
-        launch.power_of_2(E + 1), tile, launch.arch(device),
+        groups_of(E), tile, launch.arch(device),
         warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -28,36 +28,16 @@ from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
 @triton.jit
-def scaled_matmul_kernel(
-    x_ptr,  # [M, K] of row X
-    x_scale_ptr,  # [M] float32, or one for all rows
-    x_zero_point_ptr,  # the same shape, int32, or None
-    codes_ptr,  # [N, K] of row F, or [N, ceil(K / 2)] bytes
-    scale_ptr,  # [ceil(N / br), groups] float32
-    zero_point_ptr,  # the same shape, int32, or None
-    bias_ptr,  # [N] float32, or None
-    y_ptr,  # [M, N] of row Y
-    partial_ptr,  # [T.splits, M, N] int32, or None
-    ticket_ptr,  # [tiles of y] int32, all 0, or None
-    M, N, K, br, bk, groups, stride,
-    X: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, ACTIVATION: tl.constexpr, PER_ROW: tl.constexpr,
-    MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+def sum_groups(
+    x_ptr,  # [1, tile_m] where the rows of x begin
+    z_x,  # [1, tile_m] their zero points
+    codes_ptr,  # [tile_n, 1] where the rows of the weight begin
+    scale_ptr, zero_point_ptr, rows, batch, at, split, K, bk, groups,
+    X: tl.constexpr, F: tl.constexpr, X_SHIFTED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
+    """Return the exact sum of the last group, and the sum over all groups, times their scales, where there are many."""
     SPLITS: tl.constexpr = T.splits
-    X_SHIFTED: tl.constexpr = x_zero_point_ptr is not None or offset(X) > 0
     W_SHIFTED: tl.constexpr = zero_point_ptr is not None or offset(F) > 0
-    # 1. where this program's sums lie: rows of x change fastest, they share the weight
-    across = tl.cdiv(M, T.tile_m)
-    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    n = (tile // across).to(tl.int64) * T.tile_n + tl.arange(0, T.tile_n)[:, None]
-    m = (tile % across).to(tl.int64) * T.tile_m + tl.arange(0, T.tile_m)[None, :]
-    rows, batch = n < N, m < M
-    x_ptr = codes_at(x_ptr, X) + m * K
-    codes_ptr = codes_at(codes_ptr, F) + n * stride
-    s_x = load_scale(x_scale_ptr + (m if PER_ROW else m * 0), batch, X)
-    z_x = zero_points(x_zero_point_ptr, m if PER_ROW else m * 0, batch, X)
-    at = n // br * groups
-    # 2. groups in ascending order, or this split's steps of the only one
     total = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
     d = tl.full((T.tile_n, T.tile_m), 0, tl.int32)
     for J in range(groups):
@@ -88,6 +68,43 @@ def scaled_matmul_kernel(
             d += tl.maximum(end - first, 0).to(tl.int32) * z * z_x
         if SPLITS == 1 and groups > 1:
             total += d.to(tl.float32) * load_scale(scale_ptr + at + J, rows, F)
+    return d, total
+
+
+@triton.jit
+def scaled_matmul_kernel(
+    x_ptr,  # [M, K] of row X
+    x_scale_ptr,  # [M] float32, or one for all rows
+    x_zero_point_ptr,  # the same shape, int32, or None
+    codes_ptr,  # [N, K] of row F, or [N, ceil(K / 2)] bytes
+    scale_ptr,  # [ceil(N / br), groups] float32
+    zero_point_ptr,  # the same shape, int32, or None
+    bias_ptr,  # [N] float32, or None
+    y_ptr,  # [M, N] of row Y
+    partial_ptr,  # [T.splits, M, N] int32, or None
+    ticket_ptr,  # [tiles of y] int32, all 0, or None
+    M, N, K, br, bk, groups, stride,
+    X: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, ACTIVATION: tl.constexpr, PER_ROW: tl.constexpr,
+    MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    SPLITS: tl.constexpr = T.splits
+    X_SHIFTED: tl.constexpr = x_zero_point_ptr is not None or offset(X) > 0
+    # 1. where this program's sums lie: rows of x change fastest, they share the weight
+    across = tl.cdiv(M, T.tile_m)
+    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    n = (tile // across).to(tl.int64) * T.tile_n + tl.arange(0, T.tile_n)[:, None]
+    m = (tile % across).to(tl.int64) * T.tile_m + tl.arange(0, T.tile_m)[None, :]
+    rows, batch = n < N, m < M
+    x_ptr = codes_at(x_ptr, X) + m * K
+    codes_ptr = codes_at(codes_ptr, F) + n * stride
+    s_x = load_scale(x_scale_ptr + (m if PER_ROW else m * 0), batch, X)
+    z_x = zero_points(x_zero_point_ptr, m if PER_ROW else m * 0, batch, X)
+    at = n // br * groups
+    # 2. groups in ascending order, or this split's steps of the only one
+    d, total = sum_groups(
+        x_ptr, z_x, codes_ptr, scale_ptr, zero_point_ptr, rows, batch, at, split, K, bk, groups, X, F, X_SHIFTED,
+        MASKED, T,
+    )  # fmt: skip
     # 3. the last program of a tile adds the splits; the scales follow
     y_at, inside = m * N + n, rows & batch
     if SPLITS > 1:
