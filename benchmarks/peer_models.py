@@ -1,4 +1,4 @@
-"""Who else quantizes the linear layers of a model: torch, torchao, optimum-quanto, bitsandbytes, on a GPU gemlite.
+"""Peers that quantize the linear layers of a model: torch, torchao, optimum-quanto, bitsandbytes, on a GPU gemlite.
 
 Each does it by its own rules and with its own codes. The layers of a model take turns with those of its copies, so
 that none is found in a cache.
@@ -172,7 +172,7 @@ PEERS = {W8A16: (TORCHAO, QUANTO), W8A8: (TORCH, TORCHAO, INT8), W4A16: (QUANTO,
 
 
 def of(model: Model) -> tuple[Quantizer, ...]:
-    """Who quantizes as ``model.spec`` says, on its device."""
+    """Return the peers that quantize as ``model.spec`` says, on its device."""
     peers = PEERS.get(model.spec, ())
     return peers if model.device == "cpu" else (*(p for p in peers if p is not TORCH), GEMLITE)
 

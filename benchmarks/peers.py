@@ -1,4 +1,4 @@
-"""Who else can do it: torch eager, torch.compile, torch's quantized tensors, torchao and bitsandbytes.
+"""Peers of each op: torch eager, torch.compile, torch's quantized tensors, torchao and bitsandbytes.
 
 A peer gets the same tensors as quantlib and writes into the same ready memory where it can. One that is not installed,
 or raises, becomes a row that says so; one that does not do a case at all is not listed there.

@@ -1,4 +1,4 @@
-// What an op accepts. Every check says what was expected and what came, in the words of quantlib/ops/check.py.
+// Checks of an op's arguments. Each says what was expected and what came, in the words of quantlib/ops/check.py.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -22,7 +22,7 @@ struct Format {
   int32_t dtype;   // of its codes
   bool packed() const { return per_byte > 1; }
   bool whole() const { return bits == 8 || bits == 16 || bits == 32; }
-  // How many of `dtype` hold a row of K codes
+  // The number of elements of `dtype` that hold a row of K codes
   int64_t columns(int64_t K) const { return K / per_byte + (K % per_byte != 0); }
 };
 
@@ -63,7 +63,7 @@ inline const std::vector<Format>& formats() {
   return all;
 }
 
-// Which formats an argument may have.
+// The formats that an argument may have.
 using Accepts = bool (*)(const Format&);
 inline bool inputs(const Format& f) { return f.is_float && f.bits >= 16; }
 inline bool casts(const Format& f) { return f.is_float && f.whole(); }
@@ -135,7 +135,7 @@ inline void fail_to_allocate(Name name, SizesView sizes, int32_t dtype, Device d
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
-// What an op returns: the shape and dtype of a tensor.
+// A result of an op: the shape and dtype of a tensor.
 struct Result {
   Sizes sizes;
   int32_t dtype;

@@ -15,7 +15,7 @@ struct Limits {
   float qmin, qmax;
 };
 
-// What the elements of a block share: r = 1 / s, and the zero point as it is used forward and backward.
+// The constants of a block: r = 1 / s, and the zero point as it is used forward and backward.
 template <class V>
 struct Shared {
   V r, s, z;
@@ -33,7 +33,7 @@ QL_FN float code_of(float z, Limits q) {
   return nearest(min(max(z, q.qmin), q.qmax));
 }
 
-// What the magnitude bits of t must not exceed to be inside: those of the largest value, or what still rounds to it.
+// The largest magnitude bits of t that are inside: those of the largest value, or of what still rounds to it.
 template <class F>
 QL_FN constexpr int32_t largest_inside(bool lsq_mask) {
   return int32_t(F::max + (lsq_mask || F::is_book ? 0 : (1u << (22 - F::fraction_bits)) - (F::max_code & 1)));
@@ -55,7 +55,7 @@ QL_FN V fake_quantized(V x, const Shared<V>& of, [[maybe_unused]] Limits q) {
   return t == t ? mul(c, of.s) : same_bits<V>(splat<Bits<V>>(kNaN));
 }
 
-// What an element adds to the gradients of its scale and zero point, and whether it passes its own on.
+// The terms that an element adds to the gradients of its scale and zero point, and whether it passes its own on.
 template <class V>
 struct Gradients {
   decltype(V{} == V{}) inside;

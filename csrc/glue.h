@@ -1,4 +1,4 @@
-// From a call of torch to a problem for a kernel: what the files of csrc/ops share. Each of them takes the arguments of
+// A call of torch becomes a problem for a kernel: shared by the files of csrc/ops. Each of them takes the arguments of
 // its op, checks them, allocates and launches. It is compiled for every backend that has a kernel of the op, as one
 // with the backend's other ops, and with the backend's folder on the include path: <backend.h> is csrc/cpu/backend.h or
 // csrc/cuda/backend.h.
@@ -30,13 +30,13 @@ class Output {
     if (given_->overlaps_itself())
       fail(op, argument, "a tensor whose elements do not share memory", "strides " + text_of(given_->strides()));
   }
-  // Where two results were given the same memory one would be written over the other.
+  // Refuse two results in the same memory: one would be written over the other.
   void apart_from(const Output& other) const {
     if (given_ && other.given_ && given_->overlaps(*other.given_))
       fail(name_.op, name_.argument, "in memory of its own", std::string("that of ") + other.name_.argument);
   }
 
-  // Where the kernel writes: contiguous, and over none of the inputs (null: not given), which it is still reading.
+  // The memory that the kernel writes: contiguous, and over none of the inputs (null: not given) that it still reads.
   void* data(std::initializer_list<const Tensor*> inputs) {
     const bool direct = given_ && given_->is_contiguous() &&
                         std::none_of(inputs.begin(), inputs.end(), [&](auto x) { return x && given_->overlaps(*x); });
@@ -48,7 +48,7 @@ class Output {
     return static_cast<T*>(data(inputs));
   }
 
-  // Once it is written: into the caller's tensor, or onto the stack.
+  // Put the written result into the caller's tensor, or onto the stack.
   void finish(StableIValue& slot) {
     if (!given_) slot = torch::stable::detail::from(own_->release());
     else if (own_) given_->copy_from(*own_);
@@ -61,7 +61,7 @@ class Output {
   Device device_;
 };
 
-// What serves an overload of an op, "quantize" say, and its out form, "quantize.out": told apart by their results.
+// The function that serves an overload, "quantize" say, and its out form, "quantize.out", told apart by their results.
 using Glue = void (*)(StableIValue* stack, uint64_t arguments, uint64_t results);
 
 inline void register_glue(torch::stable::detail::StableLibrary& m, const std::string& overload, Glue glue) {
@@ -88,7 +88,7 @@ inline Result codes_of(const Tensor& x, const Grid& grid, const Format& f) {
   return codes;
 }
 
-// Whether a scale is negative, where looking costs no wait: a kernel takes 2^-100 for one that is.
+// Refuse a negative scale where looking costs no wait: a kernel takes 2^-100 for one that is.
 template <class On = Backend>
 void check_not_negative(const char* op, const Tensor& scale, Type type, const char* argument = "scale") {
   if constexpr (On::reads_values) {

@@ -168,7 +168,7 @@ QL_FN float effective_scale(float s) {
   return effective_scale(s, float_of(F::scale_max));
 }
 
-// What x is multiplied by: r = fl(1 / s_eff). t = mul(x, r) is x in units of the scale (C5, C6).
+// The factor of x: r = fl(1 / s_eff). t = mul(x, r) is x in units of the scale (C5, C6).
 QL_FN float reciprocal(float s_eff) { return div(1.0f, s_eff); }
 
 template <class F>

@@ -1,4 +1,4 @@
-// What the problems of csrc/ops are made of. A problem is one call of an op in plain pointers and sizes: the glue fills
+// Parts of the problems of csrc/ops. A problem is one call of an op in plain pointers and sizes: the glue fills
 // it in, the kernels of csrc/cpu and csrc/cuda read it.
 #pragma once
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Grid {
   __attribute__((always_inline)) int64_t scale_cols() const { return K / bk + (K % bk != 0); }
 };
 
-// What a matmul multiplies by: values w[n, k] = (decode(codes[n, k]) - zero_point[n / br, k / bk]) * scale[n / br, k /
+// The weight of a matmul: values w[n, k] = (decode(codes[n, k]) - zero_point[n / br, k / bk]) * scale[n / br, k /
 // bk]
 struct Weight {
   Grid grid;          // M is N here: [N, K]
@@ -30,7 +30,7 @@ struct Weight {
 
 enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };
 
-// What becomes of a sum in FP32: y = activation(sum + bias[n]), rounded to y's type
+// The steps after a sum in FP32: y = activation(sum + bias[n]), rounded to y's type
 struct Epilogue {
   const float* bias;  // [N], or null
   Activation activation;

@@ -18,7 +18,7 @@ namespace quantlib {
 
 // ---- types ----------------------------------------------------------------------------------------------------------
 
-// What a code lies in, or several that share a byte.
+// The unit in which one code lies, or several that share a byte.
 template <int BITS>
 struct storage_of {
   static_assert(BITS <= 8, "a code of more than a byte has 16 or 32 bits");
@@ -73,7 +73,7 @@ constexpr Type kTypes[] = {
 #undef QL_ROW
 };
 
-// Whether a code fills the bytes in which it lies.
+// True if a code fills the bytes in which it lies.
 template <class F>
 constexpr bool is_whole = F::bits == 8 * int(sizeof(typename F::storage));
 
@@ -81,7 +81,7 @@ constexpr bool is_whole = F::bits == 8 * int(sizeof(typename F::storage));
 template <class F>
 constexpr bool is_input = F::is_float && F::bits > 8;
 
-// What is taken from a code of an integer format so that a signed byte holds it.
+// The number that is taken from a code of an integer format so that a signed byte holds it.
 template <class F>
 constexpr int excess = F::is_signed || F::max <= 127 ? 0 : 128;
 

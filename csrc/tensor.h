@@ -1,4 +1,4 @@
-// What the glue needs of torch, through its stable C interface alone: tensors, and the arguments of a call.
+// Tensors and the arguments of a call, through torch's stable C interface alone: all that the glue needs of torch.
 //
 // torch/csrc/stable has classes for both, but its conversion of a string argument leaks the string, and its tensor asks
 // the library anew for every size.
@@ -48,7 +48,7 @@ struct Device {
   bool operator==(Device other) const { return type == other.type && index == other.index; }
 };
 
-// Which argument of which op a tensor is.
+// The argument of an op that a tensor is.
 struct Name {
   const char* op = "";
   const char* argument = "";
@@ -134,14 +134,14 @@ class Tensor {
   }
   void copy_from(const Tensor& other) const { check_torch(aoti_torch_copy_(handle_, other.handle_, 0)); }
   void fill_with_zeros() const { check_torch(aoti_torch_zero_(handle_)); }
-  // Where it is not contiguous it becomes a copy of itself that is.
+  // Become a contiguous copy of itself, if it is not contiguous.
   void make_contiguous() {
     if (is_contiguous()) return;
     Tensor copy = empty(sizes_, dtype_, device_, name_);
     copy.copy_from(*this);
     *this = std::move(copy);
   }
-  // From the first byte to the one after the last.
+  // The first byte, and the one after the last.
   std::pair<const char*, const char*> memory() const {
     const auto* first = static_cast<const char*>(data());
     if (!numel()) return {first, first};
@@ -150,13 +150,13 @@ class Tensor {
     for (size_t d = 0; d < sizes_.size(); ++d) last += strides[d] * (sizes_[d] - 1);
     return {first, first + (last + 1) * int64_t(aoti_torch_dtype_element_size(dtype_))};
   }
-  // Whether two tensors may share a byte.
+  // True if two tensors may share a byte.
   bool overlaps(const Tensor& other) const {
     const auto [a, a_end] = memory();
     const auto [b, b_end] = other.memory();
     return a < b_end && b < a_end;
   }
-  // Whether two elements may share a byte.
+  // True if two elements may share a byte.
   bool overlaps_itself() const {
     if (is_contiguous() || !numel()) return false;
     const SizesView strides = this->strides();

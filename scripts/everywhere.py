@@ -114,7 +114,7 @@ def kernels() -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def load(processes: int) -> Iterator[None]:
-    """So many processes that compute without end."""
+    """Start so many processes that compute without end."""
     running = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield

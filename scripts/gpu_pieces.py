@@ -153,7 +153,7 @@ def benches() -> Iterator[tuple[str, list[str]]]:
 
 
 def families_of_benchmarks() -> list[str]:
-    """As `python -m benchmarks` knows them; asked of another process, for it imports torch."""
+    """List the families that `python -m benchmarks` knows; another process is asked, for it imports torch."""
     ask = "from benchmarks.command import FAMILIES; print(*FAMILIES)"
     command = [sys.executable, "-c", ask]
     done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False)

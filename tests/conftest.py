@@ -114,7 +114,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def serving(overload: str) -> tuple[Served, ...]:
-    """Those that run ``overload``."""
+    """Return the backends that run ``overload``."""
     return tuple(s for s in SERVED if s.refusal(overload) is None)
 
 

@@ -448,7 +448,7 @@ def plant_op(tree: Path) -> None:
 
 
 def objects_that_are_there(cache: Path) -> None:
-    """Those that this checkout was built of: a build into ``cache`` compiles what differs."""
+    """Link the objects that this checkout was built of: a build into ``cache`` compiles what differs."""
     (cache / "objects").mkdir(0o700, parents=True)
     cache.chmod(0o700)
     recipe = _build.Recipe("cpu")

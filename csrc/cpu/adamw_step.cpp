@@ -34,7 +34,7 @@ QL_FN T mixed(T x) {
   return x ^ (x >> 16);
 }
 
-// What the elements of one row are rounded by at random: 16 bits of each, by its row and its column.
+// Random bits that round the elements of one row: 16 for each, by its row and its column.
 struct Random {
   uint32_t a = 0, b = 0;
   QL_MEMBER U at(uint32_t column) const {
@@ -65,7 +65,7 @@ QL_FN void put_pair(char* to, Floats a, Floats b, const Random& random, uint32_t
   }
 }
 
-// What every element of a call meets
+// The constants of a call
 struct Constants {
   Floats decay, l2, beta1, rest1, beta2, rest2, rate, correction, eps;
   bool coupled;  // whether l2 is not 0
@@ -220,7 +220,7 @@ QL_FN float scale_of(uint32_t largest) {
   return effective_scale(div(float_of(largest), float(F::most * F::most)), F::scale_max);
 }
 
-// What moves on by n elements
+// The place n elements further on
 template <class X, bool KEPT>
 QL_FN Place advanced(Place p, int64_t n) {
   const int64_t x = bytes_of<X>(n), state = KEPT ? n : 4 * n;

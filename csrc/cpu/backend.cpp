@@ -18,7 +18,7 @@ QL_KERNEL(scaled_matmul_choice, ScaledMatmulChoice)
 
 namespace {
 
-// What QUANTLIB_ISA names, from the slowest to the fastest. Each runs the kernels compiled for `kernels`, an index of
+// The levels of QUANTLIB_ISA, slowest first. Each runs the kernels compiled for `kernels`, an index of
 // QL_KERNEL; avx2_vnni and amx are those of avx2 and avx512_bf16, some of which ask has_avx_vnni and has_amx.
 struct Level {
   const char* name;
@@ -36,7 +36,7 @@ bool may_use_tiles() {
 }
 #endif
 
-// Whether this machine can run a level. __builtin_cpu_supports asks the operating system for the registers too.
+// Find the levels of this machine. __builtin_cpu_supports asks the operating system for the registers too.
 void find_supported(bool (&can)[kCount]) {
   can[0] = true;
 #ifdef __x86_64__
@@ -104,7 +104,7 @@ extern "C" __attribute__((visibility("default"))) const char* quantlib_isa() {
   }
 }
 
-// For quantlib/measure.py, which has checked its arguments. Types are rows of the table by their number.
+// quantlib/measure.py calls it and has checked its arguments. Types are rows of the table by their number.
 extern "C" __attribute__((visibility("default"))) int quantlib_squared_error(
     const void* x, int x_type, const void* codes, int format, const float* scale, const int32_t* zero_point, int64_t M,
     int64_t K, int64_t br, int64_t bk, double* signal, double* noise) {

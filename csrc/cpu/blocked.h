@@ -14,7 +14,7 @@ namespace QL_ISA {
 
 // ---- micro-kernels --------------------------------------------------------------------------------------------------
 
-// Where steps have one scale a row: sums = fma(sum of the steps, scale, sums). Otherwise the steps are added to sums.
+// Steps that have one scale a row: sums = fma(sum of the steps, scale, sums). Other steps are added to sums.
 struct Segment {
   int64_t begin, end;  // steps of the block
   const float* scale;  // of row n of the weight: scale[n * stride]; or null
@@ -104,7 +104,7 @@ static void multiply_vectors(const Panels& t, int64_t panels, const Segment& seg
 #ifdef QL_AMX
 // ---- the same by AMX ------------------------------------------------------------------------------------------------
 
-// In assembly: a compiler does not know that the intrinsics of g++ 12 read memory.
+// Assembly, since a compiler does not know that the intrinsics of g++ 12 read memory.
 #define QL_LOAD_TILE(TILE, FROM, STRIDE) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #TILE ::"r"(FROM), "r"(int64_t(STRIDE)) : "memory")
 #define QL_STORE_TILE(TILE, TO, STRIDE) \
@@ -165,7 +165,7 @@ struct StoredPart {
 template <int MT>
 class ScaledParts {
  public:
-  // What the tiles hold, times the scale of each row, is for the sums of t.
+  // Add the tiles' products, times the scale of each row, to the sums of t.
   QL_MEMBER void take(const Panels& t, const float* scale, int64_t scale_stride, bool first) {
     add();
     store_tiles<MT>(part_, part_ + 2 * kSquare);
@@ -402,7 +402,7 @@ class Blocked {
         t.x = x.data + k / kStepColumns<E> * kUnits * kLanes;
         for (int64_t j = n; j < end; j += NR) {
           t.sums = static_cast<float*>(sums.data()) + (j - n) / kGroup * t.stride;
-          // What comes next: the next rows, or the next columns of the first.
+          // The step after this one has the next rows, or the next columns of the first.
           const bool more = j + NR < end, wider = k_end < x_.K;
           const int64_t row = more ? j + NR : wider ? n : j + NR, column = more ? k : wider ? k_end : 0;
           const int64_t ahead =

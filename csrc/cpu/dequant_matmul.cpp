@@ -9,7 +9,7 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-// Which kernel multiplies `count` rows.
+// Choose the kernel that multiplies `count` rows.
 Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
   const Grid& g = p.weight.grid;
   Plan plan = {};

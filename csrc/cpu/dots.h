@@ -46,7 +46,7 @@ QL_FN Quad add_lanes(Floats a, Floats b, Floats c, Floats d) {
   return out;
 }
 
-// Where scales are for sums: parts of the columns of a slab, and the scale of each row there
+// Scales that multiply sums: parts of the columns of a slab, and the scale of each row there
 constexpr int64_t kMostParts = kMostColumns / 32;
 struct Parts {
   int64_t count = 0, end[kMostParts];
@@ -170,7 +170,7 @@ struct Direct {
   // Rows of the weight at once, for so many of x: four sums at least, as each waits for itself
   static constexpr int together(int rows) { return rows <= 2 || (by_quarters && rows == 3) ? 4 : 2; }
 
-  // Of S rows from n0 on
+  // The products of S rows from n0 on
   template <int S>
   struct Part {
     const Direct& direct;
@@ -206,7 +206,7 @@ struct Direct {
   }
 
  private:
-  // Where 32 codes lie. The rows that come next are fetched from their first byte to their last: memory is faster so
+  // The place of 32 codes. The rows that come next are fetched from their first byte to their last: memory is faster so
   // than from several rows in turn.
   template <template <int> class P, int S>
   static QL_MEMBER const char* fetch(const P<S>& part, int n, int64_t k) {

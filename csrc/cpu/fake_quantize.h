@@ -1,4 +1,4 @@
-// What fake_quantize.cpp and fake_quantize_backward.cpp share: registers of x's type, and the scales of a chunk.
+// Shared by fake_quantize.cpp and fake_quantize_backward.cpp: registers of x's type, and the scales of a chunk.
 #pragma once
 #include "../fake_quantize.h"
 #include "lanes.h"

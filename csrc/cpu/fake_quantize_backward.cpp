@@ -75,7 +75,7 @@ struct GradientRows {
   const Row x_row = row_of(p.x_type);
   const bool past_caches = streams(grid.M * grid.K * x_row.bytes);
 
-  // Of columns j .. j + n of row i, all in one block: dx, and the sums.
+  // Compute dx and the sums of columns j .. j + n of row i, which lie in one block.
   ScaleSums row(int64_t i, int64_t j, int64_t n) const {
     const int64_t block = i / grid.br * grid.scale_cols() + j / grid.bk;
     const float s = effective_scale(p.scale[block], float_of(row_of(p.format).scale_max));

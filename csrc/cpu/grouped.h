@@ -1,4 +1,4 @@
-// What the grouped products share: their tasks, each of which is a call of the single product's kernel, on one thread.
+// Shared by the grouped products: their tasks, each of which calls the single product's kernel on one thread.
 #pragma once
 #include "../ops/groups.h"
 #include "matmul.h"
@@ -9,7 +9,7 @@ namespace QL_ISA {
 constexpr int64_t kTasks = 256;     // about as many a call: more than threads, so that none waits long for the others
 constexpr int64_t kLeastRows = 64;  // of a weight that a task is worth starting for
 
-// What a kernel is given in place of the threads of the pool, inside of a task.
+// Inside of a task a kernel is given this function in place of the threads of the pool.
 static inline void on_this_thread(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
                                   void* context) {
   body(begin, end, context);

@@ -1,4 +1,4 @@
-// What every kernel of this folder is given beside its problem. An <op>.cpp is compiled once per instruction set, with
+// Arguments of every kernel of this folder beside its problem. An <op>.cpp is compiled once per instruction set, with
 // -DQL_ISA=<name> naming its namespace; backend.h chooses among them at run time and includes no code of theirs.
 #pragma once
 #include "../problem.h"
@@ -9,10 +9,10 @@ namespace quantlib {
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                              void* context);
 
-// Whether the kernels of avx2 may multiply bytes by AVX-VNNI, those of avx512_bf16 by the tiles of AMX.
+// True if the kernels of avx2 may multiply bytes by AVX-VNNI, those of avx512_bf16 by the tiles of AMX.
 bool has_avx_vnni();
 bool has_amx();
-// Whether two dot products of bfloat16 take no longer than one fused multiply-add of float32: on AMD, not on Intel.
+// True if two dot products of bfloat16 take no longer than one fused multiply-add of float32: on AMD, not on Intel.
 bool has_fast_pairs();
 
 // least = the least scale[n] that is negative, or 0: no op, but the one check that reads much memory
@@ -23,7 +23,7 @@ struct LeastScale {
   float* least;
 };
 
-// How far codes are from what they were made of, row by row: no op, but what a report of `quantize_` measures.
+// The distance of codes from the weight, row by row: no op, but a measurement for the report of `quantize_`.
 struct SquaredError {
   Grid grid;
   const void* x;  // [M, K] float32, float16 or bfloat16

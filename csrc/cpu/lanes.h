@@ -1,4 +1,4 @@
-// As many floats as a register of this instruction set holds, for the functions of numerics.h.
+// The floats of one register of this instruction set, for the functions of numerics.h.
 #pragma once
 #ifdef __x86_64__
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// What the ops share: the elements of one row in chunks that stay in the first-level cache, x and codes by way of FP32.
+// Shared by the ops: the elements of one row in chunks that stay in the first-level cache, x and codes through FP32.
 // Everything here has internal linkage or lives in namespace QL_ISA, and nothing comes from the C++ library: a function
 // that two instruction sets both emitted under one name would be linked once, and might be the wrong one.
 #pragma once
@@ -17,7 +17,7 @@ constexpr int64_t kGrain = 32768;  // elements a thread is worth waking for
 
 // ---- one chunk: encode.cpp and decode.cpp ---------------------------------------------------------------------------
 
-// How codes are made and written.
+// The way in which codes are made and written.
 struct Store {
   bool saturate;
   bool stream;                 // past the caches
@@ -25,7 +25,7 @@ struct Store {
   int next_bytes = 0;
 };
 
-// What a call writes is streamed when it is too large to be found in a cache later: that spares the memory a read.
+// An output too large to be found in a cache later is streamed, which spares the memory a read.
 static inline bool streams(int64_t bytes) { return bytes >= int64_t(16) << 20; }
 
 // codes[j] = encode(x[j]); encode(fl(x[j] * r[j])) where scaled, zero_point[j] added where affine

@@ -1,4 +1,4 @@
-// What the matmuls share: registers that multiply and add, squares of lanes, rows of x as they are multiplied, rows of
+// Shared by the matmuls: registers that multiply and add, squares of lanes, rows of x as they are multiplied, rows of
 // a decoded weight.
 #pragma once
 #include <new>

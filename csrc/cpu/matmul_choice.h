@@ -1,4 +1,4 @@
-// Which kernel a product takes here and why: no op, but what `quantlib info --matmul` asks.
+// The kernel that a product takes here, and why: no op, but the answer to `quantlib info --matmul`.
 #pragma once
 #include "../problem.h"
 #include "kernels.h"

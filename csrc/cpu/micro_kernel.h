@@ -18,7 +18,7 @@ struct RowsOfW {
   int64_t stride;
 };
 
-// What memory fetches meanwhile: of the rows of w that come next a line of 64 bytes each with every 64 bytes that are
+// Lines fetched meanwhile: of the rows of w that come next a line of 64 bytes each with every 64 bytes that are
 // multiplied, and of the rows of y that come of this one row, to be written.
 struct Ahead {
   const char* w;

@@ -25,7 +25,7 @@ constexpr bool find_short_half() {
 template <class F>
 constexpr bool is_short_half = find_short_half<F>();
 
-// Those whose codes are the upper byte of a float16.
+// True if the codes of F are the upper byte of a float16.
 template <class F>
 constexpr bool find_upper_byte() {
   if constexpr (is_short_half<F>) return F::exponent_bits == 5;

@@ -1,4 +1,4 @@
-// What the products with a float x share: x as it is multiplied, how codes are decoded, which kernel multiplies.
+// Shared by the products with a float x: x as it is multiplied, how codes are decoded, which kernel multiplies.
 //
 // All 32 bits of what is multiplied are one unit: a float, or two BF16 that are multiplied and added together. In BF16,
 // and in FP32 by AVX2, codes are multiplied as they are, and sums by the scale.
@@ -21,7 +21,7 @@ constexpr int64_t kTileFloats = kUnits * kGroup;
 template <class E>
 constexpr int64_t kStepColumns = kUnits * 4 / int64_t(sizeof(E));
 
-// Whether codes are multiplied, or the weight in FP32.
+// True if codes are multiplied, false if the weight in FP32 is.
 template <class E>
 constexpr bool scales_sums = true;
 template <>
@@ -48,7 +48,7 @@ QL_FN Floats multiply_add(Floats x, Floats w, Floats sum) {
 
 // ---- x --------------------------------------------------------------------------------------------------------------
 
-// Where rows of x come from: row r of a chunk is row `list[m0 + r]` of x, or m0 + r.
+// The rows of x in a chunk: row r of it is row `list[m0 + r]` of x, or m0 + r.
 struct Source {
   const void* x;
   Type type;
@@ -69,7 +69,7 @@ struct Source {
 };
 
 #ifdef QL_CODES
-// Whether a value of x is no zero and not within [2^-80, 2^80): a product or sum might underflow or overflow.
+// True if a value of x is no zero and not within [2^-80, 2^80): a product or sum might underflow or overflow.
 template <class U>
 bool is_odd(const U* x, int64_t K) {
   constexpr int shift = sizeof(U) == 2 ? 7 : 23;
@@ -198,7 +198,7 @@ struct CodeKernels {
 };
 
 #ifdef QL_CODES
-// What decodes codes of a format whose values are units; null for others.
+// The kernels that decode codes of a format whose values are units; null for others.
 static inline CodeKernels code_kernels(Type format, bool affine) {
   return visit(format, [&](auto f) -> CodeKernels {
     using F = decltype(f);

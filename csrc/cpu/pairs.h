@@ -45,7 +45,7 @@ struct BytePairs {
   }
 };
 
-// Whether BF16 holds every value of F, none of them, if it is no zero, below 2^-20 or from 2^20 on.
+// True if BF16 holds every value of F, none of them, if it is no zero, below 2^-20 or from 2^20 on.
 template <class F>
 constexpr bool in_pairs = [] {
   if constexpr (!F::is_float) return true;

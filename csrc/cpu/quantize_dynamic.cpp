@@ -17,7 +17,7 @@ void quantize_dynamic(const QuantizeDynamic& p, ParallelFor run) {
   if (shared_blocks(g)) {
     compute_scale(scale_of, run);
     if (g.M > 1) return quantize(codes_of, run);
-    // What a thread read last is in its caches: the second reading begins there.
+    // The second reading begins with what the thread read last, which is in its caches.
     const int64_t pieces = (g.K + kGrain - 1) / kGrain;
     return parallel(run, pieces, 1, [&](int64_t begin, int64_t end) {
       while (end-- > begin) codes(0, 1, end * kGrain, least((end + 1) * kGrain, g.K));

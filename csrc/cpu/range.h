@@ -24,7 +24,7 @@ struct RangeRows {
   const ComputeScale& p;
   const Grid grid;
 
-  // What reduce_blocks asks: ranges, and from them scale[I, J] and zero_point[I, J].
+  // reduce_blocks asks for these: ranges, and from them scale[I, J] and zero_point[I, J].
   Range row(int64_t i, int64_t j, int64_t n) const;
   void blocks(int64_t i0, int64_t i1, int64_t J0, int64_t J1, Range* out) const;
   void finish(int64_t I, int64_t J0, int64_t J1, const Range* range) const;

@@ -46,11 +46,11 @@ Blocking blocking_of([[maybe_unused]] Type w_format) {
 
 // ---- w --------------------------------------------------------------------------------------------------------------
 
-// What is added to codes of F so that no byte is negative.
+// The number that is added to codes of F so that no byte is negative.
 template <class F>
 constexpr int lift = F::is_signed ? 1 << (F::bits - 1) : 0;
 
-// Whether the codes of F are what is multiplied, as they lie.
+// True if the codes of F are multiplied as they lie.
 template <class F>
 constexpr bool lies_ready(Engine unit) {
   return is_whole<F> && unit == (F::is_signed ? Engine::tiles : Engine::bytes);
@@ -85,7 +85,7 @@ void unpack_bytes(bool is_unsigned, const uint8_t* __restrict__ row, int64_t k0,
   }
 }
 
-// What is multiplied of codes k0 .. k0 + n of a row; z counts where pairs are
+// The factors of codes k0 .. k0 + n of a row; z counts where pairs are
 template <class F>
 void unpack_row(Engine unit, const uint8_t* row, int64_t k0, int64_t n, int32_t z, char* out) {
   if (unit != Engine::pairs) return unpack_bytes<F>(unit != Engine::tiles, row, k0, n, out);
@@ -250,7 +250,7 @@ struct No {
   static constexpr bool value = false;
 };
 
-// Not made anew for each row: a load of what was just stored in parts waits for all stores before it.
+// A constant, not made anew for each row: a load of what was just stored in parts waits for all stores before it.
 constexpr Store kAsIs = {false, false};
 
 // ---- a block --------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class BlockOfSums {
   // Row r of w and the panel of x whose first row is m
   int64_t at(int64_t r, int64_t m) const { return m * b_.NC + r * kLanes; }
   uint32_t* d(int64_t r, int64_t m) const { return static_cast<uint32_t*>(d_.data()) + at(r, m); }
-  // Where a row of w has several blocks: the sums of one with a group of panels, beside those of the block before it
+  // Sums of a block of w with a group of panels, beside those of the block before it, if a row of w has several
   uint32_t* part(int64_t i) const { return static_cast<uint32_t*>(d_.data()) + i % 2 * kPanels * b_.NR * kLanes; }
   float* total(int64_t r, int64_t m) const { return static_cast<float*>(total_.data()) + at(r, m); }
   float* scale(int64_t r) const { return static_cast<float*>(scale_.data()) + r * span_blocks_; }
@@ -520,7 +520,7 @@ class BlockOfSums {
   }
 };
 
-// Whether blocks are worth packing x for them. A panel of x is multiplied whole, however few rows it has: few rows with
+// True if blocks are worth packing x for them. A panel of x is multiplied whole, however few rows it has: few rows with
 // codes that need no unpacking and no sums of blocks are dot products of rows as they lie, in dot.h.
 bool in_blocks(const ScaledMatmul& p) {
   const Grid& g = p.weight.grid;

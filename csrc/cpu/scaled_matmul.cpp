@@ -38,7 +38,7 @@ void to_signed_bytes(const uint8_t* __restrict__ codes, int8_t* __restrict__ out
   }
 }
 
-// Whether codes of F are signed bytes as they lie.
+// True if codes of F are signed bytes as they lie.
 template <class F>
 constexpr bool in_place = is_whole<F> && F::is_signed;
 

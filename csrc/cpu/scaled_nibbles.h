@@ -192,7 +192,7 @@ class NibbleRows {
 #endif
   }
 
-  // Of blocks J0 .. J0 + kLanes of row n, 0 where there are none
+  // The scales of blocks J0 .. J0 + kLanes of row n, 0 where there are none
   QL_MEMBER Floats scales(int64_t n, int64_t J0) const {
     alignas(64) float s[kLanes] = {};
     const float* from = p_.weight.scale + n / g_.br * blocks_ + J0;

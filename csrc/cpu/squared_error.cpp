@@ -12,7 +12,7 @@ struct Sums {
   double signal = 0.0, noise = 0.0;
 };
 
-// Of n elements, at most kChunk: few enough to be summed in FP32. `value(j)` is the register of values from element j
+// Add n elements, at most kChunk: few enough to be summed in FP32. `value(j)` is the register of values from element j
 // on; `one(j)` is the value of one.
 template <class X, class Value, class One>
 QL_FN Sums squares(const char* x, int64_t n, const Value& value, const One& one) {

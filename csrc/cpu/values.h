@@ -12,12 +12,12 @@
 namespace quantlib {
 namespace QL_ISA {
 
-// What is multiplied: a float that stands for a code.
+// A factor: a float that stands for a code.
 struct Value {
   float value;
 };
 
-// Whether no value of F, if it is no zero, lies below 2^-20 or from 2^20 on.
+// True if no value of F, if it is no zero, lies below 2^-20 or from 2^20 on.
 template <class F>
 constexpr bool in_values = [] {
   if constexpr (F::bits > 8) return false;

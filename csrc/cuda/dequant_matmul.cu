@@ -27,7 +27,7 @@ void multiply(const DequantMatmul& p, Stream stream) {
   });
 }
 
-// What multiplies: the vendor's product of slabs of a decoded weight, the kernel above, or ordinary cores.
+// The way to multiply: the vendor's product of slabs of a decoded weight, the kernel above, or ordinary cores.
 enum class Way { slabs, operands, values };
 
 Way choose(const DequantMatmul& p) {

@@ -159,7 +159,7 @@ QL_DEVICE void multiply_band(const DecodeArgs<X>& a, int64_t n0, int64_t m0) {
   }
 }
 
-// Whether lanes find their codes and values of x at whole vectors, and no scale changes inside of a tile.
+// True if lanes find their codes and values of x at whole vectors, and no scale changes inside of a tile.
 inline bool has_operands(const DequantMatmul& p) {
   const Grid& g = p.weight.grid;
   const int P = row_of(p.weight.format).per_byte;

@@ -1,4 +1,4 @@
-// What fake_quantize.cu and fake_quantize_backward.cu share: the scale of a block, and the formats as types.
+// Shared by fake_quantize.cu and fake_quantize_backward.cu: the scale of a block, and the formats as types.
 #pragma once
 #include "../fake_quantize.h"
 #include "range.cuh"

@@ -16,7 +16,7 @@ struct Sums {
     scale = add(scale, other.scale);
     zero_point = add(zero_point, other.zero_point);
   }
-  // Of neighbouring lanes, a power of two of them, in the order of a tree; told to each.
+  // Add the sums of neighbouring lanes, a power of two of them, in the order of a tree; each lane gets the result.
   QL_DEVICE void merge_lanes(int lanes) {
     for (int distance = lanes / 2; distance > 0; distance /= 2)
       merge({shuffled(scale, distance), shuffled(zero_point, distance)});

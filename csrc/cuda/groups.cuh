@@ -1,4 +1,4 @@
-// Which rows of x a thread block of a grouped product takes: only the device knows how many each expert has.
+// The rows of x that a thread block of a grouped product takes: only the device knows how many each expert has.
 #pragma once
 #include "../ops/groups.h"
 #include "launch.cuh"
@@ -20,7 +20,7 @@ struct Part {
   int64_t m0;
 };
 
-// Of block `slot`. Every warp looks by itself, at 32 experts at a time. Ends outside of x count as x's own: nothing
+// The rows of block `slot`. Each warp looks for itself, at 32 experts at once. Ends outside of x count as its own: nothing
 // outside of it is touched, whatever they are.
 QL_DEVICE Part part_of(const Groups& g, int64_t slot, int rows) {
   constexpr uint32_t all = 0xffffffffu;

@@ -1,4 +1,4 @@
-// What every kernel launcher of this folder is given beside its problem. It puts its kernels on the stream and returns:
+// Arguments of every kernel launcher of this folder beside its problem. It puts its kernels on the stream and returns:
 // nothing waits, so a call can be captured in a CUDA graph. Neither torch nor the CUDA runtime is needed to read this.
 #pragma once
 #include "../problem.h"
@@ -14,7 +14,7 @@ struct Matrix {
   int64_t rows, columns, strides[2];
 };
 
-// What one call may ask torch for.
+// Services of torch that one call may ask for.
 class Torch {
  public:
   // Memory that is the call's until it returns.

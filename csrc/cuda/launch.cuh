@@ -1,4 +1,4 @@
-// What the host does: run-time types become template arguments, and every kernel of this folder is started here.
+// The host's part: run-time types become template arguments, and every kernel of this folder is started here.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -31,7 +31,7 @@ QL_FN constexpr bool holds(uint32_t bits) {
   return no_lower && (!(bits & 0x7fffffff) || (exponent > 0 && exponent < (1 << X::exponent_bits) - 1));
 }
 
-// Whether codes of F become operands of the 16-bit type X here: those of whole or half bytes, whose values X holds. Of
+// True if codes of F become operands of the 16-bit type X here: those of whole or half bytes, whose values X holds. Of
 // special values only those beyond the largest finite one are looked for, and in bytes.
 template <class F, class X>
 constexpr bool has_operand = [] {
@@ -74,7 +74,7 @@ bool visit_operand(Type format, const Run& run) {
   });
 }
 
-// Whether codes of `format` become operands of the type of x.
+// True if codes of `format` become operands of the type of x.
 inline bool is_operand(Type format, Type x_type) {
   const auto nothing = [](auto, const Row&) {};
   return x_type == Type::float16    ? visit_operand<float16>(format, nothing)
@@ -82,12 +82,12 @@ inline bool is_operand(Type format, Type x_type) {
                                     : false;
 }
 
-// Where a lane's codes stand in a row: four words of four codes, or of two times four.
+// The places of a lane's codes in a row: four words of four codes, or of two times four.
 template <class F, bool TILED>
 struct Columns {
   static constexpr int halves = F::per_byte, tile = 64 * halves, bytes = TILED ? 1024 : 64;
   static constexpr int lane = TILED ? 4 : 16 * halves, word = TILED ? 16 : 4 * halves, half = TILED ? 64 : 4;  // steps
-  // In a tile the four codes of a half are in neighbouring bytes, else in both nibbles of two.
+  // The four codes of a half are in neighbouring bytes of a tile, else in both nibbles of two.
   static constexpr QL_DEVICE uint32_t selector(int pair) {
     return TILED ? 0x0100 + 0x0202 * pair : 0x0400 + 0x0101 * pair;
   }

@@ -41,7 +41,7 @@ struct Block {
   }
 };
 
-// How threads share blocks: `lanes` of them (a power of two) to a block, or to one of `slices` of a large one.
+// Threads share blocks: `lanes` of them (a power of two) have a block, or one of `slices` of a large one.
 struct Sharing {
   int lanes, threads;
   int64_t slices, thread_blocks;

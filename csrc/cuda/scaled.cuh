@@ -1,4 +1,4 @@
-// What the two kernels of scaled_matmul share: its problem, and codes as int8, which they are to matrix instructions.
+// Shared by the two kernels of scaled_matmul: its problem, and codes as int8, which matrix instructions take.
 #pragma once
 #include "intrinsics.cuh"
 #include "matmul.cuh"

@@ -16,7 +16,7 @@ constexpr int kRowsWidth = 16 * kRowsBands;
 constexpr int64_t kRowsMost = 32;  // of x: as many thread blocks as have 16 read the weight from the cache
 constexpr int kStages = 2;         // tiles of codes on their way
 
-// What a lane has of 64 bytes of each row of the weight: 16 bytes of rows g and g + 8 of a band, and of rows g and g +
+// A lane's share of 64 bytes of each row of the weight: 16 bytes of rows g and g + 8 of a band, and of rows g and g +
 // 8 of x the same columns, twice as many bytes where the weight has four bits.
 template <bool PACKED>
 struct RowsStage {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(32 * kRowsWarps, PACKED || AFFINE ? 1 : 2) sca
   }
 }
 
-// Whether the rows of x are few enough, and lanes find whole vectors, under one scale a row of the weight.
+// True if the rows of x are few enough, and lanes find whole vectors, under one scale a row of the weight.
 bool takes_rows(const ScaledArgs& a) {
   const auto vector = [](const CodesArgs& c) { return c.vector && is_aligned(c.codes, 16) && c.row_bytes % 16 == 0; };
   return a.x.rows <= kRowsMost && a.groups == 1 && a.K > 0 && vector(a.w) && vector(a.x) &&

@@ -182,7 +182,7 @@ void decode(const DecodeSlab& p, Stream stream) {
   if (!found) unknown_type();
 }
 
-// Whether words of codes are whole, each under one scale, and values of `type` hold what they become.
+// True if words of codes are whole, each under one scale, and values of `type` hold what they become.
 bool holds(const Weight& w, Type type, bool tiled, bool scaled) {
   const Type f = w.format;
   return type != Type::float32 && (f == type || is_operand(f, type)) && is_aligned(w.codes, 8) && w.grid.K > 0 &&
@@ -190,7 +190,7 @@ bool holds(const Weight& w, Type type, bool tiled, bool scaled) {
          (!scaled || type == Type::bfloat16);
 }
 
-// Where the values are: the weight itself where it holds them.
+// Return the values: the weight itself where it holds them.
 const void* decode_slab(const DecodeSlab& p, Stream stream) {
   if (p.weight.format == p.type && !p.scaled)
     return static_cast<const uint16_t*>(p.weight.codes) + p.n * p.weight.grid.K;

@@ -10,7 +10,7 @@ namespace cuda {
 constexpr int kThreads = 256;
 constexpr int kWidth = 16;  // bytes of the widest load and store
 
-// What a code lies in, or kPerUnit that share it: an unsigned integer, the bits of an FP32 value too.
+// The unit in which one code lies, or kPerUnit of them: an unsigned integer, the bits of an FP32 value too.
 template <class F>
 struct unit_of {
   using type = typename F::storage;
@@ -81,7 +81,7 @@ struct Vector {
     else if constexpr (sizeof(Access) == 8) a = make_uint2(word[0], word[1]);
     else a = Access(word[0]);
   }
-  // To global memory, certainly in one instruction: of an assignment the compiler may make several.
+  // Store to global memory in one instruction for certain: of an assignment the compiler may make several.
   QL_DEVICE void store_whole(T* p) const {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(Access) == 16)
@@ -174,7 +174,7 @@ struct Run {
   }
 };
 
-// Whether whole chunks may be read or written at once: base aligned, and every row's first element with it.
+// True if whole chunks may be read or written at once: base aligned, and every row's first element with it.
 inline bool is_vector(const void* p, int bytes, const Grid& g, int V) {
   return is_aligned(p, bytes) && (g.M == 1 || g.K % V == 0);
 }
@@ -222,7 +222,7 @@ QL_DEVICE int64_t offset(int64_t K, int64_t i, int64_t j) {
   else return i * K + j;
 }
 
-// What turns x into codes in one block of the scale (C5, C6): made once a block, for a division is in it.
+// Turn x into codes in one block of the scale (C5, C6). It is made once a block, for a division is in it.
 template <class F, bool AFFINE>
 struct Encoder {
   float r;
@@ -237,7 +237,7 @@ struct Encoder {
   }
 };
 
-// What turns codes into y in one block of the scale (C7).
+// Turn codes into y in one block of the scale (C7).
 template <class F, bool AFFINE>
 struct Decoder {
   float s;

@@ -1,4 +1,4 @@
-// What the grouped products share of their glue: the arguments that make E weights, and the rows of x of each.
+// Glue of the grouped products: the arguments that make E weights, and the rows of x of each.
 #pragma once
 #include "groups.h"
 #include "weight.h"

@@ -1,10 +1,10 @@
-// What the glue of fake_quantize and of its gradient share: their arguments, checked.
+// Glue of fake_quantize and of its gradient: their arguments, checked.
 #pragma once
 #include "../glue.h"
 
 namespace quantlib {
 
-// What forward and backward are given alike, in the order in which Python checks it: quantlib/ops/fake_quantize.py.
+// Arguments of forward and backward alike, in the order in which Python checks them: quantlib/ops/fake_quantize.py.
 struct FakeQuantizeArguments {
   static constexpr int kWidest = 1 << 16;  // codes: so few that t, clamped to one beyond them, rounds exactly
 

@@ -1,10 +1,10 @@
-// Which rows of x belong to which of E weights.
+// The rows of x that belong to each of E weights.
 #pragma once
 #include "../problem.h"
 
 namespace quantlib {
 
-// Those of expert e are ends[e - 1] .. ends[e], from 0 on for the first; rows from the last end on belong to none.
+// Rows ends[e - 1] .. ends[e] belong to expert e, from 0 on for the first; rows from the last end on belong to none.
 struct Groups {
   int64_t E, T;  // weights, and rows of x
   const int32_t*

@@ -1,4 +1,4 @@
-// What the matmuls share of their glue: the arguments that make a weight, those that say what follows a sum.
+// Glue of the matmuls: the arguments that make a weight, and those that say what follows a sum.
 #pragma once
 #include "../glue.h"
 

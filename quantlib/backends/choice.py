@@ -1,4 +1,4 @@
-"""Which kernel a product takes: what ``quantlib info --matmul`` prints, and ``QUANTLIB_LOG=1`` at the call.
+"""The kernel that a product takes: ``quantlib info --matmul`` prints it, and ``QUANTLIB_LOG=1`` at the call.
 
 ``QUANTLIB_LOG=1`` covers the products by kernels that ask which backend serves them, as `use_backend` does, and the
 logger ``quantlib.kernels`` says so on stderr, once for each weight's shape and each answer. Without it there is nothing

@@ -118,7 +118,7 @@ def reasons(
 
 
 def layouts_of(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, str]:
-    """How each weight lies that is no matrix [N, K] but can be quantized: see `quantlib.checkpoint.stored`.
+    """Return how each weight lies that is no matrix [N, K] but can be quantized: see `quantlib.checkpoint.stored`.
 
     A stack of experts is known by its name, and lies as its sizes say: ``gate_up_proj`` has two rows for each column of
     ``down_proj``. What sizes leave open, and ``Conv1D`` of transformers, the class of the model in ``config.json``

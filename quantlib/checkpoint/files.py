@@ -131,7 +131,7 @@ class Reader:
         return self._tensor(slot, shape, rows.start * math.prod(slot.shape[1:]) * slot.dtype.itemsize)
 
     def part(self, name: str, row: int, shape: tuple[int, ...]) -> Tensor:
-        """As many rows as ``shape`` [R, ...] has, from row ``row``, of a tensor seen as rows of that size."""
+        """Return as many rows as ``shape`` [R, ...] has, from row ``row``, of a tensor seen as rows of that size."""
         slot = self.slots[name]
         return self._tensor(slot, shape, row * math.prod(shape[1:]) * slot.dtype.itemsize)
 

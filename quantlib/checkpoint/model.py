@@ -259,7 +259,7 @@ def shape_of(module: Any, key: str) -> tuple[int, ...]:
 
 
 def layout_of(module: nn.Module, key: str) -> str:
-    """How the float weight ``key`` lies: see `quantlib.checkpoint.stored`."""
+    """Return how the float weight ``key`` lies: see `quantlib.checkpoint.stored`."""
     ways = ways_of(module)
     if isinstance(module, QuantExperts):
         E, _, _, way = module.stacks[key]

@@ -62,7 +62,7 @@ def cell(value: Any) -> str:
 
 
 def merged(counts: Sequence[int]) -> list[int]:
-    """At most `BARS` bars, from the first that is not empty to the last."""
+    """Merge into at most `BARS` bars, from the first that is not empty to the last."""
     used = [k for k, count in enumerate(counts) if count]
     if not used:
         return []

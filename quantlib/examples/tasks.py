@@ -41,7 +41,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Score:
-    """Over all of a task's tests."""
+    """The score over all of a task's tests."""
 
     loss: float  # mean cross-entropy in nats, less is better
     accuracy: float

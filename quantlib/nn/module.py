@@ -522,7 +522,7 @@ def is_fp8(spec: QuantSpec) -> bool:
 
 
 def stored_dtype(spec: QuantSpec) -> torch.dtype:
-    """Of ``weight_codes``."""
+    """The dtype of ``weight_codes``."""
     return torch.uint8 if is_fp8(spec) else dtype_of(spec.row)
 
 

@@ -353,7 +353,7 @@ def _closing(tokens: list[str], start: int) -> int:
 
 
 def _split(tokens: list[str], separator: str) -> list[list[str]]:
-    """At separators outside brackets."""
+    """Split at separators outside brackets."""
     parts: list[list[str]] = [[]]
     i = 0
     while i < len(tokens):
@@ -658,7 +658,7 @@ class Reader:
 
 
 def _arguments(tokens: list[str]) -> list[list[str]]:
-    """At commas outside brackets of every kind."""
+    """Split at commas outside brackets of every kind."""
     parts: list[list[str]] = [[]]
     depth = 0
     for token in tokens:

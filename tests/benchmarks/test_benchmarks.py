@@ -27,7 +27,7 @@ MACHINE |= {"peak_tflop_per_s": {"float32": 0.1, "bfloat16": 0.2, "int8": 0.4}, 
 
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the machine take seconds to measure."""
+    """Replace the machine's limits, which take seconds to measure."""
     monkeypatch.setattr(machine, "limits", lambda shape, device, quick: LIMITS)
     monkeypatch.setattr(machine, "noise", lambda device: 0.01)
 

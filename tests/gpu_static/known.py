@@ -100,5 +100,5 @@ def reason(m: Measured, fault: str) -> str | None:
 
 
 def unused(found: list[tuple[Measured, str]]) -> list[Known]:
-    """Those that excuse nothing of what was found."""
+    """List the known faults that excuse nothing of what was found."""
     return [known for known in KNOWN if not any(known.excuses(m, fault) for m, fault in found)]

@@ -58,7 +58,7 @@ def configs(
 
 
 def devices() -> tuple[str, ...]:
-    """Those whose tables of measurements are part of the package."""
+    """Name the devices whose tables of measurements are part of the package."""
     from quantlib.backends.triton import tables
 
     return tuple(tables.shipped())
