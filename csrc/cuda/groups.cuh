@@ -20,8 +20,8 @@ struct Part {
   int64_t m0;
 };
 
-// The rows of block `slot`. Each warp looks for itself, at 32 experts at once. Ends outside of x count as its own: nothing
-// outside of it is touched, whatever they are.
+// The rows of block `slot`. Each warp looks for itself, at 32 experts at once. Ends outside of x count as its own:
+// nothing outside of it is touched, whatever they are.
 QL_DEVICE Part part_of(const Groups& g, int64_t slot, int rows) {
   constexpr uint32_t all = 0xffffffffu;
   const int lane = int(threadIdx.x) % 32, E = int(g.E), T = int(g.T);
