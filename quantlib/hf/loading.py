@@ -228,14 +228,17 @@ def adopt_codes(model: nn.Module) -> None:
     Codes on meta stay what they are: accelerate reads those from disk for each call, as the files have them.
     """
     made: dict[int, QuantParameter] = {}
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         for key in kept_by(module):
             p = module._parameters[key]
             if p is None or p.is_meta:
                 continue
             if id(p) not in made:
                 data, shapes = p.data, shapes_of_codes(module, key)
-                data = data if shapes is None else data.view(stored_dtype(module.spec)).view(shapes[0])  # type: ignore[arg-type]
+                if shapes is not None and data.shape not in shapes:
+                    expected = " or ".join(str(list(shape)) for shape in shapes)
+                    raise ValueError(f"{join(prefix, key)} must have shape {expected}, got {list(data.shape)}")
+                data = data if shapes is None else data.view(stored_dtype(module.spec)).view(shapes[0])
                 made[id(p)] = QuantParameter(data, requires_grad=False)
             module._parameters[key] = made[id(p)]
 
@@ -248,6 +251,19 @@ def shapes_of_codes(module: nn.Module, key: str) -> tuple[tuple[int, ...], tuple
     if isinstance(module, QuantModule) and key == "weight_codes":
         return module.spec.codes_shape(module._matrix), module.stored_shape
     return None
+
+
+def may_lack_an_axis(model: nn.Module, name: str) -> bool:
+    """True of codes without a scale that lie otherwise than the float weight: versions before 2 wrote them [..., N, K].
+
+    The loader of transformers asks it where the shape of a file is not that of the model; `adopt_codes` compares both.
+    """
+    prefix, _, key = name.rpartition(".")
+    module = model.get_submodule(prefix)
+    if not isinstance(module, (QuantModule, QuantExperts)) or module.spec.scaled:
+        return False
+    shapes = shapes_of_codes(module, key)
+    return shapes is not None and shapes[1] == (*shapes[0], 1)
 
 
 def state_as_stored(model: nn.Module) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from quantlib.checkpoint.files import some
 from quantlib.checkpoint.model import join
 from quantlib.checkpoint.stored import Stored
 from quantlib.hf.config import QuantlibConfig
-from quantlib.hf.loading import Loading, adopt_codes, kept_by, state_as_stored
+from quantlib.hf.loading import Loading, adopt_codes, kept_by, may_lack_an_axis, state_as_stored
 from quantlib.nn import QuantLinear
 from quantlib.nn.experts import QuantExperts
 from quantlib.record import LIBRARY, entry_of, own_config, record_, weights_of
@@ -67,7 +67,7 @@ class QuantlibQuantizer(Loading, HfQuantizer):
     # ---- while they are read ----------------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.waiting
+        return param_name in self.waiting or (self.pre_quantized and may_lack_an_axis(model, param_name))
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize(self)

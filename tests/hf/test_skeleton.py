@@ -141,6 +141,27 @@ def file_of(state: dict[str, torch.Tensor], folder: Path, config: dict[str, Any]
     return folder
 
 
+def test_codes_without_a_scale_of_before_version_2(tmp_path: Path) -> None:
+    """They have an axis less: then nothing told [N, K] of `Conv1D` from its float weight [K, N]."""
+    model, given = made("GPT-2")
+    model.save_pretrained(tmp_path / "float")
+    config = QuantlibConfig("bfloat16", skip=["lm_head"])
+    model = type(model).from_pretrained(tmp_path / "float", quantization_config=config)
+    model.save_pretrained(tmp_path / "codes")
+    path = tmp_path / "codes" / "model.safetensors"
+    state = {name: t.squeeze(-1) for name, t in load_file(path).items()}
+    save_file(state, path, {"format": "pt"})
+    again = type(model).from_pretrained(tmp_path / "codes")
+    with torch.no_grad():
+        assert difference(outputs(again, given), outputs(model, given)) == 0
+    name = next(name for name in state if name.endswith("c_attn.weight"))
+    N, K = state[name].shape
+    save_file(state | {name: state[name].T.contiguous()}, path, {"format": "pt"})
+    expected = rf"c_attn.weight_codes must have shape \[{N}, {K}\] or \[{N}, {K}, 1\], got \[{K}, {N}\]"
+    with pytest.raises(ValueError, match=expected):
+        type(model).from_pretrained(tmp_path / "codes")
+
+
 def test_without_a_class_stacks_lie_as_their_sizes_say_and_the_rest_stays(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {"a.experts.gate_up_proj": torch.randn(3, 8, 6), "a.experts.down_proj": torch.randn(3, 6, 4)}
