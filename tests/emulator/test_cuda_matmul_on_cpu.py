@@ -345,13 +345,13 @@ CODES = Case("scaled_matmul", "int8", shape=(70, 66, 200), block=(1, 80), symmet
 FEW = replace(CODES, shape=(9, 37, 672), block=(1, -1))
 EARLY = "which nobody wrote|race: it reads what is written"
 FAULTS = (
-    Fault("sums read before they are there", "dequant_matmul.cu", "  __syncthreads();\n", "", EARLY, TILES),
-    Fault("a lane that left", "dequant_matmul.cu", "  Codes next;", "  if (lane == 31) return;\n  Codes next;",
+    Fault("sums read before they are there", "dequant_rows.cuh", "  __syncthreads();\n", "", EARLY, TILES),
+    Fault("a lane that left", "dequant_rows.cuh", "  Codes next;", "  if (lane == 31) return;\n  Codes next;",
           "names a lane that has left", TILES),
-    Fault("codes past the last row", "dequant_matmul.cu", "8 * r) < rows\n", "8 * r) < rows + 16\n",
+    Fault("codes past the last row", "dequant_rows.cuh", "8 * r) < rows\n", "8 * r) < rows + 16\n",
           "outside of every buffer", ROWS),
-    Fault("x past the last row", "dequant_matmul.cu", "k < ends[b]", "k < ends[0]", "outside of every buffer", TILES),
-    Fault("fragments in another order", "dequant_matmul.cu", "r = f % 2, pair = 2 * h + f / 2",
+    Fault("x past the last row", "dequant_rows.cuh", "k < ends[b]", "k < ends[0]", "outside of every buffer", TILES),
+    Fault("fragments in another order", "dequant_rows.cuh", "r = f % 2, pair = 2 * h + f / 2",
           "r = f / 2, pair = 2 * h + f % 2", "", TILES),
     Fault("a code in too few bits", "operand.cuh", "F::bits <= X::fraction_bits;", "true;", "", TILES),
     Fault("terms multiplied before all are there", "matmul.cuh", "    __syncthreads();\n#pragma unroll\n    for (int l",
