@@ -138,6 +138,9 @@ def test_assigning_a_weight() -> None:
 @pytest.mark.parametrize("spec", ["int8", "int4:group:8", "uint8", "W8A8", "bfloat16"])
 def test_another_weight_is_quantized_into_the_layer(spec: str) -> None:
     q, w = layer(spec), torch.randn(N + 3, K)
+    with pytest.raises(ValueError, match=rf"weight must be \[{N}, {K}\], got \[{N + 3}, {K}\]"):
+        q.weight.data = w  # which the bias does not fit
+    q.bias = None
     codes = q.weight_codes
     q.weight.data = w  # as transformers does where a table of tokens grows
     expected = QuantLinear.from_float(nn.Linear(K, N + 3), spec).set_weight_(w)
