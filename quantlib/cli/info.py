@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import warnings
-from importlib import metadata
 from typing import Any
 
 from quantlib.cli.parser import checked, count, one_of
@@ -133,6 +132,8 @@ def cxx() -> list[str]:
 
 
 def package_version(name: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
