@@ -122,8 +122,11 @@ def layouts_of(slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str
 
     A stack of experts is known by its name, and lies as its sizes say: ``gate_up_proj`` has two rows for each column of
     ``down_proj``. What sizes leave open, and ``Conv1D`` of transformers, the class of the model in ``config.json``
-    decides, where transformers is installed and knows it.
+    decides, where transformers is installed and knows it. Without a ``config.json`` nothing says that a model computes
+    with them as experts: they stay floats.
     """
+    if not config:
+        return {}
     found = {name: way for name in slots if (way := by_sizes(name, slots))}
     stacks = [name for name, slot in slots.items() if len(slot.shape) == 3 and EXPERTS.search(name)]
     unknown = {*stacks, *transposed(slots, config)} - found.keys()

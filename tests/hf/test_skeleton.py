@@ -198,7 +198,8 @@ def test_columns_of_a_stack_are_read_a_few_at_a_time(
 ) -> None:
     """The bytes do not depend on how many."""
     x = torch.randn(2, 5, 46, generator=torch.Generator().manual_seed(0))
-    source = file_of({"experts.gate_up_proj": x, "experts.down_proj": torch.ones(2, 23, 5)}, tmp_path / "in")
+    state = {"experts.gate_up_proj": x, "experts.down_proj": torch.ones(2, 23, 5)}
+    source = file_of(state, tmp_path / "in", {"model_type": "mine"})
     quantize_file(source, tmp_path / "whole", spec)
     monkeypatch.setattr("quantlib.checkpoint.convert.SLAB", 1)
     monkeypatch.setattr("quantlib.checkpoint.convert.COLUMNS", 8)
@@ -214,16 +215,27 @@ def test_columns_of_a_stack_are_read_a_few_at_a_time(
 def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
     state = {"experts.gate_up_proj": torch.ones(3, 6, 8), "experts.down_proj": torch.ones(3, 4, 6)}
     state["experts.down_proj"][2, 3, 1] = torch.nan
-    source = file_of(state, tmp_path / "in")
+    source = file_of(state, tmp_path / "in", {"model_type": "mine"})
     with pytest.raises(ValueError, match=r"experts.down_proj of expert 2 must be finite.* got nan in row 1"):
         quantize_file(source, tmp_path / "out", "int8:row")
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_config_stacks_stay_and_are_named(tmp_path: Path) -> None:
+    state = {"experts.gate_up_proj": torch.randn(3, 8, 6), "experts.down_proj": torch.randn(3, 6, 4)}
+    state["q.weight"] = torch.randn(8, 8)
+    report = quantize_file(file_of(state, tmp_path / "in") / "model.safetensors", tmp_path / "out.safetensors", "int8")
+    assert [layer.name for layer in report.layers] == ["q.weight"]
+    assert all("a stack of experts" in report.skipped[name] for name in state if name != "q.weight")
+    for name, value in load_file(tmp_path / "out.safetensors").items():
+        if name in report.skipped:
+            assert_same_bytes(value, state[name], name)
+
+
 @pytest.mark.parametrize("layout", ["nk", "ekn/2", "(en)k", "(en)n/2", "(ek)n/0", "kn", 3, "(en)k/3"])
 def test_layouts_that_lie(layout: Any, tmp_path: Path) -> None:
     state = {"experts.gate_up_proj": torch.ones(3, 6, 8), "experts.down_proj": torch.ones(3, 4, 6)}
-    quantize_file(file_of(state, tmp_path / "in"), tmp_path / "out", "int8:row")
+    quantize_file(file_of(state, tmp_path / "in", {"model_type": "mine"}), tmp_path / "out", "int8:row")
     path = tmp_path / "out" / "model.safetensors"
     with safe_open(path, "pt") as file:
         entry = json.loads(file.metadata()["quantlib"])
