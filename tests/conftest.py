@@ -216,6 +216,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", DEVICES, indirect=True)
 
 
+@pytest.fixture
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from reporting on tiny configurations, and from drawing bars."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run on a GPU, so that ``-m gpu`` selects them; what takes longest comes first."""
     items.sort(

@@ -41,7 +41,7 @@ def run(*args: object, cwd: Path | None = None, **environment: str) -> subproces
 
 
 def after_torch(code: str, *args: Path, cwd: Path | None = None, **environment: str) -> fresh.Done:
-    """The same, of ``code`` in a process that has imported torch."""
+    """Run ``code`` in a process that has imported torch."""
     return fresh.run(["-c", code, *args], env={**os.environ, **environment}, cwd=cwd)
 
 

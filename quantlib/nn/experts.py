@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +194,7 @@ class QuantExperts(Routed):
         if not ways_of(experts):
             got = type(experts).__name__
             raise TypeError(f"experts must be a module of experts that quantlib knows, got {got}")
-        form = form_of(type(experts))
+        form = form_of(type(experts), QuantExperts)
         new: QuantExperts = form.__new__(form)
         vars(new).update(taken_over(experts))
         new.spec, new.stacks, new._adapters = QuantSpec.parse(spec), {}, {}
@@ -621,25 +621,23 @@ def number_of(experts: nn.Module) -> int:
     return first.shape[0]
 
 
-FORMS: dict[type[nn.Module], type[QuantExperts]] = {}
+FORMS: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
+R = TypeVar("R", bound=Routed)
 
 
-def form_of(cls: type[nn.Module]) -> type[QuantExperts]:
-    """The class of codes that stands for the experts of class ``cls``."""
-    if cls in FORMS:
-        return FORMS[cls]
-    words = {
-        "FLOAT": cls,
-        "__module__": __name__,
-        "__qualname__": f"Quant{cls.__name__}",
-        "__doc__": QuantExperts.__doc__,
-    }
-    FORMS[cls] = type(f"Quant{cls.__name__}", (QuantExperts, cls), words)
-    return FORMS[cls]
+def form_of(cls: type[nn.Module], kind: type[R]) -> type[R]:
+    """The class of ``kind``, `QuantExperts` or `QATExperts`, that stands for the experts of class ``cls``."""
+    if (cls, kind) not in FORMS:
+        name = f"{kind.__name__.removesuffix('Experts')}{cls.__name__}"
+        words = {"FLOAT": cls, "__module__": kind.__module__, "__qualname__": name, "__doc__": kind.__doc__}
+        FORMS[cls, kind] = type(name, (kind, cls), words)
+    form: type[R] = FORMS[cls, kind]
+    return form
 
 
-def remade(cls: type[nn.Module], attributes: dict[str, Any]) -> QuantExperts:
+def remade(cls: type[nn.Module], attributes: dict[str, Any], kind: type[Routed] = QuantExperts) -> Routed:
     """Rebuild a module for pickle, which cannot find its class by name."""
-    new = form_of(cls).__new__(form_of(cls))
+    form = form_of(cls, kind)
+    new = form.__new__(form)
     vars(new).update(attributes)
     return new

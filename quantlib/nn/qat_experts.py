@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlib.nn.experts import QuantExperts, Routed, Stack, by_expert, number_of, ways_of
+from quantlib.nn.experts import QuantExperts, Routed, Stack, by_expert, form_of, number_of, remade, ways_of
 from quantlib.nn.fake_quantize import FakeQuantize, Source
 from quantlib.nn.functional import Weight
 from quantlib.nn.module import rebind_hooks, stored_dtype, taken_over
@@ -86,8 +86,8 @@ class QATExperts(Routed):
         check_of_weight(spec)
         if why := cls.refuses(experts, spec):
             raise ValueError(f"experts must be such that {spec} can be trained, got {type(experts).__name__}: {why}")
-        form = form_of(type(experts))
-        new: QATExperts = form.__new__(form)
+        form = form_of(type(experts), QATExperts)
+        new = form.__new__(form)
         vars(new).update(taken_over(experts))
         new.spec, new.stacks, new.initial, new._scales_came_first, new._fakes = spec, {}, initial, set(), {}
         rebind_hooks(new)
@@ -223,27 +223,4 @@ class QATExperts(Routed):
         return ", ".join([*shapes, f"spec={self.spec}"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return remade, (self.FLOAT, vars(self))
-
-
-FORMS: dict[type[nn.Module], type[QATExperts]] = {}
-
-
-def form_of(cls: type[nn.Module]) -> type[QATExperts]:
-    """The class that trains the experts of class ``cls``."""
-    if cls not in FORMS:
-        words = {
-            "FLOAT": cls,
-            "__module__": __name__,
-            "__qualname__": f"QAT{cls.__name__}",
-            "__doc__": QATExperts.__doc__,
-        }
-        FORMS[cls] = type(f"QAT{cls.__name__}", (QATExperts, cls), words)
-    return FORMS[cls]
-
-
-def remade(cls: type[nn.Module], attributes: dict[str, Any]) -> QATExperts:
-    """Rebuild a module for pickle, which cannot find its class by name."""
-    new = form_of(cls).__new__(form_of(cls))
-    vars(new).update(attributes)
-    return new
+        return remade, (self.FLOAT, vars(self), QATExperts)

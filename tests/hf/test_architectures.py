@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,7 @@ import quantlib  # noqa: E402
 
 DOCUMENT = Path(__file__).parents[2] / "docs/models.md"
 BY_NAME = {a.name: a for a in architectures.ARCHITECTURES}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """transformers reports on tiny configurations; a report on what stays a float is looked at, not read."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.mark.parametrize("architecture", architectures.ARCHITECTURES, ids=str)

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,7 @@ LINEAR = (nn.Linear, transformers.pytorch_utils.Conv1D)
 SPECS = ("W8A16", "W4A16", "W8A8", "int8:tensor", "int8:tile:16", "uint8:row:affine")
 GRANITE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 GRANITE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def made(name: str) -> tuple[Any, dict[str, Any]]:

@@ -153,7 +153,7 @@ def plant(scratch: Path, edits: tuple[tuple[str, str, str], ...]) -> Path:
 
 
 def plant_plain(scratch: Path, edits: tuple[tuple[str, str, str], ...], *ops: str) -> Path:
-    """The same for a build of the plain instruction set, of whose ops only ``ops`` are left."""
+    """Plant ``edits`` in a build of the plain instruction set that has only ``ops``."""
     plant(scratch, (*PLAIN, *edits))
     for glue in scratch.glob("csrc/ops/*.cpp"):
         if glue.stem not in ops:
