@@ -177,9 +177,9 @@ def vmap(overload: str, rule: Callable[..., Any]) -> None:
 
 
 def start() -> None:
-    """Put preferred Python kernels over compiled ones, heed the environment, once every op is attached.
+    """Put preferred Python kernels over compiled ones, once every op is attached.
 
-    That is ``QUANTLIB_BACKEND`` and ``QUANTLIB_LOG``.
+    It heeds ``QUANTLIB_BACKEND`` and ``QUANTLIB_LOG``.
     """
     global _blocks, _logged  # noqa: PLW0603
     if choice.is_logged():
@@ -256,7 +256,7 @@ def _ask(overload: str, device: str, keyset: Any, *args: Any, **outs: Tensor) ->
 
 
 def _why(name: str, overload: str, device: str) -> str:
-    """Why the backend that runs ``overload`` is this one, where ``name`` is forced, or "auto"."""
+    """Say why this backend runs ``overload``, where ``name`` is forced, or "auto"."""
     if name != "auto":
         return "which is forced"
     before = itertools.takewhile(lambda backend: backend != _usual(overload, device), order(device))

@@ -27,7 +27,7 @@ _said: set[str] = set()
 
 
 def is_logged() -> bool:
-    """``QUANTLIB_LOG``: whether products say which kernel they take.
+    """True if ``QUANTLIB_LOG`` asks products to say which kernel they take.
 
     Raises
     ------
@@ -66,13 +66,13 @@ def kernel_of(shape: tuple[int, int, int], block: tuple[int, int], format: str, 
     Parameters
     ----------
     shape : (M, N, K)
-        Of x [M, K] and of the weight [N, K].
+        The sizes of x [M, K] and of the weight [N, K].
     block : (br, bk)
         Rows and columns of the weight that share a scale.
     format : str
         The format of the weight.
     affine : bool
-        Whether it has zero points.
+        True if it has zero points.
     x : str
         The dtype of x; int8 for products of codes.
 
@@ -98,9 +98,9 @@ def say(overload: str, backend: str, why: Callable[[], str], args: Sequence[Any]
     Parameters
     ----------
     why : () -> str
-        Says why it is this backend.
+        The reason for this backend.
     args : sequence
-        Those of the call.
+        The arguments of the call.
     """
     given = dict(zip(_names(overload), args, strict=False))
     x: Tensor = given["x_codes"] if "x_codes" in given else given["x"]
