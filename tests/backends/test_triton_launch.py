@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,18 +104,114 @@ def test_nothing_is_compiled_while_a_graph_is_captured(kernel: Kernel, monkeypat
     assert [how for how, *_ in kernel.started] == ["slow", "fast"]
 
 
+@pytest.fixture
+def where(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int]]:
+    """The stream and the capture of the next call, on a device that nobody has asked for tickets."""
+    now = {"": (1, 0)}
+    monkeypatch.setattr(launch, "place", lambda device: now[""])
+    for name in ("_slots", "_numbers"):
+        monkeypatch.setattr(launch, name, {})
+    return now
+
+
+CPU = torch.device("cpu")
+
+
+def test_the_calls_of_a_stream_share_tickets_that_are_zeroed_once(where: dict[str, tuple[int, int]]) -> None:
+    first = launch.tickets(5, CPU)
+    assert len(first) >= 5
+    assert not first.any()
+    first[3] = 7  # seen by the next call, which does not zero them
+    assert launch.tickets(launch.TICKETS, CPU).data_ptr() == first.data_ptr()
+    assert first[3] == 7
+    for stream, capture in ((2, 0), (1, 4), (2, 4), (1, 5)):
+        where[""] = stream, capture
+        other = launch.tickets(5, CPU)
+        assert not other.any()
+        other[:] = 9
+        assert launch.tickets(5, CPU).data_ptr() == other.data_ptr()
+        assert first.tolist() == [0, 0, 0, 7] + [0] * (len(first) - 4)
+
+
+def test_tickets_without_a_slot_are_of_one_call(
+    where: dict[str, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def are_of_one_call(count: int) -> bool:
+        ours, others = launch.tickets(count, CPU), launch.tickets(count, CPU)
+        assert not ours.any()
+        assert len(others) >= count
+        return ours.data_ptr() != others.data_ptr()
+
+    where[""] = 1, 4
+    assert are_of_one_call(5)  # of a capture before any other call
+    where[""] = 1, 0
+    assert not are_of_one_call(5)
+    assert are_of_one_call(launch.TICKETS + 1)
+    where[""] = 1, -1  # a capture that the driver does not name
+    assert are_of_one_call(5)
+    monkeypatch.setattr(launch, "SLOTS", 2)
+    where[""] = 2, 0
+    assert not are_of_one_call(5)
+    where[""] = 3, 0
+    assert are_of_one_call(5)
+
+
+def test_the_place_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of two streams are told apart, and those of captures; a device that is not the current one has no slot."""
+    now = {"stream": 7, "device": 0, "capturing": False}
+    monkeypatch.setattr(launch, "current_stream", lambda index: now["stream"])
+    monkeypatch.setattr(launch, "current_device", lambda: now["device"])
+    monkeypatch.setattr(launch, "capture_of", lambda stream: 10 + stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
+    assert launch.place(GPU) == (7, 0)
+    now |= {"capturing": True}
+    assert launch.place(GPU) == (7, 17)
+    now |= {"device": 1}
+    assert launch.place(GPU) == (7, -1)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(launch.place, CPU).result() != launch.place(CPU)
+
+
+def test_the_driver_is_asked_which_capture_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(stream: Any, status: Any, number: Any, *rest: None) -> int:
+        number._obj.value = stream.value + 2**40
+        return int(stream.value == 9)
+
+    driver = SimpleNamespace(cuStreamGetCaptureInfo_v2=answer)
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: driver)
+    assert launch.capture_of(7) == 7 + 2**40
+    assert launch.capture_of(9) == -1
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert launch.capture_of(7) == -1
+
+
 CLASSES = """
 import collections, dataclasses, itertools, sys
 import pytest, torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_static import overhead, calls
 from quantlib.backends.triton import launch
+
+class Fills(TorchDispatchMode):
+    found = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.found += op.overloadpacket.__name__ in ("zeros", "zeros_like", "zero_", "zero", "fill_", "full")
+        return op(*args, **(kwargs or {}))
+
+def fills(call):
+    with Fills() as mode:
+        started = len(overhead.calls_of(call))
+    return mode.found, started
 
 ours, tritons = collections.defaultdict(set), set()
 chosen = [c for c in calls.FIRST] + [
     dataclasses.replace(c, M=M) for c in calls.FIRST if c.M for M in (1, 2, 7, 16, 17, 33, 100, 300, 2000)
 ]
 for call in chosen:
-    for args, options in overhead.calls_of(call):
+    made = overhead.calls_of(call)
+    assert fills(call) == (0, len(made)), f"{call} fills memory that another call has filled: {fills(call)}"
+    for args, options in made:
         kernel, _, device, *given = args
         key = launch.key_function(kernel, given)(
             device, options["warps"], tuple(v for n, v in options.items() if n != "warps"), *given
@@ -124,12 +221,19 @@ for call in chosen:
         ours[(id(kernel), tuple(map(type, given)), key)].add(theirs)
         tritons.add((kernel.__name__, theirs))
 assert all(len(theirs) == 1 for theirs in ours.values()), [t for t in ours.values() if len(t) > 1]
+slots, launch.SLOTS = launch.SLOTS, 0  # then tickets are of one call
+launch._slots.clear()
+split = calls.Call("dequant_matmul", "bfloat16", "int8", M=1, tiled=True)
+assert fills(split)[0] == 1, fills(split)
 print(len(chosen), len(ours), len(tritons))
 """
 
 
 def test_a_class_is_never_wider_than_tritons_own() -> None:
-    """Calls that are started alike are calls that Triton compiles alike, and there are not many more classes."""
+    """Calls that are started alike are calls that Triton compiles alike, and there are not many more classes.
+
+    A second call of each starts nothing but its kernels: what tickets need is zeroed once.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "QUANTLIB_BUILD": "0"}
     done = fresh.run(["-c", CLASSES], env=environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 import re
@@ -26,7 +27,7 @@ if not backend.interpreted():
 
 import triton.language as tl  # noqa: E402
 
-from quantlib.backends.triton import tuning  # noqa: E402
+from quantlib.backends.triton import launch, tuning  # noqa: E402
 from quantlib.backends.triton.activation import activate  # noqa: E402
 
 BLOCKS = ((1, -1), (-1, -1), (1, 64), (1, 32), (3, 10))
@@ -152,13 +153,56 @@ def test_slabs_are_for_large_batches_of_what_they_hold() -> None:
     assert not tuning.choose_backward(shape, int8, fp16, 4096, "a device", 232448).slab
 
 
-def test_splits_of_k_are_summed_in_order() -> None:
+def split_calls(times: int) -> list[bool]:
+    """For each of some calls of products that are split, of one stream: if its bytes are right, its tickets 0 again."""
+    launch._slots.clear()
     weight = Weight(20, 2100, "int8", (1, -1), True)
     choice = tuning.choose_matmul((2, 20, 2100), weight.format, torch.float32, 2100, True, False, "", 232448)
     assert choice.splits == 4
-    x, y = torch.randint(-8, 9, (2, 2100)).float(), poisoned((2, 20), torch.float32)
-    backend.KERNELS["dequant_matmul"](x, weight.launched(True), Epilogue(), False, y)
-    assert_same_bytes(y, reference.dequant_matmul(x.numpy(), *weight.arrays(), **weight.described()), "four splits")
+    x, x_codes = torch.randint(-8, 9, (2, 2100)).float(), torch.randint(-128, 128, (2, 2100)).to(torch.int8)
+    want = reference.dequant_matmul(x.numpy(), *weight.arrays(), **weight.described())
+    scaled = reference.scaled_matmul(
+        x_codes.numpy(), np.ones((2, 1), np.float32), *weight.arrays(), **weight.described(), dtype="float32"
+    )
+    right = []
+    for _ in range(times):
+        y, z = poisoned((2, 20), torch.float32), poisoned((2, 20), torch.float32)
+        backend.KERNELS["dequant_matmul"](x, weight.launched(True), Epilogue(), False, y)
+        right.append(np.array_equal(y.numpy().view(np.uint32), want.view(np.uint32)))
+        backend.KERNELS["scaled_matmul"](x_codes, torch.ones(2, 1), weight.launched(), None, Epilogue(), z)
+        right[-1] &= np.array_equal(z.numpy().view(np.uint32), scaled.view(np.uint32))
+        (tickets,) = launch._slots.values()
+        right[-1] &= not tickets.any()
+    return right
+
+
+def test_splits_of_k_are_summed_in_order_at_every_call() -> None:
+    assert split_calls(3) == [True] * 3
+
+
+@triton.jit
+def arrive_and_keep(total, partial_ptr, ticket_ptr, inside, SPLITS: tl.constexpr):
+    tl.store(partial_ptr, total, inside)
+    return tl.atomic_add(ticket_ptr, 1) == SPLITS - 1
+
+
+def test_tickets_that_nobody_resets_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("quantlib.backends.triton.dequant_matmul"), "arrive", arrive_and_keep)
+    assert split_calls(2) == [False] * 2
+
+
+def test_a_call_that_is_interrupted_leaves_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert split_calls(1) == [True]
+    (tickets,) = launch._slots.values()
+    tickets[0] = 3  # as Ctrl-C leaves them between two programs of a tile
+    with pytest.raises(triton.runtime.errors.InterpreterError):
+        launch.launch(divide_kernel, 1, torch.device("cpu"), 0, warps=1)
+    assert not launch._slots
+
+
+@triton.jit
+def divide_kernel(n: tl.constexpr):
+    1 // n
 
 
 @pytest.mark.parametrize(("format", "block"), [("int8", (1, -1)), ("int4", (1, 64))])

@@ -88,7 +88,7 @@ def dequant_matmul_kernel(
     bias_ptr,  # [N] float32, or None
     y_ptr,  # [M, N] of row X
     partial_ptr,  # [T.splits, M, N] float32, or None
-    ticket_ptr,  # [tiles of y] int32, all 0, or None
+    ticket_ptr,  # [tiles of y] int32, all 0 before and after, or None
     M, N, K, br, bk, scale_cols, stride,
     X: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr,
     MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,

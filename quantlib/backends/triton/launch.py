@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import itertools
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -250,8 +254,12 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: 
         it is no work of a stream.
     """
     if INTERPRETED:
-        with context(device):
-            kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
+        try:
+            with context(device):
+                kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
+        except BaseException:  # Ctrl-C: the programs that have not run have left tickets
+            _slots.clear()
+            raise
         return
     if planned and device.type == "meta":
         kernel.warmup(*args, grid=(programs,), num_warps=warps, enable_fp_fusion=False, **options)
@@ -323,8 +331,63 @@ def workspace(
     """Sums of the splits of a matmul, [splits, M, N], and a ticket for each tile of it, 0; None without splits."""
     if shape[0] == 1:
         return None, None
-    partial = torch.empty(shape, dtype=dtype, device=device)
-    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
+    return torch.empty(shape, dtype=dtype, device=device), tickets(tiles, device)
+
+
+TICKETS, SLOTS = 1024, 1024
+_slots: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+_numbers: dict[torch.device, Iterator[int]] = {}
+
+
+def tickets(count: int, device: torch.device) -> torch.Tensor:
+    """[count or more] int32, all 0, for a kernel that is next on the current stream and leaves them 0.
+
+    The kernels of a stream follow each other, and share a slot that is zeroed once. A graph that is captured has slots
+    of its own, for it may be replayed beside anything, and zeroes them once a replay. Where there is no slot, the
+    tickets are of one call.
+    """
+    stream, capture = place(device)
+    found = _slots.get((device, stream, capture)) if count <= TICKETS else None
+    if found is None:
+        new = capture == 0 or (capture > 0 and device in _numbers)  # no memory is made while a graph is captured
+        number = next(_numbers.setdefault(device, itertools.count())) if new and count <= TICKETS else SLOTS
+        if number >= SLOTS:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        found = arena(device)[number]
+        if device.type == "cuda" and not capture:  # the memory may come of work there
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        _slots[device, stream, capture] = found.zero_()
+    return found
+
+
+@functools.cache
+def arena(device: torch.device) -> torch.Tensor:
+    """The memory of all slots of a device. A thread of its own makes it: what this one allocates may be a graph's, and
+    end with the graph."""
+    with ThreadPoolExecutor(1) as other:
+        made = functools.partial(torch.empty, SLOTS, TICKETS, dtype=torch.int32, device=device)
+        return other.submit(made).result()
+
+
+def place(device: torch.device) -> tuple[int, int]:
+    """The current stream of a device and the capture that it is in: 0 for none, -1 for one that cannot be named."""
+    if device.type != "cuda":
+        return threading.get_ident(), 0
+    stream = current_stream(device.index)
+    if current_device() != device.index:  # whose streams are asked next
+        return stream, -1
+    return stream, capture_of(stream) if torch.cuda.is_current_stream_capturing() else 0
+
+
+def capture_of(stream: int) -> int:
+    """The number of the capture that a stream is in, which no other has; -1 where the driver does not say."""
+    status, number = ctypes.c_int(), ctypes.c_ulonglong()
+    try:
+        ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return -1
+    failed = ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return -1 if failed else number.value
 
 
 def codes_of(t: torch.Tensor) -> torch.Tensor:

@@ -238,10 +238,13 @@ def subtract_zero_point(w, zero_point_ptr, at, exists, F: tl.constexpr):
 
 @triton.jit
 def arrive(total, partial_ptr, ticket_ptr, inside, SPLITS: tl.constexpr):
-    """Store the sum of a split at its pointers; return True for the split of its tile that arrives last"""
+    """Store the sum of a split at its pointers; return True for the split of its tile that arrives last, which leaves
+    the ticket as the first has found it"""
     tl.store(partial_ptr, total, inside)
     tl.debug_barrier()  # the ticket of one thread stands for the stores of all
-    return tl.atomic_add(ticket_ptr, 1) == SPLITS - 1
+    last = tl.atomic_add(ticket_ptr, 1) == SPLITS - 1
+    tl.store(ticket_ptr, 0, last)
+    return last
 
 
 @triton.jit

@@ -82,7 +82,7 @@ def scaled_matmul_kernel(
     bias_ptr,  # [N] float32, or None
     y_ptr,  # [M, N] of row Y
     partial_ptr,  # [T.splits, M, N] int32, or None
-    ticket_ptr,  # [tiles of y] int32, all 0, or None
+    ticket_ptr,  # [tiles of y] int32, all 0 before and after, or None
     M, N, K, br, bk, groups, stride,
     X: tl.constexpr, F: tl.constexpr, Y: tl.constexpr, ACTIVATION: tl.constexpr, PER_ROW: tl.constexpr,
     MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
