@@ -58,7 +58,7 @@ def choose_matmul(
     elif M <= 64 or wide:
         tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
     else:
-        tile_n, tile_m, warps, stages = widest(M, N)
+        tile_n, tile_m, warps, stages = widest(M, N, longest_splits(K, tile_k, True) if tile_k > 64 else 1)
         if tile_k > 64 and tile_n == 64:  # four warps would not hold the operands of a step, eight not those of float16
             tile_m, warps = (64, 4) if dtype == torch.float16 else (128, 8)
     if device and K % 16:
@@ -79,11 +79,19 @@ def holds(format: Format, dtype: torch.dtype) -> bool:
     return isinstance(x_format, FloatFormat) and x_format.bits == 16 and x_format.holds(format)
 
 
-def widest(M: int, N: int) -> tuple[int, int, int, int]:
-    """Sizes, warps and loads in flight of a tile of many rows: 128 x 128 where there are enough of them, else half."""
-    if cdiv(N, 128) * cdiv(M, 128) >= FILLED:
+def widest(M: int, N: int, splits: int) -> tuple[int, int, int, int]:
+    """Sizes, warps and loads in flight of a tile of many rows: 128 x 128 where there are enough of them, else half.
+
+    There are ``splits`` times as many where K is split first, as it is of packed codes: half a tile decodes each twice.
+    """
+    if cdiv(N, 128) * cdiv(M, 128) * splits >= FILLED:
         return 128, 128, 8, 3
     return 64, 128, 4, 3
+
+
+def longest_splits(K: int, tile_k: int, packed: bool) -> int:
+    """The most splits of K for many rows; LONGEST steps of packed codes are of 64 columns, whose loads are few."""
+    return cdiv(K, tile_k) // (LONGEST * 64 // tile_k if packed else LONGEST)
 
 
 def slab_rows(M: int, K: int) -> int:
@@ -126,7 +134,7 @@ def choose_scaled(
     elif M <= 64:
         tile_n, tile_m, tile_k, warps, stages = 64, 64, 128, 4, 4
     else:
-        tile_k, (tile_n, tile_m, _, stages), warps = 128, widest(M, N), 8
+        tile_k, (tile_n, tile_m, _, stages), warps = 128, widest(M, N, 1), 8
     if bk < K:  # two sums are held, of a group and of all
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
     if device and K % 16:
@@ -174,7 +182,7 @@ def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int, packed: bool)
     M, N, K = shape
     tiles, steps = cdiv(N, tile_n) * cdiv(M, tile_m), cdiv(K, tile_k)
     if M > 64:  # to fill the device, and no more: every split adds M N sums
-        splits = min(power_of_2(cdiv(FILLED, tiles)), steps // LONGEST, 16)
+        splits = min(power_of_2(cdiv(FILLED, tiles)), longest_splits(K, tile_k, packed), 16)
     elif packed:  # a split is two steps, and the sums of all take half the bytes of the weight at most
         splits = min(PROGRAMS_OF_PACKED // tiles, steps // 2, 16, max(K // (32 * M), 4) if M else 1)
     else:
