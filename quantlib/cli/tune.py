@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +14,7 @@ from quantlib.cli.parser import checked, count, one_of
 from quantlib.cli.text import table
 
 if TYPE_CHECKING:
-    from quantlib.backends.triton.search import Machine
+    from quantlib.backends.triton.search import Compile, Machine
     from quantlib.backends.triton.tables import Entry, Key, Table
 
 FAMILIES = ("W8A16", "W4A16", "W8A8", "backward")
@@ -47,6 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only this family, of {', '.join(FAMILIES)}; may be repeated",
     )
     parser.add_argument("--out", metavar="FILE", help="the table (the user's own, which the kernels read)")
+    parser.add_argument("--jobs", type=checked(SIZE, count), help="compilers at once (every core)")
     parser.add_argument("--again", action="store_true", help="measure the entries of the table again")
 
 
@@ -73,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     todo = [key for key in dict.fromkeys(keys) if args.again or key not in kept.entries]
     done: list[Key] = []
     try:
-        measure(todo, on, kept, path, done)
+        with compilers(on, args.jobs or len(os.sched_getaffinity(0))) as compile:
+            measure(todo, on, kept, path, done, compile)
     finally:
         report(kept, done, path)
         tables.of_device.cache_clear()
@@ -113,7 +117,16 @@ def software() -> dict[str, str]:
     return {"quantlib": quantlib.__version__, "torch": torch.__version__, "triton": package_version("triton")}
 
 
-def measure(todo: Iterable[Key], on: Machine, kept: Table, path: Path, done: list[Key]) -> None:
+def compilers(on: Machine, jobs: int) -> contextlib.AbstractContextManager[Compile]:
+    """What compiles the tiles that are timed next; nothing does in the interpreter."""
+    from quantlib.backends.triton import launch, search
+
+    if launch.INTERPRETED:
+        return contextlib.nullcontext(lambda key, tiles: None)
+    return search.Compilers(launch.Planned(launch.arch(on.device), on.name, on.shared), jobs)
+
+
+def measure(todo: Iterable[Key], on: Machine, kept: Table, path: Path, done: list[Key], compile: Compile) -> None:
     """Add each key to the table, which is written after every one of them."""
     from tqdm import tqdm
 
@@ -122,7 +135,7 @@ def measure(todo: Iterable[Key], on: Machine, kept: Table, path: Path, done: lis
     with tqdm(list(todo), unit="matmul", disable=None) as bar:  # None: only on a terminal
         for key in bar:
             bar.set_postfix_str(str(key), refresh=True)
-            kept.entries[key] = search.search(key, on, search.graph_timer)
+            kept.entries[key] = search.search(key, on, search.graph_timer, compile)
             kept.write(path)
             done.append(key)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ if not backend.interpreted():
 
 from quantlib.backends.triton import search
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = search.Machine(torch.device("cpu"), "Imaginary GPU", 101376, 100)
 SMALL = ["--shape", "32", "64"]
 
@@ -57,6 +61,50 @@ def test_the_search_ends_where_nothing_near_is_faster(family: str, clock: list[t
     assert entry.tile == replace(search.default_tile(key, CPU, False), stages=3)
     assert len(clock) == len(set(clock)), "a tile was timed twice"
     assert all(tables.is_sound(key, tile, CPU.shared) for tile in clock)
+
+
+def test_every_tile_is_compiled_before_it_is_timed_and_once(clock: list[tables.MatmulTile]) -> None:
+    (key,) = search.keys(["W8A16"], [(32, 64)], [2])
+    compiled: list[tables.MatmulTile] = []
+
+    def compile(of: tables.Key, tiles: Iterable[tables.MatmulTile]) -> None:
+        assert of == key
+        assert set(clock) == set(compiled)
+        compiled.extend(tiles)
+
+    search.search(key, CPU, search.graph_timer, compile)
+    assert sorted(map(str, compiled)) == sorted(map(str, clock))
+
+
+COMPILE = """
+import os
+from dataclasses import replace
+from pathlib import Path
+from quantlib.backends.triton import launch, search, tuning, warmup
+
+def kept():
+    cubins = Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")
+    return sorted((path.name, path.stat().st_mtime_ns) for path in cubins)
+
+on = launch.Planned(80, "some device", 101376)
+(key,) = search.keys(["W8A16"], [(32, 64)], [2])
+default = search.default_tile(key, on, False)
+tiles = [replace(default, stages=stages, splits=splits) for stages in (2, 3) for splits in (1, 2)]
+with search.Compilers(on, 2) as compile:
+    compile(key, [*tiles, replace(default, tile_n=48)])  # no power of two: does not compile
+before = kept()
+warmup.start(on)
+for tile in tiles:
+    search.compile_tile(key, tile)
+print(len(before), kept() == before)
+"""
+
+
+def test_processes_compile_into_the_cache_that_this_one_reads(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "QUANTLIB_BUILD": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["4", "True"], done.stderr
 
 
 def test_no_gain_leaves_the_default(clock: list[tables.MatmulTile]) -> None:

@@ -7,9 +7,13 @@ give the bytes of the default.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +22,7 @@ import triton
 
 from quantlib import formats
 from quantlib.backends.tiles import TileLayout
-from quantlib.backends.triton import dequant_matmul, dequant_matmul_backward, launch, scaled_matmul, tuning
+from quantlib.backends.triton import dequant_matmul, dequant_matmul_backward, launch, scaled_matmul, tuning, warmup
 from quantlib.backends.triton.descriptors import describable
 from quantlib.backends.triton.tables import Entry, Key, MatmulTile, is_sound
 from quantlib.backends.weight import Epilogue, Layout, QuantizedWeight
@@ -34,6 +38,7 @@ ROWS = tuple(1 << power for power in range(13))  # every bucket
 FASTER = 0.98  # of the time of another tile: less of a gain is noise
 
 Timer = Callable[[Callable[[int], None], int], float]  # (run(copy), copies) -> microseconds
+Compile = Callable[[Key, Iterable[MatmulTile]], None]  # what of these tiles is not compiled yet
 
 
 def keys(families: Iterable[str], shapes: Iterable[tuple[int, int]], rows: Iterable[int]) -> Iterator[Key]:
@@ -57,10 +62,11 @@ def machine(device: torch.device) -> Machine:
     return Machine(device, launch.device_name(device), launch.shared_memory(device), cache)
 
 
-def search(key: Key, on: Machine, timer: Timer) -> Entry:
-    """The entry of ``key``."""
+def search(key: Key, on: Machine, timer: Timer, compile: Compile = lambda key, tiles: None) -> Entry:
+    """The entry of ``key``; ``compile`` is given the tiles that are timed next."""
     matmul = Matmul(key, on)
     default, *others = starts(key, on, matmul.describable)
+    compile(key, (default, *others))
     want = matmul.exact(default)
     times: dict[MatmulTile, float] = {}
 
@@ -74,7 +80,9 @@ def search(key: Key, on: Machine, timer: Timer) -> Entry:
         best, improved = start, True
         time(start)
         while improved:
-            faster = min(neighbours(key, best, on.shared), key=time, default=best)
+            near = list(neighbours(key, best, on.shared))
+            compile(key, [tile for tile in near if tile not in times])
+            faster = min(near, key=time, default=best)
             improved = time(faster) < FASTER * time(best)
             best = faster if improved else best
     fastest = min(times, key=lambda tile: times[tile])
@@ -126,6 +134,33 @@ def gives(matmul: Matmul, tile: MatmulTile, want: torch.Tensor) -> bool:
     if not same:
         warnings.warn(f"{matmul.key}: {tile} gives other bytes than the default, a bug", RuntimeWarning, stacklevel=2)
     return same
+
+
+class Compilers:
+    """Processes that compile tiles into Triton's own cache, where this process finds them; they touch no GPU.
+
+    A tile that does not compile there does not here either, where that is told; nor do the tiles of processes that
+    have died, which this process compiles itself.
+    """
+
+    def __init__(self, on: launch.Planned, jobs: int) -> None:
+        self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), warmup.start, (on,))
+
+    def __enter__(self) -> Compilers:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, key: Key, tiles: Iterable[MatmulTile]) -> None:
+        with contextlib.suppress(BrokenProcessPool):
+            wait([self._pool.submit(compile_tile, key, tile) for tile in tiles])
+
+
+def compile_tile(key: Key, tile: MatmulTile) -> None:
+    """Compile what ``tile`` starts, in a process that only compiles."""
+    assert launch.planned is not None
+    Matmul(key, Machine(torch.device("meta"), launch.planned.name, launch.planned.shared, 0)).run(tile, 0)
 
 
 class Matmul:
