@@ -101,12 +101,17 @@ class Layer(torch.nn.Module):
         return quantlib.dequant_matmul(x, self.codes, self.scale, "int8", block=(1, -1))
 
 
+# Torch's headers are read once, so that to compile them ahead, twice, would be most of a minute of this step.
+PLAIN = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+
+
 def package(device: str) -> None:
     """A package of AOTInductor, compiled, loaded and called."""
     x, layer = operands(device, 16)[0], Layer(device)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         program = torch.export.export(layer, (x,))
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder, "layer.pt2")))
+        path = str(Path(folder, "layer.pt2"))
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=PLAIN)
         same(torch._inductor.aoti_load_package(path)(x), lambda: layer(x))
 
 

@@ -232,6 +232,20 @@ def test_the_first_minute_on_no_gpu() -> None:
     assert done.stdout.splitlines()[-1] == "3 of 3 passed", done.stderr
 
 
+def test_the_package_of_the_first_minute_is_compiled_without_what_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's headers compiled ahead are four fifths of what a package of one product takes."""
+    import gpu_smoke
+    import torch
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *args, **how: given.update(how))
+    with pytest.raises((RuntimeError, OSError)):  # there is no package to load
+        gpu_smoke.package("cpu")
+    assert given["inductor_configs"]["aot_inductor.precompile_headers"] is False
+    known = torch._inductor.config.get_config_copy()
+    assert all(name in known for name in given["inductor_configs"])
+
+
 def test_every_command_is_one_that_is_there() -> None:
     for one in gpu_pieces.pieces(cores=16):
         words = [word for word in one.command if word.endswith(".py") or word.startswith("tests")]
