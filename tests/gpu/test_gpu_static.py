@@ -163,3 +163,22 @@ def test_a_way_through_a_listing() -> None:
     ]
     assert [i.at for i in graph.around_products()] == [0x80, 0x90, 0xA0, 0xB0]
     assert graph.streaming() == (graph.route(), False)
+
+
+# A vector, and elements where it is none: both have a guard, and the jump between them has it too.
+GUARDED = """
+/*0000*/ ISETP.NE.AND P0, PT, R0, 0x4, PT ;
+/*0010*/ @!P0 STG.E.128 [R14], R4 ;
+/*0020*/ {between}
+/*0030*/ @!P0 BRA 0x0060 ;
+/*0040*/ @P5 STG.E [R14], R4 ;
+/*0050*/ @P0 STG.E [R14+0x4], R5 ;
+/*0060*/ EXIT ;
+"""
+
+
+def test_a_guard_of_an_access_and_of_a_jump_is_one() -> None:
+    """Unless it is set again between them."""
+    for between, stored in (("LEA R3, R10, UR9, R11, 0x2, P5 ;", 1), ("ISETP.NE.AND P0, PT, R1, 0x4, PT ;", 3)):
+        graph = sass.Graph(sass.parsed(GUARDED.format(between=between)))
+        assert len(sass.accesses(graph.route(), "STG")) == stored

@@ -128,6 +128,8 @@ class Graph:
             self.blocks[-1].append(i)
         self._number = {block[0].at: n for n, block in enumerate(self.blocks)}
         self.after = [self._successors(n) for n in range(len(self.blocks))]
+        for n in range(len(self.blocks)):
+            self._part(n)
         entered = {n for after in self.after for n in after}
         for n, block in enumerate(self.blocks):  # a jump to a table of addresses: to whatever no other way leads to
             if block[-1].name.startswith(("BRX", "JMX")):
@@ -140,6 +142,27 @@ class Graph:
         if last.falls_through and n + 1 < len(self.blocks):
             found.append(n + 1)
         return found
+
+    def _part(self, n: int) -> None:
+        """Give the accesses that a block makes only if its last jump is taken, or only if not, to a block on that way.
+
+        The jump and these accesses have one guard, which nothing between them sets.
+        """
+        *code, jump = self.blocks[n]
+        if not jump.guard or len(self.after[n]) < 2 or jump.operands.count(",") > 0:
+            return
+        taken, other, predicate = [], [], jump.guard.strip("!")
+        for i in reversed(code):
+            if i.guard.strip("!") == predicate and i.name.startswith(("LDG.", "STG.")):
+                (taken if i.guard == jump.guard else other).insert(0, i)
+            if re.search(rf"(?<!!)\b{predicate}\b", i.operands):  # it may set it
+                break
+        self.blocks[n] = [i for i in code if i not in taken and i not in other] + [jump]
+        for way, part in enumerate((taken, other)):
+            if part:
+                self.blocks.append(part)
+                self.after.append([self.after[n][way]])
+                self.after[n][way] = len(self.blocks) - 1
 
     def _depth_first(self) -> tuple[list[int], set[tuple[int, int]]]:
         """Blocks so that each comes after those that lead to it, and the edges back that had to be left out."""
