@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gpu_static import calls, contract, known, plants, run, sass, table
+from gpu_static import calls, contract, known, model, plants, run, sass, table
 from gpu_static.budgets import Budgets
 from gpu_static.measured import Measured
 
@@ -118,6 +118,22 @@ def test_every_clause_of_a_contract_bites(changed: dict[str, object], says: str)
     assert contract.faults(SOUND, (20.0, 32)) == []
     assert contract.faults(SOUND, None) == [contract.NEW]
     assert says in contract.faults(replace(SOUND, **changed), (20.0, 32))
+
+
+def test_the_least_time_of_a_kernel() -> None:
+    """50 MB at 4.3 TB/s, instructions of 132 times 128 lanes, and products of 790 TFLOP/s."""
+    assert str(model.bound(SOUND)) == "11.7 us, memory"
+    assert str(model.bound(replace(SOUND, instructions=24.0))) == "12.0 us, issue"
+    facts = {"M": 256, "bits": {"X": 16, "F": 4}, "tile_m": 128}
+    matmul = replace(SOUND, kernel="dequant_matmul_kernel", facts=facts, instructions=8.88)
+    assert str(model.bound(matmul)) == "10.9 us, products"
+    assert str(model.bound(replace(matmul, instructions=15.75))) == "15.8 us, issue"  # twice, by two rows of tiles
+    few = replace(matmul, facts=facts | {"M": 1, "tile_m": 8}, instructions=2.4)
+    assert str(model.bound(few)) == "2.0 us, memory"
+    assert model.bound(replace(SOUND, config="bfloat16 float8_e4m3fn")) is None
+    assert set(model.GPUS) == set(contract.SHARED)
+    for arch, gpu in model.GPUS.items():  # the ceilings are of the same devices
+        assert contract.PER_BYTE[arch] == pytest.approx(model.LANES * gpu.processors * gpu.ghz / gpu.tb / 1e3, rel=0.01)
 
 
 def test_a_budget_is_written_and_read(tmp_path: Path) -> None:

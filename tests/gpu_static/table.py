@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpu_static.contract import SHARED
+from gpu_static.model import bound
 from gpu_static.run import Row
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/gpu.md"
@@ -28,6 +29,7 @@ def table(rows: list[Row]) -> str:
             "budget",
             "read",
             "written",
+            "no less than",
             "verdict",
         )
     ]
@@ -42,7 +44,7 @@ def table(rows: list[Row]) -> str:
                     f"{m.instructions:.2f}",
                     f"{row.budget[0]:.2f}" if row.budget else "-",
                 ),
-                *(f"{m.read:.2f}", f"{m.written:.2f}", verdict(row)),
+                *(f"{m.read:.2f}", f"{m.written:.2f}", str(bound(m) or "-"), verdict(row)),
             )
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,0 +1,71 @@
+"""The least time that a kernel can take on a GPU of its architecture: what it moves, issues and multiplies, each alone.
+
+A bound from below: no thread waits for another, all multiprocessors are busy, and what follows a loop is free. Where
+issue is the largest, no better overlap helps, only fewer instructions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from gpu_static.measured import Measured
+
+LANES = 128  # threads of a multiprocessor that issue an instruction in a cycle
+MATMULS = ("dequant_matmul_kernel", "scaled_matmul_kernel", "described_matmul_kernel", "dequant_matmul_backward_kernel")
+PARTS = re.compile(r"(combine|finish|grouped)_")  # kernels whose units are no elements of the shape
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Multiprocessors, their clock, and what a device copies and multiplies in a second."""
+
+    name: str
+    processors: int
+    ghz: float
+    tb: float
+    tflop: float  # of 16-bit floats into float32
+    top: float  # of int8
+
+
+GPUS = {
+    80: GPU("A100", 108, 1.41, 1.75, 312, 624),
+    86: GPU("RTX 3090", 82, 1.70, 0.9, 71, 284),
+    89: GPU("RTX 4090", 128, 2.52, 1.0, 165, 661),
+    90: GPU("H200", 132, 1.98, 4.3, 790, 1580),
+    100: GPU("B200", 148, 1.97, 7.2, 2250, 4500),
+    120: GPU("RTX 5090", 170, 2.41, 1.67, 210, 838),
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Microseconds, and what takes them: "memory", "issue" or "products"."""
+
+    us: float
+    by: str
+
+    def __str__(self) -> str:
+        return f"{self.us:.1f} us, {self.by}"
+
+
+def bound(m: Measured) -> Bound | None:
+    """Return the bound of a kernel of a shape; None where its name has no shape, or where its units are other ones."""
+    shape = re.search(r"\b(\d+)x(\d+)\b", m.config)
+    if shape is None or m.facts.get("ragged") or PARTS.match(m.kernel):
+        return None
+    gpu, units = GPUS[m.arch], int(shape[1]) * int(shape[2])
+    moved, products, passes = units * (m.read + m.written), 0.0, 1
+    if m.kernel in MATMULS:
+        M, bits, tile_m = m.facts["M"], m.facts["bits"], m.facts["tile_m"]
+        passes = -(-M // tile_m)  # each decodes the weight
+        x, y = bits["X"], bits.get("Y", bits["X"])
+        moved = (units * bits["F"] + M * (int(shape[2]) * x + int(shape[1]) * y)) / 8
+        if x < 32:
+            products = 2 * M * units / (gpu.top if x == 8 else gpu.tflop) / 1e6
+    issue = units * passes * m.instructions / (gpu.processors * gpu.ghz * 1e3 * LANES)
+    return max((Bound(moved / gpu.tb / 1e6, "memory"), Bound(issue, "issue"), Bound(products, "products")), key=us_of)
+
+
+def us_of(bound: Bound) -> float:
+    return bound.us
