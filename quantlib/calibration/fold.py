@@ -2,8 +2,8 @@
 
 Xiao et al., SmoothQuant, 2023: s[k] = max|x[k]|^a / max|w[:, k]|^(1 - a) shares outliers of activations with weights.
 Lin et al., AWQ, 2024: s[k] = rms(x[k])^a keeps the weights of channels with energy more exact; a is searched.
-Müller et al., SINQ, 2025: the spreads of rows and columns are made equal by turns (Sinkhorn), without inputs. Rows have
-scales of their own; a column shares its spread with what makes x, as in Nagel et al., Data-free quantization, 2019.
+Müller et al., SINQ, 2025: the spreads of rows and columns are made equal by turns (Sinkhorn), without inputs. What
+makes x takes the spread of a column, the scales of its blocks that of a row.
 """
 
 from __future__ import annotations
@@ -165,10 +165,10 @@ def aware(gram: Gram, pair: Pair, spec: QuantSpec) -> Tensor:
 
 
 def sinkhorn(pair: Pair) -> Tensor:
-    """sqrt(spread(x[k]) / spread(w[:, k])) by the weights alone, whose geometric mean is 1.
+    """1 / spread(w[:, k]), whose geometric mean is 1.
 
-    The spread of a column is what rows and columns are divided by, by turns, until all have the same root mean square.
-    That of x[k] is the gain of a norm, or the root mean square of a row of the layer that makes it.
+    Rows and columns are divided by their root mean squares by turns, until all have the same; the spread of a column is
+    what it was divided by.
     """
     w = torch.cat([layer.weight.detach().float() for layer in pair.targets])
     spread = torch.ones_like(w[0])
@@ -176,14 +176,11 @@ def sinkhorn(pair: Pair) -> Tensor:
         w = w / rms(w, 1)
         columns = rms(w, 0)
         w, spread = w / columns, spread * columns[0]
-    source = pair.source.weight
-    assert isinstance(source, Tensor)
-    made = source.detach().float()
-    made = made.abs().clamp_min(1e-8) if made.dim() == 1 else rms(made, 1)[:, 0]
+    s = spread.log()
     if pair.channels is not None:  # the geometric mean of the columns of a channel
-        sums = torch.zeros_like(made).index_add_(0, pair.channels, spread.log())
-        spread = (sums * (len(made) / len(spread))).exp()
-    return balanced((made / spread).sqrt())
+        n = int(pair.channels.max()) + 1
+        s = torch.zeros_like(s[:n]).index_add_(0, pair.channels, s) * (n / len(s))
+    return balanced((-s).exp())
 
 
 def rms(w: Tensor, dim: int) -> Tensor:
