@@ -34,12 +34,12 @@ from quantlib.calibration.gptq import Rounded, gptq
 from quantlib.calibration.stages import Gram, calls_of, run
 from quantlib.measure import check_weight, describe, describe_experts
 from quantlib.nn.experts import QuantExperts
-from quantlib.nn.functional import Weight
+from quantlib.nn.functional import Weight, rotated
 from quantlib.nn.module import QuantModule
 from quantlib.ops.check import one_of
 from quantlib.record import record_
 from quantlib.report import Report, aligned
-from quantlib.spec import QuantSpec, check_dynamic
+from quantlib.spec import QuantSpec, check_dynamic, check_unrotated
 
 METHODS = ("gptq", "awq", "smoothquant", "sinkhorn", "awq+gptq", "smoothquant+gptq", "sinkhorn+gptq")
 
@@ -191,6 +191,11 @@ def calibrate(
         raise ValueError("model must have an nn.Linear to quantize, got none")
     for s in {*specs.values(), *([common] if common else [])}:
         check_dynamic(s)
+    for name in experts if common is not None else ():
+        check_unrotated(common, f"experts, {name}")
+    if method.startswith("awq"):
+        for s in specs.values():
+            check_unrotated(s, "awq, which searches the scales of channels that are not mixed")
     for name, layer in layers.items():
         if weight_of(layer).is_meta:
             raise ValueError(f"weight of layer {name} must be there, got one on meta")
@@ -294,9 +299,12 @@ def calibrate(
             replace_experts(name, stacks)
 
         def rounded(name: str, w: Tensor, gram: Gram, s: QuantSpec, biased: bool) -> Rounded:
-            mean = gram.total / gram.tokens if biased else None
+            mean, H = gram.total / gram.tokens if biased else None, gram.H / gram.tokens
+            if s.hadamard:  # the codes are those of rotated columns, for rotated inputs
+                w, H = rotated(w, s), rotated(rotated(H, s).T, s)
+                mean = None if mean is None else rotated(mean, s)
             try:
-                return gptq(w, gram.H / gram.tokens, s, damping, search, mean)
+                return gptq(w, H, s.unrotated, damping, search, mean)
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from None
 
