@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from quantlib.ops.fake_quantize import fake_quantize
     from quantlib.ops.grouped_dequant_matmul import grouped_dequant_matmul
     from quantlib.ops.grouped_dynamic_matmul import grouped_dynamic_matmul
+    from quantlib.ops.hadamard import hadamard
     from quantlib.ops.packing import pack, unpack
     from quantlib.ops.quantize import quantize
     from quantlib.ops.quantize_dynamic import quantize_dynamic
@@ -52,6 +53,7 @@ _HOME = {
     "fake_quantize": "ops",
     "grouped_dequant_matmul": "ops",
     "grouped_dynamic_matmul": "ops",
+    "hadamard": "ops",
     "library_path": "backends",
     "pack": "ops",
     "prepare_qat_": "qat",
@@ -91,6 +93,7 @@ __all__ = [
     "fake_quantize",
     "grouped_dequant_matmul",
     "grouped_dynamic_matmul",
+    "hadamard",
     "library_path",
     "nn",
     "optim",

@@ -21,7 +21,7 @@ from quantlib.nn.qat_experts import QATExperts
 from quantlib.ops.check import dtype_name, one_of
 from quantlib.record import record_
 from quantlib.report import LayerReport, Report
-from quantlib.spec import QuantSpec, check_dynamic
+from quantlib.spec import QuantSpec, check_dynamic, check_unrotated
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -107,6 +107,9 @@ def quantize_(
     on_meta += [weight.is_meta for module in experts.values() for weight in stacks_of(module).values()]
     if not all(on_meta):  # a skeleton's scales are still to be loaded
         check_dynamic(spec)
+    for name, module in (layers | experts).items() if spec.hadamard else ():
+        if not isinstance(module, nn.Linear):
+            check_unrotated(spec, f"{name}, {type(module).__name__}")
     for name, layer in layers.items():
         check_weight(f"weight of layer {name}", weight_of(layer).flatten(1), spec, on_nonfinite)
     for name, module in experts.items():

@@ -32,7 +32,7 @@ from quantlib.nn.qat import QAT, QATModule
 from quantlib.nn.qat_experts import QATExperts
 from quantlib.record import record_
 from quantlib.report import LayerReport, Report
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, check_unrotated
 
 
 def prepare_qat_(
@@ -106,6 +106,7 @@ def prepare_qat_(
     QuantLinear(in_features=64, out_features=64, bias=True, spec=int8:row@int8:row)
     """
     spec = QuantSpec.parse(spec)
+    check_unrotated(spec, "training")
     check_root(model)
     types = checked_types(types)
     skipped = reasons_to_skip(model, filter_fn, types, QUANTIZED.get)

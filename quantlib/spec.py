@@ -1,7 +1,7 @@
 """The spec of a weight: a format, how many weights share a scale, symmetric or affine; and that of the activations.
 
-As text, ``format[:per][:affine][:scale][:search][@activation[:static]]``, where a weight and an activation are written
-alike::
+As text, ``format[:per][:affine][:scale][:search][:hadamard][@activation[:static]]``, where a weight and an activation
+are written alike::
 
     int8                 int8, one scale a row (per channel, the default of int8)
     int4:group:32        int4, one scale for 32 weights of a row
@@ -9,12 +9,13 @@ alike::
     uint8:row:affine     uint8 with a zero point
     int4:group:32:bfloat16    int4, whose scales are kept in bfloat16 or float16 instead of float32
     int4:group:32:mse         int4, with the scales that leave the least error in place of those of the whole range
+    int8:row:hadamard@int8:row    int8 weights and activations, both multiplied by a Hadamard matrix before
     bfloat16             a plain cast: no scale
     int8:row@int8:row    int8 weights, and activations quantized to int8 per token as they arrive
     int8:channel@int8:token    the same: a channel is a row of the weight, a token is a row of the activations
     int8@int8:tensor:static    the same with one scale for all activations, which training or calibration found
 
-or one of the names of `SCHEMES`, such as ``W8A16``, with a search: ``W4A16:magnitude``.
+or one of the names of `SCHEMES`, such as ``W8A16``, with words behind it: ``W4A16:magnitude``, ``W8A8:hadamard``.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ SCHEMES = {
 }
 
 GRAMMAR = (
-    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16][:mse|:magnitude][@activation[:static]], "
+    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16][:mse|:magnitude][:hadamard]"
+    "[@activation[:static]], "
     "e.g. int8:row, int4:group:32, W8A16, W8A8"
 )
 TARGETS = tuple(f.name for f in formats.TABLE)
 SCALES = ("float32", "bfloat16", "float16")  # the dtypes that a scale may be kept in
+MOST_ROTATED = 1024  # columns of a Hadamard matrix
 SEARCHES = ("mse", "magnitude")  # what the scales of a weight may be searched by
 
 
@@ -76,6 +79,9 @@ class QuantSpec:
     search : {"minmax", "mse", "magnitude"}
         Of a weight: whether its scales are those of the whole range, or the parts of them that leave the least error,
         as `compute_scale` takes it for its method. Only the time that it takes to make codes differs.
+    hadamard : bool
+        True for a linear layer whose columns, and whose input, are multiplied by a Hadamard matrix before they are
+        quantized, which spreads outliers: `quantlib.hadamard`, in blocks of `rotation` columns.
     group_size : int, optional
         N of a scale per group; the attribute `per` says it afterwards.
 
@@ -101,6 +107,7 @@ class QuantSpec:
     static: bool = False
     scale: str = "float32"
     search: str = "minmax"
+    hadamard: bool = False
     group_size: InitVar[int | None] = None
 
     def __post_init__(self, group_size: int | None) -> None:
@@ -129,6 +136,11 @@ class QuantSpec:
         if self.search != "minmax" and (per is None or self.static):
             what = "a static activation" if self.static else f"{row.name} without a scale"
             raise ValueError(f"search must be minmax for {what}, got {self.search}")
+        if not isinstance(self.hadamard, bool):
+            raise TypeError(f"hadamard must be True or False, got {self.hadamard!r}")
+        if self.hadamard and (per is None or self.static):
+            what = "a static activation" if self.static else f"{row.name} without a scale"
+            raise ValueError(f"hadamard must be False for {what}, got True")
         activation = None if self.activation is None else QuantSpec.parse(self.activation)
         if activation is not None and activation.activation is not None:
             raise ValueError(f"activation must be a format without an activation of its own, got {activation}")
@@ -136,6 +148,8 @@ class QuantSpec:
             raise ValueError(f"activation must have a scale, got {activation}, a plain cast: convert the input instead")
         if activation is not None and activation.scale != "float32":
             raise ValueError(f"activation must have scales of float32, got {activation}")
+        if activation is not None and activation.hadamard:
+            raise ValueError(f"activation must be rotated by the word hadamard of its weight, got {activation}")
         if activation is not None and activation.search != "minmax":
             raise ValueError(f"activation must have the scales of its range, got {activation}")
         settled = {"format": row.name, "per": per, "symmetric": symmetric, "activation": activation, "scale": scale}
@@ -154,7 +168,9 @@ class QuantSpec:
         if isinstance(spec, QuantSpec):
             return spec
         text = spec if isinstance(spec, str) else str(spec).removeprefix("torch.")
-        whole = text.strip().lower()
+        weight, at, activation = text.strip().lower().partition("@")
+        hadamard = weight.endswith(":hadamard")
+        whole = weight.removesuffix(":hadamard") + at + activation
         weight, at, activation = SCHEMES.get(whole, whole).partition("@")
         scheme, _, search = weight.rpartition(":")
         if search in SEARCHES and (known := SCHEMES.get(scheme)):  # W8A8:mse, whose activation follows
@@ -170,7 +186,7 @@ class QuantSpec:
                 raise ValueError("an activation must follow the @")
             per = ":".join(words) or None
             symmetric = False if affine else None
-            return cls(name, per, symmetric, activation or None, static, scale, search)  # type: ignore[arg-type]
+            return cls(name, per, symmetric, activation or None, static, scale, search, hadamard)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"spec must be {GRAMMAR}, got {spec!r}: {error}") from None
 
@@ -198,6 +214,15 @@ class QuantSpec:
     def kept(self) -> QuantSpec:
         """The spec of a stored weight: this one without the activation and the search."""
         return replace(self, activation=None, search="minmax")
+
+    @property
+    def unrotated(self) -> QuantSpec:
+        """The same without the Hadamard matrix: the spec of what has been multiplied by it."""
+        return replace(self, hadamard=False)
+
+    def rotation(self, columns: int) -> int:
+        """The size of the Hadamard matrix: the largest power of two that divides ``columns``, at most 1024."""
+        return min(columns & -columns, MOST_ROTATED) or 1
 
     def block(self, shape: Sequence[int]) -> tuple[int, int]:
         """(br, bk): rows and columns of the block that shares a scale, in a matrix [..., K] viewed as [M, K]."""
@@ -235,7 +260,7 @@ class QuantSpec:
         scale = "" if self.scale == "float32" else self.scale
         search = "" if self.search == "minmax" else self.search
         affine, static = "" if self.symmetric else "affine", "static" if self.static else ""
-        words = (self.format, self.per, affine, scale, search, static)
+        words = (self.format, self.per, affine, scale, search, "hadamard" if self.hadamard else "", static)
         text = ":".join(word for word in words if word)
         return text if self.activation is None else f"{text}@{self.activation}"
 
@@ -283,6 +308,18 @@ def check_of_weight(spec: QuantSpec) -> None:
     """
     if spec.static:
         raise ValueError(f"spec must be static in its activation only, got {spec}")
+
+
+def check_unrotated(spec: QuantSpec, what: str) -> None:
+    """Check that ``spec`` is without a Hadamard matrix, for ``what`` multiplies no input by one.
+
+    Raises
+    ------
+    ValueError
+        For a spec with one.
+    """
+    if spec.hadamard:
+        raise ValueError(f"spec must be without hadamard for {what}, got {spec}")
 
 
 def check_dynamic(spec: QuantSpec) -> None:

@@ -34,14 +34,14 @@ from quantlib.calibration.gptq import Rounded, gptq
 from quantlib.calibration.stages import Gram, calls_of, run
 from quantlib.measure import check_weight, describe, describe_experts
 from quantlib.nn.experts import QuantExperts
-from quantlib.nn.functional import Weight
+from quantlib.nn.functional import Weight, rotated
 from quantlib.nn.module import QuantModule
 from quantlib.ops.check import one_of
 from quantlib.record import record_
 from quantlib.report import Report, aligned
-from quantlib.spec import QuantSpec, check_dynamic
+from quantlib.spec import QuantSpec, check_dynamic, check_unrotated
 
-METHODS = ("gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
+METHODS = ("gptq", "awq", "smoothquant", "sinkhorn", "awq+gptq", "smoothquant+gptq", "sinkhorn+gptq")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class CalibrationReport:
 @torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
-    inputs: Iterable[Any],
+    inputs: Iterable[Any] | None,
     spec: Any = "W4A16",
     method: str = "gptq",
     *,
@@ -123,16 +123,18 @@ def calibrate(
     ----------
     model : nn.Module
         As for `quantize_`, with its weights.
-    inputs : iterable
+    inputs : iterable, or None
         Batches that the model is called with: a tensor, a tuple of arguments, or a mapping of them. A thousand tokens
-        of text like that of later use do for a language model.
+        of text like that of later use do for a language model. sinkhorn needs none: with None the ``dummy_inputs`` of
+        transformers show that the model computes what it did.
     spec : QuantSpec, what `QuantSpec.parse` takes, or a mapping of names of layers to these
         A mapping, as `assign` gives it, leaves layers that it does not name as they are.
-    method : {"gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq"}
+    method : {"gptq", "awq", "smoothquant", "sinkhorn", "awq+gptq", "smoothquant+gptq", "sinkhorn+gptq"}
         gptq: columns of a weight are rounded one by one, and the error of each is moved into those that are left. awq
         and smoothquant: channels of the inputs are scaled, and the scales folded into the norm or the layer before,
         for the least error of the weights, or for activations that are easier to quantize; then weights are rounded.
-        They need a model whose norms and layers have the names of Llama's.
+        sinkhorn: the same by the weights alone, whose columns and rows get more equal spreads. They need a model whose
+        norms and layers have the names of Llama's; sinkhorn scales the values of BERT's attention too.
     filter_fn : callable (module, name) -> bool, optional
         Which of the layers; all of them by default.
     damping : float
@@ -160,13 +162,14 @@ def calibrate(
     TypeError
         For a model that is not a module, or inputs that are no batches.
     ValueError
-        For inputs that are empty, of another float dtype or not finite, an unknown spec, method or layer, one with
-        static activations, a weight that is not finite, or a model that a method cannot scale.
+        For inputs that are empty, of another float dtype or not finite, or None where the method or the model needs
+        some, an unknown spec, method or layer, one with static activations, a weight that is not finite, or a model
+        that a method cannot scale.
 
     Notes
     -----
-    Frantar et al., GPTQ, 2023; Lin et al., AWQ, 2024; Xiao et al., SmoothQuant, 2023. Sums are made by torch's matrix
-    products, so that codes may differ between machines, but not between runs on one.
+    Frantar et al., GPTQ, 2023; Lin et al., AWQ, 2024; Xiao et al., SmoothQuant, 2023; Müller et al., SINQ, 2025. Sums
+    are made by torch's matrix products, so that codes may differ between machines, but not between runs on one.
     """
     if method not in METHODS:
         raise ValueError(f"method must be {one_of(METHODS)}, got {method!r}")
@@ -188,6 +191,11 @@ def calibrate(
         raise ValueError("model must have an nn.Linear to quantize, got none")
     for s in {*specs.values(), *([common] if common else [])}:
         check_dynamic(s)
+    for name in experts if common is not None else ():
+        check_unrotated(common, f"experts, {name}")
+    if method.startswith("awq"):
+        for s in specs.values():
+            check_unrotated(s, "awq, which searches the scales of channels that are not mixed")
     for name, layer in layers.items():
         if weight_of(layer).is_meta:
             raise ValueError(f"weight of layer {name} must be there, got one on meta")
@@ -195,7 +203,7 @@ def calibrate(
     for name, module in experts.items():
         for key, weight in stacks_of(module).items():
             check_weight(f"{key} of {name}", weight.flatten(0, -2), common or specs[name], "raise")
-    calls = calls_of(inputs, model)
+    calls = calls_of(inputs_of(model, method) if inputs is None else inputs, model)
 
     done = CalibrationReport(Report(skipped=skipped))
     finished = None
@@ -291,9 +299,12 @@ def calibrate(
             replace_experts(name, stacks)
 
         def rounded(name: str, w: Tensor, gram: Gram, s: QuantSpec, biased: bool) -> Rounded:
-            mean = gram.total / gram.tokens if biased else None
+            mean, H = gram.total / gram.tokens if biased else None, gram.H / gram.tokens
+            if s.hadamard:  # the codes are those of rotated columns, for rotated inputs
+                w, H = rotated(w, s), rotated(rotated(H, s).T, s)
+                mean = None if mean is None else rotated(mean, s)
             try:
-                return gptq(w, gram.H / gram.tokens, s, damping, search, mean)
+                return gptq(w, H, s.unrotated, damping, search, mean)
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from None
 
@@ -344,3 +355,14 @@ def calibrate(
     account(model, done.report)
     record_(model)
     return done
+
+
+def inputs_of(model: nn.Module, method: str) -> list[Any]:
+    """A batch that shows whether ``model`` computes what it did, for a method that needs no inputs."""
+    if method != "sinkhorn":
+        raise ValueError(f"inputs must be batches for {method}, got None")
+    found = getattr(model, "dummy_inputs", None)
+    if not isinstance(found, Mapping):
+        raise ValueError("inputs must hold a batch for a model without dummy_inputs, got None")
+    device = next(model.parameters()).device
+    return [{name: x.to(device) if isinstance(x, Tensor) else x for name, x in found.items()}]

@@ -34,6 +34,8 @@ def refuses(weight: Found) -> str:
     assert spec is not None
     if spec.format not in FORMATS:
         return f"compressed-tensors has no {spec.format} with these scales"
+    if spec.hadamard:
+        return "compressed-tensors has no columns that are rotated in blocks"
     if len(weight.float_shape) != 2:
         return "compressed-tensors holds matrices"
     if spec.format == "int4" and (spec.per == "tensor" or "tile" in str(spec.per)):

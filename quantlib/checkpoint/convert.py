@@ -284,7 +284,9 @@ class Projection:
         if self.stored.stack.transposed:  # rows of the matrix are columns of the file, which has them apart
             elements = max(SLAB, COLUMNS * K)
         jobs: list[Job]
-        if self.spec.per == "tensor" and self.spec.search == "minmax":  # a search reads all values at once
+        if (
+            self.spec.per == "tensor" and self.spec.search == "minmax" and not self.spec.hadamard
+        ):  # which read all at once
             jobs = [partial(self._with_one_scale, e) for e in range(E)]
         else:
             parts = list(slabs(N, K, min(multiple, max(N, 1)), elements))

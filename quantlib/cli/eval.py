@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="SPEC",
-        help=f"{GRAMMAR}; SPEC+gptq, SPEC+awq and SPEC+smoothquant calibrate, a number of bits assigns a spec a layer",
+        help=f"{GRAMMAR}; SPEC+gptq, +awq, +smoothquant, +sinkhorn calibrate, a number of bits assigns a spec a layer",
     )
     parser.add_argument(
         "--text",

@@ -32,7 +32,7 @@ from quantlib.nn.linear import kernel_of
 from quantlib.nn.module import rebind_hooks, taken_over, zero_codes
 from quantlib.nn.weight import DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, check_unrotated
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -198,6 +198,7 @@ class QuantExperts(Routed):
         new: QuantExperts = form.__new__(form)
         vars(new).update(taken_over(experts))
         new.spec, new.stacks, new._adapters = QuantSpec.parse(spec), {}, {}
+        check_unrotated(new.spec, "experts")
         for name, way in ways_of(experts).items():
             weight = new._parameters.pop(name)
             assert weight is not None

@@ -21,7 +21,7 @@ from quantlib.nn.leaf import Leaf
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
 from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.ops.check import is_sharded
-from quantlib.spec import QuantSpec
+from quantlib.spec import QuantSpec, check_unrotated
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -111,6 +111,7 @@ class FakeQuantize(Leaf, KeepsDtype):
     ) -> None:
         super().__init__()
         self.spec = QuantSpec.parse(spec).weight_only
+        check_unrotated(self.spec, "fake quantization")
         if scale not in ("learned", "observed", "dynamic"):
             raise ValueError(f"scale must be learned, observed or dynamic, got {scale!r}")
         if mask not in ("rounded", "lsq"):

@@ -45,6 +45,8 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
         Called with some rows of x [M, K] at a time and with their codes, while both are in a cache.
     """
     x = x.detach()
+    if spec.hadamard:
+        x, spec = rotated(x, spec), spec.unrotated
     if seen is not None and not x.is_meta:
         return _quantize_rows(x, spec, seen)
     if not spec.scaled:
@@ -63,12 +65,22 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
     return Weight(ops.quantize(x, scale, spec.format, block=block, zero_point=zero_point), scale, zero_point)
 
 
+def rotated(x: Tensor, spec: QuantSpec) -> Tensor:
+    """x [..., K] as ``spec`` quantizes it: times a Hadamard matrix if it says so. Twice it is x, but for rounding."""
+    if not spec.hadamard:
+        return x
+    narrow = x.float() if x.dtype == torch.float64 else x
+    return _cast(ops.hadamard(narrow, spec.rotation(x.shape[-1])), x.dtype)
+
+
 def continue_weight(weight: Weight, x: Tensor, kept: int, spec: QuantSpec) -> Weight:
     """Codes of x [M, K] whose first ``kept`` rows are those of ``weight``, which has them or more.
 
     Rows that share a scale with these are quantized with it, if it is large enough for them; else all that share it
     are quantized anew.
     """
+    if spec.hadamard:
+        x, spec = rotated(x, spec), spec.unrotated
     if not spec.scaled:
         return Weight(torch.cat([weight.codes[:kept], ops.cast(x[kept:], spec.format)]))
     br = spec.block(x.shape)[0]
@@ -163,8 +175,10 @@ def rows_of(weight: Weight, rows: slice, br: int) -> Weight:
 
 
 def dequantize_weight(weight: Weight, spec: QuantSpec, size: int, dtype: torch.dtype) -> Tensor:
-    """y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk], of ``dtype``; ``size`` is K."""
+    """y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk], of ``dtype``, rotated back; ``size`` is K."""
     block = spec.block((*weight.codes.shape[:-1], size))
+    if spec.hadamard:
+        return _cast(rotated(_values(weight, spec.format, block, size, torch.float32), spec), dtype)
     return _values(weight, spec.format, block, size, dtype)
 
 

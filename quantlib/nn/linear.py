@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import backends, ops
-from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project, scale_dtype
+from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project, rotated, scale_dtype
 from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
 from quantlib.nn.weight import QuantParameter
@@ -79,6 +79,7 @@ class QuantLinear(QuantModule, nn.Linear):
     """
 
     FLOAT = nn.Linear
+    ROTATES = True
     KEPT = (*PARTS, "input_scale", "input_zero_point")
     OWN = (*QuantModule.OWN, "batch_invariant", "kernel", "_fixed")
     input_scale: nn.Parameter | None
@@ -203,8 +204,9 @@ class QuantLinear(QuantModule, nn.Linear):
         if self.batch_invariant:
             self._check_batch_invariant(x)
         if scale is None or x.dtype == torch.float64:
-            x = x if activation is None else project(x, activation, self._static())
+            x = x if activation is None else rotated(project(rotated(x, spec), activation, self._static()), spec)
             return F.linear(x, self.values(x.dtype), None if bias is None else bias.to(x.dtype))
+        x = rotated(x, spec)
         bias = bias if bias is None or bias.dtype in SOURCES else bias.float()
         if self.kernel == "dynamic_matmul" and not cuts_columns(x):
             return ops.dynamic_matmul(x, codes, scale, spec.format, block=self.block, zero_point=zero_point, bias=bias)

@@ -27,7 +27,7 @@ from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
 from quantlib.ops.flops import register_if_counting
 from quantlib.ops.sharding import Matrix, refusal
-from quantlib.spec import SCALES, QuantSpec, check_dynamic, stored_shape
+from quantlib.spec import SCALES, QuantSpec, check_dynamic, check_unrotated, stored_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,6 +77,7 @@ class QuantModule(Leaf):
         "_viewed",
         "_shared",
     )  # attributes that the float module does not have
+    ROTATES: ClassVar[bool] = False  # True if it multiplies its input as a spec with hadamard says
     _version = 2  # of the state: what `load_state_dict` of this and every later version reads
     spec: QuantSpec
     block: tuple[int, int]
@@ -366,6 +367,8 @@ class QuantModule(Leaf):
     def _allocate(self, spec: QuantSpec, dtype: torch.dtype | None, device: Any) -> None:
         """Codes of 0 for the weight of `weight_shape`, and scales of 1."""
         register_if_counting()
+        if not self.ROTATES:
+            check_unrotated(spec, f"an nn.{self.FLOAT.__name__}")
         self.spec, self.block = spec, spec.block(self._matrix)
         self._viewed = dtype_of(spec.row) if is_fp8(spec) else None
         self.dtype = torch.get_default_dtype() if dtype is None else dtype

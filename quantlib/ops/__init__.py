@@ -26,6 +26,7 @@ from quantlib.ops.fake_quantize_backward import attach_gradient
 from quantlib.ops.grouped_dequant_matmul import grouped_dequant_matmul
 from quantlib.ops.grouped_dequant_matmul_backward import attach_gradients as attach_gradients_of_experts
 from quantlib.ops.grouped_dynamic_matmul import grouped_dynamic_matmul
+from quantlib.ops.hadamard import hadamard
 from quantlib.ops.packing import pack, unpack
 from quantlib.ops.quantize import quantize
 from quantlib.ops.quantize_dynamic import quantize_dynamic
@@ -58,6 +59,7 @@ __all__ = [
     "grad_factor",
     "grouped_dequant_matmul",
     "grouped_dynamic_matmul",
+    "hadamard",
     "pack",
     "quantize",
     "quantize_dynamic",

@@ -39,7 +39,7 @@ def differentiable(overload: str, backward: Callable[..., Gradients], jvp: Calla
     defaults = tuple(a.default_value for a in bound.schema)
     tensors = [a.name for a in bound.schema if "Tensor" in str(a.type)]  # which autograd itself keeps
     others = [name for name in bound.names if name not in tensors]
-    tensors_of, others_of = (operator.itemgetter(*map(bound.names.index, names)) for names in (tensors, others))
+    tensors_of, others_of = (picked(list(map(bound.names.index, names))) for names in (tensors, others))
     known = set(bound.names)
     after = torch._C._after_autograd_keyset
 
@@ -86,6 +86,12 @@ def differentiable(overload: str, backward: Callable[..., Gradients], jvp: Calla
             return op.redispatch(keyset & after, *args)
 
     backends.implement(overload, kernel, "Autograd", with_keyset=True)
+
+
+def picked(places: list[int]) -> Callable[[Any], tuple[Any, ...]]:
+    """The function that takes what lies at ``places`` of a sequence."""
+    get = operator.itemgetter(*places)
+    return get if len(places) > 1 else lambda args: (get(args),)
 
 
 class StraightThrough(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The numeric meaning of every op, in NumPy, on one page (contract C3-C7).
+"""The numeric meaning of every op, in NumPy, on one page (contract C3-C7, C14).
 
 An n-D x is viewed as [M, K] = [product of the leading sizes, last size]; element (i, j) uses
 ``scale[i // br, j // bk]`` of a float32 scale of shape [ceil(M / br), ceil(K / bk)]. ``x`` is float32: a narrower
@@ -14,7 +14,7 @@ from quantlib.formats import FloatFormat, IntFormat
 from quantlib.reference import numerics, packing
 from quantlib.reference.numerics import Array
 
-__all__ = ["cast", "compute_scale", "dequantize", "quantize", "quantize_dynamic"]
+__all__ = ["cast", "compute_scale", "dequantize", "hadamard", "quantize", "quantize_dynamic"]
 
 Block = tuple[int, int]
 
@@ -88,6 +88,18 @@ def quantize_dynamic(x: Array, format: str, *, block: Block, symmetric: bool = T
         scale, zero_point = result
         return quantize(x, scale, format, block=block, zero_point=zero_point), scale, zero_point
     return quantize(x, result, format, block=block), result
+
+
+def hadamard(x: Array, block: int, dtype: str = "float32") -> Array:
+    """y[..., b n + i] = sum over j of (-1)^(bits that i and j share) x[..., b n + j] / sqrt(n), n the block"""
+    y, h = np.asarray(x, np.float32), 1
+    with np.errstate(all="ignore"):
+        while h < block:
+            pairs = y.reshape(-1, 2, h)
+            a, b = pairs[:, 0], pairs[:, 1]
+            y, h = np.stack([a + b, a - b], 1), 2 * h
+        y = y.reshape(np.shape(x)) * np.float32(block**-0.5)
+        return numerics.encode_float(y, _float(dtype))
 
 
 def matrix(x: Array) -> Array:

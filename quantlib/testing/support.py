@@ -169,6 +169,8 @@ def _of_one(argument: Any, row: Row, device: str) -> Any:
     given |= {"format": row.format, "block": list(BLOCK), "saturate": True, "method": "mse", "kept": "float32"}
     if row.overload.startswith("adamw_step"):  # whose formats are those of its states
         given |= _step(row, device)
+    if row.overload.startswith("hadamard"):  # whose format is that of x
+        given |= {"x": given["x"].to(getattr(torch, f.dtype_name)), "block": BLOCK[1]}
     return given.get(argument.name, argument.default_value)
 
 

@@ -12,6 +12,7 @@ from quantlib.testing import every, learned, product
 from quantlib.testing.__main__ import in_processes, main
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.rotated import Rotated
 from quantlib.testing.steps import Step
 from quantlib.testing.table import DTYPES
 
@@ -23,7 +24,7 @@ def test_no_case_is_there_twice() -> None:
         assert len(set(map(str, table))) == len(table)
 
 
-@pytest.mark.parametrize("op", [op for op in every.OPS if op not in ("cast", "adamw_step")])
+@pytest.mark.parametrize("op", [op for op in every.OPS if op not in ("cast", "adamw_step", "hadamard")])
 def test_every_kernel_is_launched(op: str) -> None:
     """The table has every format, dtype and kind of zero point of the op, tiles and both masks too."""
     table = every.launches(op)
@@ -45,6 +46,14 @@ def test_every_kernel_of_a_step_is_launched() -> None:
     kinds = {(case.dtype, case.format, case.random) for case in table}
     assert kinds == {(d, f, r) for d in DTYPES for f in ("int8", "float32") for r in {False, d == "bfloat16"}}
     assert {case.layout for case in table} >= {"contiguous", "offset"}
+
+
+def test_every_kernel_of_a_rotation_is_launched() -> None:
+    """Every block with every dtype, with values that are not finite too."""
+    table = [case for case in every.launches("hadamard") if isinstance(case, Rotated)]
+    kinds = {(case.dtype, case.block, case.special) for case in table}
+    assert kinds == {(d, 1 << k, s) for d in DTYPES for k in range(11) for s in (False, True)}
+    assert {case.layout for case in table} == {"contiguous", "offset"}
 
 
 def test_a_share_of_them_is_right_here() -> None:

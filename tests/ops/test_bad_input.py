@@ -409,8 +409,23 @@ OF_EXPERTS_DYNAMICALLY = [
         ),
     ),
 ]
+DIVIDES = "block must be a power of two, at most 1024, that divides the last size"
+ROTATING = [
+    ("x must be float32, float16 or bfloat16, got int8", lambda: quant.hadamard(ones(2, 4).to(torch.int8), 4)),
+    (f"{DIVIDES} 6, got 4", lambda: quant.hadamard(ones(2, 6), 4)),
+    (f"{DIVIDES} 6, got 3", lambda: quant.hadamard(ones(2, 6), 3)),
+    (f"{DIVIDES} 6, got 0", lambda: quant.hadamard(ones(2, 6), 0)),
+    (f"{DIVIDES} 6, got -2", lambda: quant.hadamard(ones(2, 6), -2)),
+    (f"{DIVIDES} 4096, got 2048", lambda: quant.hadamard(ones(1, 4096), 2048)),
+    (f"{DIVIDES} 1, got 2", lambda: quant.hadamard(torch.tensor(1.0), 2)),
+    (
+        "out must be float32 [2, 4] on cpu, got float32 [4, 2] on cpu",
+        lambda: quantlib.hadamard(ones(2, 4), 4, out=ones(4, 2)),
+    ),
+]
 BAD = {
     "cast": CASTING,
+    "hadamard": ROTATING,
     "compute_scale": SCALING,
     "search_scale": SEARCHING,
     "quantize": QUANTIZING,

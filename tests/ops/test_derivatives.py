@@ -69,6 +69,7 @@ EVERY = {
     "fake affine": fake("uint8", (-1, -1), True),
     "fake fp8": fake("float8_e4m3fn", (1, 4), False),
     "cast": (lambda x: quantlib.cast(quantlib.cast(x, "bfloat16"), "float32"), (normal(3, K),)),
+    "hadamard": (lambda x: quantlib.hadamard(x, 4), (normal(3, 8),)),
     "fake_cast": (lambda x: quantlib.ops.fake_cast(x, "float8_e5m2"), (normal(3, K),)),
     "convolution": convolution("int8", 1),
     "convolution in groups": convolution("int4:group:4:affine", 2),

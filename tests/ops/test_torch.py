@@ -64,6 +64,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "cast to 16": (quant.cast.default, (x(), "bfloat16", False)),
     "cast to 8": (quant.cast.default, (x(), "float8_e4m3fn", True)),
     "cast up": (quant.cast.default, (x().half(), "float32", False)),
+    "hadamard": (quant.hadamard.default, (x()[:, :32].contiguous(), 16)),
     "compute_scale": (quant.compute_scale.default, (x(), "int8", BLOCK)),
     "compute_scale affine": (quant.compute_scale.affine, (x(), "int8", BLOCK)),
     "search_scale": (quant.search_scale.default, (x(), scale(), "int4", BLOCK, "mse", "bfloat16", zero_point())),

@@ -16,11 +16,12 @@ from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.spec import SEARCHES
-from quantlib.testing import compare, learned, product, searched, steps, table
+from quantlib.testing import compare, learned, product, rotated, searched, steps, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.rotated import Rotated
 from quantlib.testing.searched import Searched
 from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
@@ -35,6 +36,7 @@ PER_AXIS = ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine
 OPS = (
     *table.OPS,
     *searched.OPS,
+    *rotated.OPS,
     *learned.OPS,
     *product.OPS,
     *steps.OPS,
@@ -109,6 +111,8 @@ def valid(rng: Rng, op: str | None = None) -> Call:
         overload, arguments, want = _learned(rng, op)
     elif op in steps.OPS:
         overload, arguments, want = _step(rng, op)
+    elif op in rotated.OPS:
+        overload, arguments, want = _rotated(rng, op)
     elif op in HELPERS:
         return _helper(rng, op)
     elif op in PER_AXIS:
@@ -173,6 +177,13 @@ def _step(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
     given: dict[str, Any] = dict(steps.tensors(case))
     given |= {"block": case.block, "origin": None if case.origin is None else list(case.origin)}
     return op, named(op, given), steps.expected(case)
+
+
+def _rotated(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
+    block = 1 << int(rng.integers(11))
+    shape = int(rng.integers(1, 20)), block * int(rng.integers(1, 4))
+    case = Rotated(pick(rng, DTYPES), shape, block, bool(rng.integers(2)), pick(rng, ("contiguous", "offset")))
+    return op, {**rotated.tensors(case), "block": block}, rotated.expected(case)
 
 
 def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
