@@ -39,6 +39,7 @@ inline const std::vector<Dtype>& dtypes() {
               QL_DTYPE(uint32) QL_DTYPE(uint64) QL_DTYPE(int8) QL_DTYPE(int16) QL_DTYPE(int32) QL_DTYPE(int64)
                   QL_DTYPE(bool) QL_DTYPE(complex32) QL_DTYPE(complex64) QL_DTYPE(complex128)
 #undef QL_DTYPE
+                      {torch_dtype_float8_e8m0fnu(), "float8_e8m0fnu"},
   };
   return all;
 }
@@ -169,16 +170,21 @@ inline Grid check_block(const char* op, SizesView sizes, const Sizes& block) {
   return grid;
 }
 
-// scale is float32, float16 or bfloat16, of one value a block; zero_point has its shape and is int32, inside an integer
-// format's range.
+inline bool is_e8m0(const Tensor& scale) { return scale.dtype() == torch_dtype_float8_e8m0fnu(); }
+inline bool is_float32(const Tensor& scale) { return scale.dtype() == aoti_torch_dtype_float32(); }
+
+// scale is float32, float16, bfloat16 or float8_e8m0fnu, of one value a block; zero_point has its shape and is int32,
+// inside an integer format's range, or is kept as codes of the format are.
 inline void check_scale(const char* op, const Tensor& scale, const std::optional<Tensor>& zero_point, const Format& f,
                         const Sizes& expected, Device device) {
   const int32_t dtype = scale.dtype();
-  const bool narrow = dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16();
+  const bool narrow = dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16() || is_e8m0(scale);
   check_tensor(op, "scale", scale, {expected, narrow ? dtype : aoti_torch_dtype_float32()}, device);
   if (!zero_point) return;
   if (f.is_float) fail(op, "zero_point", std::string("None for ") + f.name, "a tensor");
-  check_tensor(op, "zero_point", *zero_point, {expected, aoti_torch_dtype_int32()}, device);
+  Result z = {expected, aoti_torch_dtype_int32()};
+  if (zero_point->dtype() == f.dtype) z = {expected, f.dtype}, z.sizes.back() = f.columns(expected.back());
+  check_tensor(op, "zero_point", *zero_point, z, device);
 }
 
 // Looking at values would make a device wait for the host, so only the CPU's are; a kernel clamps in any case.

@@ -15,10 +15,12 @@
 
 #include "check.h"
 #include "ops/cast.h"
+#include "ops/widen.h"
 
 namespace quantlib {
 
-QL_KERNEL(cast, Cast)  // that of the others is declared in their own file; this one also widens a bias
+QL_KERNEL(cast, Cast)  // those of ops are declared in their own files; this one also widens a bias
+QL_KERNEL(widen, Widen)
 
 // A result: a tensor of ours, or one the caller gave.
 class Output {
@@ -97,10 +99,25 @@ void check_not_negative(const char* op, const Tensor& scale, Type type, const ch
   }
 }
 
-// The values of a scale, checked. One of 16 bits becomes float32, which holds it exactly.
+// The codes of `narrow` [.., K], zero points or E8M0, as 32 bits in its place.
+inline void widen(const char* op, Tensor& narrow, const char* argument, int64_t K, Type format, int32_t dtype) {
+  Sizes sizes = narrow.sizes().vec();
+  sizes.back() = K;
+  Tensor wide = Tensor::empty(sizes, dtype, narrow.device(), {op, argument});
+  if (const int64_t n = wide.numel())
+    Backend(narrow.device())
+        .run(Widen{.M = n / K, .K = K, .codes = narrow.data(), .format = format, .out = wide.data()});
+  narrow = std::move(wide);
+}
+
+// The values of a scale, checked. One of 8 or 16 bits becomes float32, which holds it exactly.
 template <class On = Backend>
 const float* scales(const char* op, Tensor& scale, const char* argument = "scale") {
   scale.make_contiguous();
+  if (is_e8m0(scale)) {
+    widen(op, scale, argument, scale.sizes().back(), Type::float32, aoti_torch_dtype_float32());
+    return static_cast<const float*>(scale.data());
+  }
   const Type type = check_dtype(op, argument, scale.dtype(), inputs).type;
   if (type != Type::float32) {
     Tensor wide = Tensor::empty(scale.sizes(), aoti_torch_dtype_float32(), scale.device(), {op, argument});
@@ -112,11 +129,15 @@ const float* scales(const char* op, Tensor& scale, const char* argument = "scale
   return static_cast<const float*>(scale.data());
 }
 
-// The values of a zero point, checked where that costs no wait.
-inline const int32_t* zero_points(const char* op, std::optional<Tensor>& zero_point, const Format& f,
+// The values of a zero point, one for each of K blocks in a row, checked where that costs no wait.
+inline const int32_t* zero_points(const char* op, std::optional<Tensor>& zero_point, const Format& f, int64_t K,
                                   const char* argument = "zero_point") {
   if (!zero_point) return nullptr;
   zero_point->make_contiguous();
+  if (zero_point->dtype() != aoti_torch_dtype_int32()) {
+    widen(op, *zero_point, argument, K, f.type, aoti_torch_dtype_int32());
+    return static_cast<const int32_t*>(zero_point->data());
+  }
   const auto* data = static_cast<const int32_t*>(zero_point->data());
   if constexpr (Backend::reads_values) check_zero_point(op, argument, data, zero_point->numel(), f);
   return data;

@@ -19,6 +19,9 @@ QL_FN To same_bits(From from) {
 }
 QL_FN float float_of(uint32_t bits) { return same_bits<float>(bits); }
 
+// The bits of 2^(code - 127) as FP32: the value of a code of E8M0, 255 of which is NaN.
+QL_FN uint32_t exponent_bits(uint8_t code) { return code == 255 ? kNaN : code ? uint32_t(code) << 23 : 0x00400000u; }
+
 // One IEEE operation, rounded once; on a device the intrinsic can be neither approximated nor contracted (C0).
 #ifdef __CUDA_ARCH__
 QL_FN float mul(float a, float b) { return __fmul_rn(a, b); }

@@ -22,4 +22,11 @@ QL_FN int32_t unpack(uint8_t byte, int i) {
   else return code;
 }
 
+// Code j of a row of integers of at most eight bits, whatever the format.
+QL_FN int32_t integer_of(const uint8_t* row, int64_t j, const Row& f) {
+  const int32_t sign = f.is_signed ? 1 << (f.bits - 1) : 0;
+  const int32_t code = row[j >> f.log_per_byte] >> (int(j & (f.per_byte - 1)) * f.bits) & ((1 << f.bits) - 1);
+  return (code ^ sign) - sign;
+}
+
 }  // namespace quantlib

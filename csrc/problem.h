@@ -15,6 +15,9 @@ struct Grid {
   __attribute__((always_inline)) int64_t scale_cols() const { return K / bk + (K % bk != 0); }
 };
 
+// The float32 numbers that a scale may be kept as.
+enum class NarrowScale : uint8_t { bfloat16, float16, e8m0 };
+
 // The weight of a matmul: values w[n, k] = (decode(codes[n, k]) - zero_point[n / br, k / bk]) * scale[n / br, k /
 // bk]
 struct Weight {
@@ -22,10 +25,13 @@ struct Weight {
   const void* codes;  // [N, K], or [N, ceil(K / 2)] bytes where the format is packed
   Type format;
   const float* scale;         // [ceil(N / br), ceil(K / bk)]; null where there are narrow scales
-  const int32_t* zero_point;  // the same shape, or null: symmetric
-  // The same scales of 16 bits, for the kernels of CPUs that multiply floats; else null
-  const uint16_t* narrow_scale = nullptr;
-  Type narrow_type = Type::bfloat16;  // or float16
+  const int32_t* zero_point;  // the same shape; null where there are zero codes, or none: symmetric
+  // The same scales and zero points in fewer bits, for the kernels of CPUs that multiply floats; else null
+  const void* narrow_scale = nullptr;
+  NarrowScale narrow_type = NarrowScale::bfloat16;
+  const uint8_t* zero_codes = nullptr;  // codes of the format, packed where it is packed
+
+  bool is_affine() const { return zero_point || zero_codes; }
 };
 
 enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };

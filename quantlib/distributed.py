@@ -182,4 +182,5 @@ def matrix_of(quantizer: FakeQuantize, shape: Sequence[int]) -> Matrix:
     """The weight that ``quantizer`` projects, and its blocks: codes of a format that is packed are cut as bytes."""
     row, matrix = quantizer.spec.row, matrix_shape((shape[0], math.prod(shape[1:])))
     block = quantizer.spec.block(matrix) if quantizer.spec.scaled else (1, 1)
-    return Matrix(matrix, block, row.per_byte if row.packed else 1)
+    per_byte = row.per_byte if row.packed else 1
+    return Matrix(matrix, block, per_byte, 1 if quantizer.spec.symmetric else per_byte)

@@ -302,6 +302,14 @@ def nearest_bfloat16(value: float) -> float:
     return float_of(bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000)
 
 
+def power_fraction(f: Format) -> int:
+    """The fraction, of 23 bits, from which on E8M0 keeps a scale of ``f`` as the next power of two.
+
+    Below it the largest magnitude, the scale times Q, has the exponent of Q beside that of the scale.
+    """
+    return float_bits(2.0 ** math.frexp(f.max)[1] / f.max) & 0x7FFFFF
+
+
 SCALE_MIN = 2.0**-100  # smallest effective scale: 1/s stays normal (C4)
 FLOAT32 = FloatFormat("float32", 8, 23, 127, True, "high")  # the source of every projection
 

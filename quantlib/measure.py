@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantlib import formats, ops
 from quantlib.backends import compiled
+from quantlib.backends.packing import wide_zero_points
 from quantlib.nn.experts import QuantExperts
 from quantlib.nn.functional import SOURCES, Weight, dequantize_weight, rows_of, slabs_of
 from quantlib.ops.check import dtype_name
@@ -55,6 +56,8 @@ def squared_error(x: Tensor, weight: Weight, spec: QuantSpec) -> tuple[float, fl
     """The sums of squares of x [M, K] and of its error, by one pass in C++; None where that does not serve."""
     codes, scale, zero_point = weight
     scale = None if scale is None else scale.float()
+    if zero_point is not None and scale is not None:
+        zero_point = wide_zero_points(zero_point, spec.row, scale.shape[1])
     kernel = _kernel() if scale is not None and x.device.type == "cpu" and x.dtype in SOURCES else None
     given = [t for t in (x, codes, scale, zero_point) if t is not None]
     if kernel is None or not all(type(t.detach()) is Tensor and t.is_contiguous() for t in given) or not x.numel():

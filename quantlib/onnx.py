@@ -240,7 +240,11 @@ def weight_of(op: Any, codes: Value, scale: Value, f: Format, block: Block, zero
     parts = [scale]
     if zero_point is not None:
         lowest, highest = (op.Cast(number(op, q), to=INT32) for q in f.code_range)
-        parts.append(op.Cast(op.Clip(zero_point, lowest, highest), to=CODES[f.name]))
+        if zero_point.dtype is None or int(zero_point.dtype) == INT32:
+            zero_point = op.Clip(zero_point, lowest, highest)
+        else:  # kept as codes
+            zero_point = unpacked(op, zero_point, f, int(scale.shape[1]))
+        parts.append(op.Cast(zero_point, to=CODES[f.name]))
     if whole:
         return op.DequantizeLinear(codes, *(op.Squeeze(part) for part in parts))
     parts = [rows(op, part, N, br) for part in parts]

@@ -8,6 +8,7 @@ are written alike::
     int8:tile:128        int8, one scale for a tile of 128 x 128 weights
     uint8:row:affine     uint8 with a zero point
     int4:group:32:bfloat16    int4, whose scales are kept in bfloat16 or float16 instead of float32
+    float4_e2m1fn:group:32:e8m0    E2M1, whose scales are powers of two, of a byte each: MXFP4
     int4:group:32:mse         int4, with the scales that leave the least error in place of those of the whole range
     int8:row:hadamard@int8:row    int8 weights and activations, both multiplied by a Hadamard matrix before
     bfloat16             a plain cast: no scale
@@ -42,12 +43,17 @@ SCHEMES = {
 }
 
 GRAMMAR = (
-    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16][:mse|:magnitude][:hadamard]"
+    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16|:e8m0][:mse|:magnitude][:hadamard]"
     "[@activation[:static]], "
     "e.g. int8:row, int4:group:32, W8A16, W8A8"
 )
 TARGETS = tuple(f.name for f in formats.TABLE)
-SCALES = ("float32", "bfloat16", "float16")  # the dtypes that a scale may be kept in
+SCALES = {  # what a scale may be kept in, and its dtype
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "e8m0": "float8_e8m0fnu",
+}
 MOST_ROTATED = 1024  # columns of a Hadamard matrix
 SEARCHES = ("mse", "magnitude")  # what the scales of a weight may be searched by
 
@@ -73,9 +79,9 @@ class QuantSpec:
     static : bool
         True for a per-tensor activation whose scale is kept with the layer and does not follow the input. It comes from
         `prepare_qat_` and `convert_`.
-    scale : {"float32", "bfloat16", "float16"}
-        The dtype that the scales of a weight are kept in: 16 bits halve what they take. They are rounded before the
-        codes are made, and are exact in float32, in which they are multiplied.
+    scale : {"float32", "bfloat16", "float16", "e8m0"}
+        The dtype that the scales of a weight are kept in: 16 bits halve what they take, and E8M0, powers of two, is
+        one byte. They are rounded before the codes are made, and are exact in float32, in which they are multiplied.
     search : {"minmax", "mse", "magnitude"}
         Of a weight: whether its scales are those of the whole range, or the parts of them that leave the least error,
         as `compute_scale` takes it for its method. Only the time that it takes to make codes differs.
@@ -126,8 +132,13 @@ class QuantSpec:
         if self.static and (per != "tensor" or self.activation is not None):
             raise ValueError(f"static must be False but for an activation with one scale, per tensor, got per {per}")
         scale = str(self.scale).removeprefix("torch.")
+        scale = "e8m0" if scale == SCALES["e8m0"] else scale
         if scale not in SCALES:
-            raise ValueError(f"scale must be {', '.join(SCALES[:-1])} or {SCALES[-1]}, got {self.scale!r}")
+            *most, last = SCALES
+            raise ValueError(f"scale must be {', '.join(most)} or {last}, got {self.scale!r}")
+        if scale == "e8m0" and (getattr(row, "is_book", False) or self.search != "minmax"):
+            what = f"{row.name}, a code book" if self.search == "minmax" else f"the search {self.search}"
+            raise ValueError(f"scale must be float32, bfloat16 or float16 for {what}, got e8m0")
         if scale != "float32" and (per is None or self.static):
             what = "a static activation" if self.static else f"{row.name} without a scale"
             raise ValueError(f"scale must be float32 for {what}, got {scale}")
@@ -248,13 +259,18 @@ class QuantSpec:
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of the codes, the scales and the zero points of a weight of ``shape``."""
         M, K = matrix_shape(self.codes_shape(shape))
-        blocks = self.scale_shape(shape)[0] * self.scale_shape(shape)[1] if self.scaled else 0
-        return M * K * max(self.row.bits, 8) // 8 + blocks * (self.scale_bytes + (0 if self.symmetric else 4))
+        of_codes, rows, blocks = max(self.row.bits, 8) // 8, *(self.scale_shape(shape) if self.scaled else (0, 0))
+        of_zero_points = 0 if self.symmetric else self.row.columns(blocks) * of_codes
+        return M * K * of_codes + rows * (blocks * self.scale_bytes + of_zero_points)
+
+    def zero_point_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the zero points, which are kept as codes are: P to a byte."""
+        return self.codes_shape(self.scale_shape(shape))
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of a scale."""
-        return formats.FORMATS[self.scale].bits // 8
+        return 1 if self.scale == "e8m0" else formats.FORMATS[self.scale].bits // 8
 
     def __str__(self) -> str:
         scale = "" if self.scale == "float32" else self.scale

@@ -509,7 +509,7 @@ class Blocked {
     if constexpr (scales_sums<E>) {
       const auto* codes = static_cast<const char*>(weight_.w.codes);
       const auto at = [&](int64_t k) { return codes + byte_offset(weight_.format, x_.K, n, k); };
-      if (!weight_.w.zero_point) return plan_.codes.decode(at(k), ahead, 0, k_end - k, out);
+      if (!weight_.w.is_affine()) return plan_.codes.decode(at(k), ahead, 0, k_end - k, out);
       weight_.blocks(k, k_end - k, [&](int64_t begin, int64_t end, int64_t J) {
         plan_.codes.decode(at(k + begin), ahead, weight_.zero_point(n, J), end - begin,
                            out + begin / kStepColumns<E> * kTileFloats);

@@ -16,7 +16,7 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
   plan.parts = 1;
 #ifdef __AVX512BF16__
   const bool whole = g.bk >= g.K || g.bk % 32 == 0, is_float = p.x_type == Type::float32;
-  plan.codes = code_kernels(p.weight.format, p.weight.zero_point);
+  plan.codes = code_kernels(p.weight.format, p.weight.is_affine());
   const bool fast = !is_float || has_amx() || has_fast_pairs();
   plan.by_codes = !floats && fast && plan.codes.decode && whole && g.K >= (is_float ? kLeastSplit : 1);
   if (plan.by_codes) plan.parts = p.x_type == Type::bfloat16 ? 1 : 2;
@@ -25,7 +25,7 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 #endif
 #endif
 #ifdef QL_VALUES
-  plan.codes = code_kernels(p.weight.format, p.weight.zero_point);
+  plan.codes = code_kernels(p.weight.format, p.weight.is_affine());
   plan.by_codes = !floats && plan.codes.decode && g.K > 0 && (g.bk >= g.K || g.bk % 32 == 0);
   // Three panels of x, 256 columns of each, take three quarters of a first-level cache of 32 KiB.
   const int64_t few = plan.by_codes ? 8 : kFew, height = 240, width = 128, shallow = 256, deep = 256;

@@ -123,8 +123,8 @@ template <class F, bool AFFINE>
 struct Direct {
   using Pairs = decltype(pairs_of<F, AFFINE>(0));
   const char* codes[kWeightRows];
-  const int32_t (*zero_point)[kWeightRows];  // of each part
-  int64_t ahead;                             // bytes to the same columns of the rows that come next
+  const int32_t (*zero_point)[kMostParts];  // of each row and part
+  int64_t ahead;                            // bytes to the same columns of the rows that come next
   const Pairs symmetric = pairs_of<F, AFFINE>(0);
 
   template <int COUNT>
@@ -139,8 +139,8 @@ struct Direct {
   };
   QL_MEMBER auto part(int64_t p) const {
     if constexpr (AFFINE) {
-      const int32_t* z = zero_point[p];
-      return Part<kWeightRows>{*this, {Pairs(z[0]), Pairs(z[1]), Pairs(z[2]), Pairs(z[3])}};
+      const auto pairs = [&](int n) { return Pairs(zero_point[n][p]); };
+      return Part<kWeightRows>{*this, {pairs(0), pairs(1), pairs(2), pairs(3)}};
     } else {
       return Part<1>{*this, {symmetric}};
     }
@@ -149,7 +149,7 @@ struct Direct {
 
 template <class F, bool AFFINE>
 void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[kWeightRows], int64_t ahead,
-                    const int32_t (*zero_point)[kWeightRows], int64_t count, const Parts& parts, float* sums,
+                    const int32_t (*zero_point)[kMostParts], int64_t count, const Parts& parts, float* sums,
                     int64_t rows) {
   const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point, ahead};
   if (parts.count) multiply_rows<3, uint16_t>(x, stride, direct, count, parts, sums, rows);
@@ -162,8 +162,8 @@ template <class F, bool AFFINE>
 struct Direct {
   using Values = decltype(values_of<F, AFFINE>(0));
   const char* codes[kWeightRows];
-  const int32_t (*zero_point)[kWeightRows];  // of each part
-  int64_t ahead;                             // bytes to the same columns of the rows that come next
+  const int32_t (*zero_point)[kMostParts];  // of each row and part
+  int64_t ahead;                            // bytes to the same columns of the rows that come next
   const Values symmetric = values_of<F, AFFINE>(0);
 
   static constexpr bool by_quarters = Values::by_quarters;
@@ -187,10 +187,10 @@ struct Direct {
   template <int S>
   QL_MEMBER auto part(int64_t p, int n0) const {
     if constexpr (AFFINE) {
-      const int32_t* z = zero_point[p] + n0;
-      if constexpr (S == 1) return Part<1>{*this, n0, {Values(z[0])}};
-      else if constexpr (S == 2) return Part<2>{*this, n0, {Values(z[0]), Values(z[1])}};
-      else return Part<4>{*this, n0, {Values(z[0]), Values(z[1]), Values(z[2]), Values(z[3])}};
+      const auto of = [&](int n) { return Values(zero_point[n0 + n][p]); };
+      if constexpr (S == 1) return Part<1>{*this, n0, {of(0)}};
+      else if constexpr (S == 2) return Part<2>{*this, n0, {of(0), of(1)}};
+      else return Part<4>{*this, n0, {of(0), of(1), of(2), of(3)}};
     } else {
       return Symmetric<S>{*this, n0};
     }
@@ -343,7 +343,7 @@ constexpr int64_t kDirectRows = 4;
 
 template <class F, bool AFFINE>
 void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[kWeightRows], int64_t ahead,
-                    const int32_t (*zero_point)[kWeightRows], int64_t count, const Parts& parts, float* sums,
+                    const int32_t (*zero_point)[kMostParts], int64_t count, const Parts& parts, float* sums,
                     int64_t rows) {
   const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point, ahead};
   Floats total[kHeight][kWeightRows];
@@ -472,7 +472,7 @@ class Dots {
   int64_t row_at(int64_t n) const { return least(n, N_ - 1); }
 
 #ifdef QL_CODES
-  const decltype(dot_kernel(Type::int8, false)) kernel_ = dot_kernel(p_.weight.format, p_.weight.zero_point);
+  const decltype(dot_kernel(Type::int8, false)) kernel_ = dot_kernel(p_.weight.format, p_.weight.is_affine());
 #endif
 
   // sums += of rows n .. n + kWeightRows of the weight, columns k .. k + columns
@@ -512,16 +512,15 @@ class Dots {
   void multiply_direct(const float* x, int64_t stride, const char* const (&codes)[kWeightRows], int64_t ahead,
                        int64_t n0, int64_t k, int64_t columns, float* sums, int64_t rows) const {
     Parts parts;
-    int32_t zero_point[kMostParts][kWeightRows];
+    int32_t zero_point[kWeightRows][kMostParts];
     const int64_t J = k / weight_.bk, count = (k + columns - 1) / weight_.bk + 1 - J;
     if (scales_parts_) {
       parts.count = count;
       for (int64_t n = 0; n < kWeightRows; ++n) weight_.row_scales(row_at(n0 + n), J, count, parts.scale[n]);
       for (int64_t p = 0; p < count; ++p) parts.end[p] = units(least(columns, (J + p + 1) * weight_.bk - k));
     }
-    if (weight_.w.zero_point)
-      for (int64_t n = 0; n < kWeightRows; ++n)
-        for (int64_t p = 0; p < count; ++p) zero_point[p][n] = weight_.zero_point(row_at(n0 + n), J + p);
+    if (weight_.w.is_affine())
+      for (int64_t n = 0; n < kWeightRows; ++n) weight_.row_zero_points(row_at(n0 + n), J, count, zero_point[n]);
     kernel_(x, stride, codes, ahead, zero_point, units(columns), parts, sums, rows);
   }
 #endif

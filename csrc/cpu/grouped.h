@@ -50,8 +50,10 @@ static inline Weight part_of_expert(const Weight& first, int64_t e, int64_t n0, 
   w.grid.M = n1 - n0;
   w.codes = static_cast<const char*>(first.codes) + byte_offset(row_of(first.format), g.K, e * g.M + n0, 0);
   if (w.scale) w.scale += blocks;
-  if (w.narrow_scale) w.narrow_scale += blocks;
+  if (w.narrow_scale)
+    w.narrow_scale = static_cast<const char*>(w.narrow_scale) + blocks * (w.narrow_type == NarrowScale::e8m0 ? 1 : 2);
   if (w.zero_point) w.zero_point += blocks;
+  if (w.zero_codes) w.zero_codes += (e * rows + n0 / g.br) * row_bytes(row_of(first.format), cols);
   return w;
 }
 

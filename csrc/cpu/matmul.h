@@ -3,6 +3,7 @@
 #pragma once
 #include <new>
 
+#include "../packing.h"
 #include "lanes.h"
 #include "loops.h"
 
@@ -105,6 +106,20 @@ static inline void gather_rows(ParallelFor run, const void* x, Type type, int64_
   });
 }
 
+// out[j] = code J + j of a row of integers
+static inline void integers(const uint8_t* row, int64_t J, int64_t count, const Row& f, int32_t* __restrict__ out) {
+  int64_t j = 0;
+  if (f.per_byte == 2 && J % 2 == 0) {
+    const int32_t sign = f.is_signed ? 8 : 0;
+    const uint8_t* bytes = row + J / 2;
+    for (; j + 1 < count; j += 2) {
+      out[j] = ((bytes[j / 2] & 15) ^ sign) - sign;
+      out[j + 1] = ((bytes[j / 2] >> 4) ^ sign) - sign;
+    }
+  }
+  for (; j < count; ++j) out[j] = integer_of(row, J + j, f);
+}
+
 // ---- the weight -----------------------------------------------------------------------------------------------------
 
 // A weight [N, K] with what its type says looked up.
@@ -130,14 +145,26 @@ struct WeightRows {
       for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(w.scale[at + j], largest);
       return;
     }
-    const uint16_t* narrow = w.narrow_scale + at;
-    if (w.narrow_type == Type::bfloat16)
+    const auto* narrow = static_cast<const uint16_t*>(w.narrow_scale) + at;
+    if (w.narrow_type == NarrowScale::e8m0) {
+      const auto* codes = static_cast<const uint8_t*>(w.narrow_scale) + at;
+      for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(float_of(exponent_bits(codes[j])), largest);
+    } else if (w.narrow_type == NarrowScale::bfloat16)
       for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(float_of(uint32_t(narrow[j]) << 16), largest);
     else
       for (int64_t j = 0; j < count; ++j) out[j] = effective_scale(decode_float<float16>(narrow[j]), largest);
   }
   int32_t zero_point(int64_t n, int64_t J) const {
-    return w.zero_point ? clamp_zero_point(w.zero_point[n / br * cols + J], format) : 0;
+    int32_t z = 0;
+    if (w.is_affine()) row_zero_points(n, J, 1, &z);
+    return z;
+  }
+  // out[j] = zero_point(n, J + j) for j < count, of a weight that has some
+  void row_zero_points(int64_t n, int64_t J, int64_t count, int32_t* __restrict__ out) const {
+    const int64_t I = br == 1 ? n : n / br;
+    if (w.zero_codes) return integers(w.zero_codes + I * row_bytes(format, cols), J, count, format, out);
+    const int32_t* from = w.zero_point + I * cols + J;
+    for (int64_t j = 0; j < count; ++j) out[j] = clamp_zero_point(from[j], format);
   }
 
   // Calls body(begin, end, J) for the parts of columns k0 .. k0 + n that have one scale, counted from k0.

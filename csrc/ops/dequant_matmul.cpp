@@ -25,6 +25,7 @@ static void dequant_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   if (TILED) check_format(op, w.format_name, in_tiles);
   const int64_t K = check_last_size(op, "x", x), M = rows_of(x);
   w.keeps_narrow_scales = Backend::takes_narrow_scales && M <= kFewRows;
+  w.keeps_zero_codes = Backend::takes_narrow_scales;
   const Weight weight = TILED ? w.check_tiles(op, size, K, x.device()) : w.check(op, K, x.device(), targets);
   const int64_t N = weight.grid.M;
   e.check(op, N, x.device());

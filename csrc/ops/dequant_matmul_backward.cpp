@@ -14,6 +14,7 @@ static void dequant_matmul_backward(StableIValue* stack, uint64_t, uint64_t resu
   WeightArguments w(in);
   w.zero_point = in.optional_tensor("zero_point");
   w.keeps_narrow_scales = Backend::takes_narrow_scales;
+  w.keeps_zero_codes = Backend::takes_narrow_scales;
   const std::optional<int64_t> size = in.optional_size();
   auto out = in.out("out");
 

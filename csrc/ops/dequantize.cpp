@@ -27,7 +27,7 @@ static void dequantize(StableIValue* stack, uint64_t, uint64_t results) {
   Output y(op, "out", std::move(out), {sizes, dtype}, codes.device());
   codes.make_contiguous();
   const float* s = scales(op, scale);
-  const int32_t* z = zero_points(op, zero_point, f);
+  const int32_t* z = zero_points(op, zero_point, f, grid.scale_cols());
   void* data = y.data({&codes, &scale, address(zero_point)});
   Backend backend(codes.device());
   if (grid.M && grid.K)

@@ -36,15 +36,16 @@ struct ExpertArguments : WeightArguments {
     if (zero_point) zero_point->make_contiguous();
     groups = {E, x.sizes()[0], static_cast<const int32_t*>(offsets.data())};
     if constexpr (Backend::reads_values) check_values(op, grid.scale_rows() * grid.scale_cols());
-    const bool narrow = scale.dtype() != aoti_torch_dtype_float32();
+    const bool narrow = !is_float32(scale);
     const float* s = narrow && keeps_narrow_scales ? nullptr : scales<Unlooked>(op, scale);
+    const bool packed = has_zero_codes();
+    if (zero_point && !packed && zero_point->dtype() != aoti_torch_dtype_int32())
+      widen(op, *zero_point, "zero_point", grid.scale_cols(), format->type, aoti_torch_dtype_int32());
     grid.br = std::min(grid.br, std::max<int64_t>(N, 1)), grid.bk = std::min(grid.bk, std::max<int64_t>(K, 1));
     Weight weight = {.grid = grid, .codes = codes.data(), .format = format->type, .scale = s, .zero_point = nullptr};
-    if (zero_point) weight.zero_point = static_cast<const int32_t*>(zero_point->data());
-    if (!s) {
-      weight.narrow_type = check_dtype(op, "scale", scale.dtype(), inputs).type;
-      weight.narrow_scale = static_cast<const uint16_t*>(scale.data());
-    }
+    if (packed) keep_zero_codes(weight);
+    else if (zero_point) weight.zero_point = static_cast<const int32_t*>(zero_point->data());
+    if (!s) keep_scale(weight);
     return weight;
   }
 
@@ -57,7 +58,8 @@ struct ExpertArguments : WeightArguments {
 
   template <class Reading = Backend>
   void check_values(const char* op, int64_t blocks) {
-    const Type type = check_dtype(op, "scale", scale.dtype(), inputs).type;
+    const bool signed_scale = !is_e8m0(scale), wide = zero_point && zero_point->dtype() == aoti_torch_dtype_int32();
+    const Type type = signed_scale ? check_dtype(op, "scale", scale.dtype(), inputs).type : Type::float32;
     for (int64_t e = 0, start = 0; e < groups.E; ++e) {
       const int64_t end = groups.ends[e];
       if (end < start || end > groups.T)
@@ -66,9 +68,9 @@ struct ExpertArguments : WeightArguments {
       if (end == start) continue;
       start = end;
       const auto* first = static_cast<const char*>(scale.data()) + e * blocks * (type == Type::float32 ? 4 : 2);
-      const float least = Reading(scale.device()).least_scale(first, type, blocks);
+      const float least = !signed_scale ? 0.0f : Reading(scale.device()).least_scale(first, type, blocks);
       if (least < 0) fail(op, "scale", ">= 0", text_of(double(least)));
-      if (zero_point)
+      if (wide)
         check_zero_point(op, "zero_point", static_cast<const int32_t*>(zero_point->data()) + e * blocks, blocks,
                          *format);
     }

@@ -18,6 +18,7 @@ static void grouped_dequant_matmul(StableIValue* stack, uint64_t, uint64_t resul
 
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
   w.keeps_narrow_scales = Backend::takes_narrow_scales;
+  w.keeps_zero_codes = Backend::takes_narrow_scales;
   const Weight weight = w.check(op, "x", x, check_last_size(op, "x", x), targets);
   const int64_t N = weight.grid.M;
   e.check(op, N, x.device(), w.groups.E);

@@ -17,6 +17,7 @@ static void grouped_dequant_matmul_backward(StableIValue* stack, uint64_t, uint6
 
   const Format& dy_format = check_dtype(op, "dy", dy.dtype(), inputs);
   w.keeps_narrow_scales = Backend::takes_narrow_scales;
+  w.keeps_zero_codes = Backend::takes_narrow_scales;
   const Sizes row = {w.codes.sizes().size() == 3 ? w.codes.sizes()[2] : 0};
   const int64_t K = check_size(op, row, check_format(op, w.format_name, targets), size).back();
   const Weight weight = w.check(op, "dy", dy, K, targets);

@@ -22,7 +22,7 @@ static void quantize(StableIValue* stack, uint64_t, uint64_t results) {
   Output codes(op, "out", std::move(out), codes_of(x, grid, f), x.device());
   x.make_contiguous();
   const float* s = scales(op, scale);
-  const int32_t* z = zero_points(op, zero_point, f);
+  const int32_t* z = zero_points(op, zero_point, f, grid.scale_cols());
   void* data = codes.data({&x, &scale, address(zero_point)});
   Backend backend(x.device());
   if (x.numel())

@@ -33,7 +33,7 @@ static void scaled_matmul(StableIValue* stack, uint64_t, uint64_t results) {
   if (x_zero_point)
     check_tensor(op, "x_zero_point", *x_zero_point, {x_scale.sizes().vec(), aoti_torch_dtype_int32()}, device);
   const float* x_s = scales(op, x_scale, "x_scale");
-  const int32_t* x_z = zero_points(op, x_zero_point, x_format, "x_zero_point");
+  const int32_t* x_z = zero_points(op, x_zero_point, x_format, x_scale.sizes().back(), "x_zero_point");
   check_sum(op, weight.grid, x_format, x_zero_point.has_value(), *w.format, w.zero_point.has_value());
   e.check(op, N, device);
   Output y(op, "out", std::move(out), product_of(x_codes, N, dtype), device);

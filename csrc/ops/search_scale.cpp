@@ -51,7 +51,7 @@ static void search_scale(StableIValue* stack, uint64_t, uint64_t results) {
   Output found(op, "out", std::move(out), scale_of(grid), x.device());
   x.make_contiguous();
   const float* s = scales(op, scale);
-  const int32_t* z = zero_points(op, zero_point, f);
+  const int32_t* z = zero_points(op, zero_point, f, grid.scale_cols());
   auto* data = found.data<float>({&x, &scale, address(zero_point), address(energy)});
   Backend backend(x.device());
   if (x.numel())

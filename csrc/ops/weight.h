@@ -21,7 +21,7 @@ struct WeightArguments {
   const Sizes block;
   std::optional<Tensor> zero_point;  // elsewhere in the schema
   const Format* format = nullptr;
-  bool keeps_narrow_scales = false;  // whether the kernels that are called take them
+  bool keeps_narrow_scales = false, keeps_zero_codes = false;  // whether the kernels that are called take them
 
   explicit WeightArguments(Arguments& in, const char* name_of_codes = "codes")
       : codes(in.tensor(name_of_codes)), scale(in.tensor("scale")), format_name(in.text()), block(in.sizes()) {}
@@ -46,19 +46,36 @@ struct WeightArguments {
     const Sizes shape = {N, K};
     Grid grid = check_block(op, shape, block);
     check_scale(op, scale, zero_point, *format, scale_sizes(grid), device);
-    const bool narrow = keeps_narrow_scales && scale.dtype() != aoti_torch_dtype_float32();
+    const bool narrow = keeps_narrow_scales && !is_float32(scale);
     const float* s = narrow ? nullptr : scales(op, scale);
-    const int32_t* z = zero_points(op, zero_point, *format);
+    const bool packed = has_zero_codes();
+    const int32_t* z = packed ? nullptr : zero_points(op, zero_point, *format, grid.scale_cols());
     grid.br = std::min(grid.br, std::max<int64_t>(N, 1)), grid.bk = std::min(grid.bk, std::max<int64_t>(K, 1));
     codes.make_contiguous();
     Weight weight = {.grid = grid, .codes = codes.data(), .format = format->type, .scale = s, .zero_point = z};
+    if (packed) keep_zero_codes(weight);
     if (narrow) {
-      scale.make_contiguous();
-      weight.narrow_type = check_dtype(op, "scale", scale.dtype(), inputs).type;
-      weight.narrow_scale = static_cast<const uint16_t*>(scale.data());
-      check_not_negative(op, scale, weight.narrow_type);
+      keep_scale(weight);
+      if (!is_e8m0(scale)) check_not_negative(op, scale, check_dtype(op, "scale", scale.dtype(), inputs).type);
     }
     return weight;
+  }
+
+ protected:
+  // Take scales in fewer bits, and zero points as codes, as they are.
+  void keep_scale(Weight& weight) {
+    scale.make_contiguous();
+    weight.narrow_type = is_e8m0(scale)                                 ? NarrowScale::e8m0
+                         : scale.dtype() == aoti_torch_dtype_bfloat16() ? NarrowScale::bfloat16
+                                                                        : NarrowScale::float16;
+    weight.narrow_scale = scale.data();
+  }
+  bool has_zero_codes() const {
+    return keeps_zero_codes && zero_point && zero_point->dtype() != aoti_torch_dtype_int32();
+  }
+  void keep_zero_codes(Weight& weight) {
+    zero_point->make_contiguous();
+    weight.zero_codes = static_cast<const uint8_t*>(zero_point->data());
   }
 };
 

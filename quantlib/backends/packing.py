@@ -32,6 +32,19 @@ def unpack(packed: Tensor, f: Format, K: int) -> Tensor:
     return spread_sign(codes, f)
 
 
+def wide_zero_points(zero_point: Tensor, f: Format, K: int) -> Tensor:
+    """Zero points [..., K] as int32: as they are, or kept as codes of ``f`` are, [..., ceil(K / P)]."""
+    if zero_point.dtype == torch.int32:
+        return zero_point
+    return (zero_point if f.whole else unpack(zero_point, f, K)).to(torch.int32)
+
+
+def kept_zero_points(zero_point: Tensor, f: Format) -> Tensor:
+    """int32 zero points [..., K] as codes of ``f``, kept as its codes are; one outside is the nearest."""
+    zero_point = zero_point.clamp(*f.code_range)
+    return zero_point.to(getattr(torch, f.dtype_name)) if f.whole else pack(zero_point, f)
+
+
 def spread_sign(codes: Tensor, f: Format) -> Tensor:
     """The low bits of codes as uint8 -> codes, with their sign where ``f`` is a signed integer format."""
     if f.is_float or not f.signed:

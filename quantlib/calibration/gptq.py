@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantlib import ops
-from quantlib.nn.functional import Weight, kept_scale, quantize_weight
+from quantlib.nn.functional import Weight, kept_scale, kept_weight, quantized
 from quantlib.spec import QuantSpec
 
 COLUMNS = 128  # of a block whose errors stay inside it until it is done
@@ -56,7 +56,7 @@ def gptq(
     (_, K), block = w.shape, spec.block(w.shape)
     if not bool(H.isfinite().all()):
         raise ValueError("inputs must leave sums of squares that are finite, got some that are not")
-    plain = quantize_weight(w, spec)
+    plain = quantized(w, spec)
     whole, rounding = energy_of(w, H), energy_of(decoded(plain, spec, w) - w, H)
     if mean is not None:
         H = H - torch.outer(mean, mean)
@@ -83,7 +83,7 @@ def gptq(
     values = torch.empty_like(w)
     values[:, order] = done
     codes = ops.quantize(values, scale, spec.format, block=block, zero_point=zero_point)
-    weight = Weight(codes, scale, zero_point)
+    weight = kept_weight(Weight(codes, scale, zero_point), spec)
     error = w - decoded(weight, spec, w)
     loss, rounding = (part / whole if whole else 0.0 for part in (energy_of(error, H), rounding))
     return Rounded(weight, loss, rounding, used, whole, None if mean is None else error @ mean)

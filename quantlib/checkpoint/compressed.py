@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantlib import ops
+from quantlib.backends.packing import wide_zero_points
 from quantlib.checkpoint.files import Batch, Job, Piece, Slot
 from quantlib.checkpoint.foreign.found import Found
 from quantlib.nn.functional import slabs
@@ -76,6 +77,7 @@ def batch(weight: Found, cost: int) -> Batch:
     def job(rows: slice) -> list[Piece]:
         q, s, z = weight.weight(rows)
         assert s is not None
+        z = None if z is None else wide_zero_points(z, spec.row, s.shape[1])
         pieces: list[tuple[Slot, int, Tensor]] = [(slots[1], rows.start // br, s.float())]
         if spec.format == "int4":
             pieces.append((slots[0], rows.start, words_of(ops.unpack(q, "int4", K))))

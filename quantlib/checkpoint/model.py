@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.api import experts_of, places_of, put, quantized_type, reasons_to_skip, share_weight
+from quantlib.backends.packing import kept_zero_points
 from quantlib.checkpoint import files
 from quantlib.checkpoint.card import HUB_ID, Card
 from quantlib.checkpoint.files import Batch, Reader, Slot
@@ -368,6 +369,8 @@ class Skeleton:
             if stored is not None and slot_of_codes(stored, slot):
                 spec = QuantSpec.parse(stored.spec)
                 slot = Slot(name, stored_dtype(spec), stored.kept_shape)
+            if older := self._zero_points(name, slot.dtype):
+                slot = older
             if name in self.values:
                 slot = replace(slot, shape=self.contents.weights[name].shape, dtype=store[key].dtype)
             same_kind = slot.dtype == store[key].dtype or slot.dtype.is_floating_point == store[key].is_floating_point()
@@ -410,10 +413,20 @@ class Skeleton:
                 tensor = entry.read().view(old.dtype).reshape(old.shape)
             else:
                 tensor = entry.read()
+                if self._zero_points(name, tensor.dtype):
+                    weight = self.contents.weights[name.removesuffix("_zero_point")]
+                    tensor = kept_zero_points(tensor, QuantSpec.parse(weight.spec).row)
             tensor = tensor.to(there if old.is_meta else old.device)
             new = type(old)(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
             for store, key in self.targets[name]:
                 store[key] = new  # one object in all of them: what is tied stays tied
+
+    def _zero_points(self, name: str, dtype: torch.dtype) -> Slot | None:
+        """The slot of the zero points ``name`` as they are kept now, where a file has them as int32; else None."""
+        stored = self.contents.weights.get(name.removesuffix("_zero_point"))
+        if stored is None or not name.endswith("_zero_point") or dtype != torch.int32:
+            return None
+        return replace(stored, wide_zero_points=False).slots(name.removesuffix("_zero_point"))[2]
 
     def _replacements(self) -> dict[int, QuantModule | QuantExperts]:
         stored = dict(self.contents.weights)

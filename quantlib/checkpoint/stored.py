@@ -11,6 +11,9 @@ transformers does; ``"enk"`` is E matrices [N, K] of the experts of a layer, ``"
 ``"(en)k/E"`` and ``"(ek)n/E"`` are the same with two axes as one. However the float weight lies, its codes are
 [N, K, 1], or [E, N, K, 1] with a scale [E, ...] of each expert.
 
+Zero points are kept as codes are, two of int4 to a byte; a file that has some is of version 3. Versions 1 and 2 kept
+them as int32.
+
 Codes that need their scale have one axis more than the weight, [N, K, 1], all but two of them ones: a program that
 knows nothing of the scale finds a tensor of the wrong shape and stops, where it would otherwise take the codes for
 weights. A 16-bit float without a scale is a float weight like any other, and keeps its shape.
@@ -21,19 +24,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantlib.backends.packing import kept_zero_points
 from quantlib.checkpoint.files import NAMES, Reader, Slot, checked_shape, some_words
 from quantlib.nn.experts import Stack
 from quantlib.nn.functional import Weight, dequantize_weight, scale_dtype
 from quantlib.ops.check import dtype_of
 from quantlib.spec import QuantSpec, stored_shape
 
-VERSION = 2  # of what this module describes; every older one stays readable
+VERSION = 3  # of what this module describes; every older one stays readable
 KEY = "quantlib"
 LAYOUT = re.compile(r"|kn|enk|ekn|(\(en\)k|\(ek\)n)/[1-9][0-9]{0,8}")
 
@@ -45,6 +49,7 @@ class Stored:
     spec: str
     shape: tuple[int, ...]  # of the float weight
     layout: str = ""  # how the float weight lies where it is no matrix [N, ...]
+    wide_zero_points: bool = field(default=False, compare=False)  # int32, as versions 1 and 2 have them
 
     @property
     def stack(self) -> Stack:
@@ -83,6 +88,8 @@ class Stored:
         codes = Slot(name, dtype_of(spec.row), shape)
         scale = Slot(f"{name}_scale", scale_dtype(spec), (*experts, *spec.scale_shape(self.matrix)))
         zero_point = Slot(f"{name}_zero_point", torch.int32, scale.shape)
+        if not self.wide_zero_points:
+            zero_point = replace(zero_point, dtype=dtype_of(spec.row), shape=spec.codes_shape(scale.shape))
         return [codes, scale, zero_point][: 1 if not spec.scaled else 2 if spec.symmetric else 3]
 
     def values(self, reader: Reader, name: str, dtype: torch.dtype) -> Tensor:
@@ -103,9 +110,11 @@ class Stored:
         blocks = slice(rows.start // br, -(-rows.stop // br))
         of_codes, *others = self.slots(name)
         codes = reader.part(of_codes.name, e * N + rows.start, spec.codes_shape((rows.stop - rows.start, K)))
-        shape = blocks.stop - blocks.start, spec.scale_shape((N, K))[1]
         first = e * spec.scale_shape((N, K))[0] + blocks.start
-        return Weight(codes, *(reader.part(slot.name, first, shape) for slot in others))
+        parts = [reader.part(s.name, first, (blocks.stop - blocks.start, s.shape[-1])) for s in others]
+        if len(parts) > 1 and self.wide_zero_points:
+            parts[1] = kept_zero_points(parts[1], spec.row)
+        return Weight(codes, *parts)
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,9 @@ class Contents:
             raise ValueError(f"{reader.path} must be of version {VERSION} or older, got {version}: update quantlib")
         contents = cls.parse(entry, where)
         for name, stored in contents.weights.items():
+            zero_point = reader.slots.get(f"{name}_zero_point")
+            if zero_point is not None and zero_point.dtype == torch.int32:
+                stored = contents.weights[name] = replace(stored, wide_zero_points=True)  # noqa: PLW2901
             for slot in stored.slots(name):
                 if (got := reader.slots.get(slot.name)) != slot:
                     raise ValueError(f"{reader.path}: {slot.name} must be {words(slot)}, got {words(got)}")
@@ -174,10 +186,11 @@ class Contents:
     def metadata(self) -> dict[str, str]:
         """The entry as it is written, of the oldest version that can say it; none where nothing is quantized."""
         weights = {
-            name: {key: value for key, value in asdict(stored).items() if key != "layout" or value}
+            name: {"spec": stored.spec, "shape": stored.shape} | ({"layout": stored.layout} if stored.layout else {})
             for name, stored in self.weights.items()
         }
-        version = VERSION if any("layout" in weight for weight in weights.values()) else 1
+        version = 2 if any(stored.layout for stored in self.weights.values()) else 1
+        version = VERSION if any(not QuantSpec.parse(s.spec).symmetric for s in self.weights.values()) else version
         entry = {"version": version, "weights": weights, "tied": self.tied}
         return {KEY: json.dumps(entry, separators=(",", ":"))} if self.weights or self.tied else {}
 

@@ -19,6 +19,7 @@ from quantlib.api import (
     reasons_to_skip,
     share_weight,
 )
+from quantlib.backends.packing import kept_zero_points
 from quantlib.checkpoint.choose import RULES, TABLE
 from quantlib.checkpoint.model import join
 from quantlib.checkpoint.stored import Contents, Stored
@@ -239,6 +240,8 @@ def adopt_codes(model: nn.Module) -> None:
                     expected = " or ".join(str(list(shape)) for shape in shapes)
                     raise ValueError(f"{join(prefix, key)} must have shape {expected}, got {list(data.shape)}")
                 data = data if shapes is None else data.view(stored_dtype(module.spec)).view(shapes[0])
+                if key.endswith("_zero_point") and data.dtype == torch.int32:  # as versions before 3 wrote them
+                    data = kept_zero_points(data, module.spec.row)
                 made[id(p)] = QuantParameter(data, requires_grad=False)
             module._parameters[key] = made[id(p)]
 
@@ -254,12 +257,14 @@ def shapes_of_codes(module: nn.Module, key: str) -> tuple[tuple[int, ...], tuple
 
 
 def may_lack_an_axis(model: nn.Module, name: str) -> bool:
-    """True of codes without a scale that lie otherwise than the float weight: versions before 2 wrote them [..., N, K].
+    """True of what older versions wrote otherwise: zero points as int32, and codes without a scale as [..., N, K].
 
     The loader of transformers asks it where the shape of a file is not that of the model; `adopt_codes` compares both.
     """
     prefix, _, key = name.rpartition(".")
     module = model.get_submodule(prefix)
+    if isinstance(module, (QuantModule, QuantExperts)) and key.endswith("_zero_point"):
+        return True
     if not isinstance(module, (QuantModule, QuantExperts)) or module.spec.scaled:
         return False
     shapes = shapes_of_codes(module, key)

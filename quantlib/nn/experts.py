@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import ops
+from quantlib.backends.packing import kept_zero_points
 from quantlib.nn.functional import (
     SOURCES,
     Weight,
@@ -29,7 +30,7 @@ from quantlib.nn.functional import (
 )
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
-from quantlib.nn.module import rebind_hooks, taken_over, zero_codes
+from quantlib.nn.module import rebind_hooks, taken_over, zero_codes, zero_points_of_0
 from quantlib.nn.weight import DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
 from quantlib.spec import QuantSpec, check_unrotated
@@ -174,7 +175,7 @@ class QuantExperts(Routed):
     <name>_codes : QuantParameter [E, N, K] or [E, N, ceil(K / codes a byte)]
         Frozen, in the dtype in which `QuantLinear` keeps codes.
     <name>_scale : QuantParameter [E, ceil(N / br), ceil(K / bk)] float32 or what the spec says
-    <name>_zero_point : QuantParameter, int32 of the shape of the scale, or None
+    <name>_zero_point : QuantParameter, the codes of zero, one for each scale, kept as codes are, or None
     spec : QuantSpec
     dtype : torch.dtype
         The dtype of the float module that `dequantize` gives.
@@ -327,7 +328,9 @@ class QuantExperts(Routed):
         spec, blocks = self.spec, self.spec.scale_shape((N, K))
         codes = zero_codes(spec, (E, *spec.codes_shape((N, K))), device)
         scale = torch.ones(E, *blocks, dtype=scale_dtype(spec), device=device) if spec.scaled else None
-        zero_point = None if spec.symmetric else torch.zeros(E, *blocks, dtype=torch.int32, device=device)
+        zero_point = None
+        if not spec.symmetric:
+            zero_point = zero_points_of_0(spec, (N, K), device).expand(E, -1, -1).contiguous()
         return Weight(codes, scale, zero_point)
 
     def _keep(self, name: str, weight: Weight) -> None:
@@ -373,6 +376,8 @@ class QuantExperts(Routed):
                 )
         for name in self.kept:
             kept, got = self._parameters[name], state_dict.get(prefix + name)
+            if name.endswith("_zero_point") and isinstance(got, Tensor) and got.dtype == torch.int32:
+                got = state_dict[prefix + name] = kept_zero_points(got, self.spec.row)  # as older versions have them
             if kept is not None and isinstance(got, Tensor) and got.dtype != kept.dtype:
                 expected = dtype_name(kept.dtype)
                 errors.append(f"{prefix}{name} must be {expected} for {self.spec}, got {dtype_name(got.dtype)}")

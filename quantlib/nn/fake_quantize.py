@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantlib import ops
 from quantlib.formats import IntFormat
 from quantlib.nn import ranks
-from quantlib.nn.functional import Scale, Weight, kept_scale, project, quantize_weight
+from quantlib.nn.functional import Scale, Weight, kept_scale, kept_weight, project, quantize_weight
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.observers import Initial, KeepsDtype, Observer, initial_scale
 from quantlib.ops.autograd import StraightThrough, apply
@@ -252,7 +252,8 @@ class FakeQuantize(Leaf, KeepsDtype):
             return quantize_weight(x, self.spec)
         (scale, zero_point), x, block = self.static(), x.detach(), self.spec.block(x.shape)
         scale = kept_scale(scale, self.spec)
-        return Weight(ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point), scale, zero_point)
+        codes = ops.quantize(x, scale, self.spec.format, block=block, zero_point=zero_point)
+        return kept_weight(Weight(codes, scale, zero_point), self.spec)
 
     @torch.no_grad()
     def static(self) -> Scale:

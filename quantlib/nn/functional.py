@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlib import formats, ops
+from quantlib.backends.packing import kept_zero_points
 from quantlib.backends.weight import QuantizedWeight
 from quantlib.formats import FloatFormat
 from quantlib.nn import ranks
@@ -16,7 +17,7 @@ from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.ops.check import dtype_of, is_sharded
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.ops.sharding import cuts_columns, size_of
-from quantlib.spec import QuantSpec
+from quantlib.spec import SCALES, QuantSpec
 
 SLAB = 1 << 18  # elements of a weight at a time: a core's second cache holds them and their codes
 SLAB_OF_A_GPU = 1 << 26  # each slab waits for the device once
@@ -27,8 +28,8 @@ class Weight(NamedTuple):
     """A weight as it is kept: codes, and what turns them back into values."""
 
     codes: Tensor  # [..., K] of the format's dtype; [..., ceil(K / 2)] uint8 where it is packed
-    scale: Tensor | None = None  # [ceil(M / br), ceil(K / bk)] float32, or of 16 bits
-    zero_point: Tensor | None = None  # int32 of scale's shape
+    scale: Tensor | None = None  # [ceil(M / br), ceil(K / bk)] float32, of 16 bits, or E8M0
+    zero_point: Tensor | None = None  # codes of scale's shape, packed as those of the weight
 
 
 Seen = Callable[[Tensor, Weight, QuantSpec], object]
@@ -49,6 +50,17 @@ def quantize_weight(x: Tensor, spec: QuantSpec, seen: Seen | None = None) -> Wei
         x, spec = rotated(x, spec), spec.unrotated
     if seen is not None and not x.is_meta:
         return _quantize_rows(x, spec, seen)
+    return kept_weight(quantized(x, spec), spec)
+
+
+def kept_weight(weight: Weight, spec: QuantSpec) -> Weight:
+    """``weight`` with its zero points, int32 as the ops give them, as they are kept."""
+    z = weight.zero_point
+    return weight if z is None else weight._replace(zero_point=kept_zero_points(z, spec.row))
+
+
+def quantized(x: Tensor, spec: QuantSpec) -> Weight:
+    """`quantize_weight` as the ops give it: with zero points of int32."""
     if not spec.scaled:
         return Weight(ops.cast(x, spec.format))
     block, symmetric = spec.block(x.shape), spec.symmetric is True
@@ -114,8 +126,13 @@ def continue_weight(weight: Weight, x: Tensor, kept: int, spec: QuantSpec) -> We
 def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """float32 scales in the dtype that ``spec`` keeps them in, rounded to nearest, ties to even.
 
-    A scale that is too large becomes the largest finite value of that dtype, one too small the smallest above 0.
+    A scale that is too large becomes the largest finite value of that dtype, one too small the smallest above 0. E8M0
+    keeps a power of two, by the exponent of the largest magnitude.
     """
+    if spec.scale == "e8m0":
+        bits = scale.clamp(formats.SCALE_MIN, spec.row.scale_max).contiguous().view(torch.int32)
+        code = (bits >> 23) + ((bits & 0x7FFFFF) >= formats.power_fraction(spec.row)).int()
+        return torch.where(scale == scale, code, 255).to(torch.uint8).view(torch.float8_e8m0fnu)
     f = formats.get(spec.scale)
     assert isinstance(f, FloatFormat)
     if f.bits == 32:
@@ -126,7 +143,8 @@ def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
     """The dtype of the scales of ``spec``."""
-    return dtype_of(formats.get(spec.scale))
+    dtype: torch.dtype = getattr(torch, SCALES[spec.scale])
+    return dtype
 
 
 def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
@@ -139,14 +157,15 @@ def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:
         return weight
     codes = torch.empty(spec.codes_shape(x.shape), dtype=dtype_of(spec.row), device=device)
     scale = torch.empty(size, dtype=scale_dtype(spec), device=device)
-    zero_point = None if spec.symmetric else torch.empty(size, dtype=torch.int32, device=device)
+    zero_point = None
+    if not spec.symmetric:
+        zero_point = torch.empty(spec.zero_point_shape(x.shape), dtype=dtype_of(spec.row), device=device)
     weight = Weight(codes, scale, zero_point)
     for rows in slabs_of(x):
         part = rows_of(weight, rows, 1)
         outs = tuple(t for t in part if t is not None)
-        block, symmetric = spec.block(x[rows].shape), zero_point is None
-        if spec.plain:
-            ops.quantize_dynamic(x[rows], spec.format, block=block, symmetric=symmetric, out=outs)
+        if spec.plain and zero_point is None:
+            ops.quantize_dynamic(x[rows], spec.format, block=spec.block(x[rows].shape), out=outs)
         else:
             made = (t for t in quantize_weight(x[rows], spec) if t is not None)
             for out, values in zip(outs, made, strict=True):
@@ -283,7 +302,7 @@ class _Project(StraightThrough):
     @staticmethod
     def forward(x: Tensor, spec: QuantSpec) -> Tensor:
         narrow = x.float() if x.dtype == torch.float64 else x
-        return dequantize_weight(quantize_weight(narrow, spec), spec, x.shape[-1], x.dtype)
+        return dequantize_weight(quantized(narrow, spec), spec, x.shape[-1], x.dtype)
 
 
 def _clipped(dy: Tensor, x: Tensor, spec: QuantSpec, static: Scale) -> Tensor:
@@ -344,7 +363,7 @@ class _IntegerMatmul(torch.autograd.Function):
         block: tuple[int, int],
     ) -> Tensor:
         if x_scale is None:
-            x_codes, x_scale, x_zero_point = quantize_weight(x, activation)
+            x_codes, x_scale, x_zero_point = quantized(x, activation)
             assert x_scale is not None
         else:
             x_scale, x_zero_point = Scale(x_scale, x_zero_point).blocks_of(x, activation)

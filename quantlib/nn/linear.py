@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import backends, ops
+from quantlib.backends.packing import kept_zero_points
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project, rotated, scale_dtype
 from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
@@ -400,7 +401,7 @@ def checked_codes(codes: Tensor, spec: QuantSpec, in_features: int | None) -> Te
 
 
 def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
-    """A scale in the dtype of ``spec``, a zero point as int32, one for each block of a weight of ``shape``."""
+    """A scale in the dtype of ``spec``, or a zero point as it is kept, one for each block of a weight of ``shape``."""
     expected, floats = spec.scale_shape(shape), name == "scale"
     given = t.detach()
     if given.is_floating_point() != floats or given.is_complex():
@@ -409,8 +410,15 @@ def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> 
         given = given.reshape(expected)
     if tuple(given.shape) != expected:
         raise ValueError(f"{name} must be {list(expected)} for {spec} of {list(shape)}, got {list(t.shape)}")
-    kept = given.to(scale_dtype(spec) if floats else torch.int32, copy=True).contiguous()
-    if floats and not kept.is_meta and not torch.equal(kept.double(), given.double()):
+    if not floats:
+        lowest, highest = spec.row.code_range
+        if given.numel() and not given.is_meta and not lowest <= int(given.min()) <= int(given.max()) <= highest:
+            raise ValueError(
+                f"{name} must be in {lowest}..{highest} for {spec}, got {int(given.min())}..{int(given.max())}"
+            )
+        return kept_zero_points(given, spec.row)
+    kept = given.to(scale_dtype(spec), copy=True).contiguous()
+    if not kept.is_meta and not torch.equal(kept.double(), given.double()):
         raise ValueError(
             f"{name} must be what {spec.scale} holds for {spec}, got {dtype_name(t.dtype)} that it does not"
         )

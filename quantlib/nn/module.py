@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from quantlib.backends.packing import kept_zero_points
 from quantlib.nn.functional import (
     SOURCES,
     Seen,
@@ -27,7 +28,7 @@ from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
 from quantlib.ops.flops import register_if_counting
 from quantlib.ops.sharding import Matrix, refusal
-from quantlib.spec import SCALES, QuantSpec, check_dynamic, check_unrotated, stored_shape
+from quantlib.spec import QuantSpec, check_dynamic, check_unrotated, stored_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,8 +51,8 @@ class QuantModule(Leaf):
         The codes, frozen: int8, uint8 for unsigned and packed formats and for the bytes of FP8, or a 16-bit float.
     weight_scale : QuantParameter [ceil(N / br), ceil(K / bk)] float32 or what the spec says, or None
         The scales of the codes, frozen. None for a 16-bit float format without a scale.
-    weight_zero_point : QuantParameter, int32 of weight_scale's shape, or None
-        The code of zero, frozen; None unless the spec is affine.
+    weight_zero_point : QuantParameter, or None
+        The codes of zero, one for each scale, kept as ``weight_codes`` are; frozen. None unless the spec is affine.
     spec : QuantSpec
     block : (br, bk)
         Rows and columns of [N, K] that share a scale.
@@ -78,7 +79,7 @@ class QuantModule(Leaf):
         "_shared",
     )  # attributes that the float module does not have
     ROTATES: ClassVar[bool] = False  # True if it multiplies its input as a spec with hadamard says
-    _version = 2  # of the state: what `load_state_dict` of this and every later version reads
+    _version = 3  # of the state: what `load_state_dict` of this and every later version reads
     spec: QuantSpec
     block: tuple[int, int]
     dtype: torch.dtype
@@ -276,7 +277,8 @@ class QuantModule(Leaf):
 
         self.untile_()
         per_byte = self.spec.row.per_byte if self.spec.row.packed else 1
-        weight = Matrix(self._matrix, self.block if self.spec.scaled else (1, 1), per_byte)
+        shared = 1 if self.spec.symmetric else per_byte
+        weight = Matrix(self._matrix, self.block if self.spec.scaled else (1, 1), per_byte, shared)
         if why := refusal(weight, dim, mesh.size()):
             raise ValueError("weight must be {}, got {}".format(*why))
         axis = weight.scale(dim, mesh.size())
@@ -375,7 +377,7 @@ class QuantModule(Leaf):
         blocks = spec.scale_shape(self._matrix)
         codes = zero_codes(spec, spec.codes_shape(self._matrix), device)
         scale = torch.ones(blocks, dtype=scale_dtype(spec), device=device) if spec.scaled else None
-        zero_point = None if spec.symmetric else torch.zeros(blocks, dtype=torch.int32, device=device)
+        zero_point = None if spec.symmetric else zero_points_of_0(spec, self._matrix, device)
         self._freeze(Weight(codes, scale, zero_point))
 
     def _freeze(self, weight: Weight) -> None:
@@ -413,7 +415,9 @@ class QuantModule(Leaf):
             if not keep_vars and (p := self._parameters.get(name)) is not None:
                 destination[prefix + name] = p.data
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["spec"] = str(self.spec)
+            # of the oldest version that has it: version 3 keeps zero points as codes
+            version = 2 if self.spec.symmetric else self._version
+            destination._metadata[prefix[:-1]] |= {"spec": str(self.spec), "version": version}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -454,6 +458,9 @@ class QuantModule(Leaf):
         codes = state_dict.get(name)
         if isinstance(codes, Tensor) and is_fp8(self.spec) and codes.dtype == dtype_of(self.spec.row):
             state_dict[name] = codes.view(torch.uint8)
+        name = f"{prefix}weight_zero_point"
+        if isinstance(z := state_dict.get(name), Tensor) and z.dtype == torch.int32 and not self.spec.symmetric:
+            state_dict[name] = kept_zero_points(z, self.spec.row)  # as version 2 has them
 
     def _negative_scales(self, state_dict: dict[str, Any], prefix: str) -> dict[str, float]:
         """Scales that no op takes and their least value: on a GPU the ops themselves do not look."""
@@ -537,11 +544,13 @@ def check_kept(scale: Tensor | None, spec: QuantSpec) -> None:
     RuntimeError
         For another dtype.
     """
-    if scale is not None and scale.dtype != SCALE_DTYPES[spec.scale]:
+    if scale is not None and scale.dtype != scale_dtype(spec):
         raise RuntimeError(f"weight_scale must be {spec.scale} for {spec}, got {dtype_name(scale.dtype)}")
 
 
-SCALE_DTYPES = {name: getattr(torch, name) for name in SCALES}
+def zero_points_of_0(spec: QuantSpec, matrix: tuple[int, int], device: Any) -> Tensor:
+    """Zero points 0 of a weight of the shape ``matrix``."""
+    return torch.zeros(spec.zero_point_shape(matrix), dtype=dtype_of(spec.row), device=device)
 
 
 def zero_codes(spec: QuantSpec, shape: Sequence[int], device: Any) -> Tensor:

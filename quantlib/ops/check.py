@@ -20,6 +20,7 @@ Block = Sequence[int]
 Result = tuple[Sequence[int], torch.dtype]
 
 INPUTS = ("float32", "float16", "bfloat16")
+E8M0 = "float8_e8m0fnu"  # of scales alone: powers of two
 CASTS = tuple(f.name for f in formats.FORMATS.values() if f.is_float and f.whole)
 TARGETS = tuple(f.name for f in formats.TABLE)
 INTEGERS = tuple(f.name for f in formats.TABLE if not f.is_float)
@@ -137,17 +138,22 @@ def check_scale(
     like: Tensor,
     used: list[int] | None = None,
 ) -> None:
-    """Check that scale is as expected or has 16 bits, and that zero_point has its shape and is int32 in the range.
+    """Check that scale is as expected or narrower, and that zero_point has its shape and is int32 in the range.
+
+    Zero points may be kept as codes of ``f`` are, too: all of these are in the range.
 
     Of several weights in one, only the values of those that are ``used`` are checked.
     """
-    dtype = scale.dtype if dtype_name(scale.dtype) in INPUTS else torch.float32
+    dtype = scale.dtype if dtype_name(scale.dtype) in (*INPUTS, E8M0) else torch.float32
     check_tensor(op, "scale", scale, (expected[0], dtype), like.device)
     check_not_negative(op, "scale", scale if used is None else scale[used])
     if zero_point is None:
         return
     if isinstance(f, FloatFormat):
         fail(op, "zero_point", f"None for {f.name}", "a tensor")
+    if isinstance(zero_point, Tensor) and zero_point.dtype == dtype_of(f):
+        check_tensor(op, "zero_point", zero_point, codes_of(expected[0], f), like.device)
+        return
     check_tensor(op, "zero_point", zero_point, (expected[0], torch.int32), like.device)
     z = zero_point if used is None else zero_point[used]
     check_zero_point(op, "zero_point", z, f, (z.shape, torch.int32), like)
@@ -162,7 +168,7 @@ def check_not_negative(op: str, argument: str, scale: Tensor) -> None:
 
 def least_negative(scale: Tensor) -> float | None:
     """The least of the negative scales, None without one or where looking would make a device wait."""
-    values = visible(scale)
+    values = None if scale.dtype == torch.float8_e8m0fnu else visible(scale)
     if values is None or not (negative := values < 0).any():
         return None
     return values[negative].min().item()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantlib import backends, formats
+from quantlib.backends.packing import wide_zero_points
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 from quantlib.ops.check import (
     TARGETS,
@@ -95,6 +96,10 @@ def launch_matrices(kernel: Kernel, outs: list[Tensor], **arguments: Any) -> Non
     """Call ``kernel(*arguments, *outs)`` with tensors as contiguous matrices, and blocks inside them."""
     if "block" in arguments:
         _, _, arguments["block"] = matrices(arguments["x"].shape, arguments["block"])
+    if (z := arguments.get("zero_point")) is not None and z.dtype != torch.float32:  # which fake_quantize learns
+        arguments["zero_point"] = wide_zero_points(z, arguments["format"], arguments["scale"].shape[1])
+    if "scale" in arguments and arguments["scale"].dtype == torch.float8_e8m0fnu:
+        arguments["scale"] = arguments["scale"].float()
     kernel(*map(_ready, arguments.values()), *map(_matrix, outs))
 
 

@@ -42,6 +42,7 @@ class Matrix(NamedTuple):
     shape: Sequence[int]  # [..., K]
     block: Sequence[int]  # br, bk
     per_byte: int = 1  # elements of a row that share a byte
+    blocks_per_byte: int = 1  # blocks of a row whose zero points share a byte
 
     def scale(self, dim: int, parts: int) -> int | None:
         """The axis of the scales that is cut where ``dim`` of [..., K] is: -1 if none is, None if a block would be."""
@@ -59,7 +60,7 @@ class Matrix(NamedTuple):
             if inside > 1 and self.shape[dim] % parts:  # scales would be cut elsewhere
                 return None
             each *= inside
-        return None if each % block else int(last)
+        return None if each % (block * self.blocks_per_byte if last else block) else int(last)
 
 
 def refusal(weight: Matrix, dim: int, parts: int) -> tuple[str, str] | None:
@@ -67,6 +68,7 @@ def refusal(weight: Matrix, dim: int, parts: int) -> tuple[str, str] | None:
     if parts == 1 or weight.scale(dim, parts) is not None:
         return None
     n, block, per_byte = weight.shape[dim], weight.block[dim], weight.per_byte if dim else 1
+    block *= weight.blocks_per_byte if dim else 1
     each, words, others = -(-n // parts), ("rows", "columns"), ("ColwiseParallel", "RowwiseParallel")
     cuts_bytes = n % per_byte or each % per_byte
     ways = [f"cut {words[1 - dim]} ({others[1 - dim]})"] if weight.scale(1 - dim, parts) is not None else []
@@ -95,6 +97,10 @@ class Call(NamedTuple):
     @property
     def per_byte(self) -> int:
         return self.format_row.per_byte if self.format_row.packed else 1
+
+    @property
+    def blocks_per_byte(self) -> int:
+        return self.per_byte if self.zero_point is not None and self.zero_point.dtype == torch.uint8 else 1
 
     @property
     def parts(self) -> list[int]:
@@ -126,7 +132,7 @@ class Call(NamedTuple):
         N, columns = self.codes.shape
         x = next((self.given[name] for name in ("x", "x_codes") if name in self.given), None)
         K = columns * self.per_byte if x is None else x.shape[-1]
-        matrix = Matrix((N, K), self.block, self.per_byte)
+        matrix = Matrix((N, K), self.block, self.per_byte, self.blocks_per_byte)
         for dim in range(2):
             parts = math.prod(n for n, p in zip(self.mesh.shape, self.codes.placements, strict=True) if p.is_shard(dim))
             if why := refusal(matrix, dim, parts):
@@ -176,7 +182,7 @@ def quantize_dynamic(c: Call) -> Iterator[Sharding]:
 
 def dequantize(c: Call) -> Iterator[Sharding]:
     *rows, columns = c.codes.shape
-    for x, scale in c.cuts(Matrix((*rows, c.size or columns * c.per_byte), c.block, c.per_byte)):
+    for x, scale in c.cuts(Matrix((*rows, c.size or columns * c.per_byte), c.block, c.per_byte, c.blocks_per_byte)):
         if c.size is None or x.dim < len(rows):  # a size is of all columns, not of those of a rank
             yield [x], {"codes": x, "scale": scale, "zero_point": scale}
 

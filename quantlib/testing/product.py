@@ -50,11 +50,13 @@ class Product(OneCall):
     x_format: str = "int8"  # of scaled_matmul
     x_symmetric: bool = True
     per_row: bool = True  # x_scale
+    zero_codes: bool = False  # zero points are kept as codes, not int32
 
     def __str__(self) -> str:
         words = [self.op, self.format, self.zero_points, self.dtype, "x".join(map(str, self.sizes))]
         words += [self.block_words, self.layout, str(self.activation)] + ["bias"] * self.bias
         words += ["tiled"] * self.tiled + ["invariant"] * self.batch_invariant
+        words += ["codes"] * self.zero_codes
         if self.op == "scaled_matmul":
             words += [self.x_format, "" if self.x_symmetric else "affine", "rows" if self.per_row else "one"]
         return "-".join(filter(None, words))
@@ -163,6 +165,10 @@ def tensors(case: Product, device: str = "cpu") -> dict[str, torch.Tensor]:
             given[name] = torch.from_numpy(array.copy()).to(getattr(torch, case.dtype)).to(device)
         elif name == "codes":
             given[name] = tensor(bits(array), case.format, device)
+        elif name == "zero_point" and case.zero_codes:
+            f = formats.get(case.format)
+            kept = array.astype(f.storage) if f.whole else reference.pack(array, f)
+            given[name] = torch.from_numpy(kept).to(device)
         else:
             given[name] = torch.from_numpy(array.copy()).to(device)
     if case.tiled:
@@ -214,7 +220,8 @@ def products(op: str | None = None, format: str | None = None, large: bool = Fal
 
 @functools.cache
 def _table(large: bool) -> tuple[Product, ...]:
-    return tuple(case for op in OPS for case in _cases(op, (*SHAPES, *LARGE) if large else SHAPES))
+    cases = (case for op in OPS for case in _cases(op, (*SHAPES, *LARGE) if large else SHAPES))
+    return tuple(replace(case, zero_codes=not case.symmetric and n % 3 > 0) for n, case in enumerate(cases))
 
 
 def _cases(op: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Product]:

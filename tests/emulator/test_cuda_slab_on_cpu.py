@@ -12,12 +12,13 @@ from cuda_on_cpu.emulator import COMPILER, FLAGS, HERE, RUNTIME, digest, keep_fo
 
 import quantlib
 from quantlib import _build, backends, formats
+from quantlib.backends.packing import kept_zero_points
 from quantlib.backends.tiles import TileLayout
 from quantlib.testing import assert_same_bytes, bits
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"there is no {COMPILER[0]}")
 
-KERNELS = ("slab", "cast", "dequant_matmul", "dequant_matmul_backward", "grouped_dequant_matmul")
+KERNELS = ("slab", "cast", "widen", "dequant_matmul", "dequant_matmul_backward", "grouped_dequant_matmul")
 M, N, K = 300, 200, 40  # two parts of x, two slabs, both ragged
 
 
@@ -30,7 +31,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folders = (HERE, csrc / "cuda", csrc, _build.PACKAGE)
     include = (*(f"-I{folder}" for folder in folders), "-isystem", str(installed / "include"), "-include", "on_cpu.h")
     kernels = [csrc / f"cuda/{name}.cu" for name in KERNELS]
-    glue = [csrc / f"ops/{name}.cpp" for name in KERNELS[2:]]
+    glue = [csrc / f"ops/{name}.cpp" for name in KERNELS[3:]]
     sources = (HERE / "library.cpp", *RUNTIME, csrc / "cuda/backend.cpp", *kernels)
     (csrc / "glue.cpp").write_text("".join(f'#include "{path}"\n' for path in (*glue, csrc / "cuda/backend.cpp")))
     compiled = [csrc / "glue.cpp" if path.stem == "backend" else path for path in sources]
@@ -122,6 +123,21 @@ def test_slabs_give_the_gradient(products: Products) -> None:
     w = codes.double() * scale.double().repeat_interleave(8, 1)
     assert_same_bytes(bits(got), bits((dy.double() @ w).bfloat16()), "dx")
     assert products == [((m, N), (N, k)) for m in (256, 44) for k in (128, 8)]
+
+
+@pytest.mark.parametrize(("format", "rows"), [("int4", 5), ("uint8", 3), ("int8", 300)])
+def test_zero_points_as_codes_and_scales_of_a_byte_are_widened(products: Products, format: str, rows: int) -> None:
+    f, random = formats.get(format), torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (N, f.columns(K)), generator=random, dtype=torch.uint8)
+    codes = codes.view(torch.int8) if format == "int8" else codes
+    scale = torch.exp2(torch.randint(-3, 4, (N, 5), generator=random))
+    z = torch.randint(*f.code_range, (N, 5), generator=random, dtype=torch.int32)
+    x = torch.randint(-8, 9, (rows, K), generator=random).bfloat16()
+    results = [
+        torch.ops.quantlib_on_cpu.dequant_matmul(x, codes, s, format, [1, 8], zero_point)
+        for s, zero_point in ((scale, z), (scale.to(torch.float8_e8m0fnu), kept_zero_points(z, f)))
+    ]
+    assert_same_bytes(bits(results[1]), bits(results[0]), format)
 
 
 def test_a_batch_invariant_product_takes_no_slabs(products: Products) -> None:

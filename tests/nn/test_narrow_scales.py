@@ -66,7 +66,7 @@ def test_a_scale_that_cannot_be_kept_is_refused(spec: str, said: str) -> None:
 
 
 def test_another_scale_is_named() -> None:
-    with pytest.raises(ValueError, match="scale must be float32, bfloat16 or float16, got 'int8'"):
+    with pytest.raises(ValueError, match="scale must be float32, bfloat16, float16 or e8m0, got 'int8'"):
         QuantSpec("int8", scale="int8")
     assert QuantSpec("int8", scale=torch.float16).scale == "float16"  # type: ignore[arg-type]
 

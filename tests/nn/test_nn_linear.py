@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import quantlib.nn.linear
 from quantlib import backends, ops
-from quantlib.nn import QuantEmbedding, QuantLinear
-from quantlib.nn.functional import project, quantize_weight
+from quantlib.nn import QuantEmbedding, QuantLinear, functional
 from quantlib.nn.linear import kernel_of
 from quantlib.spec import QuantSpec
 
@@ -76,7 +75,7 @@ def test_a_layer_gives_the_bytes_of_its_op(dtype: torch.dtype) -> None:
         assert same(q(x), ops.dynamic_matmul(x, q.codes, q.weight_scale, q.spec.format, **options)), words
     for words in ("int8@int8:tensor", "int8@uint8", "uint8@int8:row:affine"):
         q = quantized(words, dtype)
-        codes, scale, zero_point = quantize_weight(x, q.spec.activation)
+        codes, scale, zero_point = functional.quantized(x, q.spec.activation)
         with torch.no_grad():
             expected = ops.scaled_matmul(
                 codes,
@@ -101,7 +100,7 @@ def test_gradients_of_input_bias_and_scale(words: str) -> None:
     x, dy = torch.randn(2, 3, K, requires_grad=True), torch.randn(2, 3, N)
     dx, dscale, dbias = torch.autograd.grad(q(x), (x, q.weight_scale, q.bias), dy)
     activation = q.spec.activation
-    values = x.detach() if activation is None else project(x.detach(), activation)
+    values = x.detach() if activation is None else functional.project(x.detach(), activation)
     with torch.no_grad():
         br, bk = q.block
         spread = q.weight_scale.repeat_interleave(br, 0)[:N].repeat_interleave(bk, 1)[:, :K]

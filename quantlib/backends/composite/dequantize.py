@@ -14,7 +14,7 @@ from quantlib.backends.composite.numerics import (
     spread,
     store,
 )
-from quantlib.backends.packing import unpack
+from quantlib.backends.packing import unpack, wide_zero_points
 from quantlib.backends.weight import QuantizedWeight
 from quantlib.formats import FloatFormat
 
@@ -30,7 +30,8 @@ def dequantize(weight: QuantizedWeight, out: Tensor) -> None:
     else:
         code = codes.int()
         if zero_point is not None:
-            code = code - spread(zero_point.clamp(*format.range(affine=True)), M, K, block)
+            z = wide_zero_points(zero_point, format, scale.shape[1]).clamp(*format.range(affine=True))
+            code = code - spread(z, M, K, block)
         y = code.float() * s_eff
     y = canonical(y)
     if out.dtype == torch.float32:

@@ -28,6 +28,7 @@ from quantlib.backends.triton.matmul import (
     tile_rows,
 )
 from quantlib.backends.triton.slab import multiply_slabs
+from quantlib.backends.triton.tile import zero_cols
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
@@ -45,7 +46,8 @@ def sum_steps(
     rows, batch = (n < N)[:, None], (m < M)[None, :]
     at = (n // br * scale_cols)[:, None]
     in_tile = tile_rows(n_first, T)
-    at_in_tile, rows_in_tile = in_tile // br * scale_cols, in_tile < N
+    z_cols = zero_cols(zero_point_ptr, scale_cols, F)
+    z_at, z_in_tile, rows_in_tile = (n // br * z_cols)[:, None], in_tile // br * z_cols, in_tile < N
     total = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
     steps = tl.cdiv(K, T.tile_k)
     each = tl.cdiv(steps, T.splits)
@@ -63,10 +65,10 @@ def sum_steps(
             if TILED:
                 w = split_tiles(w, T)
                 if SCALES != "element":  # before a thread's values are put in order: then they need not leave it
-                    w = subtract_zero_point(w, zero_point_ptr, at_in_tile + J, rows_in_tile & (k < K), F)
+                    w = subtract_zero_point(w, zero_point_ptr, z_in_tile + J, rows_in_tile & (k < K), F)
                 w = in_order(w, T)
             if SCALES == "element" or not TILED:
-                w = subtract_zero_point(w, zero_point_ptr, at + J, exists, F)
+                w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
             if SCALES == "row":
                 total = tl.dot(w, x, total, input_precision="ieee")
             elif SCALES == "sum":
@@ -138,7 +140,7 @@ def dequant_matmul(
         return
     tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.float32, tiles, x.device)
-    codes, scale = launch.codes_of(weight.codes), weight.scale
+    codes, scale = launch.codes_of(weight.codes), launch.codes_of(weight.scale)
     launch.launch(
         dequant_matmul_kernel, tiles * tile.splits, x.device,
         x, codes, scale, weight.zero_point, epilogue.bias, y, partial, ticket,

@@ -14,6 +14,7 @@ from quantlib import formats
 from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.matmul import finish, load_operands, load_scale, load_x, operand_type, subtract_zero_point
 from quantlib.backends.triton.slab import multiply_slabs_backward
+from quantlib.backends.triton.tile import zero_cols
 from quantlib.backends.weight import QuantizedWeight
 
 
@@ -31,10 +32,12 @@ def sum_rows(
         dy = load_x(dy_ptr + n[None, :], batch & (n < N)[None, :], X, D, ARCH)
         w = load_operands(codes_ptr, n_first, k_tile, stride, N, K, F, tl.float32, T, False, True, ARCH)[0]
         if ONE_BLOCK:
-            at, exists = (n // br * scale_cols)[:, None] + k_tile * T.tile_k // bk, (n < N)[:, None]
+            J, exists = k_tile * T.tile_k // bk, (n < N)[:, None]
         else:
-            at, exists = (n // br * scale_cols)[:, None] + k // bk, (n < N)[:, None] & (k < K)
-        w = subtract_zero_point(w, zero_point_ptr, at, exists, F) * load_scale(scale_ptr + at, exists, F)
+            J, exists = k // bk, (n < N)[:, None] & (k < K)
+        z_at = (n // br * zero_cols(zero_point_ptr, scale_cols, F))[:, None] + J
+        at = (n // br * scale_cols)[:, None] + J
+        w = subtract_zero_point(w, zero_point_ptr, z_at, exists, F) * load_scale(scale_ptr + at, exists, F)
         total = tl.dot(dy, w.to(D), total, input_precision="ieee")
     return total
 
@@ -67,7 +70,7 @@ def dequant_matmul_backward(
 ) -> None:
     """Launch with ``tile``, or with the tile that `tuning` chooses."""
     M, (N, K), device = len(dy), weight.shape, dy.device
-    codes, scale, block = launch.codes_of(weight.codes), weight.scale, weight.block
+    codes, scale, block = launch.codes_of(weight.codes), launch.codes_of(weight.scale), weight.block
     if tile is None:
         tile = tuning.choose_backward(
             (M, N, K), weight.format, dy.dtype, block[1], launch.device_name(device), launch.shared_memory(device)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from quantlib import formats
+from quantlib.backends.packing import wide_zero_points
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.numerics import decode, encode_float
 from quantlib.backends.triton.tile import (
@@ -66,11 +67,13 @@ def dequantize_kernel(
 
 def dequantize(weight: QuantizedWeight, out: torch.Tensor) -> None:
     codes, format, zero_point = launch.codes_of(weight.codes), weight.format, weight.zero_point
+    if zero_point is not None:  # a row of codes may be a part of a longer one
+        zero_point = wide_zero_points(zero_point, format, weight.scale.shape[1])
     shape, block = launch.flatten(weight.shape, weight.block, format)
     tile = launch.choose_tile(shape, block, format)
     launch.launch(
         dequantize_kernel, launch.tiles(shape, block, tile), out.device,
-        codes, weight.scale, zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]), codes.shape[1],
-        format, formats.get(out.dtype), zero_point is not None, tile, launch.arch(out.device),
+        codes, launch.codes_of(weight.scale), zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]),
+        codes.shape[1], format, formats.get(out.dtype), zero_point is not None, tile, launch.arch(out.device),
         warps=tile.warps,
     )  # fmt: skip

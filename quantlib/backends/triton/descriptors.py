@@ -98,7 +98,7 @@ def multiply_described(
         described_matmul_kernel, min(tiles, launch.processors(device)), device,
         TensorDescriptor(x_codes, [M, K], [K, 1], [tile.tile_m, tile.tile_k]),
         TensorDescriptor(weight.codes, [N, K], [K, 1], [tile.tile_n, tile.tile_k]),
-        x_scale, weight.scale, epilogue.bias, y,
+        x_scale, launch.codes_of(weight.scale), epilogue.bias, y,
         M, N, K, weight.block[0], weight.format, formats.get(y.dtype), epilogue.activation, x_scale.numel() > 1, GROUP,
         tile, launch.arch(device),
         warps=tile.warps, num_stages=tile.stages,

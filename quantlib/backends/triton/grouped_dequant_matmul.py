@@ -15,6 +15,7 @@ from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.dequant_matmul import scales, sum_steps
 from quantlib.backends.triton.groups import groups_of, part_of, slots_of
 from quantlib.backends.triton.matmul import finish
+from quantlib.backends.triton.tile import zero_row
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
@@ -44,8 +45,7 @@ def grouped_dequant_matmul_kernel(
     if e < E:
         wide = e.to(tl.int64)
         blocks = wide * scale_rows * scale_cols
-        if zero_point_ptr is not None:
-            zero_point_ptr += blocks
+        zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, scale_cols, F)
         if bias_ptr is not None:
             bias_ptr += wide * N
         total = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
@@ -74,7 +74,7 @@ def grouped_dequant_matmul(
         (R, N, K), weight.format, x.dtype, weight.block[1], False, True,
         launch.device_name(device), launch.shared_memory(device),
     )  # fmt: skip
-    codes, scale = launch.codes_of(weight.codes), weight.scale
+    codes, scale = launch.codes_of(weight.codes), launch.codes_of(weight.scale)
     launch.launch(
         grouped_dequant_matmul_kernel, slots_of(R, E, tile.tile_m) * launch.cdiv(N, tile.tile_n), device,
         x, codes, scale, weight.zero_point, epilogue.bias, y, offsets,

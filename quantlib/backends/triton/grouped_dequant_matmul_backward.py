@@ -14,6 +14,7 @@ from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.dequant_matmul_backward import sum_rows
 from quantlib.backends.triton.groups import groups_of, part_of, slots_of
 from quantlib.backends.triton.matmul import finish, operand_type
+from quantlib.backends.triton.tile import zero_row
 from quantlib.backends.weight import QuantizedWeight
 
 
@@ -39,8 +40,7 @@ def grouped_dequant_matmul_backward_kernel(
     if e < E:
         wide = e.to(tl.int64)
         blocks = wide * scale_rows * scale_cols
-        if zero_point_ptr is not None:
-            zero_point_ptr += blocks
+        zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, scale_cols, F)
         total = sum_rows(
             dy_ptr + (start + m) * N, codes_ptr + wide * N * stride, scale_ptr + blocks, zero_point_ptr, m < M,
             k_tile, k, N, K, br, bk, scale_cols, stride, X, F, D, ONE_BLOCK, T, ARCH,
@@ -60,7 +60,7 @@ def grouped_dequant_matmul_backward(
         (min(rows, tuning.SLABS_FROM), N, K), weight.format, dy.dtype, block[1], launch.device_name(device),
         launch.shared_memory(device),
     )  # fmt: skip
-    codes, scale = launch.codes_of(weight.codes), weight.scale
+    codes, scale = launch.codes_of(weight.codes), launch.codes_of(weight.scale)
     launch.launch(
         grouped_dequant_matmul_backward_kernel, slots_of(R, E, tile.tile_m) * launch.cdiv(K, tile.tile_k), device,
         dy, codes, scale, weight.zero_point, dx, offsets,

@@ -17,7 +17,7 @@ from quantlib.backends.triton.dynamic_matmul import quantize_rows
 from quantlib.backends.triton.groups import groups_of, part_of, slots_of
 from quantlib.backends.triton.matmul import finish, load_scale, zero_points
 from quantlib.backends.triton.scaled_matmul import sum_groups
-from quantlib.backends.triton.tile import codes_at
+from quantlib.backends.triton.tile import codes_at, zero_cols, zero_row
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
@@ -45,17 +45,16 @@ def grouped_scaled_matmul_kernel(
     if e < E:
         wide = e.to(tl.int64)
         scale_ptr += wide * scale_rows * groups
-        if zero_point_ptr is not None:
-            zero_point_ptr += wide * scale_rows * groups
+        zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, groups, F)
         if bias_ptr is not None:
             bias_ptr += wide * N
         # 2. the sums, and the scales
-        at = n // br * groups
+        at, z_at = n // br * groups, n // br * zero_cols(zero_point_ptr, groups, F)
         s_x = load_scale(x_scale_ptr + row, batch, X)
         d, total = sum_groups(
             codes_at(x_ptr, X) + row * K, zero_points(None, row, batch, X),
-            codes_at(codes_ptr, F) + (wide * N + n) * stride, scale_ptr, zero_point_ptr, rows, batch, at, 0, K, bk,
-            groups, X, F, False, MASKED, T,
+            codes_at(codes_ptr, F) + (wide * N + n) * stride, scale_ptr, zero_point_ptr, rows, batch, at, z_at, 0, K,
+            bk, groups, X, F, False, MASKED, T,
         )  # fmt: skip
         if groups > 1:
             total = total * s_x
@@ -76,7 +75,7 @@ def grouped_dynamic_matmul(
         (launch.cdiv(R, max(E, 1)), N, K), weight.format, bk, launch.device_name(device), launch.shared_memory(device),
         y.dtype, False,
     )  # fmt: skip
-    tile, scale = replace(tile, splits=1), weight.scale
+    tile, scale = replace(tile, splits=1), launch.codes_of(weight.scale)
     masked = min(bk, K) % tile.tile_k > 0 or K % bk % tile.tile_k > 0
     launch.launch(
         grouped_scaled_matmul_kernel, slots_of(R, E, tile.tile_m) * launch.cdiv(N, tile.tile_n), device,

@@ -10,13 +10,12 @@ import triton.language as tl
 from quantlib.backends.tiles import TileLayout
 from quantlib.backends.triton.activation import activate
 from quantlib.backends.triton.numerics import (
-    clamp_zero_point,
     decode_float,
     effective_scale,
     encode_float,
     int_to_float,
 )
-from quantlib.backends.triton.tile import codes_at, spread_sign, unpack
+from quantlib.backends.triton.tile import codes_at, load_zero_point, spread_sign, unpack
 
 ROWS: tl.constexpr = tl.constexpr(TileLayout.ROWS)
 BYTES: tl.constexpr = tl.constexpr(TileLayout.BYTES)
@@ -217,7 +216,7 @@ def load_scale(ptr, exists, F: tl.constexpr):
 def zero_points(ptr, at, exists, F: tl.constexpr):
     """[...] int32: what is subtracted from a signed byte"""
     if ptr is not None:
-        return clamp_zero_point(tl.load(ptr + at, exists, 0), F) - offset(F)
+        return load_zero_point(ptr, at, exists, F) - offset(F)
     else:
         return tl.full((1, 1), -offset(F), tl.int32)
 

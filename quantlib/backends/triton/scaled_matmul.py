@@ -23,7 +23,7 @@ from quantlib.backends.triton.matmul import (
     sum_splits,
     zero_points,
 )
-from quantlib.backends.triton.tile import codes_at
+from quantlib.backends.triton.tile import codes_at, zero_cols
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 
@@ -32,7 +32,7 @@ def sum_groups(
     x_ptr,  # [1, tile_m] where the rows of x begin
     z_x,  # [1, tile_m] their zero points
     codes_ptr,  # [tile_n, 1] where the rows of the weight begin
-    scale_ptr, zero_point_ptr, rows, batch, at, split, K, bk, groups,
+    scale_ptr, zero_point_ptr, rows, batch, at, z_at, split, K, bk, groups,
     X: tl.constexpr, F: tl.constexpr, X_SHIFTED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Return the exact sum of the last group, and the sum over all groups, times their scales, where there are many."""
@@ -59,7 +59,7 @@ def sum_groups(
                 w_sum += tl.sum(w.to(tl.int32), 1, keep_dims=True)
             if W_SHIFTED:
                 x_sum += tl.sum(x.to(tl.int32), 0, keep_dims=True)
-        z = zero_points(zero_point_ptr, at + J, rows, F)
+        z = zero_points(zero_point_ptr, z_at + J, rows, F)
         if X_SHIFTED:
             d -= z_x * w_sum
         if W_SHIFTED:
@@ -99,11 +99,11 @@ def scaled_matmul_kernel(
     codes_ptr = codes_at(codes_ptr, F) + n * stride
     s_x = load_scale(x_scale_ptr + (m if PER_ROW else m * 0), batch, X)
     z_x = zero_points(x_zero_point_ptr, m if PER_ROW else m * 0, batch, X)
-    at = n // br * groups
+    at, z_at = n // br * groups, n // br * zero_cols(zero_point_ptr, groups, F)
     # 2. groups in ascending order, or this split's steps of the only one
     d, total = sum_groups(
-        x_ptr, z_x, codes_ptr, scale_ptr, zero_point_ptr, rows, batch, at, split, K, bk, groups, X, F, X_SHIFTED,
-        MASKED, T,
+        x_ptr, z_x, codes_ptr, scale_ptr, zero_point_ptr, rows, batch, at, z_at, split, K, bk, groups, X, F,
+        X_SHIFTED, MASKED, T,
     )  # fmt: skip
     # 3. the last program of a tile adds the splits; the scales follow
     y_at, inside = m * N + n, rows & batch
@@ -132,7 +132,7 @@ def scaled_matmul(
     tile: tuning.MatmulTile | None = None,
 ) -> None:
     """Launch with ``tile``, or with the tile that `tuning` chooses."""
-    M, (N, K), scale, bk, device = len(x_codes), weight.shape, weight.scale, weight.block[1], y.device
+    M, (N, K), scale, bk, device = len(x_codes), weight.shape, launch.codes_of(weight.scale), weight.block[1], y.device
     if tile is None:
         tile = tuning.choose_scaled(
             (M, N, K), weight.format, bk, launch.device_name(device), launch.shared_memory(device), y.dtype,

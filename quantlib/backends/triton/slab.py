@@ -24,7 +24,7 @@ from quantlib.backends.triton.matmul import (
     subtract_zero_point,
 )
 from quantlib.backends.triton.numerics import encode_float
-from quantlib.backends.triton.tile import codes_at
+from quantlib.backends.triton.tile import codes_at, zero_cols
 from quantlib.backends.triton.tuning import MatmulTile
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 
@@ -50,6 +50,7 @@ def slab_kernel(
     operands = load_operands(codes_ptr, first + row_tile, step, stride, end, K, F, D, T, TILED, MASKED, ARCH)
     row = row_tile + tl.arange(0, T.tile_n)[:, None]
     rows, at = first + row < end, (first + row) // br * scale_cols
+    z_at = (first + row) // br * zero_cols(zero_point_ptr, scale_cols, F)
     for half in tl.static_range(HALVES):
         k = step * T.tile_k + half * HALF
         column = (k + tl.arange(0, HALF))[None, :]
@@ -58,7 +59,7 @@ def slab_kernel(
             J, exists = column // bk, rows & (column < K)
         else:
             J, exists = 0 if SCALES == "row" else k // bk, rows & (k < K)
-        w = subtract_zero_point(w, zero_point_ptr, at + J, exists, F)
+        w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
         if w.dtype == tl.float32:
             if SCALES != "row":
                 w = w * load_scale(scale_ptr + at + J, exists, F)
@@ -121,7 +122,7 @@ def decode_slab(
     tile: MatmulTile,
 ) -> None:
     """w of these rows and columns, or q - z where ``by_row``, into ``slab``."""
-    codes, scale, (_, bk) = launch.codes_of(weight.codes), weight.scale, weight.block
+    codes, scale, (_, bk) = launch.codes_of(weight.codes), launch.codes_of(weight.scale), weight.block
     whole = scale.shape[1] == 1 or bk % (COLUMNS.value if weight.tiled else tile.tile_k) == 0
     scales = "row" if by_row else "step" if whole else "element"
     (first, end), width = rows, columns[1] - columns[0]
@@ -148,7 +149,7 @@ def finish_slab(
     programs = launch.cdiv(M, FINISH_ROWS.value) * launch.cdiv(end - first, FINISH_COLS.value)
     launch.launch(
         finish_kernel, programs, y.device,
-        total, weight.scale, epilogue.bias, y, M, N, first, end, weight.block[0],
+        total, launch.codes_of(weight.scale), epilogue.bias, y, M, N, first, end, weight.block[0],
         formats.get(y.dtype), weight.format, epilogue.activation, by_row, launch.arch(y.device),
         warps=4,
     )  # fmt: skip

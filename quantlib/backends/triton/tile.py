@@ -83,6 +83,38 @@ def block_cols(tile, K, bk, T: tl.constexpr):
 
 
 @triton.jit
+def zero_cols(ptr, cols, F: tl.constexpr):
+    """Zero points from a row to the next, of ``cols``: a row that is kept as codes of F begins with a byte"""
+    if ptr is None or ptr.dtype.element_ty == tl.int32 or not F.packed:
+        return cols
+    else:
+        return (cols + F.per_byte - 1) // F.per_byte * F.per_byte
+
+
+@triton.jit
+def zero_row(ptr, row, cols, F: tl.constexpr):
+    """A pointer to the zero points of ``row``; None where there are none"""
+    if ptr is None:
+        return ptr
+    elif ptr.dtype.element_ty == tl.int32 or not F.packed:
+        return ptr + row * cols
+    else:
+        return ptr + row * ((cols + F.per_byte - 1) // F.per_byte)
+
+
+@triton.jit
+def load_zero_point(ptr, at, exists, F: tl.constexpr):
+    """[...] int32 zero points at ``at``, rows of `zero_cols`: int32, or kept as codes of F"""
+    if ptr.dtype.element_ty == tl.int32:
+        return clamp_zero_point(tl.load(ptr + at, exists, 0), F)
+    elif F.packed:
+        byte = tl.load(ptr + at // F.per_byte, exists, 0).to(tl.int32)
+        return spread_sign((byte >> (at % F.per_byte * F.bits).to(tl.int32)) & ((1 << F.bits) - 1), F)
+    else:
+        return spread_sign(tl.load(ptr + at, exists, 0).to(tl.int32), F)
+
+
+@triton.jit
 def block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F: tl.constexpr, AFFINE: tl.constexpr):
     """Effective scale and zero point of every run of a tile: [rows or 1, runs]."""
     at, exists = block_i * scale_cols + block_j, (block_i < M) & (block_j < scale_cols)

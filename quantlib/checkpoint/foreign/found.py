@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from quantlib import ops
+from quantlib import formats, ops
+from quantlib.backends.packing import kept_zero_points, wide_zero_points
 from quantlib.checkpoint.files import NAMES, Reader, Slot
 from quantlib.formats import SCALE_MIN
 from quantlib.nn.functional import Weight, dequantize_weight
@@ -203,7 +204,9 @@ def without_zero_scales(weight: Weight, spec: QuantSpec, K: int) -> Weight:
     rows, columns = (
         torch.arange(size) // block for size, block in zip(codes.shape, spec.block(codes.shape), strict=True)
     )
-    of_zero = torch.zeros((), dtype=torch.int64) if weight.zero_point is None else weight.zero_point[rows][:, columns]
+    of_zero = torch.zeros((), dtype=torch.int64)
+    if weight.zero_point is not None:
+        of_zero = wide_zero_points(weight.zero_point, spec.row, scale.shape[1])[rows][:, columns]
     values = getattr(spec.row, "values", None)
     if values:  # of a code book
         of_zero = torch.tensor(values.index(0.0))
@@ -241,5 +244,6 @@ def integer_weight(
     """
     half = 1 << (bits - 1) if unsigned and bits >= 4 else 0
     moved = (codes.to(torch.int16) - half).to(torch.int8)
-    z = None if symmetric else (zero_point.to(torch.int32) - half).contiguous()
+    row = formats.FORMATS["int4" if bits <= 4 else "int8"]
+    z = None if symmetric else kept_zero_points(zero_point.to(torch.int32) - half, row).contiguous()
     return Weight(as_int4(moved) if bits <= 4 else moved.contiguous(), scale.contiguous(), z)
