@@ -156,6 +156,9 @@ def scaled_matmuls(device: str) -> Iterator[Call]:
 # Each kernel at its most used, and the most used formats of each op.
 FIRST = (
     Call("cast", "bfloat16", "float8_e4m3fn"),
+    Call("hadamard", "bfloat16", "bfloat16", per="group:64"),
+    Call("hadamard", "bfloat16", "bfloat16", per="group:1024"),
+    Call("hadamard", "float32", "float32", per="group:1024"),
     Call("quantize", "bfloat16", "int8"),
     Call("quantize", "bfloat16", "int8", (4095, 4097)),
     Call("quantize", "float32", "int4", per="group:32", affine=True),

@@ -175,6 +175,7 @@ def cuda_matmul(m: Measured) -> Contract:
 
 CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "cast_kernel"): lambda m: stream(m, size(m, "X"), size(m, "Y")),
+    ("triton", "hadamard_kernel"): lambda m: Contract(needs=(r"LDG\.E\.(64|128)", r"STG\.E\.(64|128)")),
     ("triton", "quantize_kernel"): lambda m: stream(m, size(m, "X"), size(m, "F"), without=NARROW),
     ("triton", "dequantize_kernel"): lambda m: stream(m, size(m, "F"), size(m, "Y")),
     ("triton", "compute_scale_kernel"): lambda m: stream(m, size(m, "X"), 0, without=NARROW),

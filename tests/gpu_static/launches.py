@@ -133,6 +133,7 @@ def start(call: Call, instead: Any = None) -> None:
             *(dy, x, scale, f, block, shared, limits, call.lsq, 1.0),
             *(dx, dscale, dscale if call.affine else None),
         ),
+        "hadamard": lambda: (x, block[1], dx),
         "adamw_step": lambda: (
             *(x, dy, *states, torch.empty(9, device="meta"), states_block),
             *(key if call.source == "bfloat16" else None, (0, 0), dx, *states),

@@ -27,6 +27,7 @@ EXPERTS = {"x": X, "codes": W[None], "scale": S[None], "format": "int8", "block"
 # what a call is given; each tensor of it is replaced in turn
 RAW: dict[Callable[..., Any], dict[str, Any]] = {
     quant.cast: {"x": X, "format": "float16", "saturate": False},
+    quant.hadamard: {"x": X, "block": 8},
     quant.compute_scale: {"x": X, "format": "int8", "block": B},
     quant.search_scale: {
         "x": X, "scale": T, "format": "int8", "block": B, "method": "mse", "kept": "float32", "zero_point": Z[:4],
