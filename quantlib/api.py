@@ -216,6 +216,10 @@ def reason_to_skip(layer: nn.Module, form: Callable[[type[nn.Module]], type[nn.M
         return f"already quantized to {layer.spec}"
     if isinstance(layer._parameters.get("weight"), UninitializedParameter):
         return "its weight has no shape before the first forward"
+    if isinstance(layer, QATModule):
+        return f"already prepared for {layer.spec}: convert_ makes its codes"
+    if computed := getattr(layer, "parametrizations", None):
+        return f"its {' and '.join(computed)} is computed from other parameters"
     if form(type(layer)) is None:
         base = next((t for t in QUANTIZED if isinstance(layer, t)), nn.Linear)
         return f"{type(layer).__name__}, a subclass of nn.{base.__name__}, may compute something else"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import dequantize_, prepare_qat_, quantize_
-from quantlib.nn import QuantConv1d, QuantEmbedding, QuantLinear, functional
+from quantlib.nn import QATLinear, QuantConv1d, QuantEmbedding, QuantLinear, functional
 from quantlib.spec import QuantSpec
 from quantlib.testing import assert_same_bytes
 
@@ -363,13 +363,21 @@ def test_layers_that_are_not_plain_are_left_alone() -> None:
     computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     replaced = nn.Linear(4, 4)
     replaced.forward = lambda x: x  # type: ignore[method-assign, assignment]
-    model = nn.ModuleList([Mine(4, 4), computed, replaced, nn.Linear(4, 4)])
+    biased, prepared = nn.Linear(4, 4), QATLinear.from_float(nn.Linear(4, 4), "int4:row")
+    nn.utils.parametrize.register_parametrization(biased, "bias", nn.Identity())
+    model = nn.ModuleList([Mine(4, 4), computed, replaced, biased, prepared, nn.Linear(4, 4)])
     report = quantize_(model, "int8")
-    assert list(report.skipped) == ["0", "1", "2"]
-    assert report.sizes == {"0": 16, "1": 16 + 4, "2": 16}  # a norm has the magnitudes beside the directions
+    assert list(report.skipped) == ["0", "1", "2", "3", "4"]
+    assert {name: report.sizes[name] for name in "012"} == {
+        "0": 16,
+        "1": 16 + 4,
+        "2": 16,
+    }  # a norm has the magnitudes beside the directions
     assert "Mine, a subclass of nn.Linear" in report.skipped["0"]
-    assert "subclass" in report.skipped["1"]
+    assert report.skipped["1"] == "its weight is computed from other parameters"
     assert report.skipped["2"] == "its forward has been replaced"
+    assert report.skipped["3"] == "its bias is computed from other parameters"
+    assert report.skipped["4"] == "already prepared for int4:row: convert_ makes its codes"
 
 
 def test_hooks_and_modes_are_kept() -> None:

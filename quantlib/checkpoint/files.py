@@ -44,6 +44,9 @@ DTYPES = {
     "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# the first bytes of another kind of file -> what it is
+PICKLED = "one of torch.save: safetensors.torch.save_file(torch.load(path), new_path) makes the other of it"
+OTHERS = {b"PK\x03\x04": PICKLED, b"\x80\x02": PICKLED, b"GGUF": "one of GGUF, which is not read"}
 HEADER = 100_000_000  # bytes that safetensors allows a header
 MOST = 2**63 - 1  # values of a tensor, and bytes of a file
 CHUNK = 1 << 22  # bytes that are copied at a time
@@ -177,6 +180,8 @@ class Reader:
         data = memoryview(bytearray(8))
         self._fill(data, 0)
         length = int.from_bytes(data, "little")
+        if other := next((what for start, what in OTHERS.items() if bytes(data).startswith(start)), None):
+            raise ValueError(f"{self.path} must be a whole safetensors file, got {other}")
         if length > min(size - 8, HEADER):
             raise ValueError(f"{whole} with a header of {length:,}")
         data = memoryview(bytearray(length))

@@ -171,6 +171,13 @@ class DecodedWeight(Tensor):
         if not isinstance(value, DecodedWeight) or value._owner != self._owner:
             self._owner.set_weight_(value)
 
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> Any:
+        """``weight.data.copy_(w)`` of the whole weight: w is quantized into the layer, as ``weight.data = w`` does."""
+        if not self._is_data or self._owner is None:
+            raise RuntimeError(f"weight must not be written to, it is decoded from codes: {WAY_OUT}")
+        self._owner.set_weight_(source.to(self.dtype).expand(self.shape))
+        return self
+
     def _assign(self, function: Callable[[Tensor, Any], Tensor], other: Any) -> Any:
         """``weight.data += other``, which assigns the sum: it is quantized into the layer at once."""
         if not self._is_data or self._owner is None:

@@ -85,7 +85,8 @@ def test_it_looks_like_the_float_weight(float_type: type[nn.Module], dtype: torc
 
 WRITES: dict[str, Callable[[Any], Any]] = {
     "add_": lambda w: w.add_(1),
-    "data.copy_": lambda w: w.data.copy_(torch.zeros(N, K)),
+    "copy_": lambda w: w.copy_(torch.zeros(N, K)),
+    "copy_ into a view": lambda w: w.data[:2].copy_(torch.zeros(2, K)),
     "detach.zero_": lambda w: w.detach().zero_(),
     "setitem": lambda w: w.__setitem__(0, 1.0),
     "into a view": lambda w: w[:2].add_(1),
@@ -149,6 +150,9 @@ def test_another_weight_is_quantized_into_the_layer(spec: str) -> None:
     assert torch.equal(q.weight_codes.view(torch.uint8), expected.weight_codes.view(torch.uint8))
     linear = nn.Linear(K, N + 3)
     linear.weight.data = w
+    assert torch.equal(q.values(), QuantLinear.from_float(linear, spec).values())
+    q.weight.data.copy_(2 * w[:1])  # as OFT of PEFT does where it is merged
+    linear.weight.data.copy_(2 * w[:1])
     assert torch.equal(q.values(), QuantLinear.from_float(linear, spec).values())
     for wrong, message in (
         (torch.randn(N, K + 1), rf"weight must be \[N, {K}\], got \[{N}, {K + 1}\]"),
