@@ -180,10 +180,13 @@ class Reader:
         data = memoryview(bytearray(8))
         self._fill(data, 0)
         length = int.from_bytes(data, "little")
-        if other := next((what for start, what in OTHERS.items() if bytes(data).startswith(start)), None):
-            raise ValueError(f"{self.path} must be a whole safetensors file, got {other}")
-        if length > min(size - 8, HEADER):
-            raise ValueError(f"{whole} with a header of {length:,}")
+        if length > min(size - 8, HEADER):  # all that OTHERS begin with is as a length far more
+            other = next((what for start, what in OTHERS.items() if bytes(data).startswith(start)), None)
+            raise ValueError(
+                f"{self.path} must be a whole safetensors file, got {other}"
+                if other
+                else f"{whole} with a header of {length:,}"
+            )
         data = memoryview(bytearray(length))
         self._fill(data, 8)
         try:

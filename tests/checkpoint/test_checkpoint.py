@@ -373,6 +373,15 @@ def test_truncated_and_foreign_files(content: bytes | None, message: str, tmp_pa
     assert untouched(tmp_path, {"float.safetensors"})
 
 
+def test_a_header_as_long_as_a_pickle_begins(tmp_path: Path) -> None:
+    src = tmp_path / "float.safetensors"
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}}).ljust(0x0280)
+    src.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(32))
+    assert src.read_bytes().startswith(b"\x80\x02")
+    quantize_file(src, tmp_path / "q.safetensors", "int8")
+    assert tensors(tmp_path / "q.safetensors")["weight_codes"].shape == (2, 4)
+
+
 def test_refused_paths(tmp_path: Path) -> None:
     src, model = float_file(tmp_path / "float.safetensors"), model_folder(tmp_path / "model")
     (tmp_path / "other").mkdir()
