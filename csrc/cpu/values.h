@@ -75,8 +75,9 @@ struct IntegerTables {
 template <class F>
 static constexpr IntegerTables<F> kIntegerTables;
 
-// Two codes a byte: the bytes of their values are looked up, the upper two where the lower two are zeros.
-template <class F>
+// Two codes a byte: the bytes of their values are looked up, the upper two where the lower two are zeros. Tables of
+// many zero points stay in memory: registers would not hold those of several rows.
+template <class F, bool AFFINE>
 struct NibbleValues {
   static constexpr bool by_quarters = false;
   static constexpr bool halves = [] {
@@ -90,10 +91,13 @@ struct NibbleValues {
     const int r = p / 8, i = p % 4, byte = halves ? r / 2 * 8 + 2 * i + r % 2 : 4 * r + i;
     return 2 * byte + p / 4 % 2;
   }
-  __m256i byte[4];
+  __m256i byte[AFFINE ? 1 : 4];
+  const uint8_t (*table)[16];
 
   QL_MEMBER explicit NibbleValues(int32_t z) {
-    if constexpr (F::is_float) {
+    if constexpr (AFFINE) {
+      table = kIntegerTables<F>.bytes[z + IntegerTables<F>::zero];
+    } else if constexpr (F::is_float) {
       alignas(16) uint8_t table[4][16];
       Ints<Floats> place;
       for (int l = 0; l < kLanes; ++l) place[l] = l;
@@ -111,26 +115,31 @@ struct NibbleValues {
   QL_MEMBER void operator()(const char* codes, Floats (&out)[4]) const {
     const __m256i shifts = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0), low = _mm256_set1_epi8(15);
     const __m256i n = _mm256_and_si256(_mm256_srlv_epi32(twice(codes), shifts), low);
-    const __m256i a = _mm256_shuffle_epi8(byte[2], n), b = _mm256_shuffle_epi8(byte[3], n);
-    const __m256i upper[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
+    const __m256i a = _mm256_shuffle_epi8(upper(0), n), b = _mm256_shuffle_epi8(upper(1), n);
+    const __m256i high[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
     if constexpr (halves) {
 #pragma GCC unroll 2
       for (int r = 0; r < 2; ++r) {
-        out[2 * r] = Floats(_mm256_slli_epi32(upper[r], 16));
-        out[2 * r + 1] = Floats(_mm256_and_si256(upper[r], _mm256_set1_epi32(int32_t(0xffff0000))));
+        out[2 * r] = Floats(_mm256_slli_epi32(high[r], 16));
+        out[2 * r + 1] = Floats(_mm256_and_si256(high[r], _mm256_set1_epi32(int32_t(0xffff0000))));
       }
     } else {
       const __m256i c = _mm256_shuffle_epi8(byte[0], n), d = _mm256_shuffle_epi8(byte[1], n);
       const __m256i lower[2] = {_mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d)};
 #pragma GCC unroll 2
       for (int r = 0; r < 2; ++r) {
-        out[2 * r] = Floats(_mm256_unpacklo_epi16(lower[r], upper[r]));
-        out[2 * r + 1] = Floats(_mm256_unpackhi_epi16(lower[r], upper[r]));
+        out[2 * r] = Floats(_mm256_unpacklo_epi16(lower[r], high[r]));
+        out[2 * r + 1] = Floats(_mm256_unpackhi_epi16(lower[r], high[r]));
       }
     }
   }
 
  private:
+  // The bytes of the values that are never all zeros: the third, the fourth
+  QL_MEMBER __m256i upper(int b) const {
+    if constexpr (AFFINE) return twice(table[b]);
+    else return byte[2 + b];
+  }
   static QL_MEMBER __m256i twice(const void* bytes) { return _mm256_broadcastsi128_si256(load<__m128i>(bytes)); }
 };
 
@@ -160,7 +169,7 @@ struct DecodedValues {
 
 template <class F, bool AFFINE>
 QL_FN auto values_of(int32_t z) {
-  if constexpr (F::per_byte == 2) return NibbleValues<F>(z);
+  if constexpr (F::per_byte == 2) return NibbleValues < F, AFFINE && !F::is_float > (z);
   else if constexpr (is_whole<F> && !F::is_float) return ByteValues<F, AFFINE>(z);
   else return DecodedValues<F>(z);
 }

@@ -61,13 +61,13 @@ def dequant_matmul(
         float32, float16 or bfloat16. May require a gradient.
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for a format of four bits; or the tiles of `quantlib.ops.tile`, as ``layout`` says.
-    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
+    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
         The scales of the codes, not negative. May require a gradient.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)
         Rows and columns of the weight that share a scale, -1 for the whole axis.
-    zero_point : Tensor, int32 of scale's shape, optional
+    zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional
         The code of zero, for integer formats.
     bias : Tensor [N], optional
         float32, float16 or bfloat16; added to the sum in float32. May require a gradient.

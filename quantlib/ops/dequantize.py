@@ -46,13 +46,13 @@ def dequantize(
     ----------
     codes : Tensor [..., K] of the format's dtype
         Viewed as [M, K]; [..., ceil(K / 2)] uint8 for a format of four bits.
-    scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16 or bfloat16
+    scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
         The scales of the codes, not negative.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)
         Rows and columns that share a scale, -1 for the whole axis.
-    zero_point : Tensor, int32 of scale's shape, optional
+    zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional
         The code of zero, for integer formats.
     dtype : torch.dtype
         The dtype of the result: float32, float16 or bfloat16, rounded once from float32.

@@ -49,13 +49,13 @@ def dynamic_matmul(
         of x is clipped.
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for int4.
-    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
+    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
         The scales of the codes, not negative. May require a gradient.
     format : {"int8", "uint8", "int4"} or a torch.dtype
         The format of the weight.
     block : (br, bk)
         Rows and columns of the weight that share a scale, -1 for the whole axis; a row each by default.
-    zero_point : Tensor, int32 of scale's shape, optional
+    zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional
         The code of zero.
     bias : Tensor [N], optional
         float32, float16 or bfloat16; added in float32. May require a gradient.

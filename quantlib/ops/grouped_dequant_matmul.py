@@ -55,7 +55,7 @@ def grouped_dequant_matmul(
         gradient.
     codes : Tensor [E, N, K] of the format's dtype
         [E, N, ceil(K / 2)] uint8 for a format of four bits.
-    scale : Tensor [E, ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
+    scale : Tensor [E, ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
         What codes are multiplied by, not negative.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
@@ -65,7 +65,7 @@ def grouped_dequant_matmul(
         ``offsets[-1]`` on belong to no expert: their y is 0.
     block : (br, bk)
         Rows and columns of one expert's weight that share a scale, -1 for the whole axis.
-    zero_point : Tensor, int32 of scale's shape, optional
+    zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional
         The code of zero, for integer formats.
     bias : Tensor [E, N], optional
         float32, float16 or bfloat16; added to the sum in float32. May require a gradient.

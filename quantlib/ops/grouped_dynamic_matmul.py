@@ -51,7 +51,7 @@ def grouped_dynamic_matmul(
         rounding of x.
     codes : Tensor [E, N, K] of the format's dtype
         [E, N, ceil(K / 2)] uint8 for int4.
-    scale : Tensor [E, ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
+    scale : Tensor [E, ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
         What codes are multiplied by, not negative.
     format : {"int8", "uint8", "int4"} or a torch.dtype
         Of the weight.
@@ -59,7 +59,7 @@ def grouped_dynamic_matmul(
         Where the rows of each expert end: see `grouped_dequant_matmul`.
     block : (br, bk)
         Rows and columns of one expert's weight that share a scale, -1 for the whole axis; a row each by default.
-    zero_point : Tensor, int32 of scale's shape, optional
+    zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional
         The code of zero.
     bias : Tensor [E, N], optional
         float32, float16 or bfloat16; added in float32. May require a gradient.

@@ -35,13 +35,13 @@ def quantize(
     ----------
     x : Tensor [..., K]
         float32, float16 or bfloat16, viewed as [M, K].
-    scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16 or bfloat16
+    scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
         The scales of the codes, not negative. Element (i, j) uses ``scale[i // br, j // bk]``.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)
         Rows and columns that share a scale, -1 for the whole axis.
-    zero_point : Tensor, int32 of scale's shape, optional
+    zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional
         The code of zero, for integer formats. Without it codes are symmetric: -127..127 for int8, not -128.
     out : Tensor, optional
         Written to and returned.

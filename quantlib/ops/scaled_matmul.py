@@ -96,7 +96,7 @@ def scaled_matmul(
         The scales of x_codes, not negative.
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for int4.
-    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
+    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
         The scales of the codes, not negative.
     format : {"int8", "uint8", "int4"} or a torch.dtype
         The format of the weight.

@@ -75,7 +75,7 @@ def search_scale(
     ----------
     x : Tensor [..., K]
         float32, float16 or bfloat16, viewed as [M, K].
-    scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16 or bfloat16
+    scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
         Where the search begins: what :func:`compute_scale` gives.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
@@ -86,7 +86,7 @@ def search_scale(
         second errs less where weights are large, and is the better one for language models.
     kept : {"float32", "float16", "bfloat16"} or a torch.dtype
         What a scale will be kept in: only numbers of this dtype are tried.
-    zero_point : Tensor, int32 of scale's shape, optional
+    zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional
         The code of zero, for integer formats. It stays: a part of a range has it where the whole range has it.
     energy : Tensor [K] float32, optional
         What the error of each column counts: the energy of an input, say. Finite and not negative.

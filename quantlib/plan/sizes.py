@@ -145,10 +145,8 @@ def of_count(parameters: int, spec: QuantSpec) -> Sizes:
     if not columns:
         return Sizes(codes, quantized=parameters, parameters=parameters)
     blocks = -(-parameters // columns)
-    block = (columns,) if kind == "group" else (int(size), int(size))
-    scale = Stored(str(spec), (1, *block) if len(block) == 1 else block).slots("w")
-    scales, zero_points = (sum(s.nbytes for s in scale[i : i + 1]) for i in (1, 2))
-    return Sizes(codes, blocks * scales, blocks * zero_points, quantized=parameters, parameters=parameters)
+    zero_points = 0 if spec.symmetric else spec.row.columns(blocks) * max(spec.row.bits, 8) // 8
+    return Sizes(codes, blocks * spec.scale_bytes, zero_points, quantized=parameters, parameters=parameters)
 
 
 def cast(parameters: int, dtype: torch.dtype) -> Sizes:

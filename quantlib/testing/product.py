@@ -51,12 +51,13 @@ class Product(OneCall):
     x_symmetric: bool = True
     per_row: bool = True  # x_scale
     zero_codes: bool = False  # zero points are kept as codes, not int32
+    scale_dtype: str = "float32"
 
     def __str__(self) -> str:
         words = [self.op, self.format, self.zero_points, self.dtype, "x".join(map(str, self.sizes))]
         words += [self.block_words, self.layout, str(self.activation)] + ["bias"] * self.bias
         words += ["tiled"] * self.tiled + ["invariant"] * self.batch_invariant
-        words += ["codes"] * self.zero_codes
+        words += ["codes"] * self.zero_codes + [self.scale_dtype] * (self.scale_dtype != "float32")
         if self.op == "scaled_matmul":
             words += [self.x_format, "" if self.x_symmetric else "affine", "rows" if self.per_row else "one"]
         return "-".join(filter(None, words))
@@ -169,6 +170,8 @@ def tensors(case: Product, device: str = "cpu") -> dict[str, torch.Tensor]:
             f = formats.get(case.format)
             kept = array.astype(f.storage) if f.whole else reference.pack(array, f)
             given[name] = torch.from_numpy(kept).to(device)
+        elif name == "scale":
+            given[name] = torch.from_numpy(array.copy()).to(getattr(torch, case.scale_dtype)).to(device)
         else:
             given[name] = torch.from_numpy(array.copy()).to(device)
     if case.tiled:
@@ -221,7 +224,15 @@ def products(op: str | None = None, format: str | None = None, large: bool = Fal
 @functools.cache
 def _table(large: bool) -> tuple[Product, ...]:
     cases = (case for op in OPS for case in _cases(op, (*SHAPES, *LARGE) if large else SHAPES))
-    return tuple(replace(case, zero_codes=not case.symmetric and n % 3 > 0) for n, case in enumerate(cases))
+    return tuple(
+        replace(case, zero_codes=not case.symmetric and n % 3 > 0, scale_dtype=_scale_dtype(case, n))
+        for n, case in enumerate(cases)
+    )
+
+
+def _scale_dtype(case: Product, n: int) -> str:
+    """Scales of a product of floats are powers of two here, which every dtype holds."""
+    return "float32" if case.op in INTEGERS else ("float32", "bfloat16", "float8_e8m0fnu", "float16")[n % 4]
 
 
 def _cases(op: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Product]:

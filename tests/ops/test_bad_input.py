@@ -112,8 +112,8 @@ QUANTIZING = [
     ),
     ("zero_point must be None for float16, got a tensor", lambda: quant.quantize(X, S, "float16", B, Z)),
     (
-        "zero_point must be int32 [6, 5] on cpu, got int8 [6, 5] on cpu",
-        lambda: quant.quantize(X, S, "int8", B, Z.to(i8)),
+        "zero_point must be int32 [6, 5] on cpu, got int16 [6, 5] on cpu",
+        lambda: quant.quantize(X, S, "int8", B, Z.to(torch.int16)),
     ),
     ("zero_point must be int32 [6, 5] on cpu, got float32 [6, 5] on cpu", lambda: quant.quantize(X, S, "int8", B, S)),
     (

@@ -19,7 +19,7 @@ from quantlib import formats
 from quantlib.backends.tiles import TileLayout
 from quantlib.backends.triton.launch import Planned
 from quantlib.backends.weight import Epilogue, Layout, QuantizedWeight
-from quantlib.spec import QuantSpec
+from quantlib.spec import SCALES, QuantSpec
 
 MOST = 8192  # rows of x: from there on a batch is one of the classes below
 # Around every power of two, where tiles change; of each also a size that 16 divides and one that it does not, which the
@@ -146,8 +146,10 @@ def call(product: Product, M: int) -> None:
             codes = torch.empty(tuple(TileLayout(f).shape(N, K)), dtype=torch.uint8)
         else:
             codes = torch.empty(N, f.columns(K), dtype=torch.uint8 if f.packed else getattr(torch, f.dtype_name))
-        scale = torch.empty(spec.scale_shape((N, K)))
-        zero_point = None if spec.symmetric else torch.empty_like(scale, dtype=torch.int32)
+        scale = torch.empty(spec.scale_shape((N, K)), dtype=getattr(torch, SCALES[spec.scale]))
+        zero_point = None
+        if not spec.symmetric:
+            zero_point = torch.empty(spec.zero_point_shape((N, K)), dtype=getattr(torch, f.dtype_name))
         x, y = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
         bias = torch.empty(N) if product.bias else None
     layout: Layout = "tiles" if tiled else "plain"
