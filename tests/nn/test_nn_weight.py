@@ -157,7 +157,8 @@ def test_another_weight_is_quantized_into_the_layer(spec: str) -> None:
     for wrong, message in (
         (torch.randn(N, K + 1), rf"weight must be \[N, {K}\], got \[{N}, {K + 1}\]"),
         (torch.full((N, K), torch.nan), "weight must be finite, got nan"),
-        (torch.zeros(N, K, dtype=torch.int32), "weight must be float32, float16 or bfloat16, got int32"),
+        (torch.zeros(N, K, dtype=torch.int32), "weight must be a tensor of float32, float16 or bfloat16, got int32"),
+        (torch.zeros(N, K).numpy(), "weight must be a tensor of float32, float16 or bfloat16, got ndarray"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             q.set_weight_(wrong)
