@@ -72,10 +72,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         nn.init.zeros_(self.b)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x [..., K] -> [..., N] of the same dtype."""
-        y: Tensor = self.base(x)
-        update = F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
+        y: Tensor = self.base(input)
+        update = F.linear(F.linear(input.to(self.a.dtype), self.a), self.b)
         return y + (update * (self.alpha / self.rank)).to(y.dtype)
 
     @property
@@ -87,6 +87,16 @@ class LoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias of the base."""
         return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """K"""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N"""
+        return self.base.out_features
 
     def update(self) -> Tensor:
         """[N, K] float32: what the adapter adds to the weight."""

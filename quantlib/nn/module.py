@@ -188,9 +188,10 @@ class QuantModule(Leaf):
         scales stay, and only the rows behind them are quantized: a table of tokens grows and shrinks without loss. New
         rows that share a scale with old ones, and do not fit it, change those too.
         """
+        if not isinstance(weight, Tensor) or weight.dtype not in SOURCES:
+            got = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"weight must be a tensor of float32, float16 or bfloat16, got {got}")
         weight = weight.detach()
-        if weight.dtype not in SOURCES:
-            raise TypeError(f"weight must be float32, float16 or bfloat16, got {dtype_name(weight.dtype)}")
         N, *rest = self.weight_shape
         before = self._matrix[0]
         if tuple(weight.shape[1:]) != tuple(rest) or not weight.dim():

@@ -35,6 +35,15 @@ class QuantParameter(nn.Parameter):
 
     asked = True
 
+    @staticmethod
+    def __new__(cls, data: Tensor, requires_grad: bool = True, asked: bool = True) -> Any:
+        if isinstance(data, QuantParameter):  # `init_empty_weights` of accelerate makes each parameter anew
+            data, asked = data.data, data.asked
+        new = super().__new__(cls, data, requires_grad)
+        if not asked:
+            new.asked = False
+        return new
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "requires_grad":
             self.requires_grad_(value)
@@ -69,7 +78,7 @@ class QuantParameter(nn.Parameter):
         return new
 
     def detach(self) -> Tensor:
-        return super().detach() if self.dtype.is_floating_point else QuantParameter(self.data, requires_grad=False)
+        return QuantParameter(self.data, requires_grad=False)  # which nn.Parameter(scale) asks for
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> QuantParameter:
         """Copy codes only. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
@@ -89,7 +98,7 @@ class QuantParameter(nn.Parameter):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return QuantParameter, (self.data, self.requires_grad)
+        return QuantParameter, (self.data, self.requires_grad, *(() if self.asked else (False,)))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantParameter containing:\n{self.data!r}"

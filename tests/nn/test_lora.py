@@ -22,7 +22,8 @@ def adapted(spec: str = "int8", rank: int = 4, alpha: float | None = None) -> Lo
 
 def test_it_starts_as_its_base() -> None:
     layer, x = adapted("W8A8"), torch.randn(5, K)
-    assert torch.equal(layer(x), layer.base(x))
+    assert torch.equal(layer(input=x), layer.base(x))  # called and asked as the nn.Linear that it replaces
+    assert (layer.in_features, layer.out_features) == (K, N)
 
 
 @pytest.mark.parametrize("spec", ["int8", "W8A8", "int4:group:8", "float8_e4m3fn"])

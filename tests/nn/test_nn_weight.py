@@ -157,7 +157,8 @@ def test_another_weight_is_quantized_into_the_layer(spec: str) -> None:
     for wrong, message in (
         (torch.randn(N, K + 1), rf"weight must be \[N, {K}\], got \[{N}, {K + 1}\]"),
         (torch.full((N, K), torch.nan), "weight must be finite, got nan"),
-        (torch.zeros(N, K, dtype=torch.int32), "weight must be float32, float16 or bfloat16, got int32"),
+        (torch.zeros(N, K, dtype=torch.int32), "weight must be a tensor of float32, float16 or bfloat16, got int32"),
+        (torch.zeros(N, K).numpy(), "weight must be a tensor of float32, float16 or bfloat16, got ndarray"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             q.set_weight_(wrong)
@@ -357,3 +358,41 @@ def test_a_subclass_of_a_float_module_is_asked_of_none() -> None:
     assert torch.equal(target.weight, source.weight)
     assert isinstance(QuantLinear(3, 3, spec="int8").weight, DecodedWeight)
     assert issubclass(QuantLinear, QuantModule)
+
+
+@pytest.mark.parametrize("spec", ["int8", "uint8", "float8_e4m3fn", "int4:group:8:bfloat16", "float16"])
+def test_a_parameter_is_made_anew_of_a_parameter(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = layer(spec).requires_grad_(False)
+    for name, p in frozen.named_parameters():
+        if name != "bias":
+            assert isinstance(nn.Parameter(p, requires_grad=False), QuantParameter)
+            new = QuantParameter(p, requires_grad=False)
+            assert (new.data_ptr(), new.asked) == (p.data_ptr(), False)
+    plain = nn.Module.register_parameter
+
+    def register_anew(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        plain(module, name, param)
+        if param is not None:  # as `init_empty_weights` of accelerate does
+            words = vars(param) | {"requires_grad": param.requires_grad}
+            module._parameters[name] = type(param)(param.to("meta"), **words)
+
+    monkeypatch.setattr(nn.Module, "register_parameter", register_anew)
+    skeleton = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, N), nn.Linear(N, N))
+    skeleton[3].weight = skeleton[2].weight
+    quantize_(skeleton.requires_grad_(False), spec)
+    assert all(isinstance(p, QuantParameter) for n, p in skeleton.named_parameters() if "bias" not in n)
+    assert all(p.is_meta for p in skeleton.parameters())
+    dequantize_(skeleton)
+    assert not any(p.requires_grad for p in skeleton.parameters())
+
+
+def test_a_pickle_remembers_that_no_gradient_was_asked_for() -> None:
+    for asked in (True, False):
+        model = nn.Sequential(layer()).requires_grad_(asked)
+        file = io.BytesIO()
+        torch.save(model[0].weight_codes, file)
+        file.seek(0)
+        assert torch.load(file, weights_only=True).asked is asked
+        again = pickle.loads(pickle.dumps(model))
+        dequantize_(again)
+        assert again[0].weight.requires_grad is asked
