@@ -25,6 +25,7 @@ SEARCHED = (
     "nf4_bf16:group:32:bfloat16:magnitude",
     "fp8:mse",
 )
+ROTATED = ("W8A8:hadamard",)
 CALIBRATED = (
     "W4A16+gptq",
     "W4A16+awq+gptq",
@@ -110,8 +111,8 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
-    """Return the specs that are measured by default: `plain_specs`, the searched and the calibrated ones."""
-    return [*plain_specs(), *SEARCHED, *CALIBRATED]
+    """Return the specs that are measured by default: `plain_specs`, and the searched, rotated and calibrated ones."""
+    return [*plain_specs(), *SEARCHED, *ROTATED, *CALIBRATED]
 
 
 def plain_specs() -> list[str]:
