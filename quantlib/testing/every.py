@@ -6,16 +6,17 @@ import itertools
 from collections.abc import Iterator
 
 from quantlib import backends, formats
-from quantlib.testing import compare, learned, product, searched, steps, table
+from quantlib.testing import compare, learned, product, rows, searched, steps, table
 from quantlib.testing.call import Block
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.rows import Rows
 from quantlib.testing.searched import Searched
 from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
 
-AnyCase = Case | Product | Learned | Searched | Step
-OPS = (*table.OPS, *product.OPS, *learned.OPS, *searched.OPS, *steps.OPS)
+AnyCase = Case | Product | Learned | Searched | Step | Rows
+OPS = (*table.OPS, *product.OPS, *learned.OPS, *searched.OPS, *steps.OPS, *rows.OPS)
 Way = tuple[tuple[int, int], Block, str]
 
 # Three ways of a projection on a GPU: blocks that some lanes of a warp share, blocks that a thread block holds in its
@@ -49,6 +50,7 @@ def every(op: str | None = None, format: str | None = None, *, large: bool = Fal
         *learned.learned(op, format),
         *searched.searched(op, format),
         *steps.steps(op, format),
+        *rows.rows(op, format),
     )
 
 
@@ -73,6 +75,7 @@ def _launches() -> Iterator[AnyCase]:
     yield from learned.learned()
     yield from searched.searched()
     yield from steps.steps()
+    yield from rows.rows()
     for op in product.OPS:  # of each weight, tiled or not, and dtype: few rows, and more
         kinds: dict[object, list[Product]] = {}
         for p in product.products(op):
@@ -101,5 +104,7 @@ def check(case: AnyCase, device: str = "cpu") -> None:
         searched.check(case, device)
     elif isinstance(case, Step):
         steps.check(case, device)
+    elif isinstance(case, Rows):
+        rows.check(case, device)
     else:
         compare.check(case, device)

@@ -16,11 +16,12 @@ from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.spec import SEARCHES
-from quantlib.testing import compare, learned, product, searched, steps, table
+from quantlib.testing import compare, learned, product, rows, searched, steps, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
+from quantlib.testing.rows import Rows
 from quantlib.testing.searched import Searched
 from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
@@ -38,6 +39,7 @@ OPS = (
     *learned.OPS,
     *product.OPS,
     *steps.OPS,
+    *rows.OPS,
     "dequant_matmul_backward_scale",
     *HELPERS,
     *PER_AXIS,
@@ -109,6 +111,8 @@ def valid(rng: Rng, op: str | None = None) -> Call:
         overload, arguments, want = _learned(rng, op)
     elif op in steps.OPS:
         overload, arguments, want = _step(rng, op)
+    elif op in rows.OPS:
+        overload, arguments, want = _rows(rng, op)
     elif op in HELPERS:
         return _helper(rng, op)
     elif op in PER_AXIS:
@@ -173,6 +177,18 @@ def _step(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
     given: dict[str, Any] = dict(steps.tensors(case))
     given |= {"block": case.block, "origin": None if case.origin is None else list(case.origin)}
     return op, named(op, given), steps.expected(case)
+
+
+def _rows(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
+    f = formats.get(pick(rng, [f.name for f in formats.TABLE]))
+    symmetric = f.is_float or rng.random() < 0.5
+    shape, block = (int(rng.integers(1, 20)), pick(rng, SIZES)), (pick(rng, BLOCKS), pick(rng, BLOCKS))
+    indices = tuple(pick(rng, SIZES[:6]) for _ in range(rng.integers(3)))
+    of_table = pick(rng, DTYPES), shape, block, pick(rng, LAYOUTS[:-1]), symmetric
+    case = Rows(op, f.name, *of_table, indices, pick(rng, ("int64", "int32")), pick(rng, DTYPES))
+    given: dict[str, Any] = {"zero_point": None, **rows.tensors(case)}
+    given |= {"format": f.name, "block": list(case.resolved), "dtype": getattr(torch, case.dtype), "size": shape[1]}
+    return op, named(op, given), rows.expected(case)
 
 
 def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
@@ -304,7 +320,7 @@ def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
         return torch.float32, torch.int32
     if call.op == "adamw_step":
         return tuple(given[name].dtype for name in ("parameter", *steps.STATES))
-    if call.op in ("dequantize", "scaled_matmul"):
+    if call.op in ("dequantize", "dequantize_rows", "scaled_matmul"):
         return (given["dtype"],)
     if call.op == "dequant_matmul_backward_scale":
         return (torch.float32,)
