@@ -42,6 +42,11 @@ void dequantize_blocks(const char* __restrict__ codes, const float* scale, const
       alignas(32) char values[sizeof(Floats)];
       dequantize_pair<F, Y, AFFINE>(reinterpret_cast<const char*>(every), s, z, false, values);
       const Table table = table_of(values);
+      for (; j + 4 * kPair <= end; j += 4 * kPair) {
+        Floats four[4];
+        look_up(table, codes + bytes_of<F>(j), four);
+        for (int64_t h = 0; h < 4; ++h) put(y + bytes_of<Y>(j + h * kPair), four[h], stream);
+      }
       for (; j + kPair <= end; j += kPair) put(y + bytes_of<Y>(j), look_up(table, codes + bytes_of<F>(j)), stream);
     }
 #endif
