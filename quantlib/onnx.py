@@ -144,6 +144,26 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         )
         return w if dtype is None else op.Cast(w, to=dtype)
 
+    def dequantize_rows(
+        indices: Value,
+        codes: Value,
+        scale: Value,
+        format: str,
+        block: Block,
+        zero_point: Value = None,
+        dtype: int | None = None,
+        size: int | None = None,
+    ) -> Value:
+        f, (br, bk) = formats.get(format), block
+        K = int(codes.shape[-1]) * f.per_byte if size is None else size
+        flat = op.Reshape(indices, ints(op, -1))
+        of_block = flat if br == 1 else op.Div(flat, op.CastLike(ints(op, br), flat))
+        z = None if zero_point is None else looked_up(op, zero_point, of_block)
+        w = weight_of(op, looked_up(op, codes, flat), looked_up(op, scale, of_block), f, (1, bk), z, K)
+        shape = op.Concat(op.Shape(indices), ints(op, K), axis=0)
+        y = op.Reshape(w, shape)
+        return y if dtype is None else op.Cast(y, to=dtype)
+
     def quantize(x: Value, scale: Value, format: str, block: Block, zero_point: Value = None) -> Value:
         f = integer("quantize", format)
         if zero_point is not None or any(n != 1 for n in scale.shape):
@@ -194,6 +214,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         ops.dequant_matmul.default: dequant_matmul,
         ops.dequantize.default: dequantize,
+        ops.dequantize_rows.default: dequantize_rows,
         ops.quantize.default: quantize,
         ops.scaled_matmul.default: scaled_matmul,
         ops.dynamic_matmul.default: dynamic_matmul,
@@ -251,6 +272,15 @@ def weight_of(op: Any, codes: Value, scale: Value, f: Format, block: Block, zero
     if bk == K:
         return op.DequantizeLinear(codes, *(op.Squeeze(part, ints(op, 1)) for part in parts), axis=0)
     return op.DequantizeLinear(codes, *parts, axis=1, block_size=bk)
+
+
+def looked_up(op: Any, part: Value, indices: Value) -> Value:
+    """[N, C] and [R] -> [R, C]; onnxscript infers no shapes, and `weight_of` asks for C."""
+    import onnx_ir as ir
+
+    found = op.Gather(part, indices, axis=0)
+    found.shape = ir.Shape([None, int(part.shape[1])])
+    return found
 
 
 def unpacked(op: Any, codes: Value, f: Format, K: int) -> Value:

@@ -1,7 +1,5 @@
 // y[i, j] = decode(codes[i, j]) * scale[i // br, j // bk]
-#include "../ops/dequantize.h"
-#include "loops.h"
-#include "narrow.h"
+#include "dequantize.h"
 
 namespace quantlib {
 namespace QL_ISA {
@@ -29,10 +27,6 @@ QL_FN void dequantize_pair(const char* codes, Floats s, Floats z, bool past_cach
   }
 }
 
-// n elements, of which the first block has `first`
-using Blocks = void (*)(const char* codes, const float* scale, const int32_t* zero_point, const Row& format,
-                        int64_t first, int64_t bk, bool stream, char* y, int64_t n);
-
 // Blocks begin at multiples of kPair.
 template <class F, class Y, bool AFFINE>
 void dequantize_blocks(const char* __restrict__ codes, const float* scale, const int32_t* zero_point, const Row& format,
@@ -48,6 +42,11 @@ void dequantize_blocks(const char* __restrict__ codes, const float* scale, const
       alignas(32) char values[sizeof(Floats)];
       dequantize_pair<F, Y, AFFINE>(reinterpret_cast<const char*>(every), s, z, false, values);
       const Table table = table_of(values);
+      for (; j + 4 * kPair <= end; j += 4 * kPair) {
+        Floats four[4];
+        look_up(table, codes + bytes_of<F>(j), four);
+        for (int64_t h = 0; h < 4; ++h) put(y + bytes_of<Y>(j + h * kPair), four[h], stream);
+      }
       for (; j + kPair <= end; j += kPair) put(y + bytes_of<Y>(j), look_up(table, codes + bytes_of<F>(j)), stream);
     }
 #endif
@@ -71,7 +70,7 @@ constexpr bool scaled_unit() {
 }
 
 template <class F>
-Blocks blocks_of(Type y_type, bool affine) {
+DequantizeBlocks blocks_of(Type y_type, bool affine) {
   static_assert(scaled_unit<F>(), "the scale could overflow");
   if constexpr (F::is_float) affine = false;
   switch (y_type) {
@@ -84,59 +83,36 @@ Blocks blocks_of(Type y_type, bool affine) {
   }
 }
 
-// Null where values lie in memory before they are scaled.
-Blocks blocks_of(const Dequantize& p, const Grid& grid) {
-  if (grid.bk % kPair && grid.bk < grid.K) return nullptr;
-  return visit(p.format, [&](auto f) -> Blocks {
-    using F = decltype(f);
-    if constexpr (F::bits <= 8 && in_pairs<F>) return blocks_of<F>(p.y_type, p.zero_point);
-    else return nullptr;
-  });
-}
-
-// ---- any codes -----------------------------------------------------------------------------------------------------
-
 struct Worker {
   const Dequantize& p;
   const Grid& grid;
-  const Row format = row_of(p.format);
-  const Row y_row = row_of(p.y_type);
-  const Store how = {false, streams(grid.M * grid.K * y_row.bytes)};
-  const Decode decode = decoder(p.format);
-  const Encode encode = encoder(p.y_type, true, false);
-  const Blocks blocks = blocks_of(p, grid);
-  alignas(64) float value[kChunk], s_eff[kChunk], zero_point[kChunk];
+  DequantizeRow decode;
 
-  Worker(const Dequantize& p, const Grid& grid) : p(p), grid(grid) {}
+  Worker(const Dequantize& p, const Grid& grid)
+      : p(p), grid(grid), decode(p.format, p.y_type, p.zero_point != nullptr, grid.K, grid.bk, grid.M) {}
 
   void spread(int64_t I, int64_t j, int64_t n) {
-    if (blocks) return;
-    const int64_t row = I * grid.scale_cols();
-    const Row f = format;
-    QL_ISA::spread(p.scale + row, grid.bk, j, n, s_eff,
-                   [=](float s) { return effective_scale(s, float_of(f.scale_max)); });
-    if (p.zero_point)
-      QL_ISA::spread(p.zero_point + row, grid.bk, j, n, zero_point,
-                     [=](int32_t z) { return float(clamp_zero_point(z, f)); });
+    const int64_t at = I * grid.scale_cols() + j / grid.bk;
+    decode.spread(p.scale + at, p.zero_point ? p.zero_point + at : nullptr, j, n);
   }
 
   void row(int64_t i, int64_t j, int64_t n) {
-    const char* codes = static_cast<const char*>(p.codes) + byte_offset(format, grid.K, i, j);
-    char* y = static_cast<char*>(p.y) + byte_offset(y_row, grid.K, i, j);
-    if (blocks) {
-      const int64_t at = i / grid.br * grid.scale_cols() + j / grid.bk, first = grid.bk - j % grid.bk;
-      return blocks(codes, p.scale + at, p.zero_point ? p.zero_point + at : nullptr, format, first, grid.bk, how.stream,
-                    y, n);
-    }
-    decode(codes, false, value, n);
-    // Codes and zero points are small integers: their difference is exact in FP32.
-    if (p.zero_point)
-      for (int64_t k = 0; k < n; ++k) value[k] = sub(value[k], zero_point[k]);
-    encode(value, s_eff, nullptr, how, y, n);
+    const int64_t at = i / grid.br * grid.scale_cols() + j / grid.bk;
+    decode(static_cast<const char*>(p.codes) + byte_offset(decode.format, grid.K, i, j), p.scale + at,
+           p.zero_point ? p.zero_point + at : nullptr, j, n,
+           static_cast<char*>(p.y) + byte_offset(decode.y_row, grid.K, i, j));
   }
 };
 
 }  // namespace
+
+DequantizeBlocks blocks_of(Type format, Type y_type, bool affine) {
+  return visit(format, [&](auto f) -> DequantizeBlocks {
+    using F = decltype(f);
+    if constexpr (F::bits <= 8 && in_pairs<F>) return blocks_of<F>(y_type, affine);
+    else return nullptr;
+  });
+}
 
 void dequantize(const Dequantize& p, ParallelFor run) {
   const Grid grid = collapse(p.grid, row_of(p.format).per_byte);

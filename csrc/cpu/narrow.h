@@ -136,6 +136,25 @@ QL_FN Floats look_up(const Table& table, const void* codes) {
   return Floats(_mm256_set_m128i(_mm_unpackhi_epi8(lower, upper), _mm_unpacklo_epi8(lower, upper)));
 }
 
+// The values of 64 nibbles, which 32 bytes hold: an instruction looks up a byte of 32 of them.
+QL_FN void look_up(const Table& table, const void* codes, Floats (&y)[4]) {
+  const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), four = _mm256_set1_epi8(15);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(load<__m256i>(codes), order);
+  const __m256i lower = _mm256_broadcastsi128_si256(table.lower), upper = _mm256_broadcastsi128_si256(table.upper);
+  __m256i part[2][2];  // of the even codes and of the odd ones
+#pragma GCC unroll 2
+  for (int odd = 0; odd < 2; ++odd) {
+    const __m256i code = _mm256_and_si256(odd ? _mm256_srli_epi16(bytes, 4) : bytes, four);
+    const __m256i a = _mm256_shuffle_epi8(lower, code), b = _mm256_shuffle_epi8(upper, code);
+    part[odd][0] = _mm256_unpacklo_epi8(a, b), part[odd][1] = _mm256_unpackhi_epi8(a, b);
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    y[2 * h] = Floats(_mm256_unpacklo_epi16(part[0][h], part[1][h]));
+    y[2 * h + 1] = Floats(_mm256_unpackhi_epi16(part[0][h], part[1][h]));
+  }
+}
+
 // bfloat16 of a, then of b, in which no NaN is but kRoundedNaN
 QL_FN Floats round_pair(Floats a, Floats b) {
   const auto rounded = [](Floats x) { return bits_of(x) + (bits_of(x) >> 16 & 1u) + 0x7fffu; };

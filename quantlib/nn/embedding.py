@@ -72,6 +72,4 @@ class QuantEmbedding(QuantModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """ids [...] int32 or int64 -> [..., K] of ``self.dtype``."""
         check_inside(input)
-        size = self.embedding_dim
-        y = dequantize_rows(self.plain, input.reshape(-1), self.spec.format, self.block, size, self.dtype)
-        return y.view([*input.shape, size])
+        return dequantize_rows(self.plain, input, self.spec.format, self.block, self.embedding_dim, self.dtype)

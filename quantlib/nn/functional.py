@@ -13,7 +13,7 @@ from quantlib.backends.packing import kept_zero_points
 from quantlib.backends.weight import QuantizedWeight
 from quantlib.formats import FloatFormat
 from quantlib.nn import ranks
-from quantlib.ops.autograd import StraightThrough, apply
+from quantlib.ops.autograd import StraightThrough, apply, recorded
 from quantlib.ops.check import dtype_of, is_sharded
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
 from quantlib.ops.sharding import cuts_columns, size_of
@@ -208,25 +208,45 @@ def dequantize_rows(
 
     Parameters
     ----------
-    rows : Tensor [R] of integers, or slice with a start and a stop
+    rows : Tensor [...] of integers, or slice with a start and a stop
     block : (br, bk)
     size : int
         K
     """
     codes, scale, zero_point = weight
-    if is_sharded(codes) and not isinstance(rows, slice) and block[0] == 1:
+    if isinstance(rows, slice):
+        found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
+        return _values_of(found, weight, rows, format, block, size, dtype)
+    if scale is not None and not is_sharded(codes) and not (scale.requires_grad and torch.is_grad_enabled()):
+        narrow = torch.float32 if dtype == torch.float64 else dtype
+        if torch.compiler.is_compiling() or recorded(scale):  # where a gradient would be lost it is refused
+            y = ops.dequantize_rows(
+                rows, codes, scale, format, block=block, zero_point=zero_point, dtype=narrow, size=size
+            )
+        else:
+            y = torch.ops.quantlib.dequantize_rows.default(rows, codes, scale, format, block, zero_point, narrow, size)
+        return y if narrow is dtype else y.to(dtype)
+    shape, rows = rows.shape, rows.reshape(-1)
+    if is_sharded(codes) and block[0] == 1:
         found, scale, zero_point = (
             None if t is None else ranks.looked_up(t, rows) for t in (_bytes(codes), *weight[1:])
         )
         assert found is not None
         found = found.view(codes.dtype)
-        return _values(Weight(found, scale, zero_point), format, (1, block[1]), size, dtype)
-    if isinstance(rows, slice):
-        found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
+        y = _values(Weight(found, scale, zero_point), format, (1, block[1]), size, dtype)
     else:
         found = _bytes(codes).index_select(0, rows)
         if found.dtype != codes.dtype:  # `torch.jit` cannot trace a view of a dtype
             found = found.view(codes.dtype)
+        y = _values_of(found, weight, rows, format, block, size, dtype)
+    return y.view([*shape, size])
+
+
+def _values_of(
+    found: Tensor, weight: Weight, rows: Tensor, format: str, block: tuple[int, int], size: int, dtype: torch.dtype
+) -> Tensor:
+    """The values of the codes ``found`` in these rows of ``weight``."""
+    _, scale, zero_point = weight
     if scale is None:
         return found.to(dtype)
     of_row = torch.div(rows, block[0], rounding_mode="floor") if block[0] > 1 else rows

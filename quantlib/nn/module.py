@@ -232,8 +232,9 @@ class QuantModule(Leaf):
     @property
     def plain(self) -> Weight:
         """The codes as [N, K], their scales and zero points."""
-        check_kept(self.weight_scale, self.spec)
-        return Weight(self.codes, self.weight_scale, self.weight_zero_point)
+        scale = self.weight_scale  # `nn.Module` looks a parameter up in a microsecond
+        check_kept(scale, self.spec)
+        return Weight(self.codes, scale, self.weight_zero_point)
 
     @property
     def weight(self) -> Tensor:

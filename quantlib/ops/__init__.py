@@ -14,6 +14,7 @@ from quantlib.ops.compute_scale import compute_scale
 from quantlib.ops.dequant_matmul import dequant_matmul
 from quantlib.ops.dequant_matmul_backward import attach_gradients
 from quantlib.ops.dequantize import dequantize
+from quantlib.ops.dequantize_rows import dequantize_rows
 from quantlib.ops.dynamic_matmul import dynamic_matmul
 from quantlib.ops.fake_cast import fake_cast
 from quantlib.ops.fake_quantize import (
@@ -51,6 +52,7 @@ __all__ = [
     "compute_scale",
     "dequant_matmul",
     "dequantize",
+    "dequantize_rows",
     "dynamic_matmul",
     "fake_cast",
     "fake_quantize",

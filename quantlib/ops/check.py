@@ -136,13 +136,13 @@ def check_scale(
     f: Format,
     expected: Result,
     like: Tensor,
-    used: list[int] | None = None,
+    used: list[int] | Tensor | None = None,
 ) -> None:
     """Check that scale is as expected or narrower, and that zero_point has its shape and is int32 in the range.
 
     Zero points may be kept as codes of ``f`` are, too: all of these are in the range.
 
-    Of several weights in one, only the values of those that are ``used`` are checked.
+    Of several weights in one, or of rows, only the values of those that are ``used`` are checked.
     """
     dtype = scale.dtype if dtype_name(scale.dtype) in (*INPUTS, E8M0) else torch.float32
     check_tensor(op, "scale", scale, (expected[0], dtype), like.device)

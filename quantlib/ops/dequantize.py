@@ -78,8 +78,7 @@ def dequantize(
         no_gradient("dequantize", "codes", codes)
         no_gradient("dequantize", "scale", scale)
         name = format_name(format)
-        if name in _PACKED and size is None:
-            size = _PACKED[name] * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
+        size = size_of_packed(name, codes, size, out)
         block = whole_axes("dequantize", codes, block, size)
         if out is not None:
             _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
@@ -88,6 +87,13 @@ def dequantize(
         return y
     except Exception as error:
         explain("dequantize", dequantize, locals(), error)
+
+
+def size_of_packed(format: str, codes: Tensor, size: int | None, out: Tensor | None) -> int | None:
+    """K of codes that share bytes, where ``size`` does not say it; ``size`` of others."""
+    if size is not None or format not in _PACKED:
+        return size
+    return _PACKED[format] * matrix_shape(codes.shape)[1] if out is None else matrix_shape(out.shape)[1]
 
 
 _PACKED = {f.name: f.per_byte for f in formats.TABLE if f.packed}

@@ -187,6 +187,18 @@ def dequantize(c: Call) -> Iterator[Sharding]:
             yield [x], {"codes": x, "scale": scale, "zero_point": scale}
 
 
+def dequantize_rows(c: Call) -> Iterator[Sharding]:
+    """Rows are cut as their indices are; columns as those of the table, whose rows are gathered."""
+    from torch.distributed.tensor import Shard
+
+    last, (N, columns) = len(c.indices.shape), c.codes.shape
+    for dim in range(last):
+        yield [Shard(dim)], {"indices": Shard(dim)}
+    for x, scale in c.cuts(Matrix((N, columns * c.per_byte), c.block, c.per_byte)):
+        if c.size is None and x.dim == 1:
+            yield [Shard(last)], {"codes": x, "scale": scale, "zero_point": scale}
+
+
 def fake_quantize_backward(c: Call) -> Iterator[Sharding]:
     for x, scale in c.elements():
         sums = of_sums(scale)
@@ -256,6 +268,7 @@ RULES: dict[str, Callable[[Call], Iterator[Sharding]]] = {
     "search_scale": search_scale,
     "quantize": quantize,
     "dequantize": dequantize,
+    "dequantize_rows": dequantize_rows,
     "quantize_dynamic": quantize_dynamic,
     "quantize_dynamic.affine": quantize_dynamic,
     "fake_quantize": quantize,

@@ -23,8 +23,11 @@ from quantlib.ops.check import (
 from quantlib.reference.activation import ACTIVATIONS
 
 
-def check_weight(op: str, weight: QuantizedWeight, like: Tensor) -> None:
-    """Check the codes' shape and dtype for format and layout, the device of ``like``, and that their scales fit."""
+def check_weight(op: str, weight: QuantizedWeight, like: Tensor, used: Tensor | None = None) -> None:
+    """Check the codes' shape and dtype for format and layout, the device of ``like``, and that their scales fit.
+
+    Only the values of ``used`` rows of scales are looked at, where they are given.
+    """
     codes, f, (N, K) = weight.codes, weight.format, weight.shape
     if weight.tiled:
         check_tensor(op, "tiles", codes, (TileLayout(f).shape(N, K), torch.uint8), like.device)
@@ -33,7 +36,7 @@ def check_weight(op: str, weight: QuantizedWeight, like: Tensor) -> None:
         if codes.dim() != 2 or codes.shape[1] != columns or codes.dtype != dtype_of(f) or codes.device != like.device:
             expected = described([0, columns], dtype_of(f), like.device).replace("[0", "[N")
             fail(op, "codes", expected, described(codes.shape, codes.dtype, codes.device))
-    check_scale(op, weight.scale, weight.zero_point, f, check_block(op, [N, K], weight.block), like)
+    check_scale(op, weight.scale, weight.zero_point, f, check_block(op, [N, K], weight.block), like, used)
 
 
 def check_experts(op: str, weight: QuantizedWeight, offsets: Tensor, x: Tensor, name: str = "x") -> None:

@@ -14,7 +14,7 @@ from quantlib.formats import FloatFormat, IntFormat
 from quantlib.reference import numerics, packing
 from quantlib.reference.numerics import Array
 
-__all__ = ["cast", "compute_scale", "dequantize", "hadamard", "quantize", "quantize_dynamic"]
+__all__ = ["cast", "compute_scale", "dequantize", "dequantize_rows", "hadamard", "quantize", "quantize_dynamic"]
 
 Block = tuple[int, int]
 
@@ -79,6 +79,22 @@ def dequantize(
             z = np.array(0) if zero_point is None else spread(zero_point, rows.shape, block)
             y = numerics.decode_int(rows, s_eff, z, f, zero_point is not None)
         return numerics.encode_float(y, _float(dtype)).reshape(shape)
+
+
+def dequantize_rows(
+    indices: Array,
+    codes: Array,
+    scale: Array,
+    format: str,
+    *,
+    block: Block,
+    zero_point: Array | None = None,
+    dtype: str = "float32",
+    size: int | None = None,
+) -> Array:
+    """y[..., j] = decode(codes[i, j]) * scale[i // br, j // bk], i = indices[...], as codes of ``dtype``"""
+    y = dequantize(codes, scale, format, block=block, zero_point=zero_point, dtype=dtype, size=size)
+    return y[indices]
 
 
 def quantize_dynamic(x: Array, format: str, *, block: Block, symmetric: bool = True) -> tuple[Array, ...]:

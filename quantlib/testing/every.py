@@ -6,17 +6,18 @@ import itertools
 from collections.abc import Iterator
 
 from quantlib import backends, formats
-from quantlib.testing import compare, learned, product, rotated, searched, steps, table
+from quantlib.testing import compare, learned, product, rotated, rows, searched, steps, table
 from quantlib.testing.call import Block
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
 from quantlib.testing.rotated import Rotated
+from quantlib.testing.rows import Rows
 from quantlib.testing.searched import Searched
 from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
 
-AnyCase = Case | Product | Learned | Searched | Step | Rotated
-OPS = (*table.OPS, *product.OPS, *learned.OPS, *searched.OPS, *steps.OPS, *rotated.OPS)
+AnyCase = Case | Product | Learned | Searched | Step | Rotated | Rows
+OPS = (*table.OPS, *product.OPS, *learned.OPS, *searched.OPS, *steps.OPS, *rotated.OPS, *rows.OPS)
 Way = tuple[tuple[int, int], Block, str]
 
 # Three ways of a projection on a GPU: blocks that some lanes of a warp share, blocks that a thread block holds in its
@@ -51,6 +52,7 @@ def every(op: str | None = None, format: str | None = None, *, large: bool = Fal
         *searched.searched(op, format),
         *steps.steps(op, format),
         *rotated.rotated(op, format),
+        *rows.rows(op, format),
     )
 
 
@@ -76,6 +78,7 @@ def _launches() -> Iterator[AnyCase]:
     yield from searched.searched()
     yield from steps.steps()
     yield from rotated.rotated()
+    yield from rows.rows()
     for op in product.OPS:  # of each weight, tiled or not, and dtype: few rows, and more
         kinds: dict[object, list[Product]] = {}
         for p in product.products(op):
@@ -106,5 +109,7 @@ def check(case: AnyCase, device: str = "cpu") -> None:
         steps.check(case, device)
     elif isinstance(case, Rotated):
         rotated.check(case, device)
+    elif isinstance(case, Rows):
+        rows.check(case, device)
     else:
         compare.check(case, device)

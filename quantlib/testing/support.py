@@ -166,6 +166,7 @@ def _of_one(argument: Any, row: Row, device: str) -> Any:
     given: dict[str, Any] = {"x": torch.ones(SHAPE, device=device), "scale": torch.ones(blocks, device=device)}
     given |= {"x_codes": given["x"].to(torch.int8), "x_scale": torch.ones(M, 1, device=device)}
     given |= {"dy": given["x"][:, :M] if "matmul" in row.overload else given["x"]}
+    given |= {"indices": torch.ones(M, dtype=torch.int64, device=device)}
     given |= {"format": row.format, "block": list(BLOCK), "saturate": True, "method": "mse", "kept": "float32"}
     if row.overload.startswith("adamw_step"):  # whose formats are those of its states
         given |= _step(row, device)

@@ -46,11 +46,14 @@ def calls() -> Iterator[Call]:
         yield "fake_quantize", [x, affine, "uint8", block, zero.float()]
         yield "fake_quantize_backward", [x.flip(0), x, scale, "int8", block]
         yield "fake_quantize_backward.affine", [x.flip(0), x, affine, zero.float(), "uint8", block]
+    ids = torch.tensor([[0, N - 1, 3, 1], [2, 2, 5, 0]])
     for format, block in (("int8", (1, K)), ("int4", (1, 16)), ("float8_e4m3fn", (N, K)), ("uint8", (4, 32))):
         affine = format == "uint8"
         codes, scale, *zero_point = ops.quantize_dynamic(w, format, block=block, symmetric=not affine)
         z = zero_point[0] if affine else None
         weight = [codes, scale, format, block, z]
+        yield "dequantize_rows", [ids, *weight]
+        yield "dequantize_rows", [ids, *weight, torch.bfloat16, K]
         yield "dequant_matmul", [x, *weight, torch.randn(N, generator=g)]
         yield "dequant_matmul", [x, *weight, None, "relu"]
         yield "dequant_matmul_backward", [dy, *weight]

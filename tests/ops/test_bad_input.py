@@ -159,6 +159,32 @@ DEQUANTIZING = [
         lambda: quant.dequantize.out(C4, S, "int4", B, None, torch.bfloat16, 35, out=ones(6, 36, dtype=torch.bfloat16)),
     ),
 ]
+IDS = torch.tensor([[0, 5], [5, 2]])
+ROWS_OF_CODES = [
+    (f"format must be {TARGETS}, got foo", lambda: quant.dequantize_rows(IDS, C8, S, "foo", B)),
+    ("indices must be int64 or int32, got float32", lambda: quant.dequantize_rows(S, C8, S, "int8", B)),
+    ("indices must be int64 or int32, got uint8", lambda: quant.dequantize_rows(C4, C8, S, "int8", B)),
+    ("indices must be in 0..5, got 6", lambda: quant.dequantize_rows(IDS + 1, C8, S, "int8", B)),
+    ("indices must be in 0..5, got -1", lambda: quant.dequantize_rows(IDS.int() - 1, C8, S, "int8", B)),
+    (f"indices must be in 0..5, got {2**62}", lambda: quant.dequantize_rows(IDS * 0 + 2**62, C4, S, "int4", B)),
+    ("codes must be int8 [N, 35] on cpu, got uint8 [6, 35] on cpu",
+     lambda: quant.dequantize_rows(IDS, C8.to(u8), S, "int8", B)),
+    ("codes must be int8 [N, 35] on cpu, got int8 [2, 3, 35] on cpu",
+     lambda: quant.dequantize_rows(IDS, C8.view(2, 3, 35), S, "int8", B)),
+    ("codes must be int8 [N, 35] on cpu, got int8 [35] on cpu",
+     lambda: quant.dequantize_rows(IDS, C8[0], S, "int8", B)),
+    (f"dtype must be {INPUTS}, got float64", lambda: quant.dequantize_rows(IDS, C8, S, "int8", B, None, f64)),
+    ("size must be 35 or 36, got 34", lambda: quant.dequantize_rows(IDS, C4, S, "int4", B, None, f32, 34)),
+    ("scale must be float32 [6, 5] on cpu, got float32 [5, 6] on cpu",
+     lambda: quant.dequantize_rows(IDS, C8, S.mT, "int8", B)),
+    ("scale must be >= 0, got -1.0", lambda: quant.dequantize_rows(IDS, C8, -S, "int8", B)),
+    ("scale must be >= 0, got -1.0", lambda: quant.dequantize_rows(IDS, C8, -S[:, :1], "int8", [1, 35])),
+    ("zero_point must be None for float4_e2m1fn, got a tensor",
+     lambda: quant.dequantize_rows(IDS, C4, S, "float4_e2m1fn", B, Z)),
+    ("zero_point must be in -128..127, got 200", lambda: quant.dequantize_rows(IDS, C8, S, "int8", B, Z + 199)),
+    ("out must be float32 [2, 2, 35] on cpu, got float32 [2, 35] on cpu",
+     lambda: quant.dequantize_rows.out(IDS, C8, S, "int8", B, out=ones(2, 35))),
+]  # fmt: skip
 DYNAMIC = [
     (f"format must be {TARGETS}, got float32", lambda: quant.quantize_dynamic(X, "float32", B)),
     (f"format must be {INTEGERS}, got float8_e5m2", lambda: quant.quantize_dynamic.affine(X, "float8_e5m2", B)),
@@ -430,6 +456,7 @@ BAD = {
     "search_scale": SEARCHING,
     "quantize": QUANTIZING,
     "dequantize": DEQUANTIZING,
+    "dequantize_rows": ROWS_OF_CODES,
     "quantize_dynamic": DYNAMIC,
     "dequant_matmul": MULTIPLYING,
     "dequant_matmul_backward": TRANSPOSED,
@@ -471,6 +498,8 @@ def test_says_what_was_expected_and_what_came(said: str, call: Callable[[], Any]
         lambda codes, scale: quant.quantize.out(X, S, "int8", B, Z + 500, out=codes),
         lambda codes, scale: quant.compute_scale.out(X, "int8", [1, 9], out=scale),
         lambda codes, scale: quant.dequantize.out(C8, S, "int8", B, Z + 500, out=scale),
+        lambda codes, scale: quant.dequantize_rows.out(IDS, C8[:, :5], S, "int8", [1, 1], Z + 500, out=scale[:4]),
+        lambda codes, scale: quant.dequantize_rows.out(IDS[0] + 4, C8[:, :5], S, "int8", [1, 1], out=scale[:2]),
     ],
 )  # fmt: skip
 def test_nothing_is_written_on_error(call: Callable[[Tensor, Tensor], Any], backend: str) -> None:

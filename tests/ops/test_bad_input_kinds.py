@@ -35,6 +35,9 @@ RAW: dict[Callable[..., Any], dict[str, Any]] = {
     },
     quant.quantize: {"x": X, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4]},
     quant.dequantize: {"codes": V, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4]},
+    quant.dequantize_rows: {
+        "indices": torch.tensor([2, 0]), "codes": V, "scale": T, "format": "int8", "block": B, "zero_point": Z[:4],
+    },
     quant.quantize_dynamic: {"x": X, "format": "int8", "block": B},
     quant.fake_quantize: {"x": X, "scale": T, "format": "int8", "block": B, "zero_point": T},
     quant.fake_quantize_backward: {"dy": X, "x": X, "scale": T, "format": "int8", "block": B},

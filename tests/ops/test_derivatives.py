@@ -132,6 +132,7 @@ NONE: dict[str, Callable[[Tensor], Any]] = {
     "quantize_dynamic": lambda x: quantlib.quantize_dynamic(x, "int8", block=(1, -1))[1],
     "compute_scale": lambda x: quantlib.compute_scale(x, "int8", (1, -1)),
     "dequantize": lambda x: quantlib.dequantize(C8, x[:, :1], "int8", block=(1, -1)),
+    "dequantize_rows": lambda x: quantlib.ops.dequantize_rows(torch.tensor([0]), C8, x[:, :1], "int8", block=(1, -1)),
     "scaled_matmul": lambda x: quantlib.scaled_matmul(C8, ONE, C8, x[:, :1]),
     "cast": lambda x: quantlib.cast(x, "float8_e5m2"),
 }

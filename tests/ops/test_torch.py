@@ -75,6 +75,23 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         quant.dequantize.default,
         (x()[:, :18].to(torch.uint8), scale(), "int4", BLOCK, None, torch.bfloat16, K),
     ),
+    "dequantize_rows": (
+        quant.dequantize_rows.default,
+        (torch.tensor([[2, 0], [1, 2]]), codes(), scale(), "int8", BLOCK, zero_point()),
+    ),
+    "dequantize_rows packed": (
+        quant.dequantize_rows.default,
+        (
+            torch.tensor([1, 0], dtype=torch.int32),
+            x()[:, :18].to(torch.uint8),
+            scale(),
+            "int4",
+            BLOCK,
+            None,
+            torch.bfloat16,
+            K,
+        ),
+    ),
     "quantize_dynamic": (quant.quantize_dynamic.default, (x(), "int8", BLOCK)),
     "quantize_dynamic packed": (quant.quantize_dynamic.default, (x(), "float4_e2m1fn", BLOCK)),
     "quantize_dynamic affine": (quant.quantize_dynamic.affine, (x(), "uint8", BLOCK)),

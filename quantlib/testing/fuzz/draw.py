@@ -16,12 +16,13 @@ from quantlib.ops.adamw_step import BLOCKS as STATE_BLOCKS
 from quantlib.ops.scaled_matmul import X_FORMATS
 from quantlib.reference.activation import ACTIVATIONS
 from quantlib.spec import SEARCHES
-from quantlib.testing import compare, learned, product, rotated, searched, steps, table
+from quantlib.testing import compare, learned, product, rotated, rows, searched, steps, table
 from quantlib.testing.bytes import Array, bits, poisoned
 from quantlib.testing.compare import Sum
 from quantlib.testing.learned import Learned
 from quantlib.testing.product import Product
 from quantlib.testing.rotated import Rotated
+from quantlib.testing.rows import Rows
 from quantlib.testing.searched import Searched
 from quantlib.testing.steps import Step
 from quantlib.testing.table import CASTS, DTYPES, Case
@@ -40,6 +41,7 @@ OPS = (
     *learned.OPS,
     *product.OPS,
     *steps.OPS,
+    *rows.OPS,
     "dequant_matmul_backward_scale",
     *HELPERS,
     *PER_AXIS,
@@ -113,6 +115,8 @@ def valid(rng: Rng, op: str | None = None) -> Call:
         overload, arguments, want = _step(rng, op)
     elif op in rotated.OPS:
         overload, arguments, want = _rotated(rng, op)
+    elif op in rows.OPS:
+        overload, arguments, want = _rows(rng, op)
     elif op in HELPERS:
         return _helper(rng, op)
     elif op in PER_AXIS:
@@ -184,6 +188,18 @@ def _rotated(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]
     shape = int(rng.integers(1, 20)), block * int(rng.integers(1, 4))
     case = Rotated(pick(rng, DTYPES), shape, block, bool(rng.integers(2)), pick(rng, ("contiguous", "offset")))
     return op, {**rotated.tensors(case), "block": block}, rotated.expected(case)
+
+
+def _rows(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
+    f = formats.get(pick(rng, [f.name for f in formats.TABLE]))
+    symmetric = f.is_float or rng.random() < 0.5
+    shape, block = (int(rng.integers(1, 20)), pick(rng, SIZES)), (pick(rng, BLOCKS), pick(rng, BLOCKS))
+    indices = tuple(pick(rng, SIZES[:6]) for _ in range(rng.integers(3)))
+    of_table = pick(rng, DTYPES), shape, block, pick(rng, LAYOUTS[:-1]), symmetric
+    case = Rows(op, f.name, *of_table, indices, pick(rng, ("int64", "int32")), pick(rng, DTYPES))
+    given: dict[str, Any] = {"zero_point": None, **rows.tensors(case)}
+    given |= {"format": f.name, "block": list(case.resolved), "dtype": getattr(torch, case.dtype), "size": shape[1]}
+    return op, named(op, given), rows.expected(case)
 
 
 def _product(rng: Rng, op: str) -> tuple[str, dict[str, Any], tuple[Array, ...]]:
@@ -315,7 +331,7 @@ def _dtypes(call: Call) -> tuple[torch.dtype, ...]:
         return torch.float32, torch.int32
     if call.op == "adamw_step":
         return tuple(given[name].dtype for name in ("parameter", *steps.STATES))
-    if call.op in ("dequantize", "scaled_matmul"):
+    if call.op in ("dequantize", "dequantize_rows", "scaled_matmul"):
         return (given["dtype"],)
     if call.op == "dequant_matmul_backward_scale":
         return (torch.float32,)
