@@ -37,7 +37,7 @@ struct ExpertArguments : WeightArguments {
     groups = {E, x.sizes()[0], static_cast<const int32_t*>(offsets.data())};
     if constexpr (Backend::reads_values) check_values(op, grid.scale_rows() * grid.scale_cols());
     const bool narrow = scale.dtype() != aoti_torch_dtype_float32();
-    const float* s = narrow && keeps_narrow_scales ? nullptr : scales<Unlooked>(op, scale);
+    const float* s = narrow && keeps_narrow_scales ? nullptr : scales(op, scale);
     grid.br = std::min(grid.br, std::max<int64_t>(N, 1)), grid.bk = std::min(grid.bk, std::max<int64_t>(K, 1));
     Weight weight = {.grid = grid, .codes = codes.data(), .format = format->type, .scale = s, .zero_point = nullptr};
     if (zero_point) weight.zero_point = static_cast<const int32_t*>(zero_point->data());
@@ -49,15 +49,7 @@ struct ExpertArguments : WeightArguments {
   }
 
  private:
-  // Checked already, of the experts that have rows: to look at those of all would cost more than a product of few.
-  struct Unlooked : Backend {
-    using Backend::Backend;
-    static constexpr bool reads_values = false;
-  };
-
-  template <class Reading = Backend>
   void check_values(const char* op, int64_t blocks) {
-    const Type type = check_dtype(op, "scale", scale.dtype(), inputs).type;
     for (int64_t e = 0, start = 0; e < groups.E; ++e) {
       const int64_t end = groups.ends[e];
       if (end < start || end > groups.T)
@@ -65,9 +57,6 @@ struct ExpertArguments : WeightArguments {
              std::to_string(end) + " for expert " + std::to_string(e) + ", which begins at " + std::to_string(start));
       if (end == start) continue;
       start = end;
-      const auto* first = static_cast<const char*>(scale.data()) + e * blocks * (type == Type::float32 ? 4 : 2);
-      const float least = Reading(scale.device()).least_scale(first, type, blocks);
-      if (least < 0) fail(op, "scale", ">= 0", text_of(double(least)));
       if (zero_point)
         check_zero_point(op, "zero_point", static_cast<const int32_t*>(zero_point->data()) + e * blocks, blocks,
                          *format);

@@ -56,7 +56,6 @@ struct WeightArguments {
       scale.make_contiguous();
       weight.narrow_type = check_dtype(op, "scale", scale.dtype(), inputs).type;
       weight.narrow_scale = static_cast<const uint16_t*>(scale.data());
-      check_not_negative(op, scale, weight.narrow_type);
     }
     return weight;
   }

@@ -102,14 +102,16 @@ def continue_weight(weight: Weight, x: Tensor, kept: int, spec: QuantSpec) -> We
 def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """float32 scales in the dtype that ``spec`` keeps them in, rounded to nearest, ties to even.
 
-    A scale that is too large becomes the largest finite value of that dtype, one too small the smallest above 0.
+    One of too large a magnitude becomes the largest finite value of that dtype, one of too small a magnitude the
+    smallest above 0; the sign stays.
     """
     f = formats.get(spec.scale)
     assert isinstance(f, FloatFormat)
     if f.bits == 32:
         return scale
     # cast of quantlib, not of torch: subnormals are kept whatever the thread is set to
-    return ops.cast(scale.clamp(f.smallest, f.max), f.name)
+    clamped = scale.abs().clamp(f.smallest, f.max)
+    return ops.cast(torch.where(scale < 0, -clamped, clamped), f.name)
 
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:

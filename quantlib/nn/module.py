@@ -24,7 +24,7 @@ from quantlib.nn.functional import (
 )
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
+from quantlib.ops.check import dtype_name, dtype_of, is_sharded
 from quantlib.ops.flops import register_if_counting
 from quantlib.ops.sharding import Matrix, refusal
 from quantlib.spec import SCALES, QuantSpec, check_dynamic, stored_shape
@@ -435,8 +435,6 @@ class QuantModule(Leaf):
                 error_msgs.append(
                     f"{prefix}{name} must be {expected_dtype} for {self.spec}, got {dtype_name(got.dtype)}"
                 )
-        elif negative := self._negative_scales(state_dict, prefix):
-            error_msgs += [f"{name} must be >= 0, got {least}" for name, least in negative.items()]
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
             self._keep_kinds()
@@ -451,12 +449,6 @@ class QuantModule(Leaf):
         codes = state_dict.get(name)
         if isinstance(codes, Tensor) and is_fp8(self.spec) and codes.dtype == dtype_of(self.spec.row):
             state_dict[name] = codes.view(torch.uint8)
-
-    def _negative_scales(self, state_dict: dict[str, Any], prefix: str) -> dict[str, float]:
-        """Scales that no op takes and their least value: on a GPU the ops themselves do not look."""
-        scales = {f"{prefix}{name}": state_dict.get(f"{prefix}{name}") for name in self.KEPT if name.endswith("_scale")}
-        found = {name: least_negative(scale) for name, scale in scales.items() if isinstance(scale, Tensor)}
-        return {name: least for name, least in found.items() if least is not None}
 
     def _same_dtype(self, name: str, got: Tensor | None) -> bool:
         expected = self._parameters[name]
