@@ -5,7 +5,7 @@
 //
 //   class Backend                          one object a call
 //     explicit Backend(Device)             makes the device of x current
-//     static constexpr bool reads_values   whether the host may look at scales and zero points
+//     static constexpr bool reads_values   whether the host may look at zero points
 //     static constexpr bool takes_tiles    whether its dequant_matmul reads the tiles of quantlib/backends/tiles.py
 //     void run(const <Problem>&) const     calls the kernel: contiguous memory, never empty
 //   QL_KERNEL(<op>, <Problem>)             declares the kernel that `run` calls for a problem
@@ -90,15 +90,6 @@ inline Result codes_of(const Tensor& x, const Grid& grid, const Format& f) {
   return codes;
 }
 
-// Refuse a negative scale where looking costs no wait: a kernel takes 2^-100 for one that is.
-template <class On = Backend>
-void check_not_negative(const char* op, const Tensor& scale, Type type, const char* argument = "scale") {
-  if constexpr (On::reads_values) {
-    const float least = On(scale.device()).least_scale(scale.data(), type, scale.numel());
-    if (least < 0) fail(op, argument, ">= 0", text_of(double(least)));
-  }
-}
-
 // The codes of `narrow` [.., K], zero points or E8M0, as 32 bits in its place.
 inline void widen(const char* op, Tensor& narrow, const char* argument, int64_t K, Type format, int32_t dtype) {
   Sizes sizes = narrow.sizes().vec();
@@ -110,9 +101,8 @@ inline void widen(const char* op, Tensor& narrow, const char* argument, int64_t 
   narrow = std::move(wide);
 }
 
-// The values of a scale, checked. One of 8 or 16 bits becomes float32, which holds it exactly.
-template <class On = Backend>
-const float* scales(const char* op, Tensor& scale, const char* argument = "scale") {
+// The values of a scale. One of 8 or 16 bits becomes float32, which holds it exactly.
+inline const float* scales(const char* op, Tensor& scale, const char* argument = "scale") {
   scale.make_contiguous();
   if (is_e8m0(scale)) {
     widen(op, scale, argument, scale.sizes().back(), Type::float32, aoti_torch_dtype_float32());
@@ -122,10 +112,9 @@ const float* scales(const char* op, Tensor& scale, const char* argument = "scale
   if (type != Type::float32) {
     Tensor wide = Tensor::empty(scale.sizes(), aoti_torch_dtype_float32(), scale.device(), {op, argument});
     const int64_t n = scale.numel();
-    if (n) On(scale.device()).run(Cast{scale.data(), type, wide.data(), Type::float32, n, false});
+    if (n) Backend(scale.device()).run(Cast{scale.data(), type, wide.data(), Type::float32, n, false});
     scale = std::move(wide);
   }
-  check_not_negative<On>(op, scale, Type::float32, argument);
   return static_cast<const float*>(scale.data());
 }
 

@@ -160,10 +160,11 @@ QL_FN V canonical(V x) {
 
 // ---- scales ---------------------------------------------------------------------------------------------------------
 
-// s clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4).
+// The magnitude of s clamped to [2^-100, scale_max], its sign kept; a zero becomes 2^-100, NaN stays (C4).
 QL_FN float effective_scale(float s, float scale_max) {
-  const float clamped = min(max(s, float_of(QL_SCALE_MIN)), scale_max);
-  return s == s ? clamped : float_of(kNaN);
+  const float magnitude = float_of(bits_of(s) & 0x7fffffffu);
+  const float clamped = min(max(magnitude, float_of(QL_SCALE_MIN)), scale_max);
+  return s == s ? bits_of(s) > 0x80000000u ? -clamped : clamped : float_of(kNaN);
 }
 
 template <class F>

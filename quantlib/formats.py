@@ -144,6 +144,11 @@ class FloatFormat(Stored):
         return sum(code << (i * self.bits) for i in range(self.per_byte))
 
     @cached_property
+    def is_symmetric(self) -> bool:
+        """True if the negative of every value is a value too: the sign of a scale changes nothing."""
+        return self.values == tuple(-v for v in reversed(self.values))
+
+    @cached_property
     def midpoints(self) -> tuple[float, ...]:
         """fl(fl(a + b) / 2) of neighbours of a code book. A value above it gets the upper code (C6)."""
         pairs = zip(self.values, self.values[1:], strict=False)
@@ -243,6 +248,7 @@ class IntFormat(Stored):
     per_byte: int = 1
 
     is_float = False
+    is_symmetric = True  # codes without a zero point are
     exponent_bits = 0
 
     def __post_init__(self) -> None:

@@ -246,7 +246,8 @@ def integer(name: str, format: str) -> IntFormat:
 def effective(op: Any, scale: Value, f: Format) -> Value:
     """The scale within the bounds of C4."""
     wide = scale if scale.dtype is None or int(scale.dtype) == FLOAT else op.Cast(scale, to=FLOAT)
-    return op.Clip(wide, number(op, SCALE_MIN), number(op, f.scale_max))
+    clamped = op.Clip(op.Abs(wide), number(op, SCALE_MIN), number(op, f.scale_max))
+    return op.Where(op.Less(wide, number(op, 0.0)), op.Neg(clamped), clamped)
 
 
 def weight_of(op: Any, codes: Value, scale: Value, f: Format, block: Block, zero_point: Value, K: int) -> Value:

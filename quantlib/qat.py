@@ -179,7 +179,7 @@ def convert_(model: nn.Module) -> Report:
     Raises
     ------
     ValueError
-        For a model without a prepared layer or one that fully_shard has sharded, a scale that is not above 0, or a
+        For a model without a prepared layer or one that fully_shard has sharded, a scale that is 0 or not finite, or a
         weight that is not finite.
     RuntimeError
         Where no forward has projected a weight yet, naming the layer.

@@ -11,6 +11,7 @@ are written alike::
     float4_e2m1fn:group:32:e8m0    E2M1, whose scales are powers of two, of a byte each: MXFP4
     int4:group:32:mse         int4, with the scales that leave the least error in place of those of the whole range
     int8:row:hadamard@int8:row    int8 weights and activations, both multiplied by a Hadamard matrix before
+    nf4:group:64:signed_mse   the same of scales of either sign, for a code book whose values are not symmetric
     bfloat16             a plain cast: no scale
     int8:row@int8:row    int8 weights, and activations quantized to int8 per token as they arrive
     int8:channel@int8:token    the same: a channel is a row of the weight, a token is a row of the activations
@@ -43,8 +44,8 @@ SCHEMES = {
 }
 
 GRAMMAR = (
-    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16|:e8m0][:mse|:magnitude][:hadamard]"
-    "[@activation[:static]], "
+    "format[:tensor|:row|:group:N|:tile:N][:affine][:bfloat16|:float16|:e8m0]"
+    "[:[signed_]mse|:[signed_]magnitude][:hadamard][@activation[:static]], "
     "e.g. int8:row, int4:group:32, W8A16, W8A8"
 )
 TARGETS = tuple(f.name for f in formats.TABLE)
@@ -55,7 +56,8 @@ SCALES = {  # what a scale may be kept in, and its dtype
     "e8m0": "float8_e8m0fnu",
 }
 MOST_ROTATED = 1024  # columns of a Hadamard matrix
-SEARCHES = ("mse", "magnitude")  # what the scales of a weight may be searched by
+SIGNED = "signed_"  # begins the name of a search that tries scales of both signs
+SEARCHES = ("mse", "magnitude", f"{SIGNED}mse", f"{SIGNED}magnitude")  # what the scales of a weight may be searched by
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ class QuantSpec:
     scale : {"float32", "bfloat16", "float16", "e8m0"}
         The dtype that the scales of a weight are kept in: 16 bits halve what they take, and E8M0, powers of two, is
         one byte. They are rounded before the codes are made, and are exact in float32, in which they are multiplied.
-    search : {"minmax", "mse", "magnitude"}
+    search : {"minmax", "mse", "magnitude", "signed_mse", "signed_magnitude"}
         Of a weight: whether its scales are those of the whole range, or the parts of them that leave the least error,
-        as `compute_scale` takes it for its method. Only the time that it takes to make codes differs.
+        as `compute_scale` takes it for its method; those that begin with "signed" try scales of both signs, for a code
+        book whose values are not symmetric. Only the time that it takes to make codes differs.
     hadamard : bool
         True for a linear layer whose columns, and whose input, are multiplied by a Hadamard matrix before they are
         quantized, which spreads outliers: `quantlib.hadamard`, in blocks of `rotation` columns.
@@ -143,10 +146,15 @@ class QuantSpec:
             what = "a static activation" if self.static else f"{row.name} without a scale"
             raise ValueError(f"scale must be float32 for {what}, got {scale}")
         if self.search not in ("minmax", *SEARCHES):
-            raise ValueError(f"search must be minmax, {' or '.join(SEARCHES)}, got {self.search!r}")
+            raise ValueError(
+                f"search must be minmax, {', '.join(SEARCHES[:-1])} or {SEARCHES[-1]}, got {self.search!r}"
+            )
         if self.search != "minmax" and (per is None or self.static):
             what = "a static activation" if self.static else f"{row.name} without a scale"
             raise ValueError(f"search must be minmax for {what}, got {self.search}")
+        if self.search.startswith(SIGNED) and row.is_symmetric:
+            got = f"{self.search} for {row.name}, whose values are symmetric"
+            raise ValueError(f"search must be {' or '.join(SEARCHES[:2])}, got {got}")
         if not isinstance(self.hadamard, bool):
             raise TypeError(f"hadamard must be True or False, got {self.hadamard!r}")
         if self.hadamard and (per is None or self.static):

@@ -443,11 +443,11 @@ BAD: dict[str, Callable[[], object]] = {
     "model must have been prepared by prepare_qat_, got one without": lambda: convert_(mlp()),
     "model must contain the layers to replace, got a single QATLinear": lambda: convert_(QATLinear(4, 4, spec="int8")),
     "model must have an nn.Linear to prepare, got none": lambda: prepare_qat_(nn.Sequential(nn.ReLU()), "int8"),
-    "layer 0: scale must be above 0 and finite, got -": lambda: broken(lambda m: m.weight_quantizer.base[2].neg_()),
-    "layer 0: scale must be above 0 and finite, got nan": lambda: broken(
+    "layer 0: scale must be finite and not 0, got 0": lambda: broken(lambda m: m.weight_quantizer.base[2].zero_()),
+    "layer 0: scale must be finite and not 0, got nan": lambda: broken(
         lambda m: m.weight_quantizer.scale_bias[2].fill_(math.nan)
     ),
-    "layer 0: scale must be above 0 and finite, got inf": lambda: broken(
+    "layer 0: scale must be finite and not 0, got inf": lambda: broken(
         lambda m: m.weight_quantizer.scale_bias[2].fill_(math.inf)
     ),
     "layer 0: weight must be finite, got inf": lambda: broken(lambda m: m.weight[0, 0].fill_(math.inf)),
@@ -460,8 +460,12 @@ BAD: dict[str, Callable[[], object]] = {
     "mask must be rounded or lsq, got 'soft'": lambda: prepare_qat_(mlp(), "int8", mask="soft"),
     "observer must be given for a scale that is observed": lambda: FakeQuantize((4,), "int8:tensor", scale="observed"),
     "layer must be an nn.Linear, got Embedding": lambda: QATLinear.from_float(nn.Embedding(2, 2), "int8"),
-    "quantlib::fake_quantize: scale must be above 0, got 0.0": lambda: forward_with(lambda m: m.base.zero_()),
-    "quantlib::fake_quantize: scale must be above 0, got nan": lambda: forward_with(lambda m: m.base.fill_(math.nan)),
+    "quantlib::fake_quantize: scale must be a number other than 0, got 0.0": lambda: forward_with(
+        lambda m: m.base.zero_()
+    ),
+    "quantlib::fake_quantize: scale must be a number other than 0, got nan": lambda: forward_with(
+        lambda m: m.base.fill_(math.nan)
+    ),
     r"quantlib::fake_quantize: scale must be float32 \[3, 1\]": lambda: FakeQuantize((2, 4), "int8")(torch.ones(3, 4)),
     "quantlib::fake_quantize: x must be float32, float16 or bfloat16, got int64": lambda: FakeQuantize((2, 4), "int8")(
         torch.ones(2, 4, dtype=torch.int64)

@@ -65,7 +65,10 @@ def test_the_words_of_the_field() -> None:
     assert QuantSpec.parse("W4A8") == quantlib.W4A8
 
 
-@pytest.mark.parametrize("text", ["int4:group:32:mse", "uint8:row:affine:float16:magnitude", "int8:row:mse@int8:row"])
+@pytest.mark.parametrize(
+    "text",
+    ["int4:group:32:mse", "uint8:row:affine:float16:magnitude", "int8:row:mse@int8:row", "nf4:group:64:signed_mse"],
+)
 def test_a_search_is_a_word_of_the_weight(text: str) -> None:
     spec = QuantSpec.parse(text)
     assert str(spec) == text
@@ -77,7 +80,7 @@ def test_a_search_is_a_word_of_the_weight(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"search": "hqq"}, "search must be minmax, mse or magnitude, got 'hqq'"),
+        ({"search": "hqq"}, "search must be minmax, mse, magnitude, signed_mse or signed_magnitude, got 'hqq'"),
         ({"activation": "int8:row:mse"}, "activation must have the scales of its range, got int8:row:mse"),
         ({"per": "row", "group_size": 32}, "per must be \"group\" where group_size is given, got 'row'"),
         ({"group_size": 0}, "group_size must be a whole number >= 1, got 0"),
@@ -88,6 +91,16 @@ def test_a_search_is_a_word_of_the_weight(text: str) -> None:
 def test_group_sizes_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuantSpec("int4", **options)
+
+
+def test_both_signs_are_for_values_that_are_not_symmetric() -> None:
+    assert str(QuantSpec.parse("W4A16:signed_magnitude")) == "nf4_bf16:group:128:bfloat16:signed_magnitude"
+    assert QuantSpec.parse("W4A16:signed_magnitude").kept == quantlib.W4A16
+    for text in ("int4:group:32:signed_mse", "uint8:row:affine:signed_mse", "fp8:signed_mse", "fp4:signed_mse"):
+        with pytest.raises(
+            ValueError, match=r"search must be mse or magnitude, got signed_mse for .*, whose values are"
+        ):
+            QuantSpec.parse(text)
 
 
 def test_only_a_scale_can_be_searched() -> None:

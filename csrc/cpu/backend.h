@@ -30,7 +30,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
   inline void launch(const PROBLEM& problem) { plain::OP(problem, parallel_for); }
 #endif
 
-QL_KERNEL(least_scale, LeastScale)
 QL_KERNEL(squared_error, SquaredError)
 
 class Backend {
@@ -41,11 +40,6 @@ class Backend {
   template <class Problem>
   void run(const Problem& problem) const {
     launch(problem);
-  }
-  float least_scale(const void* scale, Type type, int64_t n) const {
-    float least = 0.0f;
-    run(LeastScale{scale, type, n, &least});
-    return least;
   }
 };
 

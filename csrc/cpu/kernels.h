@@ -15,14 +15,6 @@ bool has_amx();
 // True if two dot products of bfloat16 take no longer than one fused multiply-add of float32: on AMD, not on Intel.
 bool has_fast_pairs();
 
-// least = the least scale[n] that is negative, or 0: no op, but the one check that reads much memory
-struct LeastScale {
-  const void* scale;  // [n] of `type`: float32, float16 or bfloat16
-  Type type;
-  int64_t n;
-  float* least;
-};
-
 // The distance of codes from the weight, row by row: no op, but a measurement for the report of `quantize_`.
 struct SquaredError {
   Grid grid;

@@ -12,17 +12,21 @@ namespace {
 constexpr int kParts = 17, kSums = 16;  // scales that are tried; sums of a row of a block, whatever the instruction set
 constexpr int kSumRegisters = kSums / kLanes;
 
-// 32, 31, .., 20, 33, .., 36 of 32
-QL_FN float part(int k) { return float(k < 13 ? 32 - k : 20 + k) / 32.0f; }
+// 32, 31, .., 20, 33, .., 36 of 32, then the same with the other sign
+QL_FN float part(int k) {
+  const int n = k % kParts;
+  return float(n < 13 ? 32 - n : 20 + n) / (k < kParts ? 32.0f : -32.0f);
+}
 
-// s as a number of F: within its smallest above 0 and its largest, rounded to nearest; NaN stays.
+// s as a number of F: |s| within its smallest above 0 and its largest, rounded to nearest; NaN stays.
 template <class F>
 QL_FN float narrowed(float s) {
   if constexpr (F::bits == 32) {
     return s;
   } else {
-    const float clamped = min(max(s, decode_float<F>(1)), float_of(F::max));
-    return s == s ? decode_float<F>(encode_float<F>(clamped, true)) : s;
+    const float magnitude = float_of(bits_of(s) & 0x7fffffffu);
+    const float clamped = min(max(magnitude, decode_float<F>(1)), float_of(F::max));
+    return s == s ? decode_float<F>(encode_float<F>(s < 0 ? -clamped : clamped, true)) : s;
   }
 }
 QL_FN float narrowed(float s, Type kept) {
@@ -90,10 +94,11 @@ struct Searched {
   const Grid grid;
   const Row x_row = row_of(p.x_type);
   const Decode decode = decoder(p.x_type);
-  const bool magnitude = p.method == Search::magnitude;
+  const bool magnitude = p.by_magnitude;
+  const int parts = p.is_signed ? 2 * kParts : kParts;
   const AddErrors add_errors = adder(p.format, magnitude);
   const float scale_max = float_of(row_of(p.format).scale_max);
-  alignas(64) float x[kChunk], energy[kChunk], sums[kParts][kSums];
+  alignas(64) float x[kChunk], energy[kChunk], sums[2 * kParts][kSums];
 
   // x and energy of columns j .. j + n of row i, and zeros up to a multiple of kSums; that is returned.
   int64_t fill(int64_t i, int64_t j, int64_t n) {
@@ -113,8 +118,8 @@ struct Searched {
     const Limits q = limits(p.format, p.zero_point ? p.zero_point + b : nullptr);
     const float s0 = effective_scale(p.scale[b], scale_max), r0 = reciprocal(s0);
     // 1. parts of the scale, as they will be kept
-    float s[kParts], r[kParts], total[kParts] = {};
-    for (int k = 0; k < kParts; ++k) {
+    float s[2 * kParts], r[2 * kParts], total[2 * kParts] = {};
+    for (int k = 0; k < parts; ++k) {
       s[k] = effective_scale(narrowed(mul(s0, part(k)), p.kept), scale_max);
       r[k] = reciprocal(s[k]);
     }
@@ -123,14 +128,14 @@ struct Searched {
       __builtin_memset(sums, 0, sizeof sums);
       for (int64_t j = j0; j < j1; j += kChunk) {
         const int64_t n = fill(i, j, least(kChunk, j1 - j));
-        for (int k = 0; k < kParts; ++k) add_errors(x, energy, n, r[k], q, sums[k]);
+        for (int k = 0; k < parts; ++k) add_errors(x, energy, n, r[k], q, sums[k]);
       }
-      for (int k = 0; k < kParts; ++k) total[k] = add(total[k], in_pairs(sums[k]));
+      for (int k = 0; k < parts; ++k) total[k] = add(total[k], in_pairs(sums[k]));
     }
     // 3. in units of the first scale; a later one must be better
     float best = __builtin_inff(), found = s[0];
-    for (int k = 0; k < kParts; ++k) {
-      const float share = mul(s[k], r0);
+    for (int k = 0; k < parts; ++k) {
+      const float share = float_of(bits_of(mul(s[k], r0)) & 0x7fffffffu);
       float loss = mul(mul(total[k], share), share);
       if (magnitude) loss = mul(loss, share);
       if (loss < best) best = loss, found = s[k];

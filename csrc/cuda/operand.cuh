@@ -93,9 +93,9 @@ struct Columns {
   }
 };
 
-// A scale below 1 as a power of two, which multiplies operands exactly, and the rest, which multiplies sums: no sum is
-// infinite whose product with the whole scale is not. Sums of float16 are too small for that, and it has too few
-// powers.
+// A scale of a magnitude below 1 as a power of two, which multiplies operands exactly, and the rest, which multiplies
+// sums: no sum is infinite whose product with the whole scale is not. Sums of float16 are too small for that, and it
+// has too few powers.
 template <class X>
 struct SplitScale {
   uint32_t power = two_to<X>(0);
@@ -103,9 +103,9 @@ struct SplitScale {
 
   QL_DEVICE SplitScale() {}
   QL_DEVICE explicit SplitScale(float scale) : rest(scale) {
-    if (std::is_same_v<X, float16> || !(scale < 1.0f)) return;
+    if (std::is_same_v<X, float16> || !(float_of(bits_of(scale) & 0x7fffffffu) < 1.0f)) return;
     power = both(bits_of(scale) >> 16 & 0x7f80);
-    rest = float_of((bits_of(scale) & 0x007fffff) | 0x3f800000);
+    rest = float_of((bits_of(scale) & 0x807fffff) | 0x3f800000);
   }
 };
 

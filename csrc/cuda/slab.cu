@@ -130,11 +130,12 @@ __global__ void __launch_bounds__(kThreads) finish_slab_kernel(const FinishSlabA
   for (int e = 0; e < 4; ++e) {
     if (e >= last) continue;
     const int64_t n = a.first + j + e;
-    float sum = add(float_of(total[e]), 0.0f);  // no sum is -0
+    float sum = float_of(total[e]);
     if (a.scale) {
       const float scale = effective_scale(a.scale[a.br.divide(n)], a.scale_max);
       sum = mul(sum, a.split ? SplitScale<bfloat16>(scale).rest : scale);
     }
+    sum = add(sum, 0.0f);  // no sum is -0
     if (a.epilogue.bias) sum = add(sum, a.epilogue.bias[n]);
     sum = activate(sum, a.epilogue.activation);
     y.put(e, a.is_float16 ? encode_float<float16>(sum, false) : encode_float<bfloat16>(sum, false));

@@ -5,16 +5,11 @@
 namespace quantlib {
 
 struct DequantizeRows {
-  Grid grid;            // of the table [N, K]: M is N here
+  Weight table;         // [N, K]
   int64_t R;            // rows of y
   const void* indices;  // [R] int64, or int32, each in 0 .. N - 1
   bool wide;            // int64
-  const void* codes;    // [N, K], or [N, ceil(K / 2)] bytes where the format is packed
-  Type format;
-  const void* scale;          // [ceil(N / br), ceil(K / bk)] of `scale_type`
-  Type scale_type;            // float32, float16 or bfloat16
-  const int32_t* zero_point;  // the same shape, or null: symmetric
-  void* y;                    // [R, K] float32, float16 or bfloat16
+  void* y;              // [R, K] float32, float16 or bfloat16
   Type y_type;
 
   // Always inlined: a file compiled for AVX-512 must not lend its copy to one compiled without.

@@ -26,7 +26,7 @@ struct FakeQuantizeArguments {
     const Result expected = scale_of(grid);
     check_tensor(op, "scale", scale, expected, x.device());
     scale.make_contiguous();
-    if constexpr (Backend::reads_values) check_positive(op);
+    if constexpr (Backend::reads_values) check_not_zero(op);
     if (format->is_float && zero_point) fail(op, "zero_point", std::string("None for ") + format->name, "a value");
     if (format->is_float && limits) fail(op, "limits", std::string("None for ") + format->name, "a value");
     if (zero_point) {
@@ -46,12 +46,11 @@ struct FakeQuantizeArguments {
   const float* zero_points() const { return zero_point ? static_cast<const float*>(zero_point->data()) : nullptr; }
 
  private:
-  void check_positive(const char* op) const {
+  void check_not_zero(const char* op) const {
     const int64_t n = scale.numel();
     const float* s = n ? scales() : nullptr;
-    float least = n ? s[0] : 1.0f;
-    for (int64_t k = 1; k < n; ++k) least = least <= s[k] ? least : least != least ? least : s[k];
-    if (!(least > 0)) fail(op, "scale", "above 0", text_of(double(least)));
+    for (int64_t k = 0; k < n; ++k)
+      if (s[k] == 0 || s[k] != s[k]) fail(op, "scale", "a number other than 0", text_of(double(s[k])));
   }
 };
 

@@ -7,10 +7,16 @@ namespace quantlib {
 
 QL_KERNEL(search_scale, SearchScale)
 
-static Search check_method(const char* op, const std::string& name) {
-  if (name == "mse") return Search::mse;
-  if (name == "magnitude") return Search::magnitude;
-  fail(op, "method", "mse or magnitude", name);
+struct Method {
+  bool by_magnitude, is_signed;
+};
+
+static Method check_method(const char* op, const std::string& name) {
+  if (name == "mse") return {false, false};
+  if (name == "magnitude") return {true, false};
+  if (name == "signed_mse") return {false, true};
+  if (name == "signed_magnitude") return {true, true};
+  fail(op, "method", "mse, magnitude, signed_mse or signed_magnitude", name);
 }
 
 static Type check_kept(const char* op, const std::string& name) {
@@ -45,7 +51,7 @@ static void search_scale(StableIValue* stack, uint64_t, uint64_t results) {
   const Format& x_format = check_dtype(op, "x", x.dtype(), inputs);
   const Grid grid = check_block(op, x.sizes(), block);
   check_scale(op, scale, zero_point, f, scale_sizes(grid), x.device());
-  const Search method = check_method(op, method_name);
+  const Method method = check_method(op, method_name);
   const Type kept = check_kept(op, kept_name);
   const float* e = energies(op, energy, grid.K, x.device());
   Output found(op, "out", std::move(out), scale_of(grid), x.device());
@@ -59,7 +65,8 @@ static void search_scale(StableIValue* stack, uint64_t, uint64_t results) {
                             .x = x.data(),
                             .x_type = x_format.type,
                             .format = f.type,
-                            .method = method,
+                            .by_magnitude = method.by_magnitude,
+                            .is_signed = method.is_signed,
                             .kept = kept,
                             .scale = s,
                             .zero_point = z,

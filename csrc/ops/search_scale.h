@@ -4,18 +4,16 @@
 
 namespace quantlib {
 
-enum class Search : uint8_t { mse, magnitude };
-
 struct SearchScale {
   Grid grid;
   const void* x;  // [M, K] float32, float16 or bfloat16
   Type x_type, format;
-  Search method;
-  Type kept;                  // what a scale is a number of: float32, float16 or bfloat16
-  const float* scale;         // [ceil(M / br), ceil(K / bk)]
-  const int32_t* zero_point;  // the same shape, or null: symmetric
-  const float* energy;        // [K], or null: all 1
-  float* found;               // of scale's shape
+  bool by_magnitude, is_signed;  // whether an error counts by its element's magnitude; whether both signs are tried
+  Type kept;                     // what a scale is a number of: float32, float16 or bfloat16
+  const float* scale;            // [ceil(M / br), ceil(K / bk)]
+  const int32_t* zero_point;     // the same shape, or null: symmetric
+  const float* energy;           // [K], or null: all 1
+  float* found;                  // of scale's shape
 };
 
 }  // namespace quantlib

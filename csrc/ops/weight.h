@@ -56,7 +56,6 @@ struct WeightArguments {
     if (packed) keep_zero_codes(weight);
     if (narrow) {
       keep_scale(weight);
-      if (!is_e8m0(scale)) check_not_negative(op, scale, check_dtype(op, "scale", scale.dtype(), inputs).type);
     }
     return weight;
   }

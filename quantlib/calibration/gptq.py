@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantlib import ops
 from quantlib.nn.functional import Weight, kept_scale, kept_weight, quantized
-from quantlib.spec import QuantSpec
+from quantlib.spec import SIGNED, QuantSpec
 
 COLUMNS = 128  # of a block whose errors stay inside it until it is done
 GROWTH, MOST = 10.0, 1e4  # of the damping where H is not positive definite, as a share of the mean of its diagonal
@@ -96,7 +96,7 @@ def searched(w: Tensor, spec: QuantSpec, energy: Tensor) -> tuple[Tensor, Tensor
         spec.format,
         spec.block(w.shape),
         symmetric=spec.symmetric is True,
-        method="mse",
+        method="signed_mse" if spec.search.startswith(SIGNED) else "mse",
         energy=energy / energy.max().clamp(min=torch.finfo(energy.dtype).tiny),  # whose sums no float32 may exceed
         kept=spec.scale,
     )

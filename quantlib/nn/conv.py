@@ -201,7 +201,7 @@ class _Convolve(torch.autograd.Function):
         rest, parts = (ctx.format, ctx.block, ctx.how), []
         if x_t is not None:
             parts.append(convolved(x_t, None, Weight(codes, scale, zero_point), *rest))
-        if scale_t is not None:  # the values are linear in the scale, which is never negative
+        if scale_t is not None:  # the values are linear in the scale; no op takes one of 0
             up, down = (Weight(codes, t.clamp(min=0), zero_point) for t in (scale_t, -scale_t))
             parts.append(convolved(x, None, up, *rest) - convolved(x, None, down, *rest))
         if bias_t is not None:

@@ -32,7 +32,7 @@ from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
 from quantlib.nn.module import rebind_hooks, taken_over, zero_codes, zero_points_of_0
 from quantlib.nn.weight import DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
+from quantlib.ops.check import dtype_name, dtype_of, is_sharded
 from quantlib.spec import QuantSpec, check_unrotated
 
 if TYPE_CHECKING:
@@ -381,8 +381,6 @@ class QuantExperts(Routed):
             if kept is not None and isinstance(got, Tensor) and got.dtype != kept.dtype:
                 expected = dtype_name(kept.dtype)
                 errors.append(f"{prefix}{name} must be {expected} for {self.spec}, got {dtype_name(got.dtype)}")
-            if name.endswith("_scale") and isinstance(got, Tensor) and (least := least_negative(got)) is not None:
-                errors.append(f"{prefix}{name} must be >= 0, got {least}")
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -126,8 +126,8 @@ def continue_weight(weight: Weight, x: Tensor, kept: int, spec: QuantSpec) -> We
 def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """float32 scales in the dtype that ``spec`` keeps them in, rounded to nearest, ties to even.
 
-    A scale that is too large becomes the largest finite value of that dtype, one too small the smallest above 0. E8M0
-    keeps a power of two, by the exponent of the largest magnitude.
+    One of too large a magnitude becomes the largest finite value of that dtype, one of too small a magnitude the
+    smallest above 0; the sign stays. E8M0 keeps a power of two, by the exponent of the largest magnitude.
     """
     if spec.scale == "e8m0":
         bits = scale.clamp(formats.SCALE_MIN, spec.row.scale_max).contiguous().view(torch.int32)
@@ -138,7 +138,8 @@ def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     if f.bits == 32:
         return scale
     # cast of quantlib, not of torch: subnormals are kept whatever the thread is set to
-    return ops.cast(scale.clamp(f.smallest, f.max), f.name)
+    clamped = scale.abs().clamp(f.smallest, f.max)
+    return ops.cast(torch.where(scale < 0, -clamped, clamped), f.name)
 
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
@@ -228,11 +229,8 @@ def dequantize_rows(
         return y if narrow is dtype else y.to(dtype)
     shape, rows = rows.shape, rows.reshape(-1)
     if is_sharded(codes) and block[0] == 1:
-        found, scale, zero_point = (
-            None if t is None else ranks.looked_up(t, rows) for t in (_bytes(codes), *weight[1:])
-        )
-        assert found is not None
-        found = found.view(codes.dtype)
+        found = ranks.looked_up(_bytes(codes), rows).view(codes.dtype)
+        scale, zero_point = (None if t is None else ranks.looked_up(t, rows) for t in weight[1:])
         y = _values(Weight(found, scale, zero_point), format, (1, block[1]), size, dtype)
     else:
         found = _bytes(codes).index_select(0, rows)

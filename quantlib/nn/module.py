@@ -25,7 +25,7 @@ from quantlib.nn.functional import (
 )
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.weight import WAY_OUT, DecodedWeight, QuantParameter
-from quantlib.ops.check import dtype_name, dtype_of, is_sharded, least_negative
+from quantlib.ops.check import dtype_name, dtype_of, is_sharded
 from quantlib.ops.flops import register_if_counting
 from quantlib.ops.sharding import Matrix, refusal
 from quantlib.spec import QuantSpec, check_dynamic, check_unrotated, stored_shape
@@ -444,8 +444,6 @@ class QuantModule(Leaf):
                 error_msgs.append(
                     f"{prefix}{name} must be {expected_dtype} for {self.spec}, got {dtype_name(got.dtype)}"
                 )
-        elif negative := self._negative_scales(state_dict, prefix):
-            error_msgs += [f"{name} must be >= 0, got {least}" for name, least in negative.items()]
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
             self._keep_kinds()
@@ -463,12 +461,6 @@ class QuantModule(Leaf):
         name = f"{prefix}weight_zero_point"
         if isinstance(z := state_dict.get(name), Tensor) and z.dtype == torch.int32 and not self.spec.symmetric:
             state_dict[name] = kept_zero_points(z, self.spec.row)  # as version 2 has them
-
-    def _negative_scales(self, state_dict: dict[str, Any], prefix: str) -> dict[str, float]:
-        """Scales that no op takes and their least value: on a GPU the ops themselves do not look."""
-        scales = {f"{prefix}{name}": state_dict.get(f"{prefix}{name}") for name in self.KEPT if name.endswith("_scale")}
-        found = {name: least_negative(scale) for name, scale in scales.items() if isinstance(scale, Tensor)}
-        return {name: least for name, least in found.items() if least is not None}
 
     def _same_dtype(self, name: str, got: Tensor | None) -> bool:
         expected = self._parameters[name]

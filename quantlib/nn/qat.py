@@ -120,7 +120,7 @@ class QATModule(Leaf):
         Raises
         ------
         ValueError
-            For a scale that is not above 0.
+            For a scale that is 0 or not finite.
         """
         return self.weight_quantizer.codes(self.weight.flatten(1))
 
@@ -137,7 +137,7 @@ class QATModule(Leaf):
         RuntimeError
             Where no forward has projected the weight yet: there is nothing to land on.
         ValueError
-            For a scale that is not above 0, and a weight that is not finite or is computed, as by pruning.
+            For a scale that is 0 or not finite, and a weight that is not finite or is computed, as by pruning.
         """
         if "weight" not in self._parameters:
             raise ValueError(

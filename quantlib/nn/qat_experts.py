@@ -117,7 +117,7 @@ class QATExperts(Routed):
         Raises
         ------
         ValueError
-            For a scale that is not above 0.
+            For a scale that is 0 or not finite.
         """
         E, parts = self.stacks[name].E, self._quantizer(name).codes(self.rows(name).detach().contiguous())
         return Weight(*(None if t is None else t.view(E, t.shape[0] // E, *t.shape[1:]) for t in parts))  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ class QATExperts(Routed):
         RuntimeError
             Where no forward has projected a weight yet: there is nothing to land on.
         ValueError
-            For a scale that is not above 0, and a weight that is not finite.
+            For a scale that is 0 or not finite, and a weight that is not finite.
         """
         for name in self.stacks:
             weight, forwards = self._parameters[name], self._quantizer(name).forwards

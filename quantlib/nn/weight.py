@@ -33,7 +33,7 @@ class QuantParameter(nn.Parameter):
         Whether a gradient was asked for last; True at first.
     """
 
-    asked = True
+    asked: bool = True
 
     @staticmethod
     def __new__(cls, data: Tensor, requires_grad: bool = True, asked: bool = True) -> Any:

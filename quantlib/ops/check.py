@@ -146,7 +146,6 @@ def check_scale(
     """
     dtype = scale.dtype if dtype_name(scale.dtype) in (*INPUTS, E8M0) else torch.float32
     check_tensor(op, "scale", scale, (expected[0], dtype), like.device)
-    check_not_negative(op, "scale", scale if used is None else scale[used])
     if zero_point is None:
         return
     if isinstance(f, FloatFormat):
@@ -157,21 +156,6 @@ def check_scale(
     check_tensor(op, "zero_point", zero_point, (expected[0], torch.int32), like.device)
     z = zero_point if used is None else zero_point[used]
     check_zero_point(op, "zero_point", z, f, (z.shape, torch.int32), like)
-
-
-def check_not_negative(op: str, argument: str, scale: Tensor) -> None:
-    """Check that no scale is negative, unless looking makes a device wait: a kernel takes 2^-100 for a negative one."""
-    least = least_negative(scale)
-    if least is not None:
-        fail(op, argument, ">= 0", least)
-
-
-def least_negative(scale: Tensor) -> float | None:
-    """The least of the negative scales, None without one or where looking would make a device wait."""
-    values = None if scale.dtype == torch.float8_e8m0fnu else visible(scale)
-    if values is None or not (negative := values < 0).any():
-        return None
-    return values[negative].min().item()
 
 
 def check_zero_point(op: str, argument: str, zero_point: Tensor, f: Format, expected: Result, like: Tensor) -> None:

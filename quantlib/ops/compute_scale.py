@@ -55,9 +55,9 @@ def compute_scale(
         (b, b) tile.
     symmetric : bool
         Whether the range is -amax..amax (True) or min..max with a zero point (False).
-    method : {"minmax", "mse", "magnitude"}
+    method : {"minmax", "mse", "magnitude", "signed_mse", "signed_magnitude"}
         The scale of the range, or the part of it, from 20/32 to 36/32, that leaves the least sum of squared errors, or
-        of squared errors times magnitudes: :func:`search_scale`.
+        of squared errors times magnitudes, of one sign or of both: :func:`search_scale`.
     energy : Tensor [K] float32, optional
         What the error of each column counts in a search.
     kept : {"float32", "float16", "bfloat16"} or a torch.dtype
@@ -68,7 +68,8 @@ def compute_scale(
     Returns
     -------
     scale : Tensor [ceil(M / br), ceil(K / bk)] float32
-        amax / Q inside [2^-100, the format's largest scale]. NaN where the block holds a NaN.
+        amax / Q inside [2^-100, the format's largest scale], or of a signed search perhaps less than 0. NaN where the
+        block holds a NaN.
     zero_point : Tensor, int32 of scale's shape
         The code of zero; only where not symmetric.
 
@@ -91,7 +92,7 @@ def compute_scale(
             return _searched(x, name, block, symmetric, method, energy, kept, out)
         if energy is not None or format_name(kept) != "float32":
             argument, got = ("kept", kept) if energy is None else ("energy", "a tensor")
-            fail("compute_scale", argument, "left out without a search, method mse or magnitude", got)
+            fail("compute_scale", argument, "left out with method minmax", got)
         if out is None:
             result: Tensor | tuple[Tensor, Tensor] = (_symmetric if symmetric else _affine)(x, name, block)
             return result

@@ -62,7 +62,7 @@ def dequant_matmul(
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for a format of four bits; or the tiles of `quantlib.ops.tile`, as ``layout`` says.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
-        The scales of the codes, not negative. May require a gradient.
+        The scales of the codes. May require a gradient.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)

@@ -47,7 +47,7 @@ def dequantize(
     codes : Tensor [..., K] of the format's dtype
         Viewed as [M, K]; [..., ceil(K / 2)] uint8 for a format of four bits.
     scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
-        The scales of the codes, not negative.
+        The scales of the codes.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)

@@ -58,13 +58,13 @@ def dequantize_rows(
         The rows, each in 0..N - 1. A device that the host would wait for takes the nearest row for another number.
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for a format of four bits.
-    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16 or bfloat16
-        The scales of the codes, not negative in the rows that are looked up.
+    scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
+        The scales of the codes.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)
         Rows and columns of the table that share a scale, -1 for the whole axis.
-    zero_point : Tensor, int32 of scale's shape, optional
+    zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional
         The code of zero, for integer formats.
     dtype : torch.dtype
         The dtype of the result: float32, float16 or bfloat16, rounded once from float32.

@@ -50,7 +50,7 @@ def dynamic_matmul(
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for int4.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
-        The scales of the codes, not negative. May require a gradient.
+        The scales of the codes. May require a gradient.
     format : {"int8", "uint8", "int4"} or a torch.dtype
         The format of the weight.
     block : (br, bk)

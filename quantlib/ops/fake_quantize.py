@@ -21,6 +21,7 @@ from quantlib.ops.check import (
     dtype_name,
     fail,
     host_values,
+    visible,
     wants_gradient,
 )
 from quantlib.ops.declare import Kernel, declare, format_name, launch_matrices, whole_axes
@@ -37,9 +38,9 @@ def check_fake_quantize(
     check_dtype(op, "x", x.dtype, INPUTS)
     expected = check_block(op, x.shape, block)
     check_tensor(op, "scale", scale, expected, x.device)
-    values = host_values(scale)
-    if values is not None and not values[0] > 0:
-        fail(op, "scale", "above 0", values[0])
+    values = visible(scale)
+    if values is not None and (wrong := (values == 0) | values.isnan()).any():
+        fail(op, "scale", "a number other than 0", values[wrong][0].item())
     for argument, value in (("zero_point", zero_point), ("limits", limits)):
         if f.is_float and value is not None:
             fail(op, argument, f"None for {f.name}", "a value")

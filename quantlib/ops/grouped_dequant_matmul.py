@@ -56,7 +56,7 @@ def grouped_dequant_matmul(
     codes : Tensor [E, N, K] of the format's dtype
         [E, N, ceil(K / 2)] uint8 for a format of four bits.
     scale : Tensor [E, ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
-        What codes are multiplied by, not negative.
+        What codes are multiplied by.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     offsets : Tensor [E], int32 or int64

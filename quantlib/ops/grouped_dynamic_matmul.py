@@ -52,7 +52,7 @@ def grouped_dynamic_matmul(
     codes : Tensor [E, N, K] of the format's dtype
         [E, N, ceil(K / 2)] uint8 for int4.
     scale : Tensor [E, ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
-        What codes are multiplied by, not negative.
+        What codes are multiplied by.
     format : {"int8", "uint8", "int4"} or a torch.dtype
         Of the weight.
     offsets : Tensor [E], int32 or int64

@@ -36,7 +36,7 @@ def quantize(
     x : Tensor [..., K]
         float32, float16 or bfloat16, viewed as [M, K].
     scale : Tensor [ceil(M / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
-        The scales of the codes, not negative. Element (i, j) uses ``scale[i // br, j // bk]``.
+        The scales of the codes. Element (i, j) uses ``scale[i // br, j // bk]``.
     format : str or torch.dtype
         A row of ``quantlib.formats``.
     block : (br, bk)

@@ -14,7 +14,6 @@ from quantlib.ops.check import (
     Block,
     Result,
     check_dtype,
-    check_not_negative,
     check_tensor,
     check_zero_point,
     described,
@@ -44,7 +43,6 @@ def _results(
         expected = described([M, 1], torch.float32, x_codes.device).replace(" on ", " or [1, 1] on ")
         fail(OP, "x_scale", expected, described(x_scale.shape, x_scale.dtype, x_scale.device))
     check_tensor(OP, "x_scale", x_scale, (x_scale.shape, torch.float32), x_codes.device)
-    check_not_negative(OP, "x_scale", x_scale)
     if x_zero_point is not None:
         check_zero_point(OP, "x_zero_point", x_zero_point, x_format, (x_scale.shape, torch.int32), x_codes)
     check_sum(OP, x_format, x_zero_point, weight)
@@ -93,11 +91,11 @@ def scaled_matmul(
     x_codes : Tensor [..., K] int8 or uint8
         Viewed as [M, K]; any M, 0 and 1 too, any K whose sums an int32 holds (131071 for int8 without zero points).
     x_scale : Tensor [M, 1] or [1, 1] float32
-        The scales of x_codes, not negative.
+        The scales of x_codes.
     codes : Tensor [N, K] of the format's dtype
         [N, ceil(K / 2)] uint8 for int4.
     scale : Tensor [ceil(N / br), ceil(K / bk)] float32, float16, bfloat16 or float8_e8m0fnu
-        The scales of the codes, not negative.
+        The scales of the codes.
     format : {"int8", "uint8", "int4"} or a torch.dtype
         The format of the weight.
     block : (br, bk)

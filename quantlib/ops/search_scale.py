@@ -81,9 +81,10 @@ def search_scale(
         A row of ``quantlib.formats``.
     block : (br, bk)
         Rows and columns that share a scale, -1 for the whole axis.
-    method : {"mse", "magnitude"}
+    method : {"mse", "magnitude", "signed_mse", "signed_magnitude"}
         What is summed over a block: the squared error of each element, or that times the element's magnitude. The
-        second errs less where weights are large, and is the better one for language models.
+        second errs less where weights are large, and is the better one for language models. "signed" tries the scales
+        of the other sign too: of a code book whose values are not symmetric, such as nf4, one of the two fits better.
     kept : {"float32", "float16", "bfloat16"} or a torch.dtype
         What a scale will be kept in: only numbers of this dtype are tried.
     zero_point : Tensor, int32 of scale's shape, or kept as codes are, optional

@@ -52,34 +52,34 @@ def codes(f: Format, values: Array) -> Any:
     return raw.view(getattr(torch, f.dtype_name))
 
 
-def accepted_scale(f: Format, affine: bool = False) -> Callable[..., Term]:
-    """The scales and zero points that ops of projections do not refuse."""
+def accepted_zero_point(f: Format, affine: bool = False) -> Callable[..., Term]:
+    """The zero points that ops of projections do not refuse; they take any scale."""
 
     def accepts(**inputs: Term) -> Term:
-        s, z = inputs.get("s"), inputs.get("z")
-        right = terms.TRUE if s is None else terms.not_(terms.fp("lt", s, terms.float_const(0.0)))
-        if affine and isinstance(f, IntFormat) and z is not None:
-            right = terms.and_(right, IntDescription(f, affine).holds(z))
-        return right
+        z = inputs.get("z")
+        return (
+            IntDescription(f, affine).holds(z) if affine and isinstance(f, IntFormat) and z is not None else terms.TRUE
+        )
 
     return accepts
 
 
 def effective(f: Format, affine: bool) -> Callable[..., Term]:
     """Scales within their bounds, which an op does not change."""
-    accepts = accepted_scale(f, affine)
+    accepts = accepted_zero_point(f, affine)
 
     def within(**inputs: Term) -> Term:
         low, high = (terms.float_const(bound) for bound in (SCALE_MIN, f.scale_max))
-        inside = terms.and_(terms.fp("leq", low, inputs["s"]), terms.fp("leq", inputs["s"], high))
-        return terms.and_(accepts(**inputs), inside)
+        magnitude = terms.fp("abs", inputs["s"])
+        return terms.and_(accepts(**inputs), terms.fp("leq", low, magnitude), terms.fp("leq", magnitude, high))
 
     return within
 
 
-def above_zero(**inputs: Term) -> Term:
+def not_zero(**inputs: Term) -> Term:
     """The scales that ops of training do not refuse."""
-    return terms.fp("lt", terms.float_const(0.0), inputs["s"])
+    s = inputs["s"]
+    return terms.not_(terms.or_(terms.fp("isZero", s), terms.fp("isNaN", s)))
 
 
 # ---- floats ---------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def encode_int(f: IntFormat, affine: bool) -> Function:
         header,
         op,
         code_bits=f.bits,
-        accepts=accepted_scale(f, affine),
+        accepts=accepted_zero_point(f, affine),
     )
 
 
@@ -244,7 +244,6 @@ def effective_scale(f: Format) -> Function:
         lambda modules, s: modules.numerics.effective_scale(s, f),
         lambda program, s: program.call("effective_scale", s, template=(f.name,)),
         op,
-        accepts=accepted_scale(f),
     )
 
 
@@ -366,7 +365,7 @@ def quantize(f: Format, affine: bool = False) -> Function:
         header,
         op,
         code_bits=f.bits,
-        accepts=accepted_scale(f, affine),
+        accepts=accepted_zero_point(f, affine),
     )
 
 
@@ -386,7 +385,7 @@ def dequantize(f: Format, affine: bool = False) -> Function:
             return y
 
         outputs = {"y": "float32"}
-        accepts = accepted_scale(f, affine)
+        accepts = accepted_zero_point(f, affine)
         return Function(f"dequantize<{f.name}>", inner.inputs, outputs, reference, header, inner.op, accepts=accepts)
 
     def op(code: Array, s: Array) -> Array:
@@ -408,7 +407,7 @@ def dequantize(f: Format, affine: bool = False) -> Function:
 
     inputs = {"code": "uint32", "s": "float32"}
     return Function(
-        f"dequantize<{f.name}>", inputs, {"y": "float32"}, of_float, float_header, op, accepts=accepted_scale(f)
+        f"dequantize<{f.name}>", inputs, {"y": "float32"}, of_float, float_header, op, accepts=accepted_zero_point(f)
     )
 
 
@@ -448,7 +447,7 @@ def fake_quantize(f: Format, affine: bool) -> Function:
 
     inputs = {"x": "float32", "s": "float32", **({"z": "float32"} if affine else {})}
     outputs = {"y": "float32"}
-    return Function(f"fake_quantize<{f.name}>", inputs, outputs, reference, header, op, accepts=above_zero)
+    return Function(f"fake_quantize<{f.name}>", inputs, outputs, reference, header, op, accepts=not_zero)
 
 
 @functools.cache
@@ -479,4 +478,4 @@ def gradients(f: Format, affine: bool, lsq: bool) -> Function:
 
     inputs = {"dy": "float32", "x": "float32", "s": "float32", **({"z": "float32"} if affine else {})}
     outputs = {"dx": "float32", "dscale": "float32", **({"dzero_point": "float32"} if affine else {})}
-    return Function(f"gradients<{f.name}>", inputs, outputs, reference, header, op, sums=True, accepts=above_zero)
+    return Function(f"gradients<{f.name}>", inputs, outputs, reference, header, op, sums=True, accepts=not_zero)

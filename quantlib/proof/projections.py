@@ -160,12 +160,13 @@ def worth(f: IntFormat, affine: bool, language: str) -> Case:
     return Case(named(f, affine, language), build, f.name)
 
 
-def zero_is_plus_zero(f: IntFormat, affine: bool, language: str) -> Case:
+def zero_has_the_sign(f: IntFormat, affine: bool, language: str) -> Case:
     def build(run: Run) -> Claim:
         s = float_variable("s")
         argument, z, is_code = zeros(f, affine)
         y = run(functions.decode_int(f, affine), language, code=z, s=s, **argument)
-        return Claim(and_(is_code, allowed(s, f)), same(terms.bits_of(y), bits(0, 32)))
+        zero = terms.band(terms.bits_of(s), bits(1 << 31, 32))
+        return Claim(and_(is_code, allowed(s, f)), same(terms.bits_of(y), zero))
 
     return Case(named(f, affine, language), build, f.name)
 
@@ -401,14 +402,14 @@ def theorems() -> Iterator[Theorem]:
         ),
     )
     yield Theorem(
-        "real zero is exactly +0",
+        "real zero is exactly 0",
         "C2 C7",
-        "the code z dequantizes to +0.",
+        "the code z dequantizes to the zero of the scale's sign.",
         "every zero point, every scale within its bounds",
-        tuple(zero_is_plus_zero(f, affine, language) for f, affine in both for language in LANGUAGES),
+        tuple(zero_has_the_sign(f, affine, language) for f, affine in both for language in LANGUAGES),
         (
-            Fault("subtracted the other way round", zero_is_plus_zero(int8, True, REFERENCE), NEGATED_PY),
-            Fault("subtracted the other way round", zero_is_plus_zero(uint8, False, HEADER), NEGATED_H),
+            Fault("subtracted the other way round", zero_has_the_sign(int8, True, REFERENCE), NEGATED_PY),
+            Fault("subtracted the other way round", zero_has_the_sign(uint8, False, HEADER), NEGATED_H),
         ),
     )
     small = [f for f in formats.WITHOUT_BOOKS if f.bits <= 8]

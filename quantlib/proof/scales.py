@@ -54,9 +54,14 @@ def bounds(f: Format) -> tuple[float, float]:
     return SCALE_MIN, 2.0 ** largest(f)[1]
 
 
+def sign(x: Term) -> Term:
+    """The sign bit."""
+    return terms.extract(31, 31, terms.bits_of(x))
+
+
 def allowed(s: Term, f: Format) -> Term:
-    """A scale within its bounds."""
-    return is_between(s, *bounds(f))
+    """A scale of either sign whose magnitude is within its bounds."""
+    return is_between(fp("abs", s), *bounds(f))
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
@@ -67,10 +72,12 @@ def effective(f: Format, language: str) -> Case:
         s = float_variable("s")
         used = run(functions.effective_scale(f), language, s=s)
         low, high = (float_const(b) for b in bounds(f))
-        clamped = ite(fp("lt", s, low), low, ite(fp("lt", high, s), high, s))
+        magnitude = fp("abs", s)
+        clamped = ite(fp("lt", magnitude, low), low, ite(fp("lt", high, magnitude), high, magnitude))
+        right = ite(fp("lt", s, float_const(0.0)), fp("neg", clamped), clamped)
         return Claim(
             terms.TRUE,
-            ite(fp("isNaN", s), same(terms.bits_of(used), ONE_NAN), same(terms.bits_of(used), terms.bits_of(clamped))),
+            ite(fp("isNaN", s), same(terms.bits_of(used), ONE_NAN), same(terms.bits_of(used), terms.bits_of(right))),
         )
 
     return Case(f"{f.name}, {language}", build, f.name)
@@ -88,8 +95,10 @@ def contract_bounds(name: str, exponent: int, language: str) -> Case:
             not_(fp("isNaN", s)),
             and_(
                 implies(fp("leq", float_const(high), s), same(used, float_const(high))),
-                implies(fp("leq", s, float_const(low)), same(used, float_const(low))),
-                implies(is_between(s, low, high), same(terms.bits_of(used), terms.bits_of(s))),
+                implies(fp("leq", s, float_const(-high)), same(used, float_const(-high))),
+                implies(fp("leq", fp("abs", s), float_const(low)), same(fp("abs", used), float_const(low))),
+                implies(fp("isZero", s), same(used, float_const(low))),
+                implies(is_between(fp("abs", s), low, high), same(terms.bits_of(used), terms.bits_of(s))),
             ),
         )
 
@@ -104,7 +113,10 @@ def reciprocal_is_normal(f: Format, language: str) -> Case:
     def build(run: Run) -> Claim:
         s = float_variable("s")
         r = run(functions.reciprocal(f), language, s=s)
-        return Claim(not_(fp("isNaN", s)), and_(fp("isNormal", r), fp("lt", float_const(0.0), r)))
+        return Claim(
+            not_(fp("isNaN", s)),
+            and_(fp("isNormal", r), same(sign(r), ite(fp("lt", s, float_const(0.0)), bits(1, 1), bits(0, 1)))),
+        )
 
     return Case(f"{f.name}, {language}", build, f.name)
 
@@ -234,7 +246,7 @@ def affine_bounds(f: IntFormat, language: str) -> Case:
                 nan,
                 and_(same(terms.bits_of(s), ONE_NAN), same(z, integer(0))),
                 and_(
-                    allowed(s, f),
+                    is_between(s, *bounds(f)),
                     code.holds(z),
                     implies(only_zero, same(s, float_const(SCALE_MIN))),
                     implies(infinite, same(s, float_const(bounds(f)[1]))),
@@ -262,14 +274,19 @@ def one_sided(f: IntFormat, language: str) -> Case:
 
 NO_UPPER_PY = edit(
     NUMERICS_PY,
-    "np.minimum(np.maximum(s, np.float32(SCALE_MIN)), np.float32(f.scale_max))",
-    "np.maximum(s, np.float32(SCALE_MIN))",
+    "np.minimum(np.maximum(magnitude, np.float32(SCALE_MIN)), np.float32(f.scale_max))",
+    "np.maximum(magnitude, np.float32(SCALE_MIN))",
 )
-SMALL_PY = edit(NUMERICS_PY, "np.maximum(s, np.float32(SCALE_MIN))", "np.maximum(s, np.float32(SCALE_MIN / 2**40))")
-NAN_SCALE_PY = edit(NUMERICS_PY, "return np.where(s == s, clamped, NAN)", "return np.where(s == s, clamped, s)")
-NAN_SCALE_H = edit(NUMERICS_H, "return s == s ? clamped : float_of(kNaN);", "return clamped;")
-NO_UPPER_H = edit(NUMERICS_H, "min(max(s, float_of(QL_SCALE_MIN)), scale_max)", "max(s, float_of(QL_SCALE_MIN))")
-NO_LOWER_H = edit(NUMERICS_H, "min(max(s, float_of(QL_SCALE_MIN)), scale_max)", "min(s, scale_max)")
+SMALL_PY = edit(
+    NUMERICS_PY, "np.maximum(magnitude, np.float32(SCALE_MIN))", "np.maximum(magnitude, np.float32(SCALE_MIN / 2**40))"
+)
+NAN_SCALE_PY = edit(NUMERICS_PY, "clamped), NAN)", "clamped), s)")
+NAN_SCALE_H = edit(NUMERICS_H, "s == s ? bits_of(s)", "true ? bits_of(s)")
+CLAMPED_H = "min(max(magnitude, float_of(QL_SCALE_MIN)), scale_max)"
+NO_UPPER_H = edit(NUMERICS_H, CLAMPED_H, "max(magnitude, float_of(QL_SCALE_MIN))")
+NO_LOWER_H = edit(NUMERICS_H, CLAMPED_H, "min(magnitude, scale_max)")
+NO_SIGN_PY = edit(NUMERICS_PY, "np.where(s < 0, -clamped, clamped)", "clamped")
+SIGN_OF_ZERO_H = edit(NUMERICS_H, "bits_of(s) > 0x80000000u ?", "bits_of(s) >= 0x80000000u ?")
 RECIPROCAL_PY = edit(
     NUMERICS_PY,
     "effective_scale(amax / np.float32(f.max), f)",
@@ -308,20 +325,23 @@ def theorems() -> Iterator[Theorem]:
     yield Theorem(
         "the effective scale is the scale within its bounds",
         "C4",
-        "s clamped to [2^-100, 2^(127 - e)], e the exponent of the largest code; s <= 0 is 2^-100, NaN stays, as C1's.",
+        "|s| clamped to [2^-100, 2^(127 - e)], e the exponent of the largest code, with the sign of s; 0 "
+        "is 2^-100, NaN stays, as C1's.",
         anything,
         tuple(effective(f, language) for f in every for language in LANGUAGES),
         (
             Fault("no upper bound", effective(int8, REFERENCE), NO_UPPER_PY),
             Fault("a NaN keeps its payload", effective(e4m3, REFERENCE), NAN_SCALE_PY),
             Fault("NaN becomes a number", effective(int8, HEADER), NAN_SCALE_H),
+            Fault("the sign is lost", effective(int4, REFERENCE), NO_SIGN_PY),
+            Fault("a zero keeps its sign", effective(int4, HEADER), SIGN_OF_ZERO_H),
         ),
     )
     yield Theorem(
         "the bounds are the contract's",
         "C4",
-        "[2^-100, S] with S = 2^120 for int8 and uint8, 2^124 for int4, 2^119 for E4M3, 2^112 for E5M2 and float16, 1 "
-        "for bfloat16, 2^125 for E2M1; inside it no bit changes.",
+        "|s| in [2^-100, S] with S = 2^120 for int8 and uint8, 2^124 for int4, 2^119 for E4M3, 2^112 for E5M2 and "
+        "float16, 1 for bfloat16, 2^125 for E2M1; inside it no bit changes.",
         "all float32 but NaN as a scale",
         tuple(contract_bounds(name, e, language) for name, e in BOUNDS.items() for language in LANGUAGES),
         (
@@ -332,7 +352,7 @@ def theorems() -> Iterator[Theorem]:
     yield Theorem(
         "the reciprocal of a scale is normal",
         "C4",
-        "2^-126 <= fl(1/s) < infinity for every effective scale.",
+        "2^-126 <= |fl(1/s)| < infinity for every effective scale, of its sign.",
         "all float32 but NaN as a scale",
         tuple(reciprocal_is_normal(f, language) for f in every for language in LANGUAGES),
         (

@@ -53,8 +53,8 @@ class Squares:
         return np.where(x < 0, -q, q).astype(self.storage), scale
 
     def effective(self, scale: Array) -> Array:
-        clamped = np.minimum(np.maximum(scale, np.float32(SCALE_MIN)), np.float32(self.scale_max))
-        return np.where(scale == scale, clamped, numerics.NAN)
+        clamped = np.minimum(np.maximum(np.abs(scale), np.float32(SCALE_MIN)), np.float32(self.scale_max))
+        return np.where(scale == scale, np.where(scale < 0, -clamped, clamped), numerics.NAN)
 
 
 M_CODES, V_CODES = Squares(signed=True), Squares(signed=False)

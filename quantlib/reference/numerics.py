@@ -91,10 +91,11 @@ def decode_book(code: Array, f: FloatFormat) -> Array:
 
 
 def effective_scale(s: Array, f: Format) -> Array:
-    """[...] float32 -> s clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
+    """[...] float32 -> |s| clamped to [2^-100, scale_max] with the sign of s; 0 becomes 2^-100, NaN stays (C4)."""
     s = np.asarray(s, np.float32)
-    clamped = np.minimum(np.maximum(s, np.float32(SCALE_MIN)), np.float32(f.scale_max))
-    return np.where(s == s, clamped, NAN)
+    magnitude = (s.view(np.uint32) & np.uint32(0x7FFFFFFF)).view(np.float32)
+    clamped = np.minimum(np.maximum(magnitude, np.float32(SCALE_MIN)), np.float32(f.scale_max))
+    return np.where(s == s, np.where(s < 0, -clamped, clamped), NAN)
 
 
 def project(x: Array, s_eff: Array) -> Array:

@@ -9,6 +9,7 @@ from quantlib.formats import FloatFormat, Format, IntFormat
 from quantlib.reference import numerics
 from quantlib.reference.numerics import Array
 from quantlib.reference.ops import Block, matrix, spread
+from quantlib.spec import SIGNED
 
 PARTS = (*range(32, 19, -1), *range(33, 37))  # of 32: the parts of a scale that are tried, in this order
 SUMS = 16  # of a row of a block, which are then added in pairs
@@ -31,7 +32,7 @@ def search_scale(
         s0 = numerics.effective_scale(scale, f)
         r0, found = np.float32(1) / s0, numerics.effective_scale(narrowed(s0, kept), f)
         least = np.full(s0.shape, np.inf, np.float32)
-        for part in PARTS:
+        for part in parts(method):
             # 1. a part of the scale, as it will be kept
             s = numerics.effective_scale(narrowed(s0 * np.float32(part / 32), kept), f)
             # 2. and 3. its loss; a later one must be better
@@ -41,27 +42,37 @@ def search_scale(
         return found
 
 
+def parts(method: str) -> tuple[int, ...]:
+    """The parts of 32 that ``method`` tries, in its order: the signed ones follow with the other sign."""
+    return (*PARTS, *(-part for part in PARTS)) if method.startswith(SIGNED) else PARTS
+
+
+def by_magnitude(method: str) -> bool:
+    """True if ``method`` counts an error by the magnitude of its element."""
+    return method.removeprefix(SIGNED) == "magnitude"
+
+
 def loss_of(
     x: Array, s: Array, r0: Array, f: Format, block: Block, method: str, zero_point: Array | None, energy: Array | None
 ) -> Array:
-    """loss[I, J] = sum(|u - t|^2 |t|^p energy) (s r0)^(2 + p), where u are the values of the codes of t = x / s."""
+    """loss[I, J] = sum(|u - t|^2 |t|^p energy) |s r0|^(2 + p), where u are the values of the codes of t = x / s."""
     # 2. the errors of the codes in units of the scale
     t = numerics.project(x, spread(s, x.shape, block))
     u = units(t, f, None if zero_point is None else spread(zero_point, x.shape, block)) - t
-    e = u * u * np.abs(t) if method == "magnitude" else u * u
+    e = u * u * np.abs(t) if by_magnitude(method) else u * u
     total = block_sums(e if energy is None else e * energy, block)
     # 3. in units of the first scale
-    q = s * r0
-    return total * q * q * q if method == "magnitude" else total * q * q
+    q = np.abs(s * r0)
+    return total * q * q * q if by_magnitude(method) else total * q * q
 
 
 def narrowed(s: Array, kept: str) -> Array:
-    """s as a number of ``kept``: within its smallest above 0 and its largest, rounded to nearest; NaN stays."""
+    """s as a number of ``kept``: |s| within its smallest above 0 and its largest, rounded to nearest; NaN stays."""
     f = formats.get(kept)
     assert isinstance(f, FloatFormat)
     if f.bits == 32:
         return s
-    s = np.clip(s, np.float32(f.smallest), np.float32(f.max))
+    s = np.copysign(np.clip(np.abs(s), np.float32(f.smallest), np.float32(f.max)), s)
     return numerics.decode_float(numerics.encode_float(s, f, saturate=True), f)
 
 

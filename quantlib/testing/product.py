@@ -95,6 +95,7 @@ def inputs(case: Product) -> dict[str, Array]:
     if case.op == "scaled_matmul":
         given["x_codes"] = rng.integers(0, 256, (M, K), np.uint8).view(case.x_format)
         given["x_scale"] = rng.uniform(0.01, 2, (M if case.per_row else 1, 1)).astype(np.float32)
+        given["x_scale"] *= _signs(given["x_scale"].shape, rng)
         if not case.x_symmetric:
             low, high = _int(case.x_format).range(affine=True)
             given["x_zero_point"] = rng.integers(low, high + 1, given["x_scale"].shape, np.int32)
@@ -110,7 +111,7 @@ def inputs(case: Product) -> dict[str, Array]:
 def _weight(case: Product, rng: np.random.Generator) -> dict[str, Array]:
     """Codes of small integers times a power of two."""
     (N, K), (br, bk), grid = case.matrix, case.resolved, case.grid
-    scale = np.exp2(rng.integers(-3, 4, grid)).astype(np.float32)
+    scale = np.exp2(rng.integers(-3, 4, grid)).astype(np.float32) * _signs(grid, rng)
     f = formats.get(case.format)
     z = None if case.symmetric else rng.integers(0, min(4, f.code_range[1] + 1), grid, np.int32)
     w = rng.integers(-3 if f.signed or not case.symmetric else 0, 4, (N, K)).astype(np.float32)
@@ -123,9 +124,15 @@ def _codes(case: Product, rng: np.random.Generator) -> dict[str, Array]:
     """Any codes, and anything in the nibble past an odd row's end."""
     (N, K), grid, f = case.matrix, case.grid, _int(case.format)
     codes = rng.integers(0, 256, (N, f.columns(K)), np.uint8).view(f.storage)
-    given: dict[str, Array] = {"codes": codes, "scale": rng.uniform(0.5, 2, grid).astype(np.float32)}
+    scale = rng.uniform(0.5, 2, grid).astype(np.float32) * _signs(grid, rng)
+    given: dict[str, Array] = {"codes": codes, "scale": scale}
     low, high = f.range(affine=True)
     return given if case.symmetric else given | {"zero_point": rng.integers(low, high + 1, grid, np.int32)}
+
+
+def _signs(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Signs of scales, one in four of them minus."""
+    return np.where(rng.random(shape) < 0.25, np.float32(-1), np.float32(1))
 
 
 def _rounded(x: Array, dtype: str) -> Array:

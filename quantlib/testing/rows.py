@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from quantlib import formats, ops, reference
+from quantlib.backends.packing import kept_zero_points
 from quantlib.testing import compare
 from quantlib.testing.bytes import Array
 from quantlib.testing.call import Block, OneCall
@@ -19,6 +20,7 @@ from quantlib.testing.generate import inputs as inputs_of
 from quantlib.testing.table import DTYPES, Case
 
 OPS = ("dequantize_rows",)
+KEPT = (*DTYPES, "float8_e8m0fnu")  # the dtypes of scales
 # (table, block, indices, layout): rows longer than a chunk, ragged bytes and blocks, rows that share a scale, no rows
 GRID: tuple[tuple[tuple[int, int], Block, tuple[int, ...], str], ...] = (
     ((6, 35), (1, -1), (9,), "contiguous"),
@@ -44,10 +46,12 @@ class Rows(OneCall):
     indices: tuple[int, ...] = (1,)
     index: str = "int64"
     kept: str = "float32"  # the dtype of the scales
+    zero_codes: bool = False  # zero points are kept as codes, not int32
 
     def __str__(self) -> str:
         words = [self.op, self.format, self.dtype, "x".join(map(str, self.matrix)), self.block_words, self.layout]
         words += ["x".join(map(str, self.indices)) or "scalar", self.index, self.kept, self.zero_points]
+        words += ["codes"] * self.zero_codes
         return "-".join(words)
 
     @property
@@ -72,7 +76,10 @@ def tensors(case: Rows, device: str = "cpu") -> Tensors:
     scale = given["scale"]
     assert scale is not None
     indices = torch.from_numpy(inputs(case)["indices"].copy()).to(device)
-    return given | {"scale": scale.to(getattr(torch, case.kept)), "indices": indices}
+    given = given | {"scale": scale.to(getattr(torch, case.kept)), "indices": indices}
+    if case.zero_codes and (z := given["zero_point"]) is not None:
+        given["zero_point"] = kept_zero_points(z, formats.get(case.format))
+    return given
 
 
 def expected(case: Rows) -> tuple[Array, ...]:
@@ -124,7 +131,8 @@ def _table() -> tuple[Rows, ...]:
     for n, (f, symmetric) in enumerate(itertools.product(formats.TABLE, (True, False))):
         if not (f.is_float and not symmetric):
             for k, (shape, block, indices, layout) in enumerate(GRID):
-                dtype, kept = DTYPES[(n + k) % 3], DTYPES[(n // 2 + 2 * k) % 3]
+                dtype, kept = DTYPES[(n + k) % 3], KEPT[(n // 2 + 2 * n + k) % 4]
+                codes = not symmetric and k % 2 > 0
                 index = ("int64", "int32")[(n + k // 2) % 2]
-                cases.append(Rows(OPS[0], f.name, dtype, shape, block, layout, symmetric, indices, index, kept))
+                cases.append(Rows(OPS[0], f.name, dtype, shape, block, layout, symmetric, indices, index, kept, codes))
     return tuple(cases)

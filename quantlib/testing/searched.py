@@ -59,7 +59,7 @@ def inputs(case: Searched) -> dict[str, Array]:
     x = code.view(np.float32) if case.dtype == "float32" else reference.decode_float(code, _float(case.dtype))
     found = reference.compute_scale(x, case.format, case.resolved, symmetric=case.symmetric)
     scale, *zero_point = found if isinstance(found, tuple) else (found,)
-    others = np.array([0, 1e-45, 2.0**-100, 1, 3e38, np.inf, np.nan], np.float32)
+    others = np.array([0, 1e-45, 2.0**-100, 1, -0.3, -0.0, 3e38, -np.inf, np.inf, np.nan], np.float32)
     scale = np.where(rng.random(scale.shape) < 0.1, rng.choice(others, scale.shape), scale)
     given = {"x": x, "scale": scale.astype(np.float32)}
     if zero_point:

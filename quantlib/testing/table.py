@@ -58,7 +58,7 @@ class Case(OneCall):
             rows, columns = values.ranges().shape
             return rows, columns
         affine = not self.symmetric
-        rows = len(values.accepted_scales(self.format)) * (len(values.zero_points(self.format)) if affine else 1)
+        rows = len(values.scales(self.format)) * (len(values.zero_points(self.format)) if affine else 1)
         if self.op == "dequantize":
             return rows, len(values.few_codes(self.format))
         return rows, 3 * len(values.few_midpoints(self.format, affine)) + len(values.edges())

@@ -64,16 +64,10 @@ def scales(format: str) -> Array:
     """[n] float32: ordinary scales, the edges of the effective range, and what is outside of it (C4)."""
     f = formats.get(format)
     ordinary = np.array([1, 0.1, 2.0**-7, math.pi / 127, SCALE_MIN, min(2.0**120, f.scale_max)], np.float32)
-    limits = neighbours(np.array([SCALE_MIN, f.scale_max], np.float32))
-    special = np.array([np.nan, 0.0, -0.0, -1.0, np.inf, -np.inf, 1e-40, -1e-40], np.float32)
+    limits = neighbours(np.array([SCALE_MIN, f.scale_max, -SCALE_MIN, -f.scale_max], np.float32))
+    special = np.array([np.nan, 0.0, -0.0, -1.0, -0.1, np.inf, -np.inf, 1e-40, -1e-40], np.float32)
     signalling = np.array([0xFF800001], np.uint32).view(np.float32)
     return _readonly(np.concatenate([ordinary, limits, special, signalling]))
-
-
-def accepted_scales(format: str) -> Array:
-    """Return the `scales` that the ops do not refuse on the CPU: none is negative."""
-    every = scales(format)
-    return every[~(every < 0)]
 
 
 def zero_points(format: str) -> tuple[int, ...]:

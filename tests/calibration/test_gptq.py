@@ -16,7 +16,7 @@ from quantlib.reference.search_scale import loss_of
 from quantlib.spec import QuantSpec
 
 SPECS = ["int4:group:32", "float4_e2m1fn:group:32", "int4:group:32:affine", "int8:row", "int4:tile:16", "int4:tensor"]
-SPECS += ["nf4:group:32", "W4A16", "int4:group:32:affine:float16"]
+SPECS += ["nf4:group:32", "nf4:group:32:signed_mse", "W4A16", "int4:group:32:affine:float16"]
 
 
 def weight(N: int = 24, K: int = 80) -> Tensor:

@@ -290,7 +290,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     "case", ["pack-quantized, affine", "int-quantized", "float-quantized", "bitsandbytes nf4", "awq"]
 )
 def test_scales_of_zero(case: str, tmp_path: Path) -> None:
-    """A scale of 0 becomes 2^-100, by quantlib's rules; the values stay 0 all the same. Negative ones are refused."""
+    """A scale of 0 becomes 2^-100, by quantlib's rules; the values stay 0 all the same. A negative one is taken."""
     state, config, _ = CASES[case][0]()
     name = next(name for name in state if name.endswith(("scale", "absmax", "scales")))
     state[name] = state[name].contiguous().clone(memory_format=torch.contiguous_format)
@@ -299,9 +299,17 @@ def test_scales_of_zero(case: str, tmp_path: Path) -> None:
     dequantize_file(tmp_path / "out", tmp_path / "float")
     first = weight_of(tmp_path / "float")[0, :16]
     assert not first.any()
-    state[name].view(-1)[0] = -1
-    with pytest.raises(ValueError, match=r"layer.weight must have scales that are finite and >= 0, got -1"):
-        convert_file(put(tmp_path / "negative", state, config), tmp_path / "refused", "quantlib")
+    found = {}
+    for value in (0.5, -0.5, -0.0):
+        state[name].view(-1)[0] = value
+        convert_file(put(tmp_path / f"in {value}", state, config), tmp_path / f"out {value}", "quantlib")
+        dequantize_file(tmp_path / f"out {value}", tmp_path / f"float {value}")
+        found[value] = weight_of(tmp_path / f"float {value}")[0, :16]
+    assert found[0.5].any()
+    assert torch.equal(found[-0.5], -found[0.5])
+    state[name].view(-1)[0] = -math.inf
+    with pytest.raises(ValueError, match=r"layer.weight must have scales that are finite, got inf"):
+        convert_file(put(tmp_path / "infinite", state, config), tmp_path / "refused", "quantlib")
 
 
 def test_torchao(tmp_path: Path) -> None:

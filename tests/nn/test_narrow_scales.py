@@ -136,20 +136,18 @@ def test_a_product_has_the_bytes_of_float32_scales(spec: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_negative_scale_is_named(dtype: torch.dtype, backend: str) -> None:
-    codes, scale = torch.zeros(2, 64, dtype=torch.int8), torch.tensor([[1.0, -0.0], [-3.0, -0.5]], dtype=dtype)
-    scale[0, 0] = torch.nan
-    calls = (
-        lambda: ops.dequantize(codes, scale, "int8", block=(1, 32)),
-        lambda: ops.dequant_matmul(torch.ones(1, 64), codes, scale, "int8", block=(1, 32)),
-        lambda: ops.dynamic_matmul(torch.ones(1, 64), codes, scale, "int8", block=(1, 32)),
-    )
-    for call in calls:
-        with quantlib.use_backend(backend), pytest.raises(RuntimeError, match=r"scale must be >= 0, got -3\.0"):
-            call()
-    scale[1] = -0.0
+def test_a_narrow_scale_keeps_its_sign(dtype: torch.dtype, backend: str) -> None:
+    codes, scale = torch.ones(2, 64, dtype=torch.int8), torch.tensor([[1.0, -0.0], [-3.0, -0.5]], dtype=dtype)
+    x = torch.ones(1, 64)
     with quantlib.use_backend(backend):
-        assert ops.dequantize(codes, scale, "int8", block=(1, 32))[1].tolist() == [0.0] * 64
+        for narrow in (scale, scale.float()):
+            y = ops.dequantize(codes, narrow, "int8", block=(1, 32))
+            assert y[:, ::32].tolist() == [[1.0, 2.0**-100], [-3.0, -0.5]]
+            assert ops.dequant_matmul(x, codes, narrow, "int8", block=(1, 32)).tolist() == [[32.0, -112.0]]
+            assert ops.dequant_matmul(0 * x, codes, narrow[:, :1], "int8", block=(1, -1)).view(
+                torch.int32
+            ).tolist() == [[0, 0]]
+            assert ops.dynamic_matmul(x, codes, narrow, "int8", block=(1, 32)).tolist() == [[32.0, -112.0]]
 
 
 def model() -> nn.Module:

@@ -330,8 +330,10 @@ SEARCHING: list[tuple[str, Callable[[], Any]]] = [
         "scale must be float32 [6, 5] on cpu, got float32 [6, 4] on cpu",
         lambda: quant.search_scale(X, S[:, :4], "int8", B, "mse", "float32"),
     ),
-    ("scale must be >= 0, got -1.0", lambda: quant.search_scale(X, -S, "int8", B, "mse", "float32")),
-    ("method must be mse or magnitude, got lsq", lambda: quant.search_scale(X, S, "int8", B, "lsq", "float32")),
+    (
+        "method must be mse, magnitude, signed_mse or signed_magnitude, got lsq",
+        lambda: quant.search_scale(X, S, "int8", B, "lsq", "float32"),
+    ),
     (f"kept must be {INPUTS}, got int8", lambda: quant.search_scale(X, S, "int8", B, "mse", "int8")),
     (
         "zero_point must be None for nf4, got a tensor",
@@ -406,10 +408,6 @@ OF_EXPERTS = [
     (
         "bias must be float32 [2, 6] on cpu, got float32 [6] on cpu",
         lambda: quant.grouped_dequant_matmul(ROWS, *STACK, ENDS, None, ones(6)),
-    ),
-    (
-        "scale must be >= 0, got -1.0",
-        lambda: quant.grouped_dequant_matmul(ROWS, STACK[0], -ones(2, 6, 5), "int8", B, ENDS),
     ),
     (
         "zero_point must be in -128..127, got 300",

@@ -205,9 +205,9 @@ def test_opcheck() -> None:
 
 
 BAD = {
-    "scale must be above 0, got 0.0": {"scale": torch.zeros(2, 1)},
-    "scale must be above 0, got -1.0": {"scale": torch.tensor([[1.0], [-1.0]])},
-    "scale must be above 0, got nan": {"scale": torch.tensor([[1.0], [math.nan]])},
+    "scale must be a number other than 0, got 0.0": {"scale": torch.zeros(2, 1)},
+    "scale must be a number other than 0, got -0.0": {"scale": torch.tensor([[1.0], [-0.0]])},
+    "scale must be a number other than 0, got nan": {"scale": torch.tensor([[-1.0], [math.nan]])},
     r"scale must be float32 \[2, 1\] on cpu, got float32 \[2\] on cpu": {"scale": torch.ones(2)},
     r"scale must be float32 \[2, 1\] on cpu, got float16 \[2, 1\] on cpu": {"scale": torch.ones(2, 1).half()},
     "x must be float32, float16 or bfloat16, got int32": {"x": torch.ones(2, 8, dtype=torch.int32)},

@@ -118,10 +118,13 @@ def test_values_of_an_expert_without_rows_do_not_matter() -> None:
     given, ends = weight("int8", (1, -1)), ENDS["few rows"]
     x, offsets = rows(ends), torch.tensor(ends)
     y = quantlib.grouped_dequant_matmul(x, offsets=offsets, **given)
-    given["scale"][[0, 2, 5]] = -1.0
+    given["scale"][[0, 2, 5]] = torch.nan
     assert_same_bytes(quantlib.grouped_dequant_matmul(x, offsets=offsets, **given), y)
-    given["scale"][1, 3] = -1.0
-    with pytest.raises(RuntimeError, match=r"grouped_dequant_matmul: scale must be >= 0, got -1\.0"):
+    given["zero_point"] = torch.zeros(given["scale"].shape, dtype=torch.int32)
+    given["zero_point"][[0, 2, 5]] = 300
+    quantlib.grouped_dequant_matmul(x, offsets=offsets, **given)
+    given["zero_point"][1, 3] = 300
+    with pytest.raises(RuntimeError, match=r"grouped_dequant_matmul: zero_point must be in -128..127, got 300"):
         quantlib.grouped_dequant_matmul(x, offsets=offsets, **given)
 
 

@@ -170,10 +170,12 @@ def test_effective_scale_is_clamped(f: formats.Format) -> None:
     s = values.scales(f.name)
     got = numerics.effective_scale(s, f)
     assert np.isnan(got[np.isnan(s)]).all()
-    assert ((got >= 2.0**-100) & (got <= f.scale_max) | np.isnan(s)).all()
-    inside = (s >= 2.0**-100) & (s <= f.scale_max)
+    magnitude = np.abs(got)
+    assert ((magnitude >= 2.0**-100) & (magnitude <= f.scale_max) | np.isnan(s)).all()
+    inside = (np.abs(s) >= 2.0**-100) & (np.abs(s) <= f.scale_max)
     assert_same_bytes(got[inside], s[inside])
-    assert (got[s <= 0] == 2.0**-100).all()
+    assert (np.signbit(got) == (s < 0))[~np.isnan(s)].all()
+    assert (magnitude[np.abs(s) < 2.0**-100] == 2.0**-100).all()
 
 
 # ---- projections in exact arithmetic --------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def encode(x: Tensor, f: Squares, block: int, codes: Tensor, scale: Tensor) -> N
 
 
 def effective_scale(scale: Tensor, f: Squares) -> Tensor:
-    return canonical(scale.clamp(SCALE_MIN, f.scale_max))
+    clamped = scale.abs().clamp(SCALE_MIN, f.scale_max)
+    return canonical(torch.where(scale < 0, -clamped, clamped))
 
 
 def at_random(x: Tensor, nan_code: int, key: Tensor, origin: tuple[int, int]) -> Tensor:

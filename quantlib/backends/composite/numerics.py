@@ -76,8 +76,10 @@ def encode_book(x: Tensor, f: FloatFormat) -> Tensor:
 
 
 def effective_scale(s: Tensor, f: Format) -> Tensor:
-    """[...] of any float dtype -> float32, clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
-    return canonical(s.float().clamp(SCALE_MIN, f.scale_max))
+    """[...] of any float dtype -> float32, |s| clamped to [2^-100, scale_max] with the sign of s; NaN stays (C4)."""
+    s = s.float()
+    clamped = s.abs().clamp(SCALE_MIN, f.scale_max)
+    return canonical(torch.where(s < 0, -clamped, clamped))
 
 
 def canonical(x: Tensor) -> Tensor:

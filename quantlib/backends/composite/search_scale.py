@@ -18,7 +18,7 @@ from quantlib.backends.composite.numerics import (
     spread,
 )
 from quantlib.formats import FloatFormat, Format
-from quantlib.reference.search_scale import PARTS, SUMS
+from quantlib.reference.search_scale import SUMS, by_magnitude, parts
 
 
 def search_scale(
@@ -33,34 +33,35 @@ def search_scale(
     found: Tensor,
 ) -> None:
     M, K = x.shape
-    x, by_magnitude = x.float(), method == "magnitude"
+    x, magnitude = x.float(), by_magnitude(method)
     z = None if zero_point is None else spread(zero_point, M, K, block)
     s0 = effective_scale(scale, format)
     r0, least = s0.reciprocal(), torch.full_like(s0, math.inf)
     found.copy_(effective_scale(narrowed(s0, kept), format))
-    for part in PARTS:
+    for part in parts(method):
         # 1. a part of the scale, as it will be kept
         s = effective_scale(narrowed(s0 * (part / 32), kept), format)
         # 2. the errors of the codes in units of that scale
         t = x * spread(s.reciprocal(), M, K, block)
         u = units(t, format, z) - t
-        e = u * u * t.abs() if by_magnitude else u * u
+        e = u * u * t.abs() if magnitude else u * u
         total = block_sums(e if energy is None else e * energy, block)
         # 3. in units of the first scale; a later one must be better
-        q = s * r0
-        loss = total * q * q * q if by_magnitude else total * q * q
+        q = (s * r0).abs()
+        loss = total * q * q * q if magnitude else total * q * q
         better = loss < least
         least = torch.where(better, loss, least)
         found.copy_(torch.where(better, s, found))
 
 
 def narrowed(s: Tensor, kept: str) -> Tensor:
-    """s as a number of ``kept``: within its smallest above 0 and its largest, rounded to nearest; NaN stays."""
+    """s as a number of ``kept``: |s| within its smallest above 0 and its largest, rounded to nearest; NaN stays."""
     f = formats.get(kept)
     assert isinstance(f, FloatFormat)
     if f.bits == 32:
         return s
-    return decode_float(float_codes(encode_float(s.clamp(f.smallest, f.max), f, saturate=True), f), f)
+    s = s.abs().clamp(f.smallest, f.max).copysign(s)
+    return decode_float(float_codes(encode_float(s, f, saturate=True), f), f)
 
 
 def units(t: Tensor, f: Format, zero_point: Tensor | None) -> Tensor:

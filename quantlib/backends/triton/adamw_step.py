@@ -22,6 +22,7 @@ from quantlib.backends.triton.numerics import (
     int_to_float,
     reciprocal,
     round_to_int,
+    within,
 )
 from quantlib.backends.triton.tile import codes_at, load, store
 from quantlib.reference.adamw_step import M_CODES, V_CODES
@@ -32,8 +33,8 @@ WIDTH = 1024  # columns of a program where the states are float32
 
 @triton.jit
 def effective_scale(s, Q: tl.constexpr):
-    """s clamped to what C4 allows for squares; a NaN stays."""
-    clamped = tl.minimum(tl.maximum(s, SCALE_MIN), Q.scale_max)
+    """|s| clamped to what C4 allows for squares, its sign kept; a NaN stays."""
+    clamped = within(s, SCALE_MIN, Q.scale_max)
     return tl.where(s == s, clamped, float_of(tl.full(s.shape, NAN, tl.uint32)))
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from quantlib import formats
+from quantlib.backends.packing import wide_zero_points
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.dequantize import dequantize_tile
 from quantlib.backends.triton.tile import block_cols, codes_at, place
@@ -41,11 +42,13 @@ def dequantize_rows_kernel(
 def dequantize_rows(indices: torch.Tensor, weight: QuantizedWeight, out: torch.Tensor) -> None:
     codes, format, zero_point = launch.codes_of(weight.codes), weight.format, weight.zero_point
     (N, K), (br, bk), R = weight.shape, weight.block, len(indices)
+    if zero_point is not None:  # a row of codes may be a part of a longer one
+        zero_point = wide_zero_points(zero_point, format, weight.scale.shape[1])
     tile = dataclasses.replace(launch.choose_tile((R, K), (1, bk), format), rows=1, flat=False)
     tile = launch.shown(dataclasses.replace(tile, warps=min(tile.warps, max(1, tile.cols // 512))))
     launch.launch(
         dequantize_rows_kernel, R * launch.cdiv(K, tile.cols), out.device,
-        indices, codes, weight.scale, zero_point, out, N, K, br, bk, launch.cdiv(K, bk), codes.shape[1],
-        format, formats.get(out.dtype), zero_point is not None, tile, launch.arch(out.device),
+        indices, codes, launch.codes_of(weight.scale), zero_point, out, N, K, br, bk, launch.cdiv(K, bk),
+        codes.shape[1], format, formats.get(out.dtype), zero_point is not None, tile, launch.arch(out.device),
         warps=tile.warps,
     )  # fmt: skip

@@ -230,13 +230,20 @@ def range_scale(lowest, highest, X: tl.constexpr, F: tl.constexpr, AFFINE: tl.co
 
 @triton.jit
 def effective_scale(s, F: tl.constexpr):
-    """[...] float -> float32, clamped to [2^-100, scale_max]; s <= 0 becomes 2^-100, NaN stays (C4)."""
+    """[...] float -> float32, |s| clamped to [2^-100, scale_max], its sign kept; 0 becomes 2^-100, NaN stays (C4)."""
     if s.dtype == tl.uint8:  # E8M0
         bits = tl.maximum(s.to(tl.uint32) << 23, 0x00400000)
         s = float_of(tl.where(s == 255, tl.full(s.shape, NAN, tl.uint32), bits))
     s = s.to(tl.float32)
-    clamped = tl.minimum(tl.maximum(s, SCALE_MIN), F.scale_max)
+    clamped = within(s, SCALE_MIN, F.scale_max)
     return tl.where(s == s, clamped, float_of(tl.full(s.shape, NAN, tl.uint32)))
+
+
+@triton.jit
+def within(s, least, most):
+    """|s| clamped to [least, most] with the sign of s, + for 0"""
+    clamped = tl.minimum(tl.maximum(tl.abs(s), least), most)
+    return tl.where(s < 0.0, -clamped, clamped)
 
 
 @triton.jit

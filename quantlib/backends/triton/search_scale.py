@@ -16,10 +16,12 @@ from quantlib.backends.triton.numerics import (
     encode_int,
     int_to_float,
     reciprocal,
+    within,
 )
 from quantlib.backends.triton.tile import codes_at
 from quantlib.formats import Format
-from quantlib.reference.search_scale import PARTS, SUMS
+from quantlib.reference.search_scale import PARTS, SUMS, by_magnitude
+from quantlib.spec import SIGNED
 
 COUNT: tl.constexpr = tl.constexpr(len(PARTS))
 LANES: tl.constexpr = tl.constexpr(SUMS)
@@ -28,11 +30,11 @@ BLOCKS = launch.ELEMENTS // SUMS // 4  # of a program: few registers a thread, a
 
 @triton.jit
 def narrowed(s, KEPT: tl.constexpr, ARCH: tl.constexpr):
-    """s as a number of KEPT: within its smallest above 0 and its largest, rounded to nearest; NaN stays."""
+    """s as a number of KEPT: |s| within its smallest above 0 and its largest, rounded to nearest; NaN stays."""
     if KEPT.bits == 32:
         return s
     smallest = decode_float(tl.full(s.shape, 1, tl.uint32), KEPT, 0)
-    clamped = tl.minimum(tl.maximum(s, smallest), KEPT.max)
+    clamped = within(s, smallest, KEPT.max)
     return tl.where(s == s, decode_float(encode_float(clamped, KEPT, True, ARCH), KEPT, ARCH), s)
 
 
@@ -67,7 +69,7 @@ def search_scale_kernel(
     found_ptr,  # of scale's shape
     M, K, br, bk, scale_cols, blocks,
     X: tl.constexpr, F: tl.constexpr, AFFINE: tl.constexpr, KEPT: tl.constexpr,
-    MAGNITUDE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, ARCH: tl.constexpr,
+    MAGNITUDE: tl.constexpr, SIGNED: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i, j = b // scale_cols * br, b % scale_cols * bk
@@ -79,10 +81,14 @@ def search_scale_kernel(
     z = tl.load(zero_point_ptr + b, b < blocks, 0) if AFFINE else tl.full((BLOCKS,), 0, tl.int32)
     z = clamp_zero_point(z, F)[:, None] if AFFINE else z[:, None]
     best, found = tl.full((BLOCKS,), float("inf"), tl.float32), effective_scale(narrowed(s0, KEPT, ARCH), F)
-    for n in range(COUNT):
-        # 1. a part of the scale, as it will be kept: 32, 31, .., 20, 33, .., 36 of 32
+    for n in range(2 * COUNT if SIGNED else COUNT):
+        # 1. a part of the scale, as it will be kept: 32, 31, .., 20, 33, .., 36 of 32, then with the other sign
         k = tl.full((BLOCKS,), 0, tl.int32) + n
+        if SIGNED:
+            k = tl.where(k < COUNT, k, k - COUNT)
         part = int_to_float(tl.where(k < 13, 32 - k, 20 + k)) * 0.03125
+        if SIGNED:
+            part = tl.where(k == n, part, -part)
         s = effective_scale(narrowed(s0 * part, KEPT, ARCH), F)
         r = reciprocal(s)[:, None]
         # 2. the errors of the codes in units of that scale
@@ -99,7 +105,7 @@ def search_scale_kernel(
                 sums += tl.where(exists, e, 0.0)  # of a NaN scale, errors of what is not there are NaN
             total += in_pairs(sums)
         # 3. in units of the first scale; a later one must be better
-        q = s * r0
+        q = tl.abs(s * r0)
         loss = total * q * q
         loss = loss * q if MAGNITUDE else loss
         better = loss < best
@@ -124,6 +130,6 @@ def search_scale(
         search_scale_kernel, launch.cdiv(blocks, count), x.device,
         x, scale, zero_point, energy, found, *x.shape, *block, found.shape[1], blocks,
         formats.get(x.dtype), format, zero_point is not None, formats.get(kept),
-        method == "magnitude", energy is not None, count, launch.arch(x.device),
+        by_magnitude(method), method.startswith(SIGNED), energy is not None, count, launch.arch(x.device),
         warps=4,
     )  # fmt: skip

@@ -64,24 +64,23 @@ class Found:
         object.__setattr__(self, "float_shape", self.float_shape or self.shape)
 
     def weight(self, rows: slice) -> Weight:
-        """Codes and scales of some rows that give the same values by quantlib's rules, where a scale is above 2^-100.
+        """Codes and scales of some rows that give the same values by quantlib's rules; no scale is within +-2^-100.
 
         Raises
         ------
         ValueError
-            For a scale that is negative or not finite.
+            For a scale that is not finite.
         """
         assert self.codes is not None
         assert self.spec is not None
         weight = self.codes(rows)
         if weight.scale is None or not weight.scale.numel():
             return weight
-        if self.method == "quantlib" and not bool((weight.scale < 0).any()):  # NaN may have been carried through
+        if self.method == "quantlib":  # NaN may have been carried through
             return weight
-        least, most = (float(value) for value in weight.scale.aminmax())
-        if not 0 <= least <= most < math.inf:
-            got = least if not least >= 0 else most
-            raise ValueError(f"{self.name} must have scales that are finite and >= 0, got {got:g}")
+        least, most = (float(value) for value in weight.scale.abs().aminmax())
+        if not most < math.inf:
+            raise ValueError(f"{self.name} must have scales that are finite, got {most:g}")
         return weight if least > SCALE_MIN else without_zero_scales(weight, self.spec, self.shape[1])
 
     def decoded(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
@@ -199,7 +198,7 @@ def without_zero_scales(weight: Weight, spec: QuantSpec, K: int) -> Weight:
     """The same values where a scale is 0 or nearly so: codes of 0, and a scale of 1."""
     scale = weight.scale
     assert scale is not None
-    packed, zeros = spec.row.packed, scale <= SCALE_MIN
+    packed, zeros = spec.row.packed, scale.abs() <= SCALE_MIN
     codes = ops.unpack(weight.codes, spec.format, K) if packed else weight.codes
     rows, columns = (
         torch.arange(size) // block for size, block in zip(codes.shape, spec.block(codes.shape), strict=True)
