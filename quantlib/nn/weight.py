@@ -38,7 +38,7 @@ class QuantParameter(nn.Parameter):
     @staticmethod
     def __new__(cls, data: Tensor, requires_grad: bool = True, asked: bool = True) -> Any:
         if isinstance(data, QuantParameter):  # `init_empty_weights` of accelerate makes each parameter anew
-            data, asked = data.data, data.asked
+            asked, data = data.asked, data.data
         new = super().__new__(cls, data, requires_grad)
         if not asked:
             new.asked = False
@@ -78,7 +78,8 @@ class QuantParameter(nn.Parameter):
         return new
 
     def detach(self) -> Tensor:
-        return QuantParameter(self.data, requires_grad=False)  # which nn.Parameter(scale) asks for
+        plain: Tensor = QuantParameter(self.data, requires_grad=False)  # of this class, as nn.Parameter(scale) expects
+        return plain
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> QuantParameter:
         """Copy codes only. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
