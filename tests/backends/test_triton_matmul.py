@@ -93,6 +93,17 @@ def test_dequant_matmul_of_exact_operands(format: str, block: tuple[int, int], a
         assert_same_bytes(y, want, f"dequant_matmul {format} {block} M={M}")
 
 
+@pytest.mark.parametrize(("group", "affine"), [(128, False), (256, True)])
+def test_a_scale_of_one_step_or_more(group: int, affine: bool) -> None:
+    """The two halves of a step of packed codes are summed before their one scale; the last step is half a step."""
+    weight = Weight(20, 600, "int4", (1, group), affine)
+    x, y = torch.randint(-8, 9, (3, 600)).bfloat16(), poisoned((3, 20), torch.bfloat16)
+    backend.KERNELS["dequant_matmul"](x, weight.launched(True), Epilogue(), False, y)
+    options = {**weight.described(), "dtype": "bfloat16"}
+    want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **options)
+    assert_same_bytes(y, want, f"groups of {group}")
+
+
 @pytest.mark.parametrize("M", [2, 65])
 @pytest.mark.parametrize(("format", "block"), [("int8", (1, -1)), ("int4", (1, 64)), ("bfloat16", (1, 32))])
 def test_dequant_matmul_is_within_the_bound(format: str, block: tuple[int, int], M: int) -> None:
@@ -375,6 +386,12 @@ def run_assembly(text: str, word: Any, D: str) -> list[tuple[Any, Any]]:
         elif operation in ("xor.b32", "and.b32", "shr.u32"):
             bitwise = {"x": np.bitwise_xor, "a": np.bitwise_and, "s": np.right_shift}[operation[0]]
             registers[to] = bitwise(value(names[0]), value(names[1]))
+        elif operation == "lop3.b32":
+            table, operands = int(names[3], 0), [value(name) for name in names[:3]]
+            registers[to] = np.zeros_like(word)
+            for row in (row for row in range(8) if table >> row & 1):  # the bits of the three operands, a highest
+                terms = [v if row >> place & 1 else ~v for v, place in zip(operands, (2, 1, 0), strict=True)]
+                registers[to] |= terms[0] & terms[1] & terms[2]
         elif operation == "prmt.b32":
             both = value(names[0]).astype(np.uint64) | value(names[1]).astype(np.uint64) << np.uint64(32)
             chosen = [(both >> np.uint64(8 * (int(names[2], 0) >> 4 * n & 7)) & np.uint64(255)) for n in range(4)]

@@ -1,8 +1,8 @@
 """y[m, n] = activation(sum over k of x[m, k] * w[n, k] + bias[n]), w = dequantize(codes)
 
 The weight lies on the left of the dot, so that a batch of eight fills a matrix instruction, and its codes become
-operands in the registers they were loaded to. A scale of a row multiplies the sum; one of a group the sum of a step,
-or, from a batch of 64 on, bfloat16 weights.
+operands in the registers they were loaded to. A scale of a row multiplies the sum; one of a group the sum of a step, or
+of half of one, or, from a batch of 64 on, bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 @triton.jit
 def sum_steps(
-    x_ptr, codes_ptr, scale_ptr, zero_point_ptr, n_first, n, m, split, M, N, K, br, bk, scale_cols, stride,
+    x_ptr, codes_ptr, scale_ptr, zero_point_ptr, n_first, n, m, split, M, N, K, br, bk, per, scale_cols, stride,
     X: tl.constexpr, F: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
     T: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Sum the steps of K that are those of ``split``: [tile_n, tile_m] float32, for rows n from n_first on and m."""
+    """Sum the steps of K that are those of ``split``: [tile_n, tile_m] float32, for rows n from n_first on and m.
+
+    ``per`` steps share a scale where SCALES is "step": a step has one then.
+    """
     D: tl.constexpr = operand_type(X, F, SCALES != "element", ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
     HALVES: tl.constexpr = F.per_byte if TILED else 1
@@ -53,6 +56,9 @@ def sum_steps(
     each = tl.cdiv(steps, T.splits)
     for step in range(split * each, tl.minimum(split * each + each, steps)):
         operands = load_operands(codes_ptr, n_first, step, stride, N, K, F, D, T, TILED, MASKED, ARCH)
+        if SCALES == "step":
+            s = load_scale(scale_ptr + at + step // per, rows, F)
+            part = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
         for half in tl.static_range(HALVES):
             k = step * T.tile_k + half * HALF
             column = k + tl.arange(0, HALF)
@@ -71,11 +77,15 @@ def sum_steps(
                 w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
             if SCALES == "row":
                 total = tl.dot(w, x, total, input_precision="ieee")
-            elif SCALES == "sum":
+            elif SCALES == "step":
+                part = tl.dot(w, x, part, input_precision="ieee")
+            elif SCALES == "half":
                 total += tl.dot(w, x, input_precision="ieee") * load_scale(scale_ptr + at + J, exists, F)
             else:
                 w = (w.to(tl.float32) * load_scale(scale_ptr + at + J, exists, F)).to(D)
                 total = tl.dot(w, x, total, input_precision="ieee")
+        if SCALES == "step":
+            total += part * s
     if SCALES == "row":
         total = total * load_scale(scale_ptr + at, rows & (scale_cols > 0), F)
     return total
@@ -91,7 +101,7 @@ def dequant_matmul_kernel(
     y_ptr,  # [M, N] of row X
     partial_ptr,  # [T.splits, M, N] float32, or None
     ticket_ptr,  # [tiles of y] int32, all 0 before and after, or None
-    M, N, K, br, bk, scale_cols, stride,
+    M, N, K, br, bk, per, scale_cols, stride,
     X: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr,
     MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +114,7 @@ def dequant_matmul_kernel(
     rows, batch = (n < N)[:, None], (m < M)[None, :]
     # 2. sums over this split's steps of K
     total = sum_steps(
-        x_ptr, codes_ptr, scale_ptr, zero_point_ptr, n_first, n, m, split, M, N, K, br, bk, scale_cols, stride,
+        x_ptr, codes_ptr, scale_ptr, zero_point_ptr, n_first, n, m, split, M, N, K, br, bk, per, scale_cols, stride,
         X, F, SCALES, TILED, MASKED, T, ARCH,
     )  # fmt: skip
     # 3. the last program of a tile adds the splits in order
@@ -144,14 +154,15 @@ def dequant_matmul(
     launch.launch(
         dequant_matmul_kernel, tiles * tile.splits, x.device,
         x, codes, scale, weight.zero_point, epilogue.bias, y, partial, ticket,
-        M, N, K, *weight.block, scale.shape[1], codes.shape[1], formats.get(x.dtype), weight.format,
+        M, N, K, *weight.block, weight.block[1] // tile.tile_k, scale.shape[1], codes.shape[1],
+        formats.get(x.dtype), weight.format,
         epilogue.activation, scales(x, weight, tile), tiled, K % tile.tile_k > 0, tile, launch.arch(x.device),
         warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def scales(x: torch.Tensor, weight: QuantizedWeight, tile: tuning.MatmulTile) -> str:
-    """Return what a scale multiplies: the sum of a row, the sum of a step, the weights of a step, or a single weight.
+    """Return what a scale multiplies: the sum of a row, of a step or of half a step, the weights of a step, or one.
 
     A weight times its scale is rounded to x's type, for which it may be too large where that is float16. A sum comes
     before its scale, and overflows where that of |x| |q - z| does: with values of x from 1e31 on.
@@ -161,4 +172,6 @@ def scales(x: torch.Tensor, weight: QuantizedWeight, tile: tuning.MatmulTile) ->
     if weight.block[1] % (COLUMNS.value if weight.tiled else tile.tile_k):
         return "element"
     few = len(x) < 64 or tile.tile_m <= tuning.FEW
-    return "sum" if few or x.dtype == torch.float16 else "weights"
+    if few or x.dtype == torch.float16:
+        return "step" if weight.block[1] % tile.tile_k == 0 else "half"
+    return "weights"

@@ -28,7 +28,7 @@ def grouped_dequant_matmul_kernel(
     bias_ptr,  # [E, N] float32, or None
     y_ptr,  # [R, N] of row X
     offsets_ptr,  # [E] int32
-    E, R, N, K, br, bk, scale_rows, scale_cols, stride,
+    E, R, N, K, br, bk, per, scale_rows, scale_cols, stride,
     X: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, SCALES: tl.constexpr, MASKED: tl.constexpr,
     GROUPS: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def grouped_dequant_matmul_kernel(
         for split in range(SPLITS):  # as programs that share a tile add their sums
             part = sum_steps(
                 x_ptr + start * K, codes_ptr + wide * N * stride, scale_ptr + blocks, zero_point_ptr,
-                n_first, n, m, split, M, N, K, br, bk, scale_cols, stride, X, F, SCALES, False, MASKED, T, ARCH,
+                n_first, n, m, split, M, N, K, br, bk, per, scale_cols, stride, X, F, SCALES, False, MASKED, T, ARCH,
             )  # fmt: skip
             total = tl.where(split == 0, part, total + part)
         finish(total + 0.0, y_ptr + y_at, bias_ptr, n[:, None], inside, N, X, ACTIVATION, ARCH)
@@ -78,8 +78,8 @@ def grouped_dequant_matmul(
     launch.launch(
         grouped_dequant_matmul_kernel, slots_of(R, E, tile.tile_m) * launch.cdiv(N, tile.tile_n), device,
         x, codes, scale, weight.zero_point, epilogue.bias, y, offsets,
-        E, R, N, K, *weight.block, scale.shape[1], scale.shape[2], codes.shape[2], formats.get(x.dtype), weight.format,
-        epilogue.activation, scales(x[: tile.tile_m], weight.expert(0), tile), K % tile.tile_k > 0,
-        groups_of(E), tile, launch.arch(device),
+        E, R, N, K, *weight.block, weight.block[1] // tile.tile_k, scale.shape[1], scale.shape[2], codes.shape[2],
+        formats.get(x.dtype), weight.format, epilogue.activation, scales(x[: tile.tile_m], weight.expert(0), tile),
+        K % tile.tile_k > 0, groups_of(E), tile, launch.arch(device),
         warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -92,21 +92,23 @@ def nibble_operands(byte, D: tl.constexpr):
     """[...] bytes -> the signed values of their low and of their high nibbles, as for byte_operand"""
     if tl.bfloat16 == D:  # 128 + the code's distance from the lowest, less 136
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 x, y, a, b, c, d, one, magic; mov.b32 one, 0x3F803F80; mov.b32 magic, 0xC308C308;"
-            "xor.b32 x, $4, 0x88888888; shr.u32 y, x, 4;"
-            "prmt.b32 a, x, 0x43434343, 0x4140; prmt.b32 b, x, 0x43434343, 0x4342;"
+            "{ .reg .b32 y, a, b, c, d, one, magic, flip; mov.b32 one, 0x3F803F80; mov.b32 magic, 0xC308C308;"
+            "mov.b32 flip, 0x00080008; shr.u32 y, $4, 4;"
+            "prmt.b32 a, $4, 0x43434343, 0x4140; prmt.b32 b, $4, 0x43434343, 0x4342;"
             "prmt.b32 c, y, 0x43434343, 0x4140; prmt.b32 d, y, 0x43434343, 0x4342;"
-            "and.b32 a, a, 0xFF0FFF0F; and.b32 b, b, 0xFF0FFF0F; and.b32 c, c, 0xFF0FFF0F; and.b32 d, d, 0xFF0FFF0F;"
+            "lop3.b32 a, a, 0xFF0FFF0F, flip, 0x6A; lop3.b32 b, b, 0xFF0FFF0F, flip, 0x6A;"
+            "lop3.b32 c, c, 0xFF0FFF0F, flip, 0x6A; lop3.b32 d, d, 0xFF0FFF0F, flip, 0x6A;"
             "fma.rn.bf16x2 $0, a, one, magic; fma.rn.bf16x2 $1, b, one, magic;"
             "fma.rn.bf16x2 $2, c, one, magic; fma.rn.bf16x2 $3, d, one, magic; }",
             "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
         )  # fmt: skip
     else:  # 1024 + the distance less 1032, and a sixteenth of 1024 + 16 times the distance less 72
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 x, a, b, c, d, low, part, high; mov.b32 low, 0x64086408;"
-            "mov.b32 part, 0x2C002C00; mov.b32 high, 0xD480D480; xor.b32 x, $4, 0x88888888;"
-            "prmt.b32 a, x, 0x64646464, 0x4140; prmt.b32 b, x, 0x64646464, 0x4342;"
-            "and.b32 c, a, 0xFFF0FFF0; and.b32 d, b, 0xFFF0FFF0; and.b32 a, a, 0xFF0FFF0F; and.b32 b, b, 0xFF0FFF0F;"
+            "{ .reg .b32 a, b, c, d, low, part, high, flip; mov.b32 low, 0x64086408;"
+            "mov.b32 part, 0x2C002C00; mov.b32 high, 0xD480D480; mov.b32 flip, 0x00880088;"
+            "prmt.b32 a, $4, 0x64646464, 0x4140; prmt.b32 b, $4, 0x64646464, 0x4342;"
+            "lop3.b32 c, a, flip, 0xFFF0FFF0, 0x28; lop3.b32 d, b, flip, 0xFFF0FFF0, 0x28;"
+            "lop3.b32 a, a, flip, 0xFF0FFF0F, 0x28; lop3.b32 b, b, flip, 0xFF0FFF0F, 0x28;"
             "sub.f16x2 $0, a, low; sub.f16x2 $1, b, low;"
             "fma.rn.f16x2 $2, c, part, high; fma.rn.f16x2 $3, d, part, high; }",
             "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
