@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kAhead = 2;  // rows from the one that is decoded to the one whose codes are fetched meanwhile
 
-struct Rows {
+struct Lookup {
   const DequantizeRows& p;
   const Weight& table = p.table;
   const WeightRows weight = WeightRows(table);
@@ -20,7 +20,7 @@ struct Rows {
   alignas(64) float scale[kChunk + 1];
   int32_t zero_point[kChunk + 1];
 
-  explicit Rows(const DequantizeRows& p) : p(p) {}
+  explicit Lookup(const DequantizeRows& p) : p(p) {}
 
   const char* codes(int64_t i) const { return static_cast<const char*>(table.codes) + i * row; }
 
@@ -47,10 +47,10 @@ struct Rows {
 
 void dequantize_rows(const DequantizeRows& p, ParallelFor run) {
   parallel(run, p.R, most(1, kGrain / p.table.grid.K), [&](int64_t begin, int64_t end) {
-    Rows rows(p);
+    Lookup lookup(p);
     for (int64_t r = begin; r < end; ++r) {
-      if (r + kAhead < end) rows.fetch(r + kAhead);
-      rows(r);
+      if (r + kAhead < end) lookup.fetch(r + kAhead);
+      lookup(r);
     }
   });
 }
