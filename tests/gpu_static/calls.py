@@ -164,6 +164,8 @@ FIRST = (
     Call("quantize", "float32", "int4", per="group:32", affine=True),
     Call("dequantize", "bfloat16", "int8"),
     Call("dequantize", "bfloat16", "int4", per="group:128"),
+    Call("dequantize_rows", "bfloat16", "int8"),
+    Call("dequantize_rows", "bfloat16", "int4", per="group:128"),
     Call("compute_scale", "bfloat16", "int8", per="tensor"),
     Call("compute_scale", "float32", "int8", affine=True),
     Call("search_scale", "bfloat16", "nf4_bf16", per="group:128"),

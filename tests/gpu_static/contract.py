@@ -178,6 +178,10 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "hadamard_kernel"): lambda m: Contract(needs=(r"LDG\.E\.(64|128)", r"STG\.E\.(64|128)")),
     ("triton", "quantize_kernel"): lambda m: stream(m, size(m, "X"), size(m, "F"), without=NARROW),
     ("triton", "dequantize_kernel"): lambda m: stream(m, size(m, "F"), size(m, "Y")),
+    # an index of 8 bytes for each row too
+    ("triton", "dequantize_rows_kernel"): lambda m: Contract(
+        needs=(r"LDG\.E\.(64|128)", r"STG\.E\.128"), without=CONVERTS
+    ),
     ("triton", "compute_scale_kernel"): lambda m: stream(m, size(m, "X"), 0, without=NARROW),
     ("triton", "partial_range_kernel"): lambda m: stream(m, size(m, "X"), 0, without=NARROW),
     ("triton", "combine_range_kernel"): lambda m: Contract(),

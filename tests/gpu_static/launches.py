@@ -127,6 +127,7 @@ def start(call: Call, instead: Any = None) -> None:
         "search_scale": lambda: (x, scale, f, block, "magnitude", "bfloat16", zero_point, None, dscale),
         "quantize": lambda: (x, scale, f, block, zero_point, codes),
         "dequantize": lambda: (weight, x),
+        "dequantize_rows": lambda: (torch.empty(M, dtype=torch.int64, device="meta"), weight, x),
         "quantize_dynamic": lambda: (x, f, block, codes, scale, zero_point),
         "fake_quantize": lambda: (x, scale, f, block, shared, limits, dx),
         "fake_quantize_backward": lambda: (
