@@ -265,7 +265,7 @@ def weight_of(op: Any, codes: Value, scale: Value, f: Format, block: Block, zero
         if zero_point.dtype is None or int(zero_point.dtype) == INT32:
             zero_point = op.Clip(zero_point, lowest, highest)
         else:  # kept as codes
-            zero_point = unpacked(op, zero_point, f, int(scale.shape[1]))
+            zero_point = unpacked(op, zero_point, f, -(-K // bk))
         parts.append(op.Cast(zero_point, to=CODES[f.name]))
     if whole:
         return op.DequantizeLinear(codes, *(op.Squeeze(part) for part in parts))

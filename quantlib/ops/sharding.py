@@ -100,7 +100,8 @@ class Call(NamedTuple):
 
     @property
     def blocks_per_byte(self) -> int:
-        return self.per_byte if self.zero_point is not None and self.zero_point.dtype == torch.uint8 else 1
+        z = self.zero_point
+        return 1 if z is None or z.tensor_meta.dtype == torch.int32 else self.per_byte
 
     @property
     def parts(self) -> list[int]:
