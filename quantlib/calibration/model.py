@@ -191,8 +191,8 @@ def calibrate(
         raise ValueError("model must have an nn.Linear to quantize, got none")
     for s in {*specs.values(), *([common] if common else [])}:
         check_dynamic(s)
-    for name in experts if common is not None else ():
-        check_unrotated(common, f"experts, {name}")
+    if experts and common is not None:
+        check_unrotated(common, f"experts, {next(iter(experts))}")
     if method.startswith("awq"):
         for s in specs.values():
             check_unrotated(s, "awq, which searches the scales of channels that are not mixed")
