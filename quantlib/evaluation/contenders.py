@@ -19,14 +19,17 @@ from quantlib.spec import SCHEMES, QuantSpec
 
 GROUPS = ("group:128", "group:64:bfloat16", "group:32:bfloat16")  # 4.25, 4.25 and 4.5 bits
 AFFINE = "group:128:affine"  # 4.5 bits
+NARROW = ("int4:group:64:affine:bfloat16", "float4_e2m1fn:group:32:e8m0")
 SEARCHED = (
-    "W4A16:magnitude",
-    "nf4_bf16:group:64:bfloat16:magnitude",
-    "nf4_bf16:group:32:bfloat16:magnitude",
-    "fp8:mse",
+    *("W4A16:magnitude", "W4A16:signed_magnitude"),
+    *("nf4_bf16:group:64:bfloat16:magnitude", "nf4_bf16:group:64:bfloat16:signed_magnitude"),
+    *("nf4_bf16:group:32:bfloat16:magnitude", "nf4_bf16:group:32:bfloat16:signed_magnitude"),
+    *("nf4_bf16:group:32:bfloat16:signed_mse", "fp8:mse"),
 )
 ROTATED = ("W8A8:hadamard",)
 CALIBRATED = (
+    "nf4_bf16:group:64:bfloat16:magnitude+sinkhorn",
+    "nf4_bf16:group:32:bfloat16:signed_magnitude+sinkhorn",
     "W4A16+gptq",
     "W4A16+awq+gptq",
     "fp8+gptq",
@@ -111,8 +114,8 @@ def titled(spec: QuantSpec) -> str:
 
 
 def specs() -> list[str]:
-    """Return the specs that are measured by default: `plain_specs`, and the searched, rotated and calibrated ones."""
-    return [*plain_specs(), *SEARCHED, *ROTATED, *CALIBRATED]
+    """Return the specs that are measured by default: `plain_specs`, and narrow, searched, rotated, calibrated ones."""
+    return [*plain_specs(), *NARROW, *SEARCHED, *ROTATED, *CALIBRATED]
 
 
 def plain_specs() -> list[str]:

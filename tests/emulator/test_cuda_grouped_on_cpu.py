@@ -52,7 +52,7 @@ class Grouped:
         return {
             "x": x if self.dtype == "float32" else reference.cast(x, self.dtype),
             "codes": codes,
-            "scale": random.uniform(0.5, 2, blocks).astype(np.float32),
+            "scale": random.uniform(0.5, 2, blocks).astype(np.float32) * random.choice(np.float32([1, -1]), blocks),
             "zero_point": z,
             "bias": random.standard_normal((E, N)).astype(np.float32),
         }

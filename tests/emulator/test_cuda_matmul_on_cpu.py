@@ -57,7 +57,7 @@ class Case(Product):
         """codes [N, K] or [N, ceil(K / 2)], scale, zero_point"""
         (N, K), (br, bk), blocks = self.matrix, self.resolved, self.grid
         f, random = formats.get(self.format), self.random()
-        z = None
+        z, signs = None, random.choice(np.float32([1, -1]), blocks)
         if not self.symmetric:
             assert isinstance(f, IntFormat)
             z = random.integers(*f.range(affine=True), blocks, np.int32, endpoint=True)
@@ -65,10 +65,10 @@ class Case(Product):
             codes = random.integers(0, 256, (N, f.columns(K) * np.dtype(f.storage).itemsize), np.uint8)
             if K % f.per_byte:
                 codes[:, -1] &= (1 << K % f.per_byte * f.bits) - 1
-            scale = random.uniform(0.5, 2, blocks).astype(np.float32)
+            scale = random.uniform(0.5, 2, blocks).astype(np.float32) * signs
             return codes.view(f.storage), scale, z
         z = None if z is None else random.integers(0, min(4, f.code_range[1] + 1), blocks, np.int32)
-        scale = np.exp2(random.integers(-3, 4, blocks) - 20 * self.huge).astype(np.float32)
+        scale = np.exp2(random.integers(-3, 4, blocks) - 20 * self.huge).astype(np.float32) * signs
         w = random.integers(-3 if f.signed or z is not None else 0, 4, (N, K)).astype(np.float32)
         w *= np.repeat(np.repeat(scale, br, 0)[:N], bk, 1)[:, :K]
         return reference.quantize(w, scale, self.format, block=(br, bk), zero_point=z), scale, z

@@ -95,6 +95,7 @@ def test_slabs_give_the_bytes_of_exact_sums(
     br, bk = (size if b == -1 else b for size, b in zip((N, K), block, strict=True))
     shape = (-(-N // br), -(-K // bk))
     scale = torch.exp2(torch.randint(-3, 4, shape, generator=random))
+    scale *= 1 - 2 * torch.randint(2, shape, generator=random)
     z = torch.randint(0, 4, shape, generator=random, dtype=torch.int32) if format == "uint8" else None
     x = torch.randint(-8, 9, (K, 2, M // 2), generator=random).to(dtype).permute(1, 2, 0)  # of any strides
     bias = torch.randint(-4, 5, (N,), generator=random).to(dtype)
@@ -119,6 +120,7 @@ def test_slabs_give_the_gradient(products: Products) -> None:
     dy = torch.randint(-8, 9, (M, N), generator=random).bfloat16()
     codes = torch.randint(-3, 4, (N, 136), generator=random, dtype=torch.int8)
     scale = torch.exp2(torch.randint(-3, 4, (N, 17), generator=random))
+    scale *= 1 - 2 * torch.randint(2, scale.shape, generator=random)
     got = torch.ops.quantlib_on_cpu.dequant_matmul_backward(dy, codes, scale, "int8", [1, 8])
     w = codes.double() * scale.double().repeat_interleave(8, 1)
     assert_same_bytes(bits(got), bits((dy.double() @ w).bfloat16()), "dx")
