@@ -14,13 +14,16 @@ import fresh
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quantlib
 import quantlib.checkpoint
+from quantlib.backends.packing import wide_zero_points
 from quantlib.nn import QuantModule
 from quantlib.nn.experts import QuantExperts
+from quantlib.ops.check import dtype_of
+from quantlib.spec import QuantSpec
 from quantlib.testing import assert_same_bytes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -86,6 +89,23 @@ def test_quantized_while_loading_as_by_quantize_and_the_same_from_disk(
         assert quantized_names(again) == names
         assert again.dtype == dtype
         assert_same_bytes(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("spec", ["int4:group:16:affine", "uint8:row:affine"])
+def test_zero_points_of_int32_as_version_2_wrote_them(spec: str, tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path / "floats"), QuantlibConfig(spec))
+    model.save_pretrained(tmp_path / "codes")
+    file = tmp_path / "codes" / "model.safetensors"
+    state, row, older = load_file(file), QuantSpec.parse(spec).row, 0
+    for name, z in state.items():
+        if name.endswith("_zero_point"):
+            groups = state[name.removesuffix("zero_point") + "scale"].shape[-1]
+            state[name], older = wide_zero_points(z, row, groups), older + 1
+    assert older == 14
+    save_file(state, file, {"format": "pt"})
+    again = loaded(tmp_path / "codes")
+    assert_same_bytes(logits(again), logits(model))
+    assert again.model.layers[0].mlp.up_proj.weight_zero_point.dtype == dtype_of(row)
 
 
 MIXTURES = ("Mixtral", "Qwen3-MoE", "DeepSeek-V3", "Llama 4", "gpt-oss")
