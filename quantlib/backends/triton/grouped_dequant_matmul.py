@@ -45,7 +45,8 @@ def grouped_dequant_matmul_kernel(
     if e < E:
         wide = e.to(tl.int64)
         blocks = wide * scale_rows * scale_cols
-        zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, scale_cols, F)
+        if zero_point_ptr is not None:
+            zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, scale_cols, F)
         if bias_ptr is not None:
             bias_ptr += wide * N
         total = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)

@@ -40,7 +40,8 @@ def grouped_dequant_matmul_backward_kernel(
     if e < E:
         wide = e.to(tl.int64)
         blocks = wide * scale_rows * scale_cols
-        zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, scale_cols, F)
+        if zero_point_ptr is not None:
+            zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, scale_cols, F)
         total = sum_rows(
             dy_ptr + (start + m) * N, codes_ptr + wide * N * stride, scale_ptr + blocks, zero_point_ptr, m < M,
             k_tile, k, N, K, br, bk, scale_cols, stride, X, F, D, ONE_BLOCK, T, ARCH,

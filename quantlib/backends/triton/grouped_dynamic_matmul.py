@@ -45,7 +45,8 @@ def grouped_scaled_matmul_kernel(
     if e < E:
         wide = e.to(tl.int64)
         scale_ptr += wide * scale_rows * groups
-        zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, groups, F)
+        if zero_point_ptr is not None:
+            zero_point_ptr = zero_row(zero_point_ptr, wide * scale_rows, groups, F)
         if bias_ptr is not None:
             bias_ptr += wide * N
         # 2. the sums, and the scales

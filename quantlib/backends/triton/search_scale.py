@@ -105,9 +105,9 @@ def search_scale_kernel(
                 sums += tl.where(exists, e, 0.0)  # of a NaN scale, errors of what is not there are NaN
             total += in_pairs(sums)
         # 3. in units of the first scale; a later one must be better
-        q = tl.abs(s * r0)
+        q = s * r0
         loss = total * q * q
-        loss = loss * q if MAGNITUDE else loss
+        loss = loss * tl.abs(q) if MAGNITUDE else loss
         better = loss < best
         best, found = tl.where(better, loss, best), tl.where(better, s, found)
     tl.store(found_ptr + b, found, b < blocks)

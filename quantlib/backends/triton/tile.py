@@ -93,10 +93,8 @@ def zero_cols(ptr, cols, F: tl.constexpr):
 
 @triton.jit
 def zero_row(ptr, row, cols, F: tl.constexpr):
-    """A pointer to the zero points of ``row``; None where there are none"""
-    if ptr is None:
-        return ptr
-    elif ptr.dtype.element_ty == tl.int32 or not F.packed:
+    """A pointer to the zero points of ``row``"""
+    if ptr.dtype.element_ty == tl.int32 or not F.packed:
         return ptr + row * cols
     else:
         return ptr + row * ((cols + F.per_byte - 1) // F.per_byte)
