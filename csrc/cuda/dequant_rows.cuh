@@ -89,7 +89,7 @@ QL_DEVICE void multiply_band(const DecodeArgs<X>& a, int64_t n0, int64_t m0) {
     for (int i = 0; i < kBands; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        scale[i][r] = SplitScale<X>(effective_scale<F>(a.scale[row[i][r] + group]));
+        scale[i][r] = SplitScale<X>(tight_scale(a.scale[row[i][r] + group], float_of(F::scale_max)));
         const int32_t z = a.zero_point ? a.zero_point[row[i][r] + group] : 0;
         zero[i][r] = uint32_t((z < a.lowest ? a.lowest : z > a.highest ? a.highest : z) - a.lowest);
       }

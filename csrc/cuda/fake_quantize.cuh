@@ -18,9 +18,9 @@ struct Scales {
         scale_max(cuda::scale_max(p.format)),
         q{float(p.qmin), float(p.qmax)} {}
 
-  template <bool AFFINE>
+  template <bool AFFINE, bool TIGHT = false>
   QL_DEVICE Shared<float> at(int64_t block) const {
-    const float s = effective_scale(scale[block], scale_max);
+    const float s = TIGHT ? tight_scale(scale[block], scale_max) : effective_scale(scale[block], scale_max);
     return {reciprocal(s), s, AFFINE ? code_of(zero_point[block], q) : 0.0f};
   }
 };

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_backward_kernel(const 
   const Lane my(a.sharing);
   const Block block(a.chunks, my.block);
   const bool exists = my.block < a.chunks.count;
-  const Shared<float> of = a.scales.template at<AFFINE>(exists ? my.block : 0);
+  const Shared<float> of = a.scales.template at<AFFINE, true>(exists ? my.block : 0);
   const int64_t step = a.sharing.lanes * a.sharing.slices;
   Sums sums;
   for (int64_t c = my.slice * a.sharing.lanes + my.lane; c < a.chunks.per_block; c += step * kUnroll) {

@@ -222,6 +222,19 @@ QL_DEVICE int64_t offset(int64_t K, int64_t i, int64_t j) {
   else return i * K + j;
 }
 
+// effective_scale for a kernel without registers to spare: these bounds give 0x7fffffff for a NaN, which saves the
+// instructions that select it.
+QL_DEVICE float tight_scale(float s, float scale_max) {
+#ifdef __CUDA_ARCH__
+  float clamped;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(fabsf(s)), "f"(float_of(QL_SCALE_MIN)));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(clamped), "f"(scale_max));
+  return s < 0.0f ? -clamped : clamped;
+#else
+  return effective_scale(s, scale_max);
+#endif
+}
+
 // Turn x into codes in one block of the scale (C5, C6). It is made once a block, for a division is in it.
 template <class F, bool AFFINE>
 struct Encoder {

@@ -111,7 +111,9 @@ def inputs(case: Product) -> dict[str, Array]:
 def _weight(case: Product, rng: np.random.Generator) -> dict[str, Array]:
     """Codes of small integers times a power of two."""
     (N, K), (br, bk), grid = case.matrix, case.resolved, case.grid
-    scale = np.exp2(rng.integers(-3, 4, grid)).astype(np.float32) * _signs(grid, rng)
+    scale = np.exp2(rng.integers(-3, 4, grid)).astype(np.float32)
+    if case.scale_dtype != "float8_e8m0fnu":  # which has no sign
+        scale *= _signs(grid, rng)
     f = formats.get(case.format)
     z = None if case.symmetric else rng.integers(0, min(4, f.code_range[1] + 1), grid, np.int32)
     w = rng.integers(-3 if f.signed or not case.symmetric else 0, 4, (N, K)).astype(np.float32)

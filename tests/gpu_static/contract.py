@@ -215,6 +215,7 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("cuda", "decode_slab_kernel"): lambda m: Contract(needs=(r"STG\.E\.64",)),
     ("cuda", "finish_slab_kernel"): lambda m: Contract(needs=(r"LDG\.E\.128", r"STG\.E\.64")),
     ("cuda", "product_kernel"): lambda m: Contract(),
+    ("cuda", "widen_kernel"): lambda m: Contract(),
     ("cuda", "dequant_matmul_kernel"): cuda_matmul,
     ("cuda", "grouped_dequant_matmul_kernel"): cuda_matmul,
     ("cuda", "grouped_product_kernel"): lambda m: Contract(),
