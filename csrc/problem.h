@@ -31,7 +31,8 @@ struct Weight {
   NarrowScale narrow_type = NarrowScale::bfloat16;
   const uint8_t* zero_codes = nullptr;  // codes of the format, packed where it is packed
 
-  bool is_affine() const { return zero_point || zero_codes; }
+  // Always inlined, as above.
+  __attribute__((always_inline)) bool is_affine() const { return zero_point || zero_codes; }
 };
 
 enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };

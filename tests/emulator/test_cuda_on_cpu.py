@@ -103,7 +103,7 @@ def test_every_kernel_runs(emulator: Emulator) -> None:
 
 def test_every_file_of_kernels_runs_here() -> None:
     families = (*OPS, *MATMULS, SLAB, *FAKE, *STEP, *GROUPED)
-    assert {path.stem for path in CSRC.glob("cuda/*.cu")} == {*families, "dynamic_matmul"}
+    assert {path.stem for path in CSRC.glob("cuda/*.cu")} == {*families, "dynamic_matmul", "widen"}
 
 
 @pytest.mark.parametrize("shape", [(6, 515), (3, 4099), (2, 20011)], ids=str)
