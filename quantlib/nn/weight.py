@@ -78,8 +78,8 @@ class QuantParameter(nn.Parameter):
         return new
 
     def detach(self) -> Tensor:
-        plain: Tensor = QuantParameter(self.data, requires_grad=False)  # of this class, as nn.Parameter(scale) expects
-        return plain
+        plain = self.dtype.is_floating_point  # forward derivatives of `torch.func` take nothing else
+        return super().detach() if plain else QuantParameter(self.data, requires_grad=False)
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> QuantParameter:
         """Copy codes only. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
