@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import quantlib
 from quantlib import convert_, ops, prepare_qat_, qat_mode_, qat_parameters, quantize_
+from quantlib.backends.packing import wide_zero_points
 from quantlib.nn import FakeQuantize, MovingAverageObserver, QATConv2d, QATEmbedding, QATLinear, QuantLinear
 from quantlib.nn.functional import project
 from quantlib.spec import QuantSpec
@@ -88,10 +89,11 @@ def test_the_codes_are_those_of_the_last_forward(spec: str, scale: str) -> None:
         return
     # a value is its code times the scale, so the code is the value in scales, rounded
     assert deployed.weight_scale is not None
-    block = deployed.block
+    block, z = deployed.block, deployed.weight_zero_point
+    z = None if z is None else wide_zero_points(z, deployed.spec.row, deployed.weight_scale.shape[1])
     s, z = (
         torch.zeros(()) if t is None else t.repeat_interleave(block[0], 0)[:N].repeat_interleave(block[1], 1)[:, :K]
-        for t in (deployed.weight_scale, deployed.weight_zero_point)
+        for t in (deployed.weight_scale, z)
     )
     codes = deployed.codes if not deployed.spec.row.packed else ops.unpack(deployed.codes, "int4", size=K)
     assert torch.equal(codes.int(), (used[-1] / s).round().int() + z.int())
