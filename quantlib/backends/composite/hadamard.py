@@ -17,5 +17,5 @@ def hadamard(x: Tensor, block: int, y: Tensor) -> None:
     while h < block:
         a, b = z.reshape(-1, 2, h).unbind(1)
         z, h = torch.stack([a + b, a - b], 1), 2 * h
-    z = z.reshape(x.shape) * torch.tensor(block**-0.5, dtype=torch.float32, device=x.device)
+    z = z.reshape(x.shape) * block**-0.5  # which torch rounds to float32
     store(y, encode_float(z, f, False))
