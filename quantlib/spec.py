@@ -236,7 +236,7 @@ class QuantSpec:
 
     @property
     def unrotated(self) -> QuantSpec:
-        """The same without the Hadamard matrix: the spec of what has been multiplied by it."""
+        """Drop the Hadamard matrix: the spec of what has been multiplied by it."""
         return replace(self, hadamard=False)
 
     def rotation(self, columns: int) -> int:

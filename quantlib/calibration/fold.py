@@ -47,7 +47,7 @@ class Pair(NamedTuple):
     channels: Tensor | None = None  # [K], which channel of the source a column takes; by default its own
 
     def columns(self, s: Tensor) -> Tensor:
-        """What is known of each channel of the source, of each column [K]."""
+        """Return what is known of each channel of the source for each column [K]."""
         return s if self.channels is None else s[self.channels]
 
 

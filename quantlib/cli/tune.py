@@ -118,7 +118,7 @@ def software() -> dict[str, str]:
 
 
 def compilers(on: Machine, jobs: int) -> contextlib.AbstractContextManager[Compile]:
-    """What compiles the tiles that are timed next; nothing does in the interpreter."""
+    """Return what compiles the tiles that are timed next; nothing does in the interpreter."""
     from quantlib.backends.triton import launch, search
 
     if launch.INTERPRETED:
