@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantlib import backends, ops
-from quantlib.backends.packing import kept_zero_points
+from quantlib.backends.packing import kept_zero_points, wide_zero_points
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project, rotated, scale_dtype
 from quantlib.nn.leaf import check_inside
 from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
@@ -127,7 +127,7 @@ class QuantLinear(QuantModule, nn.Linear):
             single one where all weights share it.
         spec : QuantSpec or what `QuantSpec.parse` takes
             The format and its blocks, and how inputs are quantized; not static ones.
-        zero_point : Tensor of the shape of ``scale``, optional
+        zero_point : Tensor of the shape of ``scale``, or kept as codes are, optional
             Integers, where the spec is affine: the code of zero.
         bias : Tensor [N], optional
         in_features : int, optional
@@ -408,6 +408,8 @@ def blocks_as(t: Tensor, name: str, spec: QuantSpec, shape: tuple[int, int]) -> 
         raise TypeError(f"{name} must be {'floats' if floats else 'integers'}, got {dtype_name(t.dtype)}")
     if given.dim() < 2 and given.numel() == expected[0] * expected[1] and expected[1] == 1:
         given = given.reshape(expected)
+    if not floats and given.dtype == dtype_of(spec.row) and tuple(given.shape) == spec.zero_point_shape(shape):
+        given = wide_zero_points(given, spec.row, expected[1])  # kept as another layer keeps them
     if tuple(given.shape) != expected:
         raise ValueError(f"{name} must be {list(expected)} for {spec} of {list(shape)}, got {list(t.shape)}")
     if not floats:

@@ -15,7 +15,8 @@ SPECS = ["int8:row", "int8:row:affine", "uint8:group:16", "int4:group:16", "int4
 
 
 @pytest.mark.parametrize(
-    "spec", [*SPECS, "float4_e2m1fn:group:16", "int8:tensor", "W8A8", "W4A16", "int4:group:16:float16"]
+    "spec",
+    [*SPECS, "int4:row:affine", "float4_e2m1fn:group:16", "int8:tensor", "W8A8", "W4A16", "int4:group:16:float16"],
 )
 def test_the_layer_that_quantizing_gives(spec: str) -> None:
     torch.manual_seed(0)
