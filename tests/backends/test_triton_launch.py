@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,6 +112,7 @@ def where(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int]]:
     monkeypatch.setattr(launch, "place", lambda device: now[""])
     for name in ("_slots", "_numbers"):
         monkeypatch.setattr(launch, name, {})
+    monkeypatch.setattr(launch, "arena", functools.cache(launch.arena.__wrapped__))  # not the memory of other tests
     return now
 
 
