@@ -262,13 +262,15 @@ class FakeQuantize(Leaf, KeepsDtype):
         Raises
         ------
         ValueError
-            For a scale that is dynamic, 0 or not finite.
+            For a scale that is dynamic, 0 or not finite, or negative where E8M0 keeps it.
         """
         if self.scale is None:
             raise ValueError(f"scale must be learned or observed, got {self.source}")
         scale, zero_point = self.scale.detach().view(self.blocks).clone(), None
-        if not scale.is_meta and not (good := (scale != 0) & scale.isfinite()).all():
-            raise ValueError(f"scale must be finite and not 0, got {scale[~good][0]:g}")
+        unsigned = self.spec.scale == "e8m0"  # powers of two, none of them negative
+        if not scale.is_meta and not (good := (scale > 0 if unsigned else scale != 0) & scale.isfinite()).all():
+            expected = "above 0 and finite for e8m0" if unsigned else "finite and not 0"
+            raise ValueError(f"scale must be {expected}, got {scale[~good][0]:g}")
         if isinstance(self.spec.row, IntFormat) and (z := self.zero_point) is not None:  # as C10 has it
             z = z.detach().view(self.blocks)
             zero_point = torch.where(z == z, z, 0).clamp(*self.spec.row.range(affine=True)).round().int()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantlib import QuantSpec, backends, formats, ops, use_backend
+from quantlib import QuantSpec, backends, convert_, formats, ops, prepare_qat_, use_backend
 from quantlib.checkpoint import load_quantized, save_quantized
 from quantlib.nn import QuantLinear
 from quantlib.nn.functional import dequantize_weight, kept_scale, quantize_weight
@@ -156,3 +156,13 @@ def test_codes_from_elsewhere_keep_their_exponents() -> None:
         assert torch.equal(layer.values(), dequantize_weight(weight, spec, K, torch.float32))
     with pytest.raises(ValueError, match="scale must be what e8m0 holds"):
         QuantLinear.from_codes(weight.codes, weight.scale.float() * 1.5, spec, in_features=K)
+
+
+def test_a_learned_scale_that_is_negative_is_named() -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    prepare_qat_(model, "float4_e2m1fn:group:32:e8m0")
+    model(torch.randn(2, 64))
+    with torch.no_grad():
+        model[0].weight_quantizer.base.neg_()  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="layer 0: scale must be above 0 and finite for e8m0, got -"):
+        convert_(model)

@@ -56,7 +56,7 @@ def test_a_code_book_that_is_not_symmetric_takes_the_sign_of_its_largest_value()
 
 
 def test_a_search_with_signs_begins_with_one_without() -> None:
-    """Where the other sign is no better the scale is that of the search without signs, byte for byte."""
+    """A signed search gives the scale of the one without signs, byte for byte, where the other sign is no better."""
     x = weights()
     for method in ("mse", "magnitude"):
         one = ops.compute_scale(x, "nf4", (1, 32), method=method)
