@@ -90,9 +90,9 @@ struct Place {
   uint32_t column;
 };
 
-// m and sqrt(v) of some blocks of a row
+// m and sqrt(v) of some blocks of a row; the step of a block that is shorter than one ends after it
 struct Values {
-  alignas(64) float m[kMostBlock], u[kMostBlock];
+  alignas(64) float m[kMostBlock + kStep], u[kMostBlock + kStep];
 };
 
 // The bits of their largest magnitudes
