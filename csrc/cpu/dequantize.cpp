@@ -109,7 +109,8 @@ struct Worker {
 DequantizeBlocks blocks_of(Type format, Type y_type, bool affine) {
   return visit(format, [&](auto f) -> DequantizeBlocks {
     using F = decltype(f);
-    if constexpr (F::bits <= 8 && in_pairs<F>) return blocks_of<F>(y_type, affine);
+    // that of narrow.h: pairs.h, where both are included, has one of this instruction set
+    if constexpr (F::bits <= 8 && quantlib::in_pairs<F>) return blocks_of<F>(y_type, affine);
     else return nullptr;
   });
 }
