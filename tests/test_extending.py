@@ -1,4 +1,8 @@
-"""A format, an op and a backend are added to a copy of the tree, each as CONTRIBUTING describes it."""
+"""A format, an op and a backend are added to a copy of the tree, each as CONTRIBUTING describes it.
+
+The one library that is compiled for the formats is also the one that the suite runs under AddressSanitizer and
+UndefinedBehaviorSanitizer; `make sanitize` runs the tests under them, at every instruction set of the machine.
+"""
 
 from __future__ import annotations
 
@@ -155,10 +159,30 @@ def test_triton_compiles_with_the_rows(with_rows: Path) -> None:
     run(with_rows, "-c", COMPILED, *ROWS, TRITON_INTERPRET="0", QUANTLIB_BUILD="0")
 
 
-def compile_one_isa(package: Path, isa: str) -> None:
+# Checks that are calls compile in half the time, where the compiler knows of them.
+CALLED = ("--param", "asan-instrumentation-with-call-threshold=0")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
+WATCHED = ((*SANITIZERS, *CALLED), SANITIZERS)
+
+
+def watched(folder: Path) -> tuple[tuple[str, ...], str]:
+    """The flags for both sanitizers, and what has to be loaded before Python; neither where the compiler lacks them."""
+    probe, libraries = folder / "probe.cpp", ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    probe.write_text("int main() {}\n")
+    for flags in WATCHED:
+        command = [*_build.cxx_command(), *flags, str(probe), "-o", str(probe.with_suffix(""))]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            asked = ([*_build.cxx_command(), f"-print-file-name={name}"] for name in libraries)
+            found = [subprocess.run(one, capture_output=True, text=True, check=True).stdout.strip() for one in asked]
+            return (flags, " ".join(found)) if all(map(os.path.isabs, found)) else ((), "")
+    return (), ""
+
+
+def compile_one_isa(package: Path, isa: str, flags: tuple[str, ...]) -> None:
     """The library of ``package`` as a wheel has it, but its kernels are of ``isa``, whichever it chooses.
 
     The kernels in one call of the compiler, which reads every header once, and without -O3: in a tenth of the time.
+    ``flags`` are of the kernels alone.
     """
     csrc = package / "_csrc"
     chosen, every = csrc / "cpu/backend.h", ", ".join(f"{name}::OP" for name in _build.ISAS)
@@ -168,8 +192,8 @@ def compile_one_isa(package: Path, isa: str) -> None:
     kernels = sorted({path for path, _ in units if path.parts[0] == "cpu" and path.stem != "backend"})
     (csrc / "kernels.cpp").write_text("".join(f'#include "{path}"\n' for path in kernels))
     include = ("-I", csrc / "cpu", "-I", csrc, "-I", package, "-isystem", _build.find_torch() / "include")
-    flags = [flag for flag in (*_build.CPU, *_build.HOST) if flag != "-O3"]
-    sources = {csrc / "kernels.cpp": ["-O1", *_build.ISAS[isa], f"-DQL_ISA={isa}"]}
+    shared = [flag for flag in (*_build.CPU, *_build.HOST) if flag != "-O3"]
+    sources = {csrc / "kernels.cpp": [*flags, *_build.ISAS[isa], f"-DQL_ISA={isa}"]}
     for path, before in units:
         if path not in kernels:
             included = (word for p in before for word in ("-include", str(p.relative_to(_build.CSRC))))
@@ -177,12 +201,13 @@ def compile_one_isa(package: Path, isa: str) -> None:
     objects = [source.with_suffix(".o") for source in sources]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = [
-            pool.submit(compiler, *flags, *more, *include, "-c", source, "-o", source.with_suffix(".o"))
+            pool.submit(compiler, *shared, *more, *include, "-c", source, "-o", source.with_suffix(".o"))
             for source, more in sources.items()
         ]
     for one in made:
         one.result()
-    compiler("-shared", *objects, _build.find_torch() / "lib/libtorch_cpu.so", "-o", package / "_C.so")
+    linked = [flag for flag in flags if flag.startswith("-fsanitize")]
+    compiler("-shared", *linked, *objects, _build.find_torch() / "lib/libtorch_cpu.so", "-o", package / "_C.so")
 
 
 def compiler(*arguments: object) -> None:
@@ -191,27 +216,45 @@ def compiler(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_cpp_serves_the_rows(with_rows: Path, tmp_path: Path) -> None:
-    """The C++ kernels give the right bytes with the best instruction set of this machine."""
+WATCHED_TABLES = """
+import sys
+
+from quantlib.testing.__main__ import main
+
+assert all(main(["cpp", "--format", name, "--part", "0/2"]) == 0 for name in sys.argv[1:])
+sys.exit(main(["cpp", "--part", "0/4"]))
+"""
+
+
+def test_cpp_serves_the_rows_and_no_kernel_leaves_its_memory(with_rows: Path, tmp_path: Path) -> None:
+    """The C++ kernels give the right bytes with the best instruction set of this machine, under both sanitizers.
+
+    So does a quarter of the tables of all other formats; `make sanitize` has the whole, at every instruction set. A
+    tensor's memory ends where its data ends, so that what is read beyond is seen.
+    """
     if why := backends.refuses("cpp", "cpu"):
         pytest.skip(f"cpp: {why}")
     if shutil.which(_build.cxx_command()[0]) is None:
         pytest.skip("no compiler to compile with")
     tree = Path(shutil.copytree(with_rows, tmp_path / "tree"))
     (tree / "csrc").rename(tree / "quantlib/_csrc")
-    compile_one_isa(tree / "quantlib", _build.LEVELS[instruction_set()])
-    for name in ROWS:
-        tables(tree, "cpp", name, "0/2")
+    flags, before = watched(tmp_path)
+    compile_one_isa(tree / "quantlib", _build.LEVELS[instruction_set()], ("-Og" if flags else "-O1", *flags))
+    more = {"LD_PRELOAD": before, "ASAN_OPTIONS": "detect_leaks=0"} if flags else {}
+    run(tree, "-c", WATCHED_TABLES, *ROWS, QUANTLIB_BUILD="0", **more)
 
 
-@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
-def test_cuda_compiles_with_the_rows(with_rows: Path, source: str) -> None:
-    """The CUDA sources pass a compiler for the CPU, which checks templates as CUDA's does."""
+EMULATED_OPS = ("quantize", "dequantize", "scaled_matmul", "dequant_matmul")
+
+
+@pytest.mark.parametrize("op", sorted({path.stem for path in ROOT.glob("csrc/cuda/*.cu")} - {*EMULATED_OPS}))
+def test_cuda_compiles_with_the_rows(with_rows: Path, op: str) -> None:
+    """The other CUDA sources pass a compiler for the CPU, which checks templates as CUDA's does."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
     folders = (f"-I{with_rows}/tests/cuda_on_cpu", f"-I{with_rows}/csrc")
     warnings = ("-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsyntax-only")
-    compiler(*_build.COMMON[1:2], *warnings, *folders, "-x", "c++", with_rows / "csrc/cuda" / source)
+    compiler(*_build.COMMON[1:2], *warnings, *folders, "-x", "c++", with_rows / f"csrc/cuda/{op}.cu")
 
 
 EMULATED = """
@@ -225,9 +268,9 @@ import test_cuda_on_cpu as ops
 from cuda_on_cpu.emulator import keep_formats
 from quantlib.testing import cases
 
-cache, csrc, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+cache, csrc, emulated, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(), sys.argv[4:]
 keep_formats(csrc, "float16", "bfloat16", "int8", "uint8", *names)
-emulator = ops.build(cache, ("quantize", "dequantize", "scaled_matmul", "dequant_matmul"), csrc)
+emulator = ops.build(cache, emulated, csrc)
 for name in names:
     for op in ("quantize", "dequantize"):
         chosen = list(cases(op, name))[::9]
@@ -248,7 +291,8 @@ def test_cuda_kernels_serve_the_rows(with_rows: Path, request: pytest.FixtureReq
         pytest.skip("there is no g++")
     cache = request.config.cache.mkdir("cuda_on_cpu")
     shutil.copytree(with_rows / "csrc", tmp_path / "csrc")
-    run(with_rows, "-c", EMULATED, str(cache), str(tmp_path / "csrc"), *ROWS, QUANTLIB_BUILD="0")
+    given = (str(cache), str(tmp_path / "csrc"), " ".join(EMULATED_OPS), *ROWS)
+    run(with_rows, "-c", EMULATED, *given, QUANTLIB_BUILD="0")
 
 
 # ---- an op -----------------------------------------------------------------------------------------------------------

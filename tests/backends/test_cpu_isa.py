@@ -6,12 +6,16 @@ That each gives the same bytes is in tests/ops: test_every_instruction_set.
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import fresh
 import pytest
 import torch
 
-from quantlib import backends
+from quantlib import _build, backends
 from quantlib.testing import assert_same_bytes
 
 quant = torch.ops.quantlib
@@ -55,3 +59,26 @@ def test_out_over_the_input() -> None:
             out = x.view(torch.float16)[start : start + 1000]
             quant.cast.out(x, "float16", False, out=out)
             assert_same_bytes(out, want)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.skipif(shutil.which(_build.cxx_command()[0]) is None, reason="no C++ compiler")
+@pytest.mark.parametrize("isa", _build.ISAS)
+def test_lends_no_code(isa: str, tmp_path: Path) -> None:
+    """A function that two instruction sets emit under one name is linked once: on an old machine, the wrong one.
+
+    All ops in one object, for which headers are read once; not optimised, so that nothing escapes by being inlined.
+    """
+    unity, made = tmp_path / "kernels.cpp", tmp_path / "kernels.o"
+    kernels = sorted(p for p in _build.CSRC.glob("cpu/*.cpp") if p.name != "backend.cpp")
+    unity.write_text("".join(f'#include "{kernel}"\n' for kernel in kernels))
+    flags = ("-std=c++20", "-O0", f"-I{_build.CSRC}", *_build.ISAS[isa], f"-DQL_ISA={isa}")
+    symbols = ""
+    for command in ([*_build.cxx_command(), *flags, "-c", unity, "-o", made], ["nm", "-C", "--defined-only", made]):
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        symbols = done.stdout
+    mine = re.compile(rf"\S+ ([a-z] |\S .*quantlib::{isa}::|V DW\.ref)")  # local; of this namespace; how to unwind
+    shared = [line for line in symbols.splitlines() if not mine.match(line)]
+    assert not shared, "\n".join(shared)
+    assert f"quantlib::{isa}::quantize_dynamic(" in symbols
