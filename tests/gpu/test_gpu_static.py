@@ -37,7 +37,7 @@ def kernels_of_sources() -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90])  # `make gpu-static ARGS=--fast` compiles for the others too, and more
+@pytest.mark.parametrize("arch", [80, 90])  # `make gpu-static ARGS=--fast` compiles for the four others too, and more
 @pytest.mark.parametrize("language", ["triton", "cuda"])
 def test_every_kernel_keeps_its_contract(language: str, arch: int) -> None:
     rows = run.judged(measured(language, arch), Budgets.read())

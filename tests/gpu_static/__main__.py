@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     """The exit status: 1 where a contract is broken."""
     parser = argparse.ArgumentParser(prog="make gpu-static", description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     scope = parser.add_mutually_exclusive_group()
-    scope.add_argument("--fast", action="store_const", const="fast", dest="scope", help="what `make test` compiles")
+    scope.add_argument("--fast", action="store_const", const="fast", dest="scope", help="the calls that are used most")
     scope.add_argument(
         "--all", action="store_const", const="all", dest="scope", help="the product of all choices: hours"
     )

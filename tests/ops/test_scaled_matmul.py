@@ -53,6 +53,8 @@ def test_bytes_of_the_reference(
     backend: Served, x_format: str, x_affine: bool, format: str, affine: bool, block: tuple[int, int]
 ) -> None:
     interpreted = backend.interpreted
+    if interpreted and (BLOCKS.index(block) + WEIGHTS.index((format, affine)) + x_affine) % 2:
+        pytest.skip("the interpreter takes seconds: each two of block, weight and x meet, in half of the triples")
     variants = itertools.cycle(itertools.product(DTYPES, EPILOGUES))
     for M, K in [(3, 65)] if interpreted else SIZES:
         dtype, (bias, activation) = next(variants)
