@@ -238,7 +238,7 @@ def test_a_loaded_model_is_used_as_any_other(tmp_path: Path) -> None:
         ({"version": 99}, "version must be an integer of at most 1, got 99: a later quantlib wrote it"),
         ({"quant_method": "gptq"}, "quant_method must be 'quantlib', got 'gptq'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be raise or propagate, got 'ignore'"),
-        ({"bits": 4}, "unexpected keyword argument 'bits'"),
+        ({"bits": 4}, "must have arguments of quantlib, got 'bits', which is spec="),
     ],
 )
 def test_configs_that_are_refused(options: dict[str, Any], message: str) -> None:
