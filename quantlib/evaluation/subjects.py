@@ -88,7 +88,8 @@ def load(
             causal = bool(gguf) or any("CausalLM" in a or "LMHead" in a for a in config.architectures or ())
             kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
             told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which `check_whole` refuses
-            model, found = kind.from_pretrained(folder, dtype=torch.float32, **where, **told)
+            loaded: Any = kind.from_pretrained(folder, dtype=torch.float32, **where, **told)
+            model, found = loaded
             model.eval()
             if not gguf:
                 check_whole(which, model, found)
@@ -148,9 +149,8 @@ def check_whole(which: str, model: Any, found: dict[str, Any]) -> None:
         if names := sorted(names):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             got = f"{words} {names[0]}".strip()
-            raise ValueError(
-                f"MODEL must have the weights that its config.json describes, got {got}{more} in {which!r}"
-            )
+            expected = "the weights that its config.json describes"
+            raise ValueError(f"MODEL must have {expected}, got {got}{more} in {which!r}")
 
 
 def find(which: str) -> tuple[str, str | None]:
