@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from quantlib.measure import OnNonfinite, Sums, check_weight, describe_experts
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule, form_of
 from quantlib.nn.experts import QuantExperts, ways_of
+from quantlib.nn.functional import SOURCES
 from quantlib.nn.module import check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.nn.qat_experts import QATExperts
@@ -39,6 +40,8 @@ WITHOUT_FORM: dict[type[nn.Module], str] = {
     nn.modules.conv._ConvTransposeNd: "has its weight as [in, out, ...], and no quantized form",
     nn.MultiheadAttention: "reads its weight directly",
 }
+
+NO_SOURCE = "not float32, float16 or bfloat16"  # the end of a reason against a layer that was asked for
 
 
 @torch.inference_mode(False)  # a tensor made in inference mode could never take part in a backward pass
@@ -81,7 +84,7 @@ def quantize_(
     Raises
     ------
     TypeError
-        For a model that is not a module, and for a weight that is not float32, float16 or bfloat16.
+        For a model that is not a module.
     ValueError
         For an unknown spec or type, one with static activations, a model without a layer to quantize, or a weight
         that is not finite, naming the layer and the row.
@@ -100,7 +103,8 @@ def quantize_(
     skipped = reasons_to_skip(model, filter_fn, types)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, types) and n not in skipped}
     experts = experts_of(model, filter_fn, skipped) if nn.Linear in types else {}
-    if not layers and not experts and filter_fn is None:
+    asked = filter_fn is None or any(why.endswith(NO_SOURCE) for why in skipped.values())
+    if not layers and not experts and asked:
         found = by_reason(skipped | other_weights(model, skipped)) or "none"
         raise ValueError(f"model must have an {names_of(types)} to quantize, got {found}")
     on_meta = [weight_of(layer).is_meta for layer in layers.values()]
@@ -185,7 +189,7 @@ def reasons_to_skip(
         if isinstance(owner, cls)
         for child in children
     }
-    adapters, elsewhere = adapters_of(model), kept_elsewhere(model)
+    adapters, elsewhere, weights = adapters_of(model), kept_elsewhere(model), weights_kept_elsewhere(model)
     skipped: dict[str, str] = {}
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)  # id of a parameter -> (module, name in it)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
@@ -196,8 +200,12 @@ def reasons_to_skip(
         why = (
             readers.get(id(layer)) or adapters.get(id(layer)) or reason_to_skip(layer, form) or elsewhere.get(id(layer))
         )
+        if why is None and form is form_of:  # in training the parameters stay those that they are
+            why = weights.get(id(layer.weight))
         if why is None and filter_fn is not None and not filter_fn(layer, name):
             why = "filter_fn said no"
+        if why is None and weight_of(layer).dtype not in SOURCES:
+            why = f"its weight is of {dtype_name(weight_of(layer).dtype)}, {NO_SOURCE}"
         if why is not None:
             skipped[name] = why
     for name, layer in layers.items():
@@ -257,6 +265,8 @@ def experts_of(model: nn.Module, filter_fn: Filter | None, skipped: dict[str, st
             why = "its forward has been replaced"
         if why is None and filter_fn is not None and not filter_fn(module, name):
             why = "filter_fn said no"
+        if why is None and (wide := {w.dtype for w in stacks_of(module).values()}.difference(SOURCES)):
+            why = f"its weights are of {dtype_name(wide.pop())}, {NO_SOURCE}"
         if why is None:
             found[name] = module
         else:
@@ -462,6 +472,27 @@ def kept_elsewhere(model: nn.Module) -> dict[int, str]:
                         f"{type(owner).__name__} holds it in its attribute {name}, a {type(value).__name__}"
                     )
     return found
+
+
+def weights_kept_elsewhere(model: nn.Module) -> dict[int, str]:
+    """id of a parameter -> who would go on with its float values: a module that has it in an attribute, or in a list,
+    a tuple or a dictionary that is one."""
+    found: dict[int, str] = {}
+    for owner in model.modules():
+        for name, value in vars(owner).items():
+            if name.startswith("_") and name in vars(PLAIN):
+                continue  # of nn.Module itself
+            held = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            )
+            for parameter in held:
+                if isinstance(parameter, nn.Parameter):
+                    kind = "" if parameter is value else f", a {type(value).__name__}"
+                    found[id(parameter)] = f"{type(owner).__name__} holds its weight in its attribute {name}{kind}"
+    return found
+
+
+PLAIN = nn.Module()
 
 
 def put(new: nn.Module, old: nn.Module, places: dict[int, list[Place]]) -> None:

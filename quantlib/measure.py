@@ -62,7 +62,7 @@ def squared_error(x: Tensor, weight: Weight, spec: QuantSpec) -> tuple[float, fl
     given = [t for t in (x, codes, scale, zero_point) if t is not None]
     if kernel is None or not all(type(t.detach()) is Tensor and t.is_contiguous() for t in given) or not x.numel():
         return None
-    sums = torch.empty(2, x.shape[0], dtype=torch.float64)
+    sums = torch.empty(2, x.shape[0], dtype=torch.float64, device="cpu")
     pointers = [None if t is None else t.data_ptr() for t in (x, codes, scale, zero_point, sums[0], sums[1])]
     x_type, format = (TYPES.index(name) for name in (dtype_name(x.dtype), spec.format))
     block = spec.block(x.shape)

@@ -266,9 +266,63 @@ def test_refused_models() -> None:
         quantize_(nn.Sequential(nn.Conv1d(2, 2, 1)), "int8")
     model = mlp().double()
     before = state(model)
-    with pytest.raises(TypeError, match="weight of layer 0 must be float32, float16 or bfloat16, got float64"):
-        quantize_(model, "int8")
+    for verb in (quantize_, prepare_qat_):
+        with pytest.raises(ValueError, match="its weight is of float64, not float32, float16 or bfloat16"):
+            verb(model, "int8")
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("verb", [quantize_, prepare_qat_])
+def test_a_layer_of_a_dtype_that_has_no_codes_stays_and_is_named(verb: Any, dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["b"].weight = weight = nn.Parameter(model["b"].weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=r"got a: filter_fn said no; b: its weight is of \w+, not float32, float16"):
+        quantize_(model, "int8", lambda module, name: name == "b")
+    report = verb(model, "int8")
+    assert [layer.name for layer in report.layers] == ["a"]
+    word = str(dtype).removeprefix("torch.")
+    assert report.skipped == {"b": f"its weight is of {word}, not float32, float16 or bfloat16"}
+    assert report.sizes == {"b": 64}
+    assert model["b"].weight is weight
+
+
+def test_a_weight_that_a_module_reads_from_elsewhere_stays_and_is_named() -> None:
+    class Readers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third, self.free = (nn.Linear(8, 8) for _ in range(4))
+            self.kept, self.named = [self.first.weight], {"w": self.second.weight}
+            object.__setattr__(self, "alias", self.third.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.kept[0].t() + self.first(x)
+
+    model, x = Readers(), torch.randn(3, 8)
+    expected = model(x)
+    report = quantize_(model, "int4:row")
+    held = "Readers holds its weight in its attribute"
+    assert report.skipped == {
+        "first": f"{held} kept, a list",
+        "second": f"{held} named, a dict",
+        "third": f"{held} alias",
+    }
+    assert [layer.name for layer in report.layers] == ["free"]
+    assert torch.equal(model(x), expected)
+    report = prepare_qat_(model, "int8")  # the parameters stay what they are
+    assert [layer.name for layer in report.layers] == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4:group:8:affine", "W8A8", "float8_e4m3fn", "bfloat16"])
+def test_a_default_device_that_is_not_the_models_changes_nothing(spec: str) -> None:
+    """``with torch.device("meta")`` is where a skeleton is made; a model with values may be quantized there too."""
+    expected, model = mlp(), mlp()
+    quantize_(expected, spec)
+    with torch.device("meta"):
+        report = quantize_(model, spec)
+    assert all(math.isfinite(layer.snr_db) for layer in report.layers)
+    for name, tensor in expected.state_dict().items():
+        assert_same_bytes(model.state_dict()[name], tensor, name)
 
 
 def test_a_model_that_something_else_has_taken_apart_is_refused() -> None:

@@ -142,7 +142,7 @@ class Reader:
         """Some columns of some rows of a tensor [..., C], seen as a matrix."""
         slot = self.slots[name]
         size, C = slot.dtype.itemsize, slot.shape[-1]
-        tensor = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=slot.dtype)
+        tensor = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=slot.dtype, device="cpu")
         if tensor.numel():
             data, width = bytes_of(tensor), tensor.shape[1] * size
             start = self._starts[name] + (rows.start * C + columns.start) * size
@@ -156,7 +156,7 @@ class Reader:
         return self._tensor(slot, slot.shape, chunk.start)
 
     def _tensor(self, slot: Slot, shape: tuple[int, ...], skip: int) -> Tensor:
-        tensor = torch.empty(shape, dtype=slot.dtype)
+        tensor = torch.empty(shape, dtype=slot.dtype, device="cpu")
         if tensor.numel():
             self._fill(bytes_of(tensor), self._starts[slot.name] + skip)
         return tensor

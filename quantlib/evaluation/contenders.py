@@ -94,6 +94,8 @@ def ours(text: str) -> Contender:
         if spec is None or spec.activation is None:
             api.dequantize_(model)  # the values of the codes: what is measured is their loss, and floats are faster
         layers = [layer for report in reports for layer in report.layers]
+        if not layers:
+            raise ValueError(f"MODEL must have layers to quantize beside its head, got {subject.name!r}")
         return 8 * sum(layer.bytes_after for layer in layers) / sum(math.prod(layer.shape) for layer in layers)
 
     title = f"assigned, {budget:g} bits" if spec is None else titled(spec)

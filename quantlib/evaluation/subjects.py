@@ -71,7 +71,7 @@ def load(
     ImportError
         Where transformers, or what it needs for this model, is not installed.
     ValueError
-        For a model that is quantized already, or a text that is too short.
+        For a model that is quantized already, a config that does not fit the weights, or a text that is too short.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     folder, gguf = find(which)
@@ -87,7 +87,12 @@ def load(
                 raise ValueError(f"MODEL must be a float model, got {which!r}, which is quantized: {quantized}")
             causal = bool(gguf) or any("CausalLM" in a or "LMHead" in a for a in config.architectures or ())
             kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-            model = kind.from_pretrained(folder, dtype=torch.float32, **where).eval()
+            told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which `check_whole` refuses
+            loaded: Any = kind.from_pretrained(folder, dtype=torch.float32, **where, **told)
+            model, found = loaded
+            model.eval()
+            if not gguf:
+                check_whole(which, model, found)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
         except OSError as error:
             reason = str(error).split("\n")[0]
@@ -118,6 +123,34 @@ def load(
         if i == 0:
             subject.calibration = [window[None] for window in windows[1::2][: max(CALIBRATION // length, 1)]]
     return subject
+
+
+def check_whole(which: str, model: Any, found: dict[str, Any]) -> None:
+    """Check by what transformers ``found`` that the files of ``model`` are those that its config describes.
+
+    It draws what it does not find, and what has another shape, at random, and leaves out what the config does not name.
+    The head of a language model has no place in an encoder, and the pooler of an encoder is not measured.
+
+    Raises
+    ------
+    ValueError
+        For weights that are missing, of another shape, or of layers that the model does not have.
+    """
+    shapes = {name: f"{name} {list(stored)}, not {list(made)}" for name, stored, made in found["mismatched_keys"]}
+    missing = [name for name in found["missing_keys"] if not name.startswith("pooler.")]
+    base = f"{model.base_model_prefix}."
+    known = dict(model.named_children()).keys() | dict(model.base_model.named_children()).keys()
+    extra = [
+        name
+        for name in found["unexpected_keys"]
+        if name.endswith((".weight", ".bias")) and name.removeprefix(base).partition(".")[0] in known
+    ]
+    for words, names in (("no", missing), ("", shapes.values()), ("unused", extra)):
+        if names := sorted(names):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            got = f"{words} {names[0]}".strip()
+            expected = "the weights that its config.json describes"
+            raise ValueError(f"MODEL must have {expected}, got {got}{more} in {which!r}")
 
 
 def find(which: str) -> tuple[str, str | None]:

@@ -23,6 +23,32 @@ class Method(str, enum.Enum):
     QUANTLIB = LIBRARY
 
 
+# names of arguments in the configs of other libraries -> what says the same here
+OURS = {
+    "skip=[...]": (
+        "modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers", "ignore", "modules_to_skip",
+        "skip_modules", "exclude", "modules_to_exclude",
+    ),
+    "include=[...]": ("modules_to_convert", "targets", "modules_in_block_to_quantize", "include_modules"),
+    "embeddings=True": ("include_input_output_embeddings", "quantize_embeddings", "include_embedding"),
+    'spec="W8A16"': ("load_in_8bit", "llm_int8_threshold", "llm_int8_has_fp16_weight", "weights_dtype", "weights"),
+    'spec="W8A8"': ("activation_scheme", "activations", "activation_dtype"),
+    'spec="W4A16"': ("load_in_4bit", "quant_type", "scheme", "config_groups", "bits", "nbits", "wbits"),
+    'spec="nf4:group:64"': ("bnb_4bit_quant_type", "bnb_4bit_quant_storage"),
+    'spec="nf4:group:64:bfloat16", whose scales take 16 bits': ("bnb_4bit_use_double_quant", "use_double_quant"),
+    'spec="int4:group:128"': ("group_size", "q_group_size", "block_size", "weight_block_size"),
+    'spec="int4:group:128:affine"': ("sym", "zero_point", "symmetric", "asymmetric"),
+    "from_pretrained(..., dtype=torch.bfloat16)": ("bnb_4bit_compute_dtype", "compute_dtype", "torch_dtype", "dtype"),
+    "quantlib.calibrate, which is GPTQ": ("dataset", "damp_percent", "desc_act", "act_order", "true_sequential"),
+}  # fmt: skip
+
+
+def ours_for(given: Mapping[str, Any]) -> str:
+    """The names of ``given``, arguments that `QuantlibConfig` does not have, each with what says the same here."""
+    way = {other: ours for ours, others in OURS.items() for other in others}
+    return ", ".join(f"{name!r}, which is {way[name]}" if name in way else repr(name) for name in given)
+
+
 @register_quantization_config(LIBRARY)
 class QuantlibConfig(QuantizationConfigMixin):
     """The way ``from_pretrained`` of transformers and diffusers quantizes a model.
@@ -80,7 +106,10 @@ class QuantlibConfig(QuantizationConfigMixin):
         version: int = VERSION,
         library: str = LIBRARY,
         quant_method: str = LIBRARY,
+        **others: Any,
     ) -> None:
+        if others:
+            raise TypeError(f"QuantlibConfig must have arguments of quantlib, got {ours_for(others)}")
         for name, patterns in (("skip", skip), ("include", include)):
             if isinstance(patterns, str):
                 raise TypeError(f"{name} must be a sequence of patterns, got the string {patterns!r}")
@@ -102,10 +131,11 @@ class QuantlibConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         given = {**config_dict, **kwargs}
-        unknown = given.keys() - inspect.signature(cls.__init__).parameters.keys()
+        known = {"self", "others"} ^ inspect.signature(cls.__init__).parameters.keys()
+        unknown = given.keys() - known
         config = cls(**{name: value for name, value in given.items() if name not in unknown})  # checks the version
         if unknown:
-            names = ", ".join(map(repr, sorted(unknown)))
+            names = ours_for({name: given[name] for name in sorted(unknown)})
             raise ValueError(f"{ENTRY} must have keys of quantlib, got {names}: update quantlib, or remove them")
         return (config, {}) if return_unused_kwargs else config
 

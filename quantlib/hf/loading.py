@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_of
 from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec
+
+log = logging.getLogger(__name__)
 
 
 class Loading:
@@ -95,6 +98,16 @@ class Loading:
         self.report = Report(skipped=skipped)
         followers = {name for group in self.tied.values() for name in group}
         wanted = {name: m for name, m in layers.items() if name not in skipped and name not in followers}
+        names = [n for name, _ in model.named_modules() for n in (name, f"{name}.weight")]
+        for option in ("skip", "include"):
+            patterns: list[str] = getattr(self.quantization_config, option)
+            if unused := [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in names)]:
+                log.warning(
+                    "no module matches %s %s; '*.%s' is every module of that name",
+                    option,
+                    ", ".join(unused),
+                    unused[0].rpartition(".")[2],
+                )
         self.waiting = {f"{name}.weight" for name in wanted}
         self.waiting |= {f"{name}.{key}" for name, m in experts.items() if name not in skipped for key in ways_of(m)}
         if not self.waiting:
@@ -272,8 +285,16 @@ def may_lack_an_axis(model: nn.Module, name: str) -> bool:
 
 
 def state_as_stored(model: nn.Module) -> dict[str, Tensor]:
-    """The state of ``model`` with codes in the dtypes and shapes of files."""
+    """The state of ``model`` with codes in the dtypes and shapes of files.
+
+    Codes that are offloaded to disk are read: whoever saves the state reads them in the shape of the parameter.
+    """
     state: dict[str, Tensor] = model.state_dict()
+    on_meta = [name for name, tensor in state.items() if name.endswith("_codes") and tensor.is_meta]
+    if on_meta and hasattr(model, "hf_device_map"):
+        from transformers.integrations.accelerate import load_offloaded_parameter
+
+        state |= {name: load_offloaded_parameter(model, name) for name in on_meta}  # type: ignore[arg-type]
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantModule) and (name := join(prefix, "weight_codes")) in state:
             state[name] = state[name].view(dtype_of(module.spec.row)).view(module.stored_shape)

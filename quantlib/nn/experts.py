@@ -30,7 +30,7 @@ from quantlib.nn.functional import (
 )
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
-from quantlib.nn.module import rebind_hooks, taken_over, zero_codes, zero_points_of_0
+from quantlib.nn.module import other_codes, rebind_hooks, taken_over, zero_codes, zero_points_of_0
 from quantlib.nn.weight import DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, is_sharded
 from quantlib.spec import QuantSpec, check_unrotated
@@ -364,9 +364,16 @@ class QuantExperts(Routed):
             for name in self.kept:
                 if (p := self._parameters[name]) is not None:
                     destination[prefix + name] = p.data
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]] |= {"spec": str(self.spec)}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         errors: list[str] = args[-1]
+        has_codes = any(f"{prefix}{name}_codes" in state_dict for name in self.stacks)
+        if why := other_codes(self, self.spec, local_metadata, has_codes):
+            errors.append(f"{prefix.removesuffix('.')} must be {why}")
         for name in self.stacks:
             if (floats := state_dict.get(prefix + name)) is not None:
                 found = f"{dtype_name(floats.dtype)} {list(floats.shape)}"
@@ -382,7 +389,7 @@ class QuantExperts(Routed):
                 expected = dtype_name(kept.dtype)
                 errors.append(f"{prefix}{name} must be {expected} for {self.spec}, got {dtype_name(got.dtype)}")
         if not errors:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         shapes = (f"{name}={list(stack.shape)}" for name, stack in self.stacks.items())

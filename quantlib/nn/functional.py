@@ -279,7 +279,10 @@ def _cast(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast has its device multiply in; the ops themselves follow their arguments only."""
-    device = x.device.type
+    try:
+        device = x.device.type
+    except AttributeError:  # an array, a list, None
+        raise TypeError(f"input must be a tensor, got {type(x).__name__}") from None
     if device != "meta" and x.dtype in SOURCES and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -425,12 +426,9 @@ class QuantModule(Leaf):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         error_msgs: list[str] = args[-1]
-        version, spec = local_metadata.get("version") or 0, QuantSpec.parse(local_metadata.get("spec", self.spec))
         self._rename_codes(state_dict, prefix)
-        if version > self._version:
-            error_msgs.append(f"{prefix}weight must be of version {self._version} or older, got version {version}")
-        elif spec.kept != self.spec.kept:
-            error_msgs.append(f"{prefix}weight must be codes of {self.spec.weight_only}, got {spec.weight_only}")
+        if why := other_codes(self, self.spec, local_metadata, f"{prefix}weight_codes" in state_dict):
+            error_msgs.append(f"{prefix}weight must be {why}")
         elif f"{prefix}weight" in state_dict:
             got = state_dict[f"{prefix}weight"]
             error_msgs.append(
@@ -518,6 +516,30 @@ def refuse_codes(load: Callable[..., None]) -> Callable[..., None]:
 
 
 nn.Module._load_from_state_dict = refuse_codes(nn.Module._load_from_state_dict)  # type: ignore[method-assign]
+
+
+def other_codes(module: nn.Module, spec: QuantSpec, told: Mapping[str, Any], has_codes: bool) -> str | None:
+    """Return what codes of ``spec`` must be and are not, by the metadata ``told`` of the state that is loaded into
+    ``module``; None where nothing says so.
+
+    Formats of equal dtypes and shapes differ in nothing else: int4 reads as float4_e2m1fn. ``torch.save`` keeps the
+    metadata of a ``state_dict()``. A state of names and tensors alone, as safetensors gives it, has none, and nobody
+    can tell: a warning says once what its codes are taken for. (A tensor that names the format would be in every
+    state, which older versions refuse, and a buffer, which DDP broadcasts at each forward.)
+    """
+    version, latest = told.get("version") or 0, module._version
+    if version > latest:
+        return f"of version {latest} or older, got version {version}"
+    if "spec" in told:
+        saved = QuantSpec.parse(told["spec"])
+        return None if saved.kept == spec.kept else f"codes of {spec.weight_only}, got {saved.weight_only}"
+    if has_codes and spec.scaled:
+        warnings.warn(
+            f"state_dict has no metadata that names the format of its codes, they are taken for {spec.weight_only}: "
+            "torch.save(model.state_dict()) keeps it, quantlib.checkpoint.save_quantized writes it into safetensors",
+            stacklevel=2,
+        )
+    return None
 
 
 def is_fp8(spec: QuantSpec) -> bool:

@@ -98,6 +98,22 @@ class QuantParameter(nn.Parameter):
         super().copy_(source, non_blocking)
         return self
 
+    def add_(self, other: Any, *, alpha: Any = 1) -> QuantParameter:
+        """Add codes only, and zeros: an optimizer that is given all parameters, as LBFGS, moves these by nothing.
+
+        Raises
+        ------
+        TypeError
+            For floats that are to change codes.
+        """
+        if isinstance(other, Tensor) and other.is_floating_point() and not self.requires_grad:
+            if not other.any():
+                return self
+            if not self.dtype.is_floating_point:
+                raise TypeError(f"{self._what} must not be trained: give the optimizer what requires a gradient")
+        super().add_(other, alpha=alpha)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return QuantParameter, (self.data, self.requires_grad, *(() if self.asked else (False,)))
 

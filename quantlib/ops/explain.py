@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantlib.ops.check import check_dense, described, fail, one_of
 
@@ -71,8 +71,14 @@ def worded(op: str, arguments: Mapping[str, Any], error: Exception) -> Exception
         return error
     tensors = [f"{n} {described(t.shape, t.dtype, t.device)}" for n, t in arguments.items() if isinstance(t, Tensor)]
     kind = type(error) if type(error) in (TypeError, ValueError, NotImplementedError) else RuntimeError
-    said = str(error).strip().splitlines() or [type(error).__name__]
-    return kind(f"quantlib::{op}: {said[0]}, given {', '.join(tensors) or 'no tensor'}")
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "handlers returned NotImplemented" in said:  # `make_fx` knows no parameters but torch's
+        found = (n for n, t in arguments.items() if isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter))
+        said = (
+            f"{', '.join(found) or 'arguments'} must be plain tensors for what traces this call: use torch.export, or "
+            "trace torch.func.functional_call(model, dict(model.state_dict()), x)"
+        )
+    return kind(f"quantlib::{op}: {said}, given {', '.join(tensors) or 'no tensor'}")
 
 
 def unpacked(op: str, out: Any, names: Sequence[str]) -> dict[str, Tensor]:

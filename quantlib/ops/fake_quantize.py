@@ -274,7 +274,7 @@ def grad_factor(n: int, qmax: float) -> float:
     -----
     Esser et al., Learned Step Size Quantization, 2020, section 2.2.
     """
-    return float(torch.tensor(1.0 / math.sqrt(n * qmax), dtype=torch.float32))
+    return float(torch.tensor(1.0 / math.sqrt(n * qmax), dtype=torch.float32, device="cpu"))
 
 
 def check_grad_factor(value: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,40 @@ def test_bad_input(
     assert err.startswith("quantlib eval: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 2}, "got no model.layers.1.input_layernorm.weight and 8 more in"),
+        ({"num_hidden_layers": 0}, "got unused model.layers.0.input_layernorm.weight and 8 more in"),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, "got no embeddings.LayerNorm.bias and 20 more in"),
+        ({"vocab_size": 30}, "got lm_head.weight [62, 32], not [30, 32] and 1 more in"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights(
+    change: dict[str, Any], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers fills in random weights and leaves out layers, and says so in a log alone."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (other / "config.json").write_text(json.dumps(config))
+    assert main(["eval", str(other), "--to", "int8:row", "--tokens", "128", "--length", "64"]) == 2
+    err = capsys.readouterr().err
+    assert f"MODEL must have the weights that its config.json describes, {message}" in err
+    assert err.count("\n") == 1
+
+
+def test_a_head_that_an_encoder_does_not_have_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights of BertForMaskedLM have no pooler, and a head: nothing that is measured."""
+    saved(tmp_path, transformers.BertModel)
+    config = transformers.BertConfig.from_pretrained(tmp_path)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found["architectures"] == ["BertForMaskedLM"]
+    text = tmp_path / "own.txt"
+    text.write_text("The pier was closed for two summers. " * 4)
+    assert told(capsys, tmp_path, "--to", "int8:row", "--text", text)["rows"][0]["loss"]["mean"] > 0
 
 
 def test_the_network_is_never_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

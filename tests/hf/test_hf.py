@@ -190,7 +190,10 @@ def test_offloaded_to_disk(spec: str, tmp_path: Path) -> None:
     on_cpu = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
     options = {"device_map": {**dict.fromkeys(on_cpu, "cpu"), "model.layers.1": "disk"}}
     assert_same_bytes(logits(loaded(tmp_path / "codes", **options, offload_folder=tmp_path / "a")), y)
-    assert_same_bytes(logits(loaded(folder, QuantlibConfig(spec), **options, offload_folder=tmp_path / "b")), y)
+    model = loaded(folder, QuantlibConfig(spec), **options, offload_folder=tmp_path / "b")
+    assert_same_bytes(logits(model), y)
+    model.save_pretrained(tmp_path / "again")  # which reads the codes of the offloaded layer from disk
+    assert_same_bytes(logits(loaded(tmp_path / "again")), y)
     assert_same_bytes(logits(loaded(tmp_path / "codes", device_map="auto")), y)
 
 
@@ -209,6 +212,17 @@ def test_what_is_skipped_and_what_is_included(tmp_path: Path) -> None:
         )
     }
     assert model.hf_quantizer.report.skipped["model.layers.1.mlp.up_proj"] == "matches model.layers.1.*"
+
+
+def test_a_pattern_that_names_no_module_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = QuantlibConfig("int8", skip=["q_proj", "model.layers.0.*"], include=["lm_haed", "model.embed_tokens"])
+    with caplog.at_level("WARNING", "quantlib"):
+        loaded(saved(tmp_path), config)
+    told = [record.getMessage() for record in caplog.records if "no module matches" in record.getMessage()]
+    assert told == [
+        "no module matches skip q_proj; '*.q_proj' is every module of that name",
+        "no module matches include lm_haed; '*.lm_haed' is every module of that name",
+    ]
 
 
 def test_a_loaded_model_is_used_as_any_other(tmp_path: Path) -> None:
@@ -238,7 +252,7 @@ def test_a_loaded_model_is_used_as_any_other(tmp_path: Path) -> None:
         ({"version": 99}, "version must be an integer of at most 1, got 99: a later quantlib wrote it"),
         ({"quant_method": "gptq"}, "quant_method must be 'quantlib', got 'gptq'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be raise or propagate, got 'ignore'"),
-        ({"bits": 4}, "unexpected keyword argument 'bits'"),
+        ({"bits": 4}, "must have arguments of quantlib, got 'bits', which is spec="),
     ],
 )
 def test_configs_that_are_refused(options: dict[str, Any], message: str) -> None:

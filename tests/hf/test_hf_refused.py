@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from architectures import ARCHITECTURES  # noqa: E402
 
 from quantlib.hf import QuantlibConfig  # noqa: E402
+from quantlib.hf.config import OURS  # noqa: E402
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -65,6 +66,32 @@ def test_configs_of_folders(change: dict[str, Any], message: str, tmp_path: Path
     with pytest.raises(ValueError, match=re.escape(message)):
         load(tmp_path)
     assert bytes_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"modules_to_not_convert": ["lm_head"]}, "got 'modules_to_not_convert', which is skip=[...]"),
+        ({"llm_int8_skip_modules": ["lm_head"]}, "got 'llm_int8_skip_modules', which is skip=[...]"),
+        ({"load_in_4bit": True}, "got 'load_in_4bit', which is spec=\"W4A16\""),
+        ({"load_in_8bit": True}, "got 'load_in_8bit', which is spec=\"W8A16\""),
+        ({"bits": 4, "group_size": 128}, '"W4A16", \'group_size\', which is spec="int4:group:128"'),
+        ({"bnb_4bit_compute_dtype": torch.bfloat16}, "which is from_pretrained(..., dtype=torch.bfloat16)"),
+        ({"dataset": "c4"}, "got 'dataset', which is quantlib.calibrate"),
+        ({"flavour": 3}, "QuantlibConfig must have arguments of quantlib, got 'flavour'"),
+    ],
+)
+def test_arguments_of_other_libraries_get_the_name_of_ours(others: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        QuantlibConfig(**others)
+    with pytest.raises(ValueError, match=re.escape(words.removeprefix("QuantlibConfig must have arguments"))):
+        QuantlibConfig.from_dict({"quant_method": "quantlib"} | others)
+
+
+def test_what_other_libraries_say_is_valid_here() -> None:
+    for ours in OURS:
+        if ours.startswith("spec="):
+            QuantlibConfig(ours.split('"')[1])
 
 
 def test_methods_of_others(tmp_path: Path) -> None:

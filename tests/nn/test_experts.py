@@ -224,6 +224,18 @@ def test_states_that_do_not_fit_are_refused_strict_or_not() -> None:
             assert_same_bytes(value, before[name], name)
 
 
+def test_a_state_of_another_format_is_refused_by_its_metadata() -> None:
+    module, name = next(iter(classes()))
+    state = QuantExperts.from_float(made(module, name), "int4:group:16").state_dict()
+    other = QuantExperts.from_float(made(module, name), "float4_e2m1fn:group:16")
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match="must be codes of float4_e2m1fn:group:16, got int4:group:16"):
+        other.load_state_dict(state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in other.state_dict().items())
+    with pytest.warns(UserWarning, match="no metadata .* taken for float4_e2m1fn:group:16"):
+        other.load_state_dict(dict(state))
+
+
 def test_a_weight_reads_as_floats_and_takes_no_writes() -> None:
     codes = QuantExperts.from_float(mixtral(), "int8")
     weight = codes.gate_up_proj

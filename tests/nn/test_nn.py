@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantlib import reference
+from quantlib import quantize_, reference
 from quantlib.nn import QuantLinear
 from quantlib.nn.functional import project
 from quantlib.spec import QuantSpec
@@ -222,6 +223,21 @@ def test_metadata_of_the_state_is_checked() -> None:
     state._metadata[""]["version"] = 4
     with pytest.raises(RuntimeError, match="version 3 or older, got version 4"):
         QuantLinear(K, N, spec="int4:group:8").load_state_dict(state)
+
+
+def test_a_state_without_metadata_says_once_what_it_is_taken_for(tmp_path: Path) -> None:
+    """Formats of four bits have equal dtypes and shapes: without the metadata nobody can tell them apart."""
+    model = nn.Sequential(linear(), nn.ReLU(), nn.Linear(N, N))
+    quantize_(model, "int4:group:8")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(torch.load(tmp_path / "state.pt"))
+        model.load_state_dict({"0.bias": torch.zeros(N)}, strict=False)
+    for again in (dict(model.state_dict()), {name: t.clone() for name, t in model.state_dict().items()}):
+        with pytest.warns(UserWarning, match="no metadata .* taken for int4:group:8: torch.save") as found:
+            model.load_state_dict(again)
+        assert len({str(warning.message) for warning in found}) == 1  # which Python prints once
 
 
 def test_float_weights_and_other_scales_are_refused() -> None:

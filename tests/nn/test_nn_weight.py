@@ -320,6 +320,26 @@ def test_a_running_average_of_a_model_leaves_codes_as_they_are(spec: str, option
     assert (average.module.bias > bias).all()
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_optimizer_that_is_given_all_parameters_moves_no_codes(spec: str) -> None:
+    q, x = layer(spec), torch.randn(5, K)
+    optimizer, before = torch.optim.LBFGS(q.parameters(), lr=0.1), {n: t.clone() for n, t in q.state_dict().items()}
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        y: Tensor = q(x).square().mean()
+        y.backward()
+        return y
+
+    first = float(loss())
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    assert float(loss()) < first
+    assert all(torch.equal(t, before[n]) for n, t in q.state_dict().items() if n != "bias")
+    if not q.weight_codes.dtype.is_floating_point:
+        with torch.no_grad(), pytest.raises(TypeError, match="codes or zero points must not be trained"):
+            q.weight_codes.add_(torch.ones(q.weight_codes.shape), alpha=0.1)
+
+
 def test_codes_take_no_floats() -> None:
     q = layer("int4:group:8")
     before = q.values()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import quantlib
 
@@ -145,3 +147,23 @@ def test_what_is_no_tensor_is_an_ordinary_error(number: int) -> None:
     with pytest.raises((RuntimeError, TypeError, ValueError, AttributeError)) as error:
         NOT_TENSORS[number]()
     assert str(error.value)
+
+
+def test_a_tracer_that_takes_plain_tensors_alone_is_told_so() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    layer, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    quantlib.quantize_(layer, "int8")
+    with pytest.raises(TypeError, match=r"codes, scale must be plain tensors .*torch\.export, or trace torch\.func"):
+        make_fx(layer)(x)
+    state = dict(layer.state_dict())
+    traced = make_fx(lambda state, x: torch.func.functional_call(layer, state, (x,)))(state, x)
+    assert torch.equal(traced(state, x), layer(x))
+
+
+@pytest.mark.parametrize("given", [None, [[1.0] * 8], np.ones((2, 8), np.float32)])
+def test_an_input_of_a_layer_that_is_no_tensor_is_named(given: object) -> None:
+    layer = nn.Sequential(nn.Linear(8, 8))
+    quantlib.quantize_(layer, "W8A8")
+    with pytest.raises(TypeError, match=f"input must be a tensor, got {type(given).__name__}"):
+        layer(given)
