@@ -46,7 +46,7 @@ def convert_file(
     """Turn a model on disk that is quantized, by quantlib or by others, into one of another format.
 
     Read are compressed-tensors (naive, int-, float- and pack-quantized), GPTQ, AWQ, bitsandbytes (int8, nf4, fp4), FP8
-    blocks (``weight_scale_inv``), MXFP4 (the experts of gpt-oss), HQQ, torchao's safetensors, and quantlib's own. Codes,
+    blocks (``weight_scale_inv``), MXFP4 (experts of gpt-oss), HQQ, torchao's safetensors, and quantlib's own. Codes,
     scales and zero points stay as they are where the format that is written holds them. What it cannot hold becomes a
     float of the dtype that its own library decodes it to, and the report says why.
 
