@@ -17,7 +17,8 @@ are written alike::
     int8:channel@int8:token    the same: a channel is a row of the weight, a token is a row of the activations
     int8@int8:tensor:static    the same with one scale for all activations, which training or calibration found
 
-or one of the names of `SCHEMES`, such as ``W8A16``, with words behind it: ``W4A16:magnitude``, ``W8A8:hadamard``.
+or one of the names of `SCHEMES`, such as ``W8A16``, with words behind it: ``W4A16:mse``, which is another search than
+the one that ``W4A16`` means, ``W8A8:hadamard``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from quantlib.formats import Format
 SCHEMES = {
     "w8a16": "int8:row",
     "w8a8": "int8:row@int8:row",
-    "w4a16": "nf4_bf16:group:128:bfloat16",  # once int4:group:128; files and configurations spell it
+    # Once int4:group:128, then without the search: files and configurations spell the format.
+    "w4a16": "nf4_bf16:group:128:bfloat16:signed_magnitude",
     "w4a8": "int4:group:128@int8:row",
     "fp16": "float16",
     "bf16": "bfloat16",
@@ -101,8 +103,8 @@ class QuantSpec:
 
     Examples
     --------
-    >>> str(QuantSpec.parse("W4A16:magnitude"))
-    'nf4_bf16:group:128:bfloat16:magnitude'
+    >>> str(QuantSpec.parse("W4A16")), str(QuantSpec.parse("W4A16:mse"))
+    ('nf4_bf16:group:128:bfloat16:signed_magnitude', 'nf4_bf16:group:128:bfloat16:mse')
     >>> QuantSpec("int4", per="group", group_size=32) == QuantSpec.parse("int4:group:32")
     True
     >>> QuantSpec("int8", per="group:64", symmetric=False).block((4096, 4096))
@@ -194,7 +196,8 @@ class QuantSpec:
         scheme, _, search = weight.rpartition(":")
         if search in SEARCHES and (known := SCHEMES.get(scheme)):  # W8A8:mse, whose activation follows
             weight, at_scheme, of_scheme = known.partition("@")
-            weight, at, activation = f"{weight}:{search}", at or at_scheme, activation or of_scheme
+            words = [word for word in weight.split(":") if word not in SEARCHES]  # but for the scheme's own search
+            weight, at, activation = ":".join([*words, search]), at or at_scheme, activation or of_scheme
         name, *words = SCHEMES.get(weight, weight).split(":")
         static = words[-1:] == ["static"] and bool(words.pop())
         search = words.pop() if words[-1:] and words[-1] in SEARCHES else "minmax"

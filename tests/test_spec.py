@@ -20,7 +20,7 @@ from quantlib.spec import SCHEMES, TARGETS, QuantSpec
         ("int8", "int8:row", (1, 300), (200, 1)),
         ("W8A16", "int8:row", (1, 300), (200, 1)),
         ("w8a8", "int8:row@int8:row", (1, 300), (200, 1)),
-        ("W4A16", "nf4_bf16:group:128:bfloat16", (1, 128), (200, 3)),
+        ("W4A16", "nf4_bf16:group:128:bfloat16:signed_magnitude", (1, 128), (200, 3)),
         ("nf4", "nf4:group:64", (1, 64), (200, 5)),
         ("W4A8", "int4:group:128@int8:row", (1, 128), (200, 3)),
         ("int4", "int4:group:128", (1, 128), (200, 3)),
@@ -59,7 +59,7 @@ def test_the_words_of_the_field() -> None:
     assert str(QuantSpec("int4", group_size=32).weight_only) == "int4:group:32"
     assert repr(quantlib.W4A16) == (
         "QuantSpec(format='nf4_bf16', per='group:128', symmetric=True, activation=None, static=False, "
-        "scale='bfloat16', search='minmax', hadamard=False)"
+        "scale='bfloat16', search='signed_magnitude', hadamard=False)"
     )
     assert [str(s) for s in (quantlib.W8A16, quantlib.W4A16)] == [SCHEMES["w8a16"], SCHEMES["w4a16"]]
     assert QuantSpec.parse("W4A8") == quantlib.W4A8
@@ -74,7 +74,8 @@ def test_a_search_is_a_word_of_the_weight(text: str) -> None:
     assert str(spec) == text
     assert spec != QuantSpec.parse(text.replace(f":{spec.search}", ""))
     assert QuantSpec.parse("W8A8:mse") == QuantSpec.parse("int8:row:mse@int8:row")
-    assert str(QuantSpec.parse("w4a16:magnitude")) == "nf4_bf16:group:128:bfloat16:magnitude"
+    assert str(QuantSpec.parse("w4a16:magnitude")) == "nf4_bf16:group:128:bfloat16:magnitude"  # in place of its own
+    assert str(QuantSpec.parse("W4A16:mse@int8")) == "nf4_bf16:group:128:bfloat16:mse@int8:row"
 
 
 @pytest.mark.parametrize(
@@ -94,8 +95,9 @@ def test_group_sizes_that_are_refused(options: dict[str, Any], message: str) -> 
 
 
 def test_both_signs_are_for_values_that_are_not_symmetric() -> None:
-    assert str(QuantSpec.parse("W4A16:signed_magnitude")) == "nf4_bf16:group:128:bfloat16:signed_magnitude"
-    assert QuantSpec.parse("W4A16:signed_magnitude").kept == quantlib.W4A16
+    assert str(QuantSpec.parse("nf4:signed_mse")) == "nf4:group:64:signed_mse"
+    assert QuantSpec.parse("W4A16:signed_magnitude") == quantlib.W4A16
+    assert quantlib.W4A16.kept == QuantSpec.parse("nf4_bf16:group:128:bfloat16")  # files of before the search
     for text in ("int4:group:32:signed_mse", "uint8:row:affine:signed_mse", "fp8:signed_mse", "fp4:signed_mse"):
         with pytest.raises(
             ValueError, match=r"search must be mse or magnitude, got signed_mse for .*, whose values are"

@@ -20,6 +20,7 @@ from quantlib.checkpoint.convert import Call, Plan, Progress, Projection, conver
 from quantlib.checkpoint.files import Batch, Job, Piece, Reader, Slot, copied
 from quantlib.checkpoint.folder import Model
 from quantlib.checkpoint.foreign import Found, Tensors, find, own
+from quantlib.checkpoint.foreign.found import Experts
 from quantlib.checkpoint.stored import Contents, Stored, as_stored
 from quantlib.nn.functional import SOURCES, slabs
 from quantlib.ops.check import dtype_name
@@ -45,9 +46,9 @@ def convert_file(
     """Turn a model on disk that is quantized, by quantlib or by others, into one of another format.
 
     Read are compressed-tensors (naive, int-, float- and pack-quantized), GPTQ, AWQ, bitsandbytes (int8, nf4, fp4), FP8
-    blocks (``weight_scale_inv``), HQQ, torchao's safetensors, and quantlib's own. Codes, scales and zero points stay as
-    they are where the format that is written holds them. What it cannot hold becomes a float of the dtype that its own
-    library decodes it to, and the report says why.
+    blocks (``weight_scale_inv``), MXFP4 (experts of gpt-oss), HQQ, torchao's safetensors, and quantlib's own. Codes,
+    scales and zero points stay as they are where the format that is written holds them. What it cannot hold becomes a
+    float of the dtype that its own library decodes it to, and the report says why.
 
     Parameters
     ----------
@@ -110,7 +111,7 @@ def convert_file(
                 report.quantized += size
                 written[weight.name] = spec
                 if target.to != THEIRS:
-                    weights[weight.name] = Stored(str(spec), weight.float_shape)
+                    weights[weight.name] = weight.stored(spec)
         return Plan(reader, batches, Contents(weights), [weight.name for weight in found])
 
     tensors_of: dict[str, int] = {}
@@ -183,6 +184,8 @@ class Target:
             return requantized(weight, self.spec, cost), self.spec, ""
         if self.dtype is not None:
             return floats(weight, self.dtype, cost), None, ""
+        if weight.experts is not None and self.to == OURS:
+            return kept_experts(weight, weight.experts, cost), weight.experts.spec, ""
         if weight.spec is None:
             return floats(weight, weight.dtype, cost), None, weight.why
         if self.to == OURS:
@@ -235,7 +238,7 @@ def kept(weight: Found, cost: int) -> Batch:
     """Codes, scales and zero points as they are."""
     assert weight.spec is not None
     spec = weight.spec
-    slots = Stored(str(spec), weight.float_shape).slots(weight.name)
+    slots = weight.stored(spec).slots(weight.name)
     br = spec.block(weight.shape)[0]
 
     def job(rows: slice) -> list[Piece]:
@@ -255,16 +258,44 @@ def kept(weight: Found, cost: int) -> Batch:
     return Batch(slots, [functools.partial(job, rows) for rows in row_slabs(weight)], done, cost)
 
 
+def kept_experts(weight: Found, experts: Experts, cost: int) -> Batch:
+    """Codes, scales and zero points of every matrix as they are."""
+    spec, (N, K), E = experts.spec, experts.stored.matrix, experts.stored.stack.E
+    slots = experts.stored.slots(weight.name)
+    br = spec.block((N, K))[0] if spec.scaled else 1
+    blocks = -(-N // br)
+
+    def job(e: int, rows: slice) -> list[Piece]:
+        made = as_stored(experts.codes(e, rows))
+        first = e * blocks + rows.start // br
+        starts = (e * N + rows.start, first, first)[: len(made)]
+        return [
+            (slot.name, start * (t[:1].numel() * t.element_size()), t.contiguous())
+            for slot, start, t in zip(slots, starts, made, strict=True)
+        ]
+
+    def done() -> Any:
+        size = sum(slot.nbytes for slot in slots)
+        return asdict(LayerReport(weight.name, weight.float_shape, str(spec), cost, size, math.inf))
+
+    return Batch(slots, [functools.partial(job, e, rows) for e in range(E) for rows in slabs(N, K, br)], done, cost)
+
+
 def requantized(weight: Found, spec: QuantSpec, cost: int) -> Batch:
     """The values of a weight, quantized anew; rows are read as its own blocks are cut."""
     br = weight.spec.block(weight.shape)[0] if weight.spec is not None and weight.spec.scaled else 1
-    N = weight.shape[0]
+    N, experts = weight.shape[0], weight.experts
+    if experts is not None:
+        br = experts.spec.block(experts.stored.matrix)[0] if experts.spec.scaled else 1
+        N = experts.stored.matrix[0]
 
-    def rows_of(_: int, rows: slice) -> torch.Tensor:
+    def rows_of(e: int, rows: slice) -> torch.Tensor:
         first, last = rows.start // br * br, min(-(-rows.stop // br) * br, N)
-        return weight.decoded(slice(first, last), torch.float32)[rows.start - first : rows.stop - first].contiguous()
+        whole = slice(first, last)
+        x = weight.decoded(whole, torch.float32) if experts is None else experts.rows(e, whole, torch.float32)
+        return x[rows.start - first : rows.stop - first].contiguous()
 
-    made = Projection(weight.name, Stored(str(spec), weight.float_shape), "raise", rows_of, weight.name, cost)
+    made = Projection(weight.name, weight.stored(spec), "raise", rows_of, weight.name, cost)
     inner = made.batch
 
     def done() -> Any:

@@ -21,21 +21,22 @@ GROUPS = ("group:128", "group:64:bfloat16", "group:32:bfloat16")  # 4.25, 4.25 a
 AFFINE = "group:128:affine"  # 4.5 bits
 NARROW = ("int4:group:64:affine:bfloat16", "float4_e2m1fn:group:32:e8m0")
 SEARCHED = (
-    *("W4A16:magnitude", "W4A16:signed_magnitude"),
+    *("nf4_bf16:group:128:bfloat16", "W4A16:magnitude", "W4A16:signed_mse"),  # W4A16 is searched itself
     *("nf4_bf16:group:64:bfloat16:magnitude", "nf4_bf16:group:64:bfloat16:signed_magnitude"),
     *("nf4_bf16:group:32:bfloat16:magnitude", "nf4_bf16:group:32:bfloat16:signed_magnitude"),
     *("nf4_bf16:group:32:bfloat16:signed_mse", "fp8:mse"),
+    "nf4_bf16:group:16:bfloat16:signed_magnitude",  # 5 bits
 )
 ROTATED = ("W8A8:hadamard",)
 CALIBRATED = (
-    "nf4_bf16:group:64:bfloat16:magnitude+sinkhorn",
-    "nf4_bf16:group:32:bfloat16:signed_magnitude+sinkhorn",
+    "W4A16+sinkhorn",
+    *(f"nf4_bf16:group:{n}:bfloat16:signed_magnitude+sinkhorn" for n in (64, 32, 16)),
     "W4A16+gptq",
     "W4A16+awq+gptq",
     "fp8+gptq",
     "int4:group:128+gptq",
     "int4:group:128:affine+gptq",
-    "nf4:group:32:bfloat16+gptq",
+    "nf4_bf16:group:32:bfloat16:signed_magnitude+gptq",
     "4.5+gptq",
     "W8A8+smoothquant",
 )

@@ -40,7 +40,7 @@ SPECS: dict[str, float] = {
     "int4:group:128": 0.93,
     "int4:row": 0.9,
     "float4_e2m1fn:group:32": 0.95,
-    "nf4_bf16:group:128:bfloat16": 0.96,  # the spec of W4A16
+    "nf4_bf16:group:128:bfloat16": 0.96,  # W4A16 without its search
 }
 KEPT = "int8:row"  # whose file stays in the output folder
 BASELINES = {"float32": torch.float32, "bfloat16 model": torch.bfloat16}  # the model as it is, and cast as a whole

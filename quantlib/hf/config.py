@@ -90,7 +90,7 @@ class QuantlibConfig(QuantizationConfigMixin):
     Examples
     --------
     >>> QuantlibConfig("W4A16", skip=["model.layers.0.*"]).spec
-    'nf4_bf16:group:128:bfloat16'
+    'nf4_bf16:group:128:bfloat16:signed_magnitude'
     """
 
     def __init__(

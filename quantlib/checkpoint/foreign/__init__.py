@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantlib.checkpoint.files import Reader
-from quantlib.checkpoint.foreign import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, own, torchao
+from quantlib.checkpoint.foreign import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4, own, torchao
 from quantlib.checkpoint.foreign.found import Found, Tensors
 
 __all__ = ["FORMATS", "Found", "Tensors", "find"]
@@ -20,6 +20,7 @@ FORMATS = {
     "bitsandbytes": bitsandbytes,
     "compressed-tensors": compressed_tensors,
     "FP8": fp8,
+    "MXFP4": mxfp4,
     "torchao": torchao,
     "HQQ": hqq,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from quantlib import formats, ops
 from quantlib.backends.packing import kept_zero_points, wide_zero_points
 from quantlib.checkpoint.files import NAMES, Reader, Slot
+from quantlib.checkpoint.stored import Stored
 from quantlib.formats import SCALE_MIN
 from quantlib.nn.functional import Weight, dequantize_weight
 from quantlib.spec import QuantSpec
@@ -59,6 +60,7 @@ class Found:
     why: str = ""
     forget: Callable[[], None] = lambda: None
     float_shape: tuple[int, ...] = ()  # of the float weight, where it is no matrix
+    experts: Experts | None = None  # its codes, where it is no matrix [N, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "float_shape", self.float_shape or self.shape)
@@ -91,6 +93,60 @@ class Found:
         y = self.values(rows)
         return y if dtype is None else y.to(dtype)
 
+    def stored(self, spec: QuantSpec) -> Stored:
+        """The weight in a file of quantlib, as codes of ``spec``."""
+        return Stored(str(spec), self.float_shape, self.experts.layout if self.experts is not None else "")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The codes of E matrices [N, K], which a float weight of another shape is made of.
+
+    Attributes
+    ----------
+    spec : QuantSpec
+    layout : str
+        How the float weight lies: that of `Stored`.
+    shape : tuple of int
+        That of the float weight.
+    codes : callable (e, rows) -> Weight
+        Some rows of matrix ``e``, which begin and end where a block does.
+    """
+
+    spec: QuantSpec
+    layout: str
+    shape: tuple[int, ...]
+    codes: Callable[[int, slice], Weight]
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(str(self.spec), self.shape, self.layout)
+
+    def rows(self, e: int, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The values of some rows of matrix ``e``."""
+        return dequantize_weight(self.codes(e, rows), self.spec, self.stored.matrix[1], dtype)
+
+    def found(self, name: str, method: str, dtype: torch.dtype, parts: tuple[str, ...]) -> Found:
+        """The weight, read as the values that the codes stand for, as the float weight lies; its rows are experts."""
+        stored = self.stored
+        shape = self.shape[0], math.prod(self.shape[1:])
+        whole: dict[str, Tensor] = {}
+
+        def values(rows: slice) -> Tensor:
+            N = stored.matrix[0]
+            if stored.layout in ("enk", "ekn"):
+                part = replace(stored, shape=(rows.stop - rows.start, *self.shape[1:]))
+                matrices = [self.rows(e, slice(0, N), dtype) for e in range(rows.start, rows.stop)]
+                return part.stack.join(matrices).flatten(1)
+            if name not in whole:
+                matrices = [self.rows(e, slice(0, N), dtype) for e in range(stored.stack.E)]
+                whole[name] = stored.stack.join(matrices).view(shape)
+            return whole[name][rows]
+
+        kind = "experts" if stored.is_experts else "Conv1D"
+        why = f"codes of {kind} are kept by quantlib's own files alone"
+        return Found(name, method, shape, dtype, parts, None, None, values, why, whole.clear, self.shape, self)
+
 
 class Tensors:
     """Every tensor of a model but those ``hidden`` by its name, whatever file it is in, and ``config.json``."""
@@ -115,6 +171,9 @@ class Tensors:
 
     def rows(self, name: str, rows: slice) -> Tensor:
         return self._reader(name).rows(name, rows)
+
+    def part(self, name: str, row: int, shape: tuple[int, ...]) -> Tensor:
+        return self._reader(name).part(name, row, shape)
 
     def _reader(self, name: str) -> Reader:
         if name not in self.owner:

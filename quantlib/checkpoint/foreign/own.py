@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from quantlib.checkpoint.files import Reader
-from quantlib.checkpoint.foreign.found import Found, Tensors
+from quantlib.checkpoint.foreign.found import Experts, Found, Tensors
 from quantlib.checkpoint.stored import Contents, Stored
 from quantlib.nn.functional import Weight
 from quantlib.spec import QuantSpec
@@ -37,21 +34,11 @@ def weight_of(reader: Reader, name: str, stored: Stored) -> Found:
 
 
 def turned(reader: Reader, name: str, stored: Stored, parts: tuple[str, ...]) -> Found:
-    """Experts, or a matrix [K, N]: read as the values that the codes stand for, as the float weight lies."""
+    """Experts, or a matrix [K, N]."""
+
+    def codes(e: int, rows: slice) -> Weight:
+        return stored.codes(reader, name, rows, e)
+
     kind = "experts" if stored.is_experts else "Conv1D"
-    shape = stored.shape[0], math.prod(stored.shape[1:])
-    whole: dict[str, Tensor] = {}
-
-    def values(rows: slice) -> Tensor:
-        if stored.layout in ("enk", "ekn"):  # rows are experts
-            of_rows = replace(stored, shape=(rows.stop - rows.start, *stored.shape[1:]))
-            N = stored.matrix[0]
-            matrices = [stored.rows(reader, name, slice(0, N), torch.float32, e) for e in range(rows.start, rows.stop)]
-            return of_rows.stack.join(matrices).flatten(1)
-        if name not in whole:
-            whole[name] = stored.values(reader, name, torch.float32)
-        return whole[name][rows]
-
-    why = f"codes of {kind} are kept by quantlib's own files alone"
-    method = f"{METHOD} {stored.spec}, {kind}"
-    return Found(name, method, shape, torch.float32, parts, None, None, values, why, whole.clear, stored.shape)
+    experts = Experts(QuantSpec.parse(stored.spec), stored.layout, stored.shape, codes)
+    return experts.found(name, f"{METHOD} {stored.spec}, {kind}", torch.float32, parts)
