@@ -80,12 +80,13 @@ def sum_steps(
             elif SCALES == "step":
                 part = tl.dot(w, x, part, input_precision="ieee")
             elif SCALES == "half":
-                total += tl.dot(w, x, input_precision="ieee") * load_scale(scale_ptr + at + J, exists, F)
+                part = tl.dot(w, x, input_precision="ieee")
+                total = tl.fma(part, load_scale(scale_ptr + at + J, exists, F), total)
             else:
                 w = (w.to(tl.float32) * load_scale(scale_ptr + at + J, exists, F)).to(D)
                 total = tl.dot(w, x, total, input_precision="ieee")
         if SCALES == "step":
-            total += part * s
+            total = tl.fma(part, s, total)
     if SCALES == "row":
         total = total * load_scale(scale_ptr + at, rows & (scale_cols > 0), F)
     return total
@@ -172,6 +173,6 @@ def scales(x: torch.Tensor, weight: QuantizedWeight, tile: tuning.MatmulTile) ->
     if weight.block[1] % (COLUMNS.value if weight.tiled else tile.tile_k):
         return "element"
     few = len(x) < 64 or tile.tile_m <= tuning.FEW
-    if few or x.dtype == torch.float16:
+    if few or x.dtype == torch.float16 or tile.tile_k > COLUMNS.value:  # a step has more weights than sums
         return "step" if weight.block[1] % tile.tile_k == 0 else "half"
     return "weights"

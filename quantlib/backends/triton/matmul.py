@@ -7,6 +7,7 @@ usual formats of at most eight bits. Integers are read as signed bytes, uint8 le
 import triton
 import triton.language as tl
 
+from quantlib import formats
 from quantlib.backends.tiles import TileLayout
 from quantlib.backends.triton.activation import activate
 from quantlib.backends.triton.numerics import (
@@ -19,6 +20,8 @@ from quantlib.backends.triton.tile import codes_at, load_zero_point, spread_sign
 
 ROWS: tl.constexpr = tl.constexpr(TileLayout.ROWS)
 BYTES: tl.constexpr = tl.constexpr(TileLayout.BYTES)
+BFLOAT16: tl.constexpr = tl.constexpr(formats.get("bfloat16"))
+FLOAT16: tl.constexpr = tl.constexpr(formats.get("float16"))
 COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are side by side: all, or those of one place in a byte
 
 
@@ -115,6 +118,52 @@ def nibble_operands(byte, D: tl.constexpr):
         )  # fmt: skip
 
 
+@triton.constexpr_function
+def looks_up(F, D):
+    """Say if four bits are the index of a table of D."""
+    return F.is_float and F.bits == 4 and F.per_byte == 2 and D != tl.float32
+
+
+@triton.constexpr_function
+def look_up_assembly(F, X):
+    """Four bytes -> the codes in X at their low and at their high nibbles. The two bytes of a code are looked up apart:
+    a nibble selects one of eight by its low bits, twice, and one of those two by its highest.
+
+    z is 0, the upper half of a lane's number squared. A compiler that knew so, or that it is the same in all lanes,
+    would move the words of the table to a register for every instruction anew.
+    """
+    table = [X.code(F.value(code)) for code in range(16)]
+    text = "{ .reg .b32 s, t, a, b, l, h, w, z; mov.u32 z, %laneid; mul.hi.u32 z, z, z;"
+    text += "and.b32 s, $4, 0x77777777; shr.u32 t, $4, 1; lop3.b32 t, t, 0x44444444, 0x32103210, 0xEA;"
+    for half in (0, 1):
+        for to, shift in (("l", 0), ("h", 8)):
+            at = [code >> shift & 255 for code in table]
+            words = [f"0x{sum(at[4 * n + i] << 8 * i for i in range(4)):08X}" for n in range(4)]
+            text += f"or.b32 w, z, {words[0]}; prmt.b32 a, w, {words[1]}, s;"
+            if words[:2] == words[2:]:
+                text += f"mov.b32 {to}, a;"
+            else:
+                text += f"or.b32 w, z, {words[2]}; prmt.b32 b, w, {words[3]}, s; prmt.b32 {to}, a, b, t;"
+        text += f"prmt.b32 ${half}, l, h, 0x6240; prmt.b32 ${2 + half}, l, h, 0x7351;"
+        text += "" if half else "shr.u32 s, s, 16; shr.u32 t, t, 16;"
+    return text + "}"
+
+
+@triton.jit
+def look_up_operands(byte, F: tl.constexpr, D: tl.constexpr):
+    """[...] bytes -> the values of their low and of their high nibbles, as for byte_operand"""
+    if tl.bfloat16 == D:
+        return tl.inline_asm_elementwise(
+            look_up_assembly(F, BFLOAT16), "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True,
+            pack=4,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            look_up_assembly(F, FLOAT16), "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True,
+            pack=4,
+        )  # fmt: skip
+
+
 @triton.jit
 def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr):
     """[tile_n / 16, 1024] bytes -> the operands of each place in a byte, [tile_n / 16, 1024] D"""
@@ -123,6 +172,8 @@ def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH
         return (operand(code, F, D, ARCH),)
     elif F.per_byte == 2 and F.signed and not F.is_float and tl.float32 != D:
         return nibble_operands(tiles, D)
+    elif looks_up(F, D):
+        return look_up_operands(tiles, F, D)
     else:
         PLACES: tl.constexpr = F.per_byte
         values = ()
