@@ -1,8 +1,9 @@
 """y[m, n] = activation(sum over k of x[m, k] * w[n, k] + bias[n]), w = dequantize(codes)
 
 The weight lies on the left of the dot, so that a batch of eight fills a matrix instruction, and its codes become
-operands in the registers they were loaded to. A scale of a row multiplies the sum; one of a group the sum of a step, or
-of half of one, or, from a batch of 64 on, bfloat16 weights.
+operands in the registers they were loaded to; `is_right` says where it does not. A scale of a row multiplies the sum;
+one of a group the sum of a step, or of half of one. From a batch of 64 on it multiplies bfloat16 weights where a step
+has no more of them than of sums.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from quantlib.backends.triton.matmul import (
     arrive,
     finish,
     in_order,
+    is_right,
     load_operands,
     load_scale,
     load_x,
+    multiply,
     operand_type,
     split_tiles,
     subtract_zero_point,
@@ -76,7 +79,7 @@ def sum_steps(
             if SCALES == "element" or not TILED:
                 w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
             if SCALES == "row":
-                total = tl.dot(w, x, total, input_precision="ieee")
+                total = multiply(w, x, total, is_right(X, F, SCALES, T, ARCH))
             elif SCALES == "step":
                 part = tl.dot(w, x, part, input_precision="ieee")
             elif SCALES == "half":

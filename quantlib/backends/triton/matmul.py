@@ -16,6 +16,7 @@ from quantlib.backends.triton.numerics import (
     encode_float,
     int_to_float,
 )
+from quantlib.backends.triton.tables import FEW
 from quantlib.backends.triton.tile import codes_at, load_zero_point, spread_sign, unpack
 
 ROWS: tl.constexpr = tl.constexpr(TileLayout.ROWS)
@@ -34,6 +35,14 @@ def operand_type(X, F, EXACT, ARCH):
     if ARCH == 0 or X.bits == 32 or not (EXACT and X.holds(F)):
         return tl.float32
     return tl.float16 if X.fraction_bits == 10 else tl.bfloat16
+
+
+@triton.constexpr_function
+def is_right(X, F, SCALES, T, ARCH):
+    """True if the weight lies on the right. The tensor cores of sm_90 read it there from shared memory, to which it is
+    stored in vectors; on the left its operands come from registers, loaded as codes in pairs of bytes. With a scale for
+    each group it stays there, where a thread has few rows and so few scales. The interpreter goes both ways."""
+    return ARCH in (0, 90) and T.tile_m > FEW and SCALES == "row" and X.bits == 16 and X.holds(F)
 
 
 @triton.constexpr_function
@@ -254,6 +263,15 @@ def load_narrow(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.
     else:
         byte = k // F.per_byte + tl.arange(0, T.tile_k // F.per_byte)[None, :]
         return unpack(tl.load(ptr + byte, rows, 0), F).to(tl.int8)
+
+
+@triton.jit
+def multiply(w, x, total, RIGHT: tl.constexpr):
+    """w x + total, [tile_n, tile_m] float32; RIGHT: as the product of the transposed"""
+    if RIGHT:
+        return tl.trans(tl.dot(tl.trans(x), tl.trans(w), tl.trans(total), input_precision="ieee"))
+    else:
+        return tl.dot(w, x, total, input_precision="ieee")
 
 
 # ---- scales and zero points ------------------------------------------------------------------------------------------
