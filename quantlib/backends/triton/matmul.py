@@ -130,7 +130,7 @@ def nibble_operands(byte, D: tl.constexpr):
 @triton.constexpr_function
 def looks_up(F, D):
     """Say if four bits are the index of a table of D."""
-    return F.is_float and F.bits == 4 and F.per_byte == 2 and D != tl.float32
+    return F.is_float and F.bits == 4 and F.per_byte == 2 and tl.float32 != D
 
 
 @triton.constexpr_function
