@@ -178,8 +178,7 @@ class FloatFormat(Stored):
         """The largest finite magnitude, Q of C4: a scale is ``amax`` / Q."""
         if self.values:
             return max(abs(v) for v in self.values)
-        exponent, fraction = divmod(self.max_code, 1 << self.fraction_bits)
-        return 2.0 ** (exponent - self.bias) * (1 + fraction / (1 << self.fraction_bits))
+        return self.value(self.max_code)
 
     @cached_property
     def smallest(self) -> float:
@@ -227,6 +226,21 @@ class FloatFormat(Stored):
             return not self.values and all(self.is_value(v) for v in f.values)
         special = f.has_inf <= self.has_inf and f.has_nan <= self.has_nan
         return special and f.fraction_bits <= self.fraction_bits and f.max <= self.max and f.smallest >= self.smallest
+
+    def value(self, code: int) -> float:
+        """The value of a code that is neither infinity nor NaN."""
+        if self.values:
+            return self.values[code]
+        exponent, fraction = divmod(code & (self.sign_bit - 1), 1 << self.fraction_bits)
+        magnitude = math.ldexp((exponent > 0) + fraction / (1 << self.fraction_bits), max(exponent, 1) - self.bias)
+        return -magnitude if code & self.sign_bit else magnitude
+
+    def code(self, value: float) -> int:
+        """The code of one of the values of a format with fields: 0, or a normal one."""
+        significand, exponent = math.frexp(abs(value))
+        fraction = int((2 * significand - 1) * (1 << self.fraction_bits))
+        magnitude = ((exponent - 1 + self.bias) << self.fraction_bits) + fraction if value else 0
+        return magnitude | self.sign_bit * (math.copysign(1.0, value) < 0)
 
     def is_value(self, value: float) -> bool:
         """True if a code with fields has the value ``value``."""

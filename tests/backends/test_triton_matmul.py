@@ -346,6 +346,21 @@ def test_the_assembly_that_makes_operands(format: str, D: str) -> None:
         assert np.array_equal(found.view(np.uint32), want.view(np.uint32))
 
 
+@pytest.mark.parametrize("D", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["float4_e2m1fn", "nf4_bf16"])
+def test_the_assembly_that_looks_operands_up(format: str, D: str) -> None:
+    from quantlib.backends.triton import matmul
+
+    f, byte = formats.get(format), np.arange(256, dtype=np.uint32)
+    word = byte | byte[::-1] << 8 | (byte * 7 & 255) << 16 | (byte * 31 & 255) << 24
+    made = run_assembly(matmul.look_up_assembly.fn(f, formats.get(D)).strip("{} "), word, D)
+    values = reference.decode_float(np.arange(16, dtype=np.uint8), f).view(np.uint32)
+    for n, place in enumerate((0, 4)):
+        found = np.stack([made[2 * n + e // 2][e % 2] for e in range(4)], 1)
+        want = np.stack([values[word >> (8 * e + place) & 15] for e in range(4)], 1)
+        assert np.array_equal(found.view(np.uint32), want)
+
+
 def assembly(function: Any, format: str, D: str) -> str:
     """The text that a function hands to the assembler for D; of two alternatives for a format, the one it takes."""
     branches = re.split(r"\n    else:", inspect.getsource(function.fn))
@@ -382,10 +397,12 @@ def run_assembly(text: str, word: Any, D: str) -> list[tuple[Any, Any]]:
         to, *names = (name.strip() for name in rest.split(","))
         if operation == ".reg":
             continue
-        if operation == "mov.b32":
-            registers[to] = value(names[0])
-        elif operation in ("xor.b32", "and.b32", "shr.u32"):
-            bitwise = {"x": np.bitwise_xor, "a": np.bitwise_and, "s": np.right_shift}[operation[0]]
+        if operation in ("mov.b32", "mov.u32"):
+            registers[to] = np.arange(len(word), dtype=np.uint32) % 32 if names == ["%laneid"] else value(names[0])
+        elif operation == "mul.hi.u32":
+            registers[to] = (value(names[0]).astype(np.uint64) * value(names[1]) >> np.uint64(32)).astype(np.uint32)
+        elif operation in ("xor.b32", "and.b32", "or.b32", "shr.u32"):
+            bitwise = {"x": np.bitwise_xor, "a": np.bitwise_and, "o": np.bitwise_or, "s": np.right_shift}[operation[0]]
             registers[to] = bitwise(value(names[0]), value(names[1]))
         elif operation == "lop3.b32":
             table, operands = int(names[3], 0), [value(name) for name in names[:3]]
@@ -395,7 +412,9 @@ def run_assembly(text: str, word: Any, D: str) -> list[tuple[Any, Any]]:
                 registers[to] |= terms[0] & terms[1] & terms[2]
         elif operation == "prmt.b32":
             both = value(names[0]).astype(np.uint64) | value(names[1]).astype(np.uint64) << np.uint64(32)
-            chosen = [(both >> np.uint64(8 * (int(names[2], 0) >> 4 * n & 7)) & np.uint64(255)) for n in range(4)]
+            places = [value(names[2]).astype(np.uint64) >> np.uint64(4 * n) & np.uint64(15) for n in range(4)]
+            assert max(place.max() for place in places) < 8, "a byte of signs"
+            chosen = [both >> np.uint64(8) * place & np.uint64(255) for place in places]
             registers[to] = sum(c << np.uint64(8 * n) for n, c in enumerate(chosen)).astype(np.uint32)  # type: ignore[union-attr]
         elif operation.startswith("fma.rn"):
             a, b, c = (pair(name) for name in names)

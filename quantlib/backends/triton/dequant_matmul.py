@@ -1,8 +1,9 @@
 """y[m, n] = activation(sum over k of x[m, k] * w[n, k] + bias[n]), w = dequantize(codes)
 
 The weight lies on the left of the dot, so that a batch of eight fills a matrix instruction, and its codes become
-operands in the registers they were loaded to. A scale of a row multiplies the sum; one of a group the sum of a step, or
-of half of one, or, from a batch of 64 on, bfloat16 weights.
+operands in the registers they were loaded to; `is_right` says where it does not. A scale of a row multiplies the sum;
+one of a group the sum of a step, or of half of one. From a batch of 64 on it multiplies bfloat16 weights where a step
+has no more of them than of sums.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from quantlib.backends.triton.matmul import (
     arrive,
     finish,
     in_order,
+    is_right,
     load_operands,
     load_scale,
     load_x,
+    multiply,
     operand_type,
     split_tiles,
     subtract_zero_point,
@@ -76,16 +79,17 @@ def sum_steps(
             if SCALES == "element" or not TILED:
                 w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
             if SCALES == "row":
-                total = tl.dot(w, x, total, input_precision="ieee")
+                total = multiply(w, x, total, is_right(X, F, SCALES, T, ARCH))
             elif SCALES == "step":
                 part = tl.dot(w, x, part, input_precision="ieee")
             elif SCALES == "half":
-                total += tl.dot(w, x, input_precision="ieee") * load_scale(scale_ptr + at + J, exists, F)
+                part = tl.dot(w, x, input_precision="ieee")
+                total = tl.fma(part, load_scale(scale_ptr + at + J, exists, F), total)
             else:
                 w = (w.to(tl.float32) * load_scale(scale_ptr + at + J, exists, F)).to(D)
                 total = tl.dot(w, x, total, input_precision="ieee")
         if SCALES == "step":
-            total += part * s
+            total = tl.fma(part, s, total)
     if SCALES == "row":
         total = total * load_scale(scale_ptr + at, rows & (scale_cols > 0), F)
     return total
@@ -172,6 +176,6 @@ def scales(x: torch.Tensor, weight: QuantizedWeight, tile: tuning.MatmulTile) ->
     if weight.block[1] % (COLUMNS.value if weight.tiled else tile.tile_k):
         return "element"
     few = len(x) < 64 or tile.tile_m <= tuning.FEW
-    if few or x.dtype == torch.float16:
+    if few or x.dtype == torch.float16 or tile.tile_k > COLUMNS.value:  # a step has more weights than sums
         return "step" if weight.block[1] % tile.tile_k == 0 else "half"
     return "weights"

@@ -7,6 +7,7 @@ usual formats of at most eight bits. Integers are read as signed bytes, uint8 le
 import triton
 import triton.language as tl
 
+from quantlib import formats
 from quantlib.backends.tiles import TileLayout
 from quantlib.backends.triton.activation import activate
 from quantlib.backends.triton.numerics import (
@@ -15,10 +16,13 @@ from quantlib.backends.triton.numerics import (
     encode_float,
     int_to_float,
 )
+from quantlib.backends.triton.tables import FEW
 from quantlib.backends.triton.tile import codes_at, load_zero_point, spread_sign, unpack
 
 ROWS: tl.constexpr = tl.constexpr(TileLayout.ROWS)
 BYTES: tl.constexpr = tl.constexpr(TileLayout.BYTES)
+BFLOAT16: tl.constexpr = tl.constexpr(formats.get("bfloat16"))
+FLOAT16: tl.constexpr = tl.constexpr(formats.get("float16"))
 COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are side by side: all, or those of one place in a byte
 
 
@@ -31,6 +35,14 @@ def operand_type(X, F, EXACT, ARCH):
     if ARCH == 0 or X.bits == 32 or not (EXACT and X.holds(F)):
         return tl.float32
     return tl.float16 if X.fraction_bits == 10 else tl.bfloat16
+
+
+@triton.constexpr_function
+def is_right(X, F, SCALES, T, ARCH):
+    """True if the weight lies on the right. The tensor cores of sm_90 read it there from shared memory, to which it is
+    stored in vectors; on the left its operands come from registers, loaded as codes in pairs of bytes. With a scale for
+    each group it stays there, where a thread has few rows and so few scales. The interpreter goes both ways."""
+    return ARCH in (0, 90) and T.tile_m > FEW and SCALES == "row" and X.bits == 16 and X.holds(F)
 
 
 @triton.constexpr_function
@@ -115,6 +127,52 @@ def nibble_operands(byte, D: tl.constexpr):
         )  # fmt: skip
 
 
+@triton.constexpr_function
+def looks_up(F, D):
+    """Say if four bits are the index of a table of D."""
+    return F.is_float and F.bits == 4 and F.per_byte == 2 and tl.float32 != D
+
+
+@triton.constexpr_function
+def look_up_assembly(F, X):
+    """Four bytes -> the codes in X at their low and at their high nibbles. The two bytes of a code are looked up apart:
+    a nibble selects one of eight by its low bits, twice, and one of those two by its highest.
+
+    z is 0, the upper half of a lane's number squared. A compiler that knew so, or that it is the same in all lanes,
+    would move the words of the table to a register for every instruction anew.
+    """
+    table = [X.code(F.value(code)) for code in range(16)]
+    text = "{ .reg .b32 s, t, a, b, l, h, w, z; mov.u32 z, %laneid; mul.hi.u32 z, z, z;"
+    text += "and.b32 s, $4, 0x77777777; shr.u32 t, $4, 1; lop3.b32 t, t, 0x44444444, 0x32103210, 0xEA;"
+    for half in (0, 1):
+        for to, shift in (("l", 0), ("h", 8)):
+            at = [code >> shift & 255 for code in table]
+            words = [f"0x{sum(at[4 * n + i] << 8 * i for i in range(4)):08X}" for n in range(4)]
+            text += f"or.b32 w, z, {words[0]}; prmt.b32 a, w, {words[1]}, s;"
+            if words[:2] == words[2:]:
+                text += f"mov.b32 {to}, a;"
+            else:
+                text += f"or.b32 w, z, {words[2]}; prmt.b32 b, w, {words[3]}, s; prmt.b32 {to}, a, b, t;"
+        text += f"prmt.b32 ${half}, l, h, 0x6240; prmt.b32 ${2 + half}, l, h, 0x7351;"
+        text += "" if half else "shr.u32 s, s, 16; shr.u32 t, t, 16;"
+    return text + "}"
+
+
+@triton.jit
+def look_up_operands(byte, F: tl.constexpr, D: tl.constexpr):
+    """[...] bytes -> the values of their low and of their high nibbles, as for byte_operand"""
+    if tl.bfloat16 == D:
+        return tl.inline_asm_elementwise(
+            look_up_assembly(F, BFLOAT16), "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True,
+            pack=4,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            look_up_assembly(F, FLOAT16), "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True,
+            pack=4,
+        )  # fmt: skip
+
+
 @triton.jit
 def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr):
     """[tile_n / 16, 1024] bytes -> the operands of each place in a byte, [tile_n / 16, 1024] D"""
@@ -123,6 +181,8 @@ def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH
         return (operand(code, F, D, ARCH),)
     elif F.per_byte == 2 and F.signed and not F.is_float and tl.float32 != D:
         return nibble_operands(tiles, D)
+    elif looks_up(F, D):
+        return look_up_operands(tiles, F, D)
     else:
         PLACES: tl.constexpr = F.per_byte
         values = ()
@@ -203,6 +263,15 @@ def load_narrow(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.
     else:
         byte = k // F.per_byte + tl.arange(0, T.tile_k // F.per_byte)[None, :]
         return unpack(tl.load(ptr + byte, rows, 0), F).to(tl.int8)
+
+
+@triton.jit
+def multiply(w, x, total, RIGHT: tl.constexpr):
+    """w x + total, [tile_n, tile_m] float32; RIGHT: as the product of the transposed"""
+    if RIGHT:
+        return tl.trans(tl.dot(tl.trans(x), tl.trans(w), tl.trans(total), input_precision="ieee"))
+    else:
+        return tl.dot(w, x, total, input_precision="ieee")
 
 
 # ---- scales and zero points ------------------------------------------------------------------------------------------

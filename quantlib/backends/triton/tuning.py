@@ -26,6 +26,7 @@ SLAB = 1 << 23  # weights of a slab, at least: 16 MiB
 SLAB_SUMS = 1 << 22  # sums of a slab, at least: 256 tiles of 128 x 128, twice as many as multiprocessors
 UNTUNED = "an untuned device"
 SLABS_FROM = 128  # rows of dy above which the gradient takes slabs: a weight is decoded once, and not every 128 rows
+WARPGROUPS = 200_000  # bytes of shared memory, of devices whose tensor cores read operands from it (sm_90, sm_100)
 LONGEST = 8  # steps at least of a split, so that its loads overlap
 
 Shape = tuple[int, int, int]  # M, N, K
@@ -50,17 +51,17 @@ def choose_matmul(
     if device and takes_slabs((M, N, K), format, dtype, bk):
         return shown(MatmulTile(64, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1, slab_rows(M, K)))
     tile_k = TileLayout(format).columns if tiled else step_of(bk, 64) if bk < K else 64
-    wide = dtype == torch.float32  # multiplied without tensor cores
+    wide = not holds(format, dtype)  # multiplied in float32, without tensor cores
     if bk < K and bk % (64 if tiled else tile_k):  # a weight has a scale of its own, loaded like it
         tile_n, tile_m, warps, stages = 32, max(8, min(power_of_2(M), FEW)), 4, 2
     elif M <= FEW:
         tile_n, tile_m, warps, stages = 64, max(8, power_of_2(M)), 4 if wide and M > 8 else 2, 4
     elif M <= 64 or wide:
         tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
+    elif tile_k > 64:  # the sums of a step beside all: registers hold no more where operands need some too
+        tile_n, tile_m, warps, stages = 64, 128 if shared >= WARPGROUPS else 64, 4, 3
     else:
-        tile_n, tile_m, warps, stages = widest(M, N, longest_splits(K, tile_k, True) if tile_k > 64 else 1)
-        if tile_k > 64 and tile_n == 64:  # four warps would not hold the operands of a step, eight not those of float16
-            tile_m, warps = (64, 4) if dtype == torch.float16 else (128, 8)
+        tile_n, tile_m, warps, stages = widest(M, N)
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, tile_k if tiled else 32)
     splits = 1 if wide and M > 64 else splits_of((M, N, K), tile_n, tile_m, tile_k, format.packed)
@@ -79,12 +80,9 @@ def holds(format: Format, dtype: torch.dtype) -> bool:
     return isinstance(x_format, FloatFormat) and x_format.bits == 16 and x_format.holds(format)
 
 
-def widest(M: int, N: int, splits: int) -> tuple[int, int, int, int]:
-    """Sizes, warps and loads in flight of a tile of many rows: 128 x 128 where there are enough of them, else half.
-
-    There are ``splits`` times as many where K is split first, as it is of packed codes: half a tile decodes each twice.
-    """
-    if cdiv(N, 128) * cdiv(M, 128) * splits >= FILLED:
+def widest(M: int, N: int) -> tuple[int, int, int, int]:
+    """Sizes, warps and loads in flight of a tile of many rows: 128 x 128 where there are enough of them, else half."""
+    if cdiv(N, 128) * cdiv(M, 128) >= FILLED:
         return 128, 128, 8, 3
     return 64, 128, 4, 3
 
@@ -134,7 +132,7 @@ def choose_scaled(
     elif M <= 64:
         tile_n, tile_m, tile_k, warps, stages = 64, 64, 128, 4, 4
     else:
-        tile_k, (tile_n, tile_m, _, stages), warps = 128, widest(M, N, 1), 8
+        tile_k, (tile_n, tile_m, _, stages), warps = 128, widest(M, N), 8
     if bk < K:  # two sums are held, of a group and of all
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
     if device and K % 16:
