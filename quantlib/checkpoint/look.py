@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -176,10 +176,12 @@ def inspect_checkpoint(
     Raises
     ------
     FileNotFoundError, ValueError
-        As for `convert_file`.
+        As for `convert_file`; ValueError also for a pattern that no tensor matches.
     """
     with Model.open(Path(path)) as model:
-        entries = [e for name, e in entries_of(model).items() if not only or matches(name, only)]
+        every = entries_of(model)
+        check_patterns(only, every)
+        entries = [e for name, e in every.items() if not only or matches(name, only)]
         return in_threads(report_of, entries, [sizes_of(e, model) for e in entries], progress)
 
 
@@ -207,10 +209,11 @@ def compare_checkpoints(
     Raises
     ------
     FileNotFoundError, ValueError
-        As for `convert_file`; ValueError also for inputs that do not fit.
+        As for `convert_file`; ValueError also for inputs that do not fit, and for a pattern that no tensor matches.
     """
     with Model.open(Path(a)) as model_a, Model.open(Path(b)) as model_b:
         of_a, of_b = entries_of(model_a), entries_of(model_b)
+        check_patterns(only, [*of_a, *of_b])
         names = [name for name in of_a if not only or matches(name, only)]
         found = Comparison(only_b=[name for name in of_b if name not in of_a and (not only or matches(name, only))])
         xs = read_inputs(inputs, of_a)
@@ -254,6 +257,15 @@ def log_probabilities(path: Path, ids: Tensor) -> Tensor:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(path)
     model.eval()
     return model(input_ids=ids).logits.float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def check_patterns(only: Sequence[str], names: Iterable[str]) -> None:
+    """Check that each pattern of ``only`` matches a name: a comparison of nothing finds no difference."""
+    names = list(names)
+    for pattern in only:
+        if not any(matches(name, [pattern]) for name in names):
+            example = f", such as {names[0]!r}" if names else ""
+            raise ValueError(f"only must be patterns of names of tensors{example}, got {pattern!r}, which matches none")
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

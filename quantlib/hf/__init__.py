@@ -10,7 +10,13 @@ from __future__ import annotations
 import importlib.util
 
 from quantlib.hf.config import QuantlibConfig
-from quantlib.hf.quantizer import QuantlibQuantizer
+
+try:
+    from quantlib.hf.quantizer import QuantlibQuantizer
+except ImportError as error:
+    import transformers
+
+    raise ImportError(f"transformers must be 5.20 or newer for quantlib.hf, got {transformers.__version__}") from error
 
 if importlib.util.find_spec("peft") is not None:
     import quantlib.hf.lora  # for what it changes in peft

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -55,11 +56,13 @@ class QuantlibQuantizer(Loading, HfQuantizer):
     def __init__(self, quantization_config: QuantlibConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._begin()
+        self.model: Any = None  # while it is loaded
 
     # ---- the skeleton, before the files are read --------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._prepare(model, self.pre_quantized)
+        self.model = model
 
     def _names_in(self, model: Any, weights: dict[str, Stored]) -> dict[str, Stored]:
         return names_in(model, weights)
@@ -72,7 +75,8 @@ class QuantlibQuantizer(Loading, HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize(self)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        model = self.model if model is None else model  # transformers before 5.24 leaves it out
         return conversions_of_codes(weight_conversions, model) if self.codes else weight_conversions
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -84,6 +88,7 @@ class QuantlibQuantizer(Loading, HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.places.clear()
+        self.model = None
         if self.pre_quantized:
             check_loaded(model)
         adopt_codes(model)
@@ -250,6 +255,10 @@ def of_parts(converter: WeightConverter, stacks: dict[str, QuantExperts]) -> lis
     rows = rows and not any(stack.transposed for m in owners for stack in m.stacks.values())
     if not owners or len(targets) != 1 or not simple or not rows:
         return []
+    if not hasattr(converter, "copy"):
+        raise ImportError(
+            f"transformers must be 5.24 or newer to load experts of codes, got {transformers.__version__}"
+        )
     suffixes = {"_codes": ""} | ({"_scale": "_scale"} if specs[0].scaled else {})
     suffixes |= {} if specs[0].symmetric is not False else {"_zero_point": "_zero_point"}
     return [

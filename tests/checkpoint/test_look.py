@@ -111,6 +111,15 @@ def test_next_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "next tokens: KL" in capsys.readouterr().out
 
 
+def test_a_pattern_that_matches_no_tensor_is_no_success(src: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = src.with_name("out.safetensors")
+    quantize_file(src, out, "int4:row", include=["*"])
+    assert [report.name for report in inspect_checkpoint(out, only=["a.*ght"])] == ["a.weight"]
+    for verb in (["inspect", str(out)], ["compare", str(src), str(out), "--tolerance", "1e-9"]):
+        assert main([*verb, "--only", "a.*", "--only", "c.*"]) == 2
+        assert "only must be patterns of names of tensors, such as 'a." in capsys.readouterr().err
+
+
 def test_steps_between() -> None:
     p = torch.tensor([1.0, -0.0, 1e-45, math.nan])
     assert steps_between(p, torch.tensor([1.0, 0.0, -1e-45, math.nan])) == 2
