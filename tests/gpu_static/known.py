@@ -65,6 +65,12 @@ KNOWN: tuple[Known, ...] = (
         (100,),
     ),
     Known(
+        r"^triton dequant_matmul_kernel bfloat16 nf4_bf16 M=256 4096x4096 group:128 tiled",
+        "spills 8 bytes",
+        "the compiler settles for 168 registers, of which three programs fit on a multiprocessor",
+        (80,),
+    ),
+    Known(
         r"^triton dequant_matmul_kernel \S+ float8",
         r"\d+ stores to shared memory|above the ceiling",
         "no instruction converts eight bits, which go the way of four",
