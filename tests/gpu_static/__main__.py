@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gpu_static import known, run
 from gpu_static.budgets import Budgets
 from gpu_static.contract import NEW, SHARED
-from gpu_static.table import summary, table, write_page
+from gpu_static.table import products, summary, table, write_page
 
 
 def main(arguments: list[str]) -> int:
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     if given.json:
         print(json.dumps([asdict(row) for row in rows]))
     else:
-        print(table(rows), summary(rows), sep="\n\n")
+        print(table(rows), summary(rows), products(rows), sep="\n\n")
         print(*(f"known, but no kernel breaks it: {k.name}: {k.fault}" for k in idle), sep="\n", end="\n" * bool(idle))
         print(f"{len(rows)} kernels in {seconds:.0f} s")
     if given.page:

@@ -206,4 +206,8 @@ MATMULS = tuple(
         ("scaled_matmul", "int8", "row"),
     )
 )
-FAST = tuple(dict.fromkeys((*FIRST, *MATMULS)))
+# A code book, which the spec W4A16 takes, is looked up.
+BOOKS = tuple(
+    Call("dequant_matmul", "bfloat16", "nf4_bf16", per="group:128", M=M, tiled=True) for M in (1, 16, 64, 256, 1024)
+)
+FAST = tuple(dict.fromkeys((*FIRST, *MATMULS, *BOOKS)))

@@ -49,18 +49,21 @@ class Bound:
         return f"{self.us:.1f} us, {self.by}"
 
 
-def bound(m: Measured) -> Bound | None:
-    """Return the bound of a kernel of a shape; None where its name has no shape, or where its units are other ones."""
-    shape = re.search(r"\b(\d+)x(\d+)\b", m.config)
-    if shape is None or m.facts.get("ragged") or PARTS.match(m.kernel):
+def bound(m: Measured, shape: tuple[int, int] | None = None, gpu: GPU | None = None) -> Bound | None:
+    """Return the bound of a kernel of a shape, or of another one that it takes as well; None where its name has no
+    shape, or where its units are other ones."""
+    named = re.search(r"\b(\d+)x(\d+)\b", m.config)
+    if named is None or m.facts.get("ragged") or PARTS.match(m.kernel):
         return None
-    gpu, units = GPUS[m.arch], int(shape[1]) * int(shape[2])
+    gpu, (N, K) = gpu or GPUS[m.arch], shape or (int(named[1]), int(named[2]))
+    units = N * K
     moved, products, passes = units * (m.read + m.written), 0.0, 1
     if m.kernel in MATMULS:
         M, bits, tile_m = m.facts["M"], m.facts["bits"], m.facts["tile_m"]
         passes = -(-M // tile_m)  # each decodes the weight
-        x, y = bits["X"], bits.get("Y", bits["X"])
-        moved = (units * bits["F"] + M * (int(shape[2]) * x + int(shape[1]) * y)) / 8
+        x = bits.get("X", bits["F"])  # codes through descriptors are of one format with the weight's
+        y = bits.get("Y", x)
+        moved = (units * bits["F"] + M * (K * x + N * y)) / 8
         if x < 32:
             products = 2 * M * units / (gpu.top if x == 8 else gpu.tflop) / 1e6
     issue = units * passes * m.instructions / (gpu.processors * gpu.ghz * 1e3 * LANES)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from gpu_static import targets
 from gpu_static.contract import SHARED
 from gpu_static.model import bound
 from gpu_static.run import Row
@@ -81,6 +82,10 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def products(rows: list[Row]) -> str:
+    return targets.table(row.measured for row in rows)
+
+
 def each(parts: list[list[Row]], say: Callable[[list[Row]], object]) -> str:
     """Say the same once where it holds of all parts, and else of each part."""
     said = [str(say(part)) if part else "-" for part in parts]
@@ -93,7 +98,7 @@ def middle_and_most(part: list[Row]) -> str:
 
 
 def write_page(rows: list[Row], path: Path = PAGE) -> None:
-    """Put the summary between the marks of docs/gpu.md."""
+    """Put the summary and the products between the marks of docs/gpu.md."""
     before, rest = path.read_text().split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    path.write_text(f"{before}{MARKS[0]}{summary(rows)}\n{MARKS[1]}{after}")
+    path.write_text(f"{before}{MARKS[0]}{summary(rows)}\n\n{products(rows)}\n{MARKS[1]}{after}")

@@ -16,6 +16,7 @@ from quantlib import formats
 from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.matmul import (
     COLUMNS,
+    add_scaled,
     arrive,
     finish,
     in_order,
@@ -84,12 +85,12 @@ def sum_steps(
                 part = tl.dot(w, x, part, input_precision="ieee")
             elif SCALES == "half":
                 part = tl.dot(w, x, input_precision="ieee")
-                total = tl.fma(part, load_scale(scale_ptr + at + J, exists, F), total)
+                total = add_scaled(total, part, load_scale(scale_ptr + at + J, exists, F), D, T)
             else:
                 w = (w.to(tl.float32) * load_scale(scale_ptr + at + J, exists, F)).to(D)
                 total = tl.dot(w, x, total, input_precision="ieee")
         if SCALES == "step":
-            total = tl.fma(part, s, total)
+            total = add_scaled(total, part, s, D, T)
     if SCALES == "row":
         total = total * load_scale(scale_ptr + at, rows & (scale_cols > 0), F)
     return total

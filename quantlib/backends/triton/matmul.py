@@ -274,6 +274,22 @@ def multiply(w, x, total, RIGHT: tl.constexpr):
         return tl.dot(w, x, total, input_precision="ieee")
 
 
+@triton.constexpr_function
+def fuses(D, T):
+    """True if a sum times a scale is added in one instruction. For few sums, or products in float32, which are short of
+    registers, the compiler takes more of them then."""
+    return T.tile_m > FEW and tl.float32 != D
+
+
+@triton.jit
+def add_scaled(total, part, s, D: tl.constexpr, T: tl.constexpr):
+    """total + part s"""
+    if fuses(D, T):
+        return tl.fma(part, s, total)
+    else:
+        return total + part * s
+
+
 # ---- scales and zero points ------------------------------------------------------------------------------------------
 
 
