@@ -1,4 +1,4 @@
-// d[r, c] = sum over k of x[r, k] * w[c, k] modulo 2^32, x unsigned bytes, w signed ones: as many as registers hold
+// d[r, c] = sum over k of x[r, k] * (w[c, k] + kLift) modulo 2^32, of signed bytes: as many as registers hold
 #pragma once
 #include "lanes.h"
 #include "loops.h"
@@ -12,39 +12,39 @@ typedef int32_t Int32x4 __attribute__((vector_size(16)));
 // ---- one register ---------------------------------------------------------------------------------------------------
 
 // kDotBytes codes of x and of w, widened to 16 bits where the instruction set multiplies no bytes; their products,
-// added to the sums in place.
+// added to the sums in place. Where it does, it wants the bytes of one factor unsigned.
 #if defined(__AVX512VNNI__)
-constexpr int64_t kDotBytes = 64;
-QL_FN __m512i load_x(const uint8_t* x) { return _mm512_loadu_si512(x); }
-QL_FN __m512i load_w(const int8_t* w) { return _mm512_loadu_si512(w); }
-QL_FN Int32s dot(Int32s d, __m512i x, __m512i w) { return Int32s(_mm512_dpbusd_epi32(__m512i(d), x, w)); }
+constexpr int64_t kDotBytes = 64, kLift = 128;
+QL_FN __m512i load_x(const int8_t* x) { return _mm512_loadu_si512(x); }
+QL_FN __m512i load_w(const int8_t* w) {
+  return _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8(int8_t(kLift)));
+}
+QL_FN Int32s dot(Int32s d, __m512i x, __m512i w) { return Int32s(_mm512_dpbusd_epi32(__m512i(d), w, x)); }
 #elif defined(__AVX512BW__)
-constexpr int64_t kDotBytes = 32;
-QL_FN __m512i load_x(const uint8_t* x) {
-  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+constexpr int64_t kDotBytes = 32, kLift = 0;
+QL_FN __m512i load_x(const int8_t* x) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 QL_FN __m512i load_w(const int8_t* w) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
 }
 QL_FN Int32s dot(Int32s d, __m512i x, __m512i w) { return d + Int32s(_mm512_madd_epi16(x, w)); }
 #elif defined(__AVX2__)
-constexpr int64_t kDotBytes = 16;
-QL_FN __m256i load_x(const uint8_t* x) { return _mm256_cvtepu8_epi16(load<__m128i>(x)); }
+constexpr int64_t kDotBytes = 16, kLift = 0;
+QL_FN __m256i load_x(const int8_t* x) { return _mm256_cvtepi8_epi16(load<__m128i>(x)); }
 QL_FN __m256i load_w(const int8_t* w) { return _mm256_cvtepi8_epi16(load<__m128i>(w)); }
 QL_FN Int32s dot(Int32s d, __m256i x, __m256i w) { return d + Int32s(_mm256_madd_epi16(x, w)); }
 #elif defined(__x86_64__)
-constexpr int64_t kDotBytes = 8;
-QL_FN __m128i load_x(const uint8_t* x) {
-  return _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)), _mm_setzero_si128());
-}
-QL_FN __m128i load_w(const int8_t* w) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w));
+constexpr int64_t kDotBytes = 8, kLift = 0;
+QL_FN __m128i load_x(const int8_t* x) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
   return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
 }
+QL_FN __m128i load_w(const int8_t* w) { return load_x(w); }
 QL_FN Int32s dot(Int32s d, __m128i x, __m128i w) { return d + Int32s(_mm_madd_epi16(x, w)); }
 #else
-constexpr int64_t kDotBytes = 4;
-QL_FN Int32s load_x(const uint8_t* x) { return Int32s{x[0], x[1], x[2], x[3]}; }
+constexpr int64_t kDotBytes = 4, kLift = 0;
+QL_FN Int32s load_x(const int8_t* x) { return Int32s{x[0], x[1], x[2], x[3]}; }
 QL_FN Int32s load_w(const int8_t* w) { return Int32s{w[0], w[1], w[2], w[3]}; }
 QL_FN Int32s dot(Int32s d, Int32s x, Int32s w) { return d + x * w; }
 #endif
@@ -52,7 +52,9 @@ QL_FN Int32s dot(Int32s d, Int32s x, Int32s w) { return d + x * w; }
 // The last codes of w: zeros follow, so that what follows in x does not matter.
 QL_FN auto load_rest(const int8_t* w, int64_t n) {
 #if defined(__AVX512VNNI__)
-  return _mm512_maskz_loadu_epi8((uint64_t(1) << n) - 1, w);
+  const __mmask64 is_code = (uint64_t(1) << n) - 1;
+  const __m512i lift = _mm512_set1_epi8(int8_t(kLift));
+  return _mm512_maskz_mov_epi8(is_code, _mm512_xor_si512(_mm512_maskz_loadu_epi8(is_code, w), lift));
 #else
   int8_t rest[kDotBytes] = {};
   for (int64_t k = 0; k < n; ++k) rest[k] = w[k];
@@ -104,7 +106,7 @@ struct DotPanel {
 
 // d[r, c] = or += sum over k < n of x[r, k] * w[c, k] for r < R, c < 4; what lies behind row r of x is read, not used
 template <int R>
-static void dot_tile(const uint8_t* x, int64_t x_stride, const DotPanel& w, int64_t n, bool add, uint32_t* d,
+static void dot_tile(const int8_t* x, int64_t x_stride, const DotPanel& w, int64_t n, bool add, uint32_t* d,
                      int64_t d_stride) {
   Int32s sum[R][kDotCols] = {};
   const auto step = [&](int64_t k, auto load) __attribute__((always_inline)) {
@@ -133,7 +135,7 @@ static void dot_tile(const uint8_t* x, int64_t x_stride, const DotPanel& w, int6
 }
 
 // The same for `rows` of x, kDotRows at most
-static inline void dot_rows(int64_t rows, const uint8_t* x, int64_t x_stride, const DotPanel& w, int64_t n, bool add,
+static inline void dot_rows(int64_t rows, const int8_t* x, int64_t x_stride, const DotPanel& w, int64_t n, bool add,
                             uint32_t* d, int64_t d_stride) {
 #if defined(__AVX512F__)
   constexpr decltype(&dot_tile<1>) tiles[kDotRows] = {dot_tile<1>, dot_tile<2>, dot_tile<3>,

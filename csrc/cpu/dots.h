@@ -24,6 +24,15 @@ typedef float Quad __attribute__((vector_size(16)));
 
 // (sum of the lanes of a, of b, of c, of d), each by the same tree
 QL_FN Quad add_lanes(Floats a, Floats b, Floats c, Floats d) {
+#if defined(__AVX512F__)
+  const auto pair = [](Floats a, Floats b) {
+    return __m512d(Floats(_mm512_maskz_unpacklo_ps(0xffff, a, b)) + Floats(_mm512_maskz_unpackhi_ps(0xffff, a, b)));
+  };
+  const __m512d ab = pair(a, b), cd = pair(c, d);
+  Floats sums = Floats(_mm512_maskz_unpacklo_pd(0xff, ab, cd)) + Floats(_mm512_maskz_unpackhi_pd(0xff, ab, cd));
+  sums = sums + Floats(_mm512_maskz_shuffle_f32x4(0xffff, sums, sums, 0x4e));  // lanes 8 apart
+  sums = sums + Floats(_mm512_maskz_shuffle_f32x4(0xffff, sums, sums, 0xb1));  // 4 apart
+#else
   using I = Ints<Floats>;
   I low, high, low_pairs, high_pairs;
   for (int l = 0; l < kLanes; ++l) {
@@ -41,6 +50,7 @@ QL_FN Quad add_lanes(Floats a, Floats b, Floats c, Floats d) {
     for (int l = 0; l < kLanes; ++l) other[l] = l ^ distance;
     sums = sums + __builtin_shuffle(sums, other);
   }
+#endif
   Quad out;
   __builtin_memcpy(&out, &sums, sizeof out);
   return out;
@@ -52,6 +62,15 @@ struct Parts {
   int64_t count = 0, end[kMostParts];
   float scale[kWeightRows][kMostParts];
 };
+
+// The value in all lanes: splat adds it to zeros, which may turn -0 into +0.
+QL_FN Floats everywhere(const float& value) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_set1_ps(value));
+#else
+  return splat<Floats>(value);
+#endif
+}
 
 // sum[r, n] += sum over k of x[r, k] * w(n, k) for R rows; k counts units of 32 bits
 template <int R, class E, class Part>
@@ -82,7 +101,7 @@ QL_FN void multiply(const float* x, int64_t stride, const From& w, int64_t count
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < kWeightRows; ++n) total[r][n] = fma(sum[r][n], splat<Floats>(parts.scale[n][p]), total[r][n]);
+      for (int n = 0; n < kWeightRows; ++n) total[r][n] = fma(sum[r][n], everywhere(parts.scale[n][p]), total[r][n]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -124,7 +143,7 @@ struct Direct {
   using Pairs = decltype(pairs_of<F, AFFINE>(0));
   const char* codes[kWeightRows];
   const int32_t (*zero_point)[kMostParts];  // of each row and part
-  int64_t ahead;                            // bytes to the same columns of the rows that come next
+  int64_t ahead;                            // bytes to what is read next
   const Pairs symmetric = pairs_of<F, AFFINE>(0);
 
   template <int COUNT>
@@ -133,7 +152,14 @@ struct Direct {
     Pairs pairs[COUNT];
     QL_MEMBER Floats operator()(int n, int64_t k) const {
       const char* codes = direct.codes[n] + bytes_of<F>(2 * k);
-      __builtin_prefetch(codes + direct.ahead);
+      if constexpr (F::per_byte == 1) {
+        __builtin_prefetch(codes + direct.ahead);
+      } else {  // the rows that come next from their first byte to their last: memory is faster so for nibbles, not
+                // bytes
+        constexpr int64_t bytes = bytes_of<F>(32);
+        if (n * bytes % 64 == 0)
+          __builtin_prefetch(direct.codes[0] + direct.ahead + kWeightRows * bytes_of<F>(2 * k) + n * bytes);
+      }
       return pairs[COUNT == 1 ? 0 : n](codes);
     }
   };
@@ -386,7 +412,7 @@ class Dots {
   // odd[r] of each row: whether it is to be multiplied in FP32 instead
   void operator()(ParallelFor run, uint8_t* odd) const {
     const bool in_place = !scales_sums<E> && p_.x_type == Type::float32 && K_ % kLanes == 0 && !x_.list;
-    const int64_t stride = stride_of(K_), rows = count_ * plan_.parts;
+    const int64_t stride = stride_of(K_), rows = count_ * plan_.parts, height = kHeight / plan_.parts;
     const Scratch packed(in_place ? 0 : rows * stride * 4);
     auto* data = static_cast<float*>(packed.data());
     if (!in_place)
@@ -394,7 +420,9 @@ class Dots {
         for (int64_t r = begin; r < end; ++r) {
 #ifdef __AVX512BF16__
           if constexpr (scales_sums<E>) {
-            odd[r] = pack_row(x_, m0_ + r, plan_.codes.order, data + r * stride, data + (count_ + r) * stride);
+            float* high = data + (r / height * height * plan_.parts + r % height) * stride;
+            float* low = high + least(height, count_ - r / height * height) * stride;  // where there are parts
+            odd[r] = pack_row(x_, m0_ + r, plan_.codes.order, high, low);
             continue;
           }
 #elif defined(QL_VALUES)
@@ -409,7 +437,6 @@ class Dots {
     const float* x = in_place ? static_cast<const float*>(p_.x) + m0_ * K_ : data;
     const int64_t x_stride = in_place ? K_ : stride;
     const int64_t panel = rows <= kReadOnce && N_ < 8 * kPanel ? kWeightRows : kPanel;
-    const int64_t height = kHeight / plan_.parts;
     const int64_t across = (N_ + panel - 1) / panel, down = (count_ + height - 1) / height;
     const int64_t work = panel * least(rows, kHeight) * most(1, K_);
     parallel(run, across * down, most(1, 4 * kGrain / work), [&](int64_t begin, int64_t end) {
@@ -443,14 +470,13 @@ class Dots {
   // Rows r0 .. r1 and columns n0 .. n1 of y, at most kPanel
   void multiply_piece(const float* x, int64_t stride, int64_t r0, int64_t r1, int64_t n0, int64_t n1) const {
     alignas(64) float sums[kHeight * kPanel];
-    const int64_t rows = r1 - r0;
-    for (int64_t at = 0; at < rows * plan_.parts * kPanel; ++at) sums[at] = 0.0f;
+    const int64_t rows = r1 - r0, all = rows * plan_.parts;  // first parts, then second ones
+    for (int64_t at = 0; at < all * kPanel; ++at) sums[at] = 0.0f;
     const auto multiply = [&](int64_t n, int64_t k) {
-      for (int64_t part = 0; part < plan_.parts; ++part)
-        multiply_block(x + (part * count_ + r0) * stride + k * int64_t(sizeof(E)) / 4, stride, n, k,
-                       least(kBlock<E>, K_ - k), sums + part * rows * kPanel + (n - n0), rows);
+      multiply_block(x + r0 * plan_.parts * stride + k * int64_t(sizeof(E)) / 4, stride, n, k, least(kBlock<E>, K_ - k),
+                     sums + (n - n0), all);
     };
-    if (rows * plan_.parts <= kReadOnce)  // the weight is read as it lies
+    if (all <= kReadOnce)  // the weight is read as it lies
       for (int64_t n = n0; n < n1; n += kWeightRows)
         for (int64_t k = 0; k < K_; k += kBlock<E>) multiply(n, k);
     else  // a part of x stays in the cache
@@ -482,8 +508,9 @@ class Dots {
     if constexpr (scales_sums<E>) {
       const char* codes[kWeightRows];
       for (int64_t n = 0; n < kWeightRows; ++n) codes[n] = codes_at(row_at(n0 + n), k);
+      const bool in_turn = weight_.format.per_byte > 1 && rows <= kReadOnce;  // rows are read one after the other
       const int64_t whole = columns / 32 * 32, rest = columns - whole,
-                    ahead = codes_at(kWeightRows, 0) - codes_at(0, 0);
+                    ahead = codes_at(kWeightRows, in_turn ? (kWeightRows - 1) * k : 0) - codes_at(0, 0);
       if (whole) multiply_direct(x, stride, codes, ahead, n0, k, whole, sums, rows);
       if (!rest) return;
       char last[kWeightRows][32] = {};

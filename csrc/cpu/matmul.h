@@ -51,6 +51,29 @@ QL_FN void transpose(V (&v)[kLanes]) {
     v[r] = V(_mm256_permute2f128_ps(fours[r], fours[r + 4], 0x20));
     v[r + 4] = V(_mm256_permute2f128_ps(fours[r], fours[r + 4], 0x31));
   }
+#elif defined(__AVX512F__)
+  // Shuffles that need no register of places: g++ 12 makes one lane by lane.
+  __m512 t[kLanes];
+#pragma GCC unroll 4
+  for (int r = 0; r < kLanes; r += 4) {
+    const auto a = __m512(v[r]), b = __m512(v[r + 1]), c = __m512(v[r + 2]), d = __m512(v[r + 3]);
+    const auto ab = __m512d(_mm512_maskz_unpacklo_ps(0xffff, a, b)),
+               cd = __m512d(_mm512_maskz_unpacklo_ps(0xffff, c, d));
+    const auto AB = __m512d(_mm512_maskz_unpackhi_ps(0xffff, a, b)),
+               CD = __m512d(_mm512_maskz_unpackhi_ps(0xffff, c, d));
+    t[r] = __m512(_mm512_maskz_unpacklo_pd(0xff, ab, cd)), t[r + 1] = __m512(_mm512_maskz_unpackhi_pd(0xff, ab, cd));
+    t[r + 2] = __m512(_mm512_maskz_unpacklo_pd(0xff, AB, CD)),
+          t[r + 3] = __m512(_mm512_maskz_unpackhi_pd(0xff, AB, CD));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto even = [](__m512 a, __m512 b) { return _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0x88); };
+    const auto odd = [](__m512 a, __m512 b) { return _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0xdd); };
+    const __m512 low = even(t[i], t[4 + i]), high = even(t[8 + i], t[12 + i]);
+    const __m512 LOW = odd(t[i], t[4 + i]), HIGH = odd(t[8 + i], t[12 + i]);
+    v[i] = V(even(low, high)), v[8 + i] = V(odd(low, high));
+    v[4 + i] = V(even(LOW, HIGH)), v[12 + i] = V(odd(LOW, HIGH));
+  }
 #else
 #pragma GCC unroll 4
   for (int half = 1; half < kLanes; half *= 2) {

@@ -1,8 +1,8 @@
 // y[m, n] = epilogue(sum over k of (x_codes[m, k] - x_zero_point[m]) * x_scale[m] * w[n, k]), the integer sum exact
 //
 // By one of four ways: scaled_nibbles.h, scaled_dots.h, scaled_blocks.h, or, in this file, few rows of x and a weight
-// of bytes, as they lie. Instructions that multiply bytes want x unsigned and w signed. So x is x_codes + 128 where
-// those are signed, w is codes - 128 where no signed byte holds those, and the zero points x_z and z move along:
+// of bytes, as they lie. There x is x_codes - 128 where no signed byte holds those, and w likewise, plus what dot.h
+// adds to it, and the zero points x_z and z move along:
 //   d = sum of (x - x_z) * (w - z) = sum of x * w  -  x_z * sum of w  -  z * (sum of x  -  K * x_z)
 // modulo 2^32, which is d itself, as it fits. Where a row of w has several scales, each of its blocks has such a d.
 #include "../ops/scaled_matmul.h"
@@ -42,40 +42,42 @@ void to_signed_bytes(const uint8_t* __restrict__ codes, int8_t* __restrict__ out
 template <class F>
 constexpr bool in_place = is_whole<F> && F::is_signed;
 
-uint32_t sum_of(const uint8_t* x, int64_t n) {
+uint32_t sum_of(const int8_t* x, int64_t n) {
   uint32_t sum = 0;
-  for (int64_t k = 0; k < n; ++k) sum += x[k];
+  for (int64_t k = 0; k < n; ++k) sum += uint32_t(int32_t(x[k]));
   return sum;
 }
 
-// x, and before every kXRows rows of it a row of ones, whose products with w are the sums of w.
-class UnsignedRows {
+// x, and before every kXRows rows of it, where the sums of w count, a row of ones, whose products with w they are.
+class SignedRows {
  public:
   const int64_t M, K, blocks, stride;
   const uint32_t moved;  // x - x_codes
+  const int64_t ones;    // rows of ones before those of x: 1 or 0
 
   // is_moved: w is not the codes of the weight, but less something
-  UnsignedRows(const ScaledMatmul& p, bool is_moved, ParallelFor run)
+  SignedRows(const ScaledMatmul& p, bool is_moved, ParallelFor run)
       : M(p.M),
         K(p.weight.grid.K),
         blocks(p.weight.grid.scale_cols()),
         stride(stride_of(K)),
-        moved(row_of(p.x_format).is_signed ? 128 : 0),
+        moved(row_of(p.x_format).is_signed ? 0u : -128u),
+        ones(p.x_zero_point || moved),
         summed_(p.weight.zero_point || is_moved),
         bytes_((M + round_up(M, kXRows) / kXRows) * stride + 64),
         sums_(summed_ ? M * blocks * 4 : 0) {
     parallel(run, M, most(1, kFlipGrain / most(K, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
-        uint8_t* x = row(m);
-        if (m % kXRows == 0) __builtin_memset(x - stride, 1, size_t(K));
-        flip_bytes(static_cast<const uint8_t*>(p.x_codes) + m * K, uint8_t(moved), x, K);
+        int8_t* x = row(m);
+        if (ones && m % kXRows == 0) __builtin_memset(x - stride, 1, size_t(K));
+        flip_bytes(static_cast<const uint8_t*>(p.x_codes) + m * K, uint8_t(moved), reinterpret_cast<uint8_t*>(x), K);
         const int64_t bk = p.weight.grid.bk;
         for (int64_t J = 0; summed_ && J < blocks; ++J) sum(m, J) = sum_of(x + J * bk, least(bk, K - J * bk));
       }
     });
   }
 
-  uint8_t* row(int64_t m) const { return static_cast<uint8_t*>(bytes_.data()) + (m / kXRows + 1 + m) * stride; }
+  int8_t* row(int64_t m) const { return static_cast<int8_t*>(bytes_.data()) + (m / kXRows + 1 + m) * stride; }
   // The sum of block J of row m, where z is not always 0.
   bool summed() const { return summed_; }
   uint32_t& sum(int64_t m, int64_t J) const { return static_cast<uint32_t*>(sums_.data())[m * blocks + J]; }
@@ -95,7 +97,9 @@ class UnsignedRows {
 template <class F>
 class ExactSums {
  public:
-  ExactSums(const ScaledMatmul& p, const UnsignedRows& x) : p_(p), x_(x) {}
+  ExactSums(const ScaledMatmul& p, const SignedRows& x) : p_(p), x_(x) {
+    __builtin_memset(d_, 0, kSumCols * sizeof d_[0]);  // what is there where no sums of w count
+  }
 
   void operator()(int64_t m0, int64_t n0) {
     m0_ = m0, n0_ = n0, rows_ = least(kXRows, x_.M - m0), cols_ = least(kSumCols, g_.M - n0);
@@ -110,7 +114,7 @@ class ExactSums {
 
  private:
   const ScaledMatmul& p_;
-  const UnsignedRows& x_;
+  const SignedRows& x_;
   const Grid& g_ = p_.weight.grid;
   const Row format_ = row_of(p_.weight.format), x_format_ = row_of(p_.x_format), y_format_ = row_of(p_.y_type);
   const Encode encode_ = encoder(p_.y_type, false, false);
@@ -126,18 +130,18 @@ class ExactSums {
       for (int64_t c = 0; c < cols_; c += kDotCols) multiply_panel(c, k0 + k, least(depth, n - k), k > 0);
   }
 
-  // Rows c .. c + 4 of w, columns k .. k + n, with the ones and all rows of x
+  // Rows c .. c + 4 of w, columns k .. k + n, with all rows of x, ones included
   void multiply_panel(int64_t c, int64_t k, int64_t n, bool add) {
     DotPanel w = {};
     for (int64_t j = 0; j < kDotCols; ++j) w.row[j] = row_of_w(least(c + j, cols_ - 1), j, k, n);
-    const int64_t rows = 1 + rows_, tiles = round_up(rows, kDotRows) / kDotRows;
+    const int64_t rows = x_.ones + rows_, tiles = round_up(rows, kDotRows) / kDotRows;
     w.stride = g_.K;
     for (int64_t t = 0, fetched = 0; t < tiles; ++t) {
       // Each tile has its share of the next four rows fetched.
       const int64_t until = in_place<F> ? (t + 1) * kDotCols / tiles : 0, r = t * kDotRows;
       w.ahead = w.row[0] + (kDotCols + fetched) * g_.K, w.rows_ahead = int(until - fetched), fetched = until;
-      dot_rows(least(kDotRows, rows - r), x_.row(m0_) + (r - 1) * x_.stride + k, x_.stride, w, n, add,
-               d_ + r * kSumCols + c, kSumCols);
+      dot_rows(least(kDotRows, rows - r), x_.row(m0_) + (r - x_.ones) * x_.stride + k, x_.stride, w, n, add,
+               d_ + (1 - x_.ones + r) * kSumCols + c, kSumCols);
     }
   }
 
@@ -159,7 +163,7 @@ class ExactSums {
       const int64_t at = (n0_ + c) / g_.br * x_.blocks + J;
       s[c] = effective_scale(p_.weight.scale[at], float_of(format_.scale_max));
       if (p_.weight.zero_point) z[c] = uint32_t(clamp_zero_point(p_.weight.zero_point[at], format_));
-      z[c] -= uint32_t(excess<F>);
+      z[c] += uint32_t(kLift) - uint32_t(excess<F>);
     }
     for (int64_t r = 0; r < rows_; ++r) {
       const uint32_t x_z = x_zero_point(m0_ + r), x_sum = x_.summed() ? x_.sum(m0_ + r, J) - uint32_t(n) * x_z : 0;
@@ -235,7 +239,7 @@ void scaled_matmul(const ScaledMatmul& p, ParallelFor run) {
   visit(p.weight.format, [&](auto f) {
     using F = decltype(f);
     if constexpr (!F::is_float) {
-      const UnsignedRows x(p, excess<F> != 0, run);
+      const SignedRows x(p, excess<F> != 0 || kLift != 0, run);
       parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
         ExactSums<F> sums(p, x);
         for (int64_t piece = begin; piece < end; ++piece) sums(piece % down * kXRows, piece / down * kSumCols);

@@ -12,13 +12,13 @@ namespace {
 
 #ifdef __AVX512VNNI__
 #define QL_NIBBLES
-constexpr int64_t kNibbleRows = 3;
+constexpr int64_t kNibbleRows = 8;
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 #define QL_NIBBLES
 constexpr int64_t kNibbleRows = 16;
 #endif
 
-// Tiles multiply two rows and more in less time, AVX-512 VNNI four in blocks, AVX2 more than sixteen.
+// Tiles multiply two rows and more in less time, AVX-512 VNNI more than eight in blocks, AVX2 more than sixteen.
 bool in_nibbles([[maybe_unused]] const ScaledMatmul& p) {
 #ifdef QL_NIBBLES
   const Grid& g = p.weight.grid;
@@ -62,40 +62,33 @@ class NibbleRows {
     }
   }
 
-  // Columns n0 .. n0 + kLanes of y
-  void operator()(int64_t n0) const {
+  // Columns n0 .. n0 + kLanes of y; terms[m * padded_ + J, r] = d * scale of block J of row n0 + r, of rows J and r
+  // that are transposed once all rows are read
+  void operator()(int64_t n0, Bits<Floats>* terms) const {
     const int64_t count = least(kLanes, g_.M - n0);
-    Floats total[kNibbleRows];
-    for (int64_t m = 0; m < p_.M; ++m) total[m] = Floats{};
-    for (int64_t J0 = 0; J0 < blocks_; J0 += kLanes) {
-      Bits<Floats> terms[kNibbleRows][kLanes];
-      for (int64_t m = 0; m < p_.M; ++m)
-        for (int64_t r = count; r < kLanes; ++r) terms[m][r] = Bits<Floats>{};
-      for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t J0 = 0; J0 < blocks_; J0 += kLanes) {
         const Floats s = scales(n0 + r, J0);
         const Bits<Floats> z = zero_points(n0 + r, J0);
-#ifndef __AVX512VNNI__
-        alignas(32) Register sums_of[kNibbleRows][kLanes];
-        sums_of_blocks(n0 + r, J0, sums_of);
-#endif
+        Bits<Floats> totals[kNibbleRows];
+        sums_of_blocks(n0 + r, J0, totals);
         for (int64_t m = 0; m < p_.M; ++m) {
-#ifdef __AVX512VNNI__
-          const Bits<Floats> sum = sums_of_blocks(n0 + r, m, J0);
-#else
-          const Bits<Floats> sum = lane_totals(sums_of[m]);
-#endif
-          const Bits<Floats> d = sum - z * load<Bits<Floats>>(sums(m) + J0);
-          terms[m][r] = bits_of(mul(Lanes<Floats>::of(same_bits<Ints<Floats>>(d)), s));
+          const Bits<Floats> d = totals[m] - z * load<Bits<Floats>>(sums(m) + J0);
+          terms[m * padded_ + J0 + r] = bits_of(mul(Lanes<Floats>::of(same_bits<Ints<Floats>>(d)), s));
         }
       }
-      for (int64_t m = 0; m < p_.M; ++m) {
-        transpose(terms[m]);
-        for (int64_t i = 0; i < least(kLanes, blocks_ - J0); ++i)
-          total[m] = add(total[m], same_bits<Floats>(terms[m][i]));
+    for (int64_t m = 0; m < p_.M; ++m) {
+      Floats total = {};
+      for (int64_t J0 = 0; J0 < blocks_; J0 += kLanes) {
+        Bits<Floats> square[kLanes];
+        for (int64_t r = 0; r < kLanes; ++r) square[r] = r < count ? terms[m * padded_ + J0 + r] : Bits<Floats>{};
+        transpose(square);
+        for (int64_t i = 0; i < least(kLanes, blocks_ - J0); ++i) total = add(total, same_bits<Floats>(square[i]));
       }
+      finish(m, n0, count, total);
     }
-    for (int64_t m = 0; m < p_.M; ++m) finish(m, n0, count, total[m]);
   }
+  int64_t terms() const { return p_.M * padded_; }
 
  private:
   const ScaledMatmul& p_;
@@ -103,41 +96,80 @@ class NibbleRows {
   const Row format_ = row_of(p_.weight.format), x_format_ = row_of(p_.x_format), y_format_ = row_of(p_.y_type);
   const Encode encode_ = encoder(p_.y_type, false, false);
   const int64_t blocks_, padded_;
-#ifdef __AVX512VNNI__
-  const int64_t stride_ = g_.K;
-#else
   const int64_t stride_ = round_up(g_.K, 4096) + 1088;  // so that rows lie in different sets of the first-level cache
-#endif
   const Scratch x_, sums_;
 
   int8_t* x(int64_t m) const { return static_cast<int8_t*>(x_.data()) + m * stride_; }
   uint32_t* sums(int64_t m) const { return static_cast<uint32_t*>(sums_.data()) + m * padded_; }
 
-  // Lane i: the sum of x * w' over block J0 + i of row n
+  // Lane i of d[m]: the sum of x * w' over block J0 + i of row n
+  QL_MEMBER void sums_of_blocks(int64_t n, int64_t J0, Bits<Floats> (&d)[kNibbleRows]) const {
 #ifdef __AVX512VNNI__
-  QL_MEMBER Bits<Floats> sums_of_blocks(int64_t n, int64_t m, int64_t J0) const {
+    if (g_.bk == 128) return sums_of_lines(n, J0, d);
+#endif
+    alignas(64) Register sums_of[kNibbleRows][kLanes];
+    sums_of_lanes(n, J0, sums_of);
+    for (int64_t m = 0; m < p_.M; ++m) d[m] = lane_totals(sums_of[m]);
+  }
+
+#ifdef __AVX512VNNI__
+  // w' of a line: of the even columns, then of the odd ones
+  static QL_MEMBER void unpack_line(const uint8_t* codes, __m512i (&w)[2]) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i lifted = _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(int8_t(0x88)));
+    w[0] = _mm512_and_si512(lifted, low);
+    w[1] = _mm512_and_si512(_mm512_maskz_srli_epi16(0xffffffff, lifted, 4), low);
+  }
+  static QL_MEMBER __m512i multiply_line(__m512i sum, const __m512i (&w)[2], const int8_t* x) {
+    sum = _mm512_dpbusd_epi32(sum, w[0], _mm512_loadu_si512(x));
+    return _mm512_dpbusd_epi32(sum, w[1], _mm512_loadu_si512(x + 64));
+  }
+
+  // Blocks of one line: four lines stay in registers while every row of x meets them. A lane holds eight products, each
+  // at most 15 * 128 in magnitude, so lanes, and sums of two, fit an int16.
+  QL_MEMBER void sums_of_lines(int64_t n, int64_t J0, Bits<Floats> (&d)[kNibbleRows]) const {
     const auto* row = static_cast<const uint8_t*>(p_.weight.codes) + n * (g_.K / 2);
-    const __m512i low = _mm512_set1_epi8(15), lift = _mm512_set1_epi8(int8_t(0x88));
-    __m512i d[kLanes];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) {
-      d[i] = _mm512_setzero_si512();
-      const int64_t k0 = (J0 + i) * g_.bk, k1 = least(k0 + g_.bk, g_.K);
-      for (int64_t k = k0; k < k1; k += 128) {
-        __builtin_prefetch(row + k / 2 + kFetchAhead, 0, 3);
-        const __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(row + k / 2), lift);
-        const __m512i even = _mm512_and_si512(codes, low);
-        const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi16(0xffffffff, codes, 4), low);
-        d[i] = _mm512_dpbusd_epi32(d[i], even, _mm512_loadu_si512(x(m) + k));
-        d[i] = _mm512_dpbusd_epi32(d[i], odd, _mm512_loadu_si512(x(m) + k + 64));
+    const auto pairs = [](__m512i a, __m512i b) {
+      return _mm512_madd_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(1));
+    };
+    __m512i fours[4][kNibbleRows];
+    for (int64_t q = 0; q < 4; ++q) {
+      __m512i w[4][2] = {};
+      for (int64_t i = 0; i < 4; ++i)
+        if (J0 + 4 * q + i < blocks_) unpack_line(row + (J0 + 4 * q + i) * 64, w[i]);
+      const int8_t* from = x(0) + (J0 + 4 * q) * 128;  // of blocks behind the last too, times 0
+      for (int64_t m = 0; m < p_.M; ++m, from += stride_) {
+        __m512i sum[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sum[i] = multiply_line(_mm512_setzero_si512(), w[i], from + 128 * i);
+        fours[q][m] = pairs(pairs(sum[0], sum[1]), pairs(sum[2], sum[3]));
       }
     }
-    return lane_totals(d);
+    for (int64_t m = 0; m < p_.M; ++m)
+      d[m] = Bits<Floats>(quarters(quarters(fours[0][m], fours[1][m]), quarters(fours[2][m], fours[3][m])));
+  }
+  // The quarters of a, then of b, added up in pairs
+  static QL_MEMBER __m512i quarters(__m512i a, __m512i b) {
+    return __m512i(Int32s(_mm512_maskz_shuffle_i32x4(0xffff, a, b, 0x88)) +
+                   Int32s(_mm512_maskz_shuffle_i32x4(0xffff, a, b, 0xdd)));
+  }
+
+  // Register i of d[m], of which the lanes are still to be added up: the sum over block J0 + i, with every row m
+  QL_MEMBER void sums_of_lanes(int64_t n, int64_t J0, Register (&d)[kNibbleRows][kLanes]) const {
+    const auto* row = static_cast<const uint8_t*>(p_.weight.codes) + n * (g_.K / 2);
+    for (int64_t i = 0, k0 = J0 * g_.bk; i < kLanes; ++i, k0 += g_.bk) {
+      for (int64_t m = 0; m < p_.M; ++m) d[m][i] = _mm512_setzero_si512();
+      for (int64_t k = k0; k < least(k0 + g_.bk, g_.K); k += 128) {
+        __m512i w[2];
+        unpack_line(row + k / 2, w);
+        for (int64_t m = 0; m < p_.M; ++m) d[m][i] = multiply_line(d[m][i], w, x(m) + k);
+      }
+    }
   }
 #else
-  // The same of every row m: register i of d[m], of which the lanes are still to be added up. An int16 holds the sum of
-  // eight products, each at most 15 * 128 in magnitude: those of 128 codes.
-  QL_MEMBER void sums_of_blocks(int64_t n, int64_t J0, Register (&d)[kNibbleRows][kLanes]) const {
+  // Register i of d[m], of which the lanes are still to be added up: the sum over block J0 + i, with every row m. An
+  // int16 holds the sum of eight products, each at most 15 * 128 in magnitude: those of 128 codes.
+  QL_MEMBER void sums_of_lanes(int64_t n, int64_t J0, Register (&d)[kNibbleRows][kLanes]) const {
     const auto* row = static_cast<const uint8_t*>(p_.weight.codes) + n * (g_.K / 2);
     const __m256i low = _mm256_set1_epi8(15), lift = _mm256_set1_epi8(int8_t(0x88)), ones = _mm256_set1_epi16(1);
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -174,21 +206,15 @@ class NibbleRows {
     return Bits<Floats>(
         _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)));
 #else
-    using U = Bits<Floats>;
-#pragma GCC unroll 4
-    for (int s = 1; s < kLanes; s *= 2) {
-      U low, high;
-      for (int l = 0; l < kLanes; ++l) {
-        low[l] = l & s ? uint32_t(kLanes + l - s) : uint32_t(l);
-        high[l] = l & s ? uint32_t(kLanes + l) : uint32_t(l + s);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; r += 2 * s) {
-        const U a = U(v[r]), b = U(v[r + s]);
-        v[r] = Register(__builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high));
-      }
-    }
-    return U(v[0]);
+    const auto add = [](__m512i a, __m512i b) { return __m512i(Int32s(a) + Int32s(b)); };
+    const auto fours = [&](const Register* v) {
+      const auto pair = [&](__m512i a, __m512i b) {
+        return add(_mm512_maskz_unpacklo_epi32(0xffff, a, b), _mm512_maskz_unpackhi_epi32(0xffff, a, b));
+      };
+      const __m512i ab = pair(v[0], v[1]), cd = pair(v[2], v[3]);
+      return add(_mm512_maskz_unpacklo_epi64(0xff, ab, cd), _mm512_maskz_unpackhi_epi64(0xff, ab, cd));
+    };
+    return Bits<Floats>(quarters(quarters(fours(v), fours(v + 4)), quarters(fours(v + 8), fours(v + 12))));
 #endif
   }
 
@@ -196,8 +222,11 @@ class NibbleRows {
   QL_MEMBER Floats scales(int64_t n, int64_t J0) const {
     alignas(64) float s[kLanes] = {};
     const float* from = p_.weight.scale + n / g_.br * blocks_ + J0;
-    for (int64_t i = 0; i < least(kLanes, blocks_ - J0); ++i)
-      s[i] = effective_scale(from[i], float_of(format_.scale_max));
+    if (J0 + kLanes <= blocks_) {
+      for (int64_t i = 0; i < kLanes; ++i) s[i] = effective_scale(from[i], float_of(format_.scale_max));
+      return load<Floats>(s);
+    }
+    for (int64_t i = 0; i < blocks_ - J0; ++i) s[i] = effective_scale(from[i], float_of(format_.scale_max));
     return load<Floats>(s);
   }
   QL_MEMBER Bits<Floats> zero_points(int64_t n, int64_t J0) const {
@@ -227,7 +256,9 @@ void multiply_nibbles([[maybe_unused]] const ScaledMatmul& p, [[maybe_unused]] P
   const NibbleRows rows(p);
   parallel(run, (N + kLanes - 1) / kLanes, most(1, 8 * kGrain / (kLanes * p.weight.grid.K)),
            [&](int64_t begin, int64_t end) {
-             for (int64_t piece = begin; piece < end; ++piece) rows(piece * kLanes);
+             const Scratch terms(rows.terms() * int64_t(sizeof(Floats)));
+             for (int64_t piece = begin; piece < end; ++piece)
+               rows(piece * kLanes, static_cast<Bits<Floats>*>(terms.data()));
            });
 #endif
 }
