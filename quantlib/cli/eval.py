@@ -51,10 +51,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from quantlib.evaluation import contenders, page, subjects
 
-    ways = [contenders.ours(text) for text in args.to or contenders.specs()]
+    asked = [contenders.ours(text) for text in args.to]
     if args.length < 2:
         raise ValueError(f"--length must be an integer >= 2, got {args.length}")
     subject = subjects.load(args.model, args.text, args.tokens, args.length, args.as_shipped)
+    ways = asked or [contenders.ours(text) for text in contenders.specs(subject.embed is not None)]
     rows = measure(subject, [*ways, *(contenders.peers() if args.peers else [])])
     about = describe(subject)
     if args.json:

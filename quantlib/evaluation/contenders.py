@@ -40,6 +40,7 @@ CALIBRATED = (
     "4.5+gptq",
     "W8A8+smoothquant",
 )
+SCALED = ("awq+gptq", "smoothquant")  # methods that need the layers of Llama
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,13 @@ def titled(spec: QuantSpec) -> str:
     return f"{spec} ({min(names, key=len).upper()})" if names else str(spec)
 
 
-def specs() -> list[str]:
-    """Return the specs that are measured by default: `plain_specs`, and narrow, searched, rotated, calibrated ones."""
-    return [*plain_specs(), *NARROW, *SEARCHED, *ROTATED, *CALIBRATED]
+def specs(encoder: bool = False) -> list[str]:
+    """Return the specs that are measured by default: `plain_specs`, and narrow, searched, rotated, calibrated ones.
+
+    Of an encoder without those that scale the inputs of a layer, which its norms do not make alone.
+    """
+    calibrated = [text for text in CALIBRATED if not (encoder and text.partition("+")[2] in SCALED)]
+    return [*plain_specs(), *NARROW, *SEARCHED, *ROTATED, *calibrated]
 
 
 def plain_specs() -> list[str]:

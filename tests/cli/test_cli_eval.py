@@ -74,7 +74,9 @@ def test_an_encoder_and_a_text_of_ones_own(tmp_path: Path, capsys: pytest.Captur
     text.write_text(
         "The pier was closed for two summers. " * 3 + "Nobody knew what to do with it; the boats did not care."
     )
-    found = told(capsys, folder, "--to", "int8:row", "int4:row", "int4:row+gptq", "--text", text)
+    methods = {text.partition("+")[2] for text in contenders.specs(encoder=True)} - {"", "gptq"}
+    calibrated = ["int4:row+gptq", *(f"int8:row+{method}" for method in methods)]  # all that an encoder has by default
+    found = told(capsys, folder, "--to", "int8:row", "int4:row", *calibrated, "--text", text)
     losses = [row["loss"]["mean"] for row in found["rows"]]
     assert 0 < losses[0] < losses[1] < 1
     assert 0 < losses[2] < 1
