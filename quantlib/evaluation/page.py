@@ -112,7 +112,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_yticks(range(len(ordered)), [f"{row.name}   {row.bits:.2f} bits" for row, _ in ordered], fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("KL(float || quantized) of the next token, nats" if rows[-1].loss is None else "1 - cosine")
-    axes.set_title(title, x=0.0, ha="left", fontsize=10.5, color=ink)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, color=ink)  # wider than the axes
     axes.grid(axis="x", which="both", color="#e4e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
