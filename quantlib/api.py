@@ -41,6 +41,7 @@ WITHOUT_FORM: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "reads its weight directly",
 }
 
+PLAIN = nn.Module()  # whose attributes every module has
 NO_SOURCE = "not float32, float16 or bfloat16"  # the end of a reason against a layer that was asked for
 
 
@@ -490,9 +491,6 @@ def weights_kept_elsewhere(model: nn.Module) -> dict[int, str]:
                     kind = "" if parameter is value else f", a {type(value).__name__}"
                     found[id(parameter)] = f"{type(owner).__name__} holds its weight in its attribute {name}{kind}"
     return found
-
-
-PLAIN = nn.Module()
 
 
 def put(new: nn.Module, old: nn.Module, places: dict[int, list[Place]]) -> None:

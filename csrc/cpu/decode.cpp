@@ -11,7 +11,7 @@ template <class F>
 QL_FN void decode_step(const void* codes, float* y) {
   alignas(64) int32_t wide[kStep];
   auto* in = static_cast<const typename F::storage*>(codes);
-  if constexpr (F::bits <= 8 && has_narrow && in_pairs<F>) {
+  if constexpr (F::bits <= 8 && has_narrow && narrow_in_pairs<F>) {
     for (int64_t j = 0; j < kStep; j += kPair) {
       Floats t[2];
       decode_pair<F>(static_cast<const char*>(codes) + bytes_of<F>(j), t);

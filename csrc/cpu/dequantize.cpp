@@ -109,8 +109,7 @@ struct Worker {
 DequantizeBlocks blocks_of(Type format, Type y_type, bool affine) {
   return visit(format, [&](auto f) -> DequantizeBlocks {
     using F = decltype(f);
-    // that of narrow.h: pairs.h, where both are included, has one of this instruction set
-    if constexpr (F::bits <= 8 && quantlib::in_pairs<F>) return blocks_of<F>(y_type, affine);
+    if constexpr (F::bits <= 8 && narrow_in_pairs<F>) return blocks_of<F>(y_type, affine);
     else return nullptr;
   });
 }

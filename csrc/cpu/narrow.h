@@ -45,7 +45,7 @@ constexpr bool is_short_float = find_short_float<F>();
 
 // Codes that decode_pair takes from their bytes to a register.
 template <class F>
-constexpr bool in_pairs = is_short_half<F> || (has_narrow && F::bits == 4) || (!F::is_float && is_whole<F>);
+constexpr bool narrow_in_pairs = is_short_half<F> || (has_narrow && F::bits == 4) || (!F::is_float && is_whole<F>);
 
 // decode_pair(codes) * unit<F> is what the codes are worth.
 template <class F>

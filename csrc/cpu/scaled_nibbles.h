@@ -222,7 +222,7 @@ class NibbleRows {
   QL_MEMBER Floats scales(int64_t n, int64_t J0) const {
     alignas(64) float s[kLanes] = {};
     const float* from = p_.weight.scale + n / g_.br * blocks_ + J0;
-    if (J0 + kLanes <= blocks_) {
+    if (J0 + kLanes <= blocks_) {  // as many as lanes, which the compiler takes at once
       for (int64_t i = 0; i < kLanes; ++i) s[i] = effective_scale(from[i], float_of(format_.scale_max));
       return load<Floats>(s);
     }

@@ -122,6 +122,10 @@ class Experts:
     def stored(self) -> Stored:
         return Stored(str(self.spec), self.shape, self.layout)
 
+    @property
+    def kind(self) -> str:
+        return "experts" if self.stored.is_experts else "Conv1D"
+
     def rows(self, e: int, rows: slice, dtype: torch.dtype) -> Tensor:
         """The values of some rows of matrix ``e``."""
         return dequantize_weight(self.codes(e, rows), self.spec, self.stored.matrix[1], dtype)
@@ -143,8 +147,7 @@ class Experts:
                 whole[name] = stored.stack.join(matrices).view(shape)
             return whole[name][rows]
 
-        kind = "experts" if stored.is_experts else "Conv1D"
-        why = f"codes of {kind} are kept by quantlib's own files alone"
+        why = f"codes of {self.kind} are kept by quantlib's own files alone"
         return Found(name, method, shape, dtype, parts, None, None, values, why, whole.clear, self.shape, self)
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,8 +20,8 @@ from quantlib.spec import QuantSpec
 BYTES = 16  # of a block of 32 codes
 SPEC = QuantSpec("float4_e2m1fn", "group:32", scale="e8m0")
 BIAS, NAN = 127, 255
-LARGEST = BIAS + round(torch.tensor(SPEC.row.scale_max).log2().item())
-SMALLEST = BIAS + round(torch.tensor(formats.SCALE_MIN).log2().item())
+LARGEST = BIAS + round(math.log2(SPEC.row.scale_max))
+SMALLEST = BIAS + round(math.log2(formats.SCALE_MIN))
 
 
 def find(tensors: Tensors) -> Iterator[Found]:
@@ -44,7 +45,7 @@ def weight_of(tensors: Tensors, name: str, parts: tuple[str, str], shape: tuple[
         s = tensors.part(scales, first, (R, K // (2 * BYTES)))
         if s.numel() and int(s.max()) > LARGEST:
             raise ValueError(f"{scales} must be at most {LARGEST}, 2^{LARGEST - BIAS}, got {int(s.max())}")
-        if s.numel() and int(s.min()) < SMALLEST:  # of a block of zeros, or one of which no float16 is another than 0
+        if s.numel() and int(s.min()) < SMALLEST:  # values below 2^-97, which become zeros
             vanish = s < SMALLEST
             q = torch.where(vanish.repeat_interleave(BYTES, 1), 0, q).to(torch.uint8)
             s = torch.where(vanish, BIAS, s).to(torch.uint8)

@@ -39,6 +39,5 @@ def turned(reader: Reader, name: str, stored: Stored, parts: tuple[str, ...]) ->
     def codes(e: int, rows: slice) -> Weight:
         return stored.codes(reader, name, rows, e)
 
-    kind = "experts" if stored.is_experts else "Conv1D"
     experts = Experts(QuantSpec.parse(stored.spec), stored.layout, stored.shape, codes)
-    return experts.found(name, f"{METHOD} {stored.spec}, {kind}", torch.float32, parts)
+    return experts.found(name, f"{METHOD} {stored.spec}, {experts.kind}", torch.float32, parts)
