@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantlib.backends.triton.search import Compile, Machine
     from quantlib.backends.triton.tables import Entry, Key, Table
 
-FAMILIES = ("W8A16", "W4A16", "W8A8", "backward")
+FAMILIES = ("W8A16", "W4A16", "int4", "FP8", "W8A8", "backward")
 # [N, K] of the linear layers of Llama 3 8B and 70B, those that read the same x as one
 SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672))
 SIZE = "a number >= 1"

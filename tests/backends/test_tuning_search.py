@@ -171,7 +171,7 @@ def test_the_command_writes_a_table_and_goes_on_where_it_stopped(
     assert main(asked) == 0
     out = capsys.readouterr().out
     assert out.endswith(f"{path}: 2 entries for Imaginary GPU, 1 of them new\n")
-    assert "dequant_matmul 32x64 M=2 int4 bfloat16 tiled" in out
+    assert "dequant_matmul 32x64 M=2 nf4_bf16 bfloat16 tiled" in out
     table, wrong = tables.read(path, CPU.name)
     assert table is not None
     assert not wrong
@@ -215,7 +215,7 @@ def test_without_a_gpu_it_says_so(device: str, capsys: pytest.CaptureFixture[str
     [
         (["--shape", "0", "64"], "--shape must be a number >= 1, got '0'"),
         (["--rows", "3"], "--rows must be a power of two up to 4096, got '3'"),
-        (["--only", "W2A2"], "--only must be W8A16, W4A16, W8A8 or backward, got 'W2A2'"),
+        (["--only", "W2A2"], "--only must be W8A16, W4A16, int4, FP8, W8A8 or backward, got 'W2A2'"),
     ],
 )
 def test_wrong_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
