@@ -27,7 +27,7 @@ if not backend.interpreted():
 
 import triton.language as tl  # noqa: E402
 
-from quantlib.backends.triton import launch, tuning  # noqa: E402
+from quantlib.backends.triton import descriptors, launch, tuning  # noqa: E402
 from quantlib.backends.triton.activation import activate  # noqa: E402
 
 BLOCKS = ((1, -1), (-1, -1), (1, 64), (1, 32), (3, 10))
@@ -127,11 +127,28 @@ def test_slabs_of_a_large_batch(
     weight = Weight(40, 150, format, block, affine)
     choice = tuning.MatmulTile(32, 0, TileLayout(weight.format).columns if tiled else 64, 1, 4, 1, slab=32)
     monkeypatch.setattr(tuning, "choose_matmul", lambda *_: choice)
-    x, bias, y = torch.randint(-8, 9, (33, 150)).bfloat16(), torch.randn(40), poisoned((33, 40), torch.bfloat16)
+    check_slabs(weight, tiled)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize(("format", "block", "affine"), WEIGHTS[::2], ids=str)
+def test_slabs_through_descriptors(
+    format: str, block: tuple[int, int], affine: bool, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slabs and three rows of tiles, the last of them ragged, and a last step that is."""
+    choice = tuning.MatmulTile(32, 16, 64, 1, 4, 3, slab=32, described=True)
+    monkeypatch.setattr(tuning, "choose_matmul", lambda *_: choice)
+    check_slabs(Weight(40, 152, format, block, affine), tiled)
+
+
+def check_slabs(weight: Weight, tiled: bool) -> None:
+    """The bytes of 33 rows of x, where ``tuning`` chooses slabs."""
+    M, N, K = 33, weight.N, weight.K
+    x, bias, y = torch.randint(-8, 9, (M, K)).bfloat16(), torch.randn(N), poisoned((M, N), torch.bfloat16)
     backend.KERNELS["dequant_matmul"](x, weight.launched(tiled), Epilogue(bias, "relu"), False, y)
     options = {"bias": bias.numpy(), "activation": "relu", "dtype": "bfloat16"}
     want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **weight.described(), **options)
-    assert_same_bytes(y, want, f"slabs {format} {block}")
+    assert_same_bytes(y, want, f"slabs {weight.format.name} {weight.block}")
 
 
 @pytest.mark.parametrize(("format", "block", "affine"), WEIGHTS[::2], ids=str)
@@ -155,13 +172,70 @@ def test_slabs_are_for_large_batches_of_what_they_hold() -> None:
     shape = (1024, 4096, 4096)
     chosen = tuning.choose_matmul(shape, int8, bf16, 128, True, False, "a device", 232448)
     assert chosen.slab == 4096  # rows whose product is 256 tiles of 128 x 128
-    assert not tuning.choose_matmul((512, 4096, 4096), int8, bf16, 128, True, False, "a device", 232448).slab
+    for small in ((512, 2048, 8192), (256, 4096, 8192), (128, 57344, 8192)):  # of fewer than 128 such tiles
+        assert not tuning.choose_matmul(small, int8, bf16, 128, True, False, "a device", 232448).slab
+    assert tuning.choose_matmul((129, 8192, 4096), int8, bf16, 128, True, False, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, bf16, 128, True, True, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, fp16, 128, True, False, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, fp32, 4096, True, False, "a device", 232448).slab
     assert tuning.choose_backward(shape, int8, bf16, 4096, "a device", 232448).slab == 4096
     assert not tuning.choose_backward((128, 4096, 4096), int8, bf16, 4096, "a device", 232448).slab
     assert not tuning.choose_backward(shape, int8, fp16, 4096, "a device", 232448).slab
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [
+        ((4096, 28672, 4096), (128, 256, 4096)),  # M, N, K; tile_m, tile_n, slab
+        ((1024, 28672, 4096), (128, 256, 4096)),
+        ((256, 28672, 4096), (128, 256, 16384)),
+        ((256, 8192, 4096), (128, 128, 16384)),
+        ((1024, 1024, 4096), (64, 128, 4096)),
+    ],
+)
+def test_described_slabs_have_the_largest_tile_of_which_there_are_enough(
+    shape: tuple[int, int, int], tile: tuple[int, int, int]
+) -> None:
+    int8, (M, N, K) = formats.get("int8"), shape
+    chosen = tuning.choose_matmul(shape, int8, torch.bfloat16, K, True, False, "a device", 232448, True)
+    assert (chosen.tile_m, chosen.tile_n, chosen.slab, chosen.described) == (*tile, True)
+    plain = tuning.choose_matmul(shape, int8, torch.bfloat16, K, True, False, "a device", 232448)
+    assert plain.slab
+    assert not plain.described
+    long = (M, N, 2 * K)  # whose sums are a small part of the vendor's time
+    assert not tuning.choose_matmul(long, int8, torch.bfloat16, 2 * K, True, False, "a device", 232448, True).described
+
+
+def test_what_slabs_are_described_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of x of 16 bits an element that are a multiple of 16 bytes, on aligned memory, on sm_90 and sm_100."""
+    monkeypatch.setattr(launch, "arch", lambda device: 90)
+    assert descriptors.slab_describable(torch.zeros(3, 24, dtype=torch.bfloat16))
+    assert descriptors.slab_describable(torch.zeros(3, 24, dtype=torch.float16))
+    assert not descriptors.slab_describable(torch.zeros(3, 24))
+    assert not descriptors.slab_describable(torch.zeros(3, 20, dtype=torch.bfloat16))
+    assert not descriptors.slab_describable(torch.zeros(3, 0, dtype=torch.bfloat16))
+    assert not descriptors.slab_describable(torch.zeros(73, dtype=torch.bfloat16)[1:].view(3, 24))
+    for arch in (0, 80, 89, 120):
+        monkeypatch.setattr(launch, "arch", lambda device, arch=arch: arch)
+        assert not descriptors.slab_describable(torch.zeros(3, 24, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("format", ["int8", "uint8", "int4", "nf4_bf16", "float4_e2m1fn", "float8_e4m3fn"])
+def test_a_scale_of_eight_bits_is_multiplied_exactly(format: str) -> None:
+    """fl32(w s) has no error for any operand w, its zero point subtracted, and bfloat16 s, so that the one rounding of
+    bfloat16 arithmetic gives fl(w s) rounded to bfloat16."""
+    f = formats.get(format)
+    if f.is_float:
+        w = reference.decode_float(np.arange(1 << f.bits, dtype=np.uint8), f)
+        w = w[np.isfinite(w)]
+    else:
+        w = np.arange(1 - (1 << f.bits), 1 << f.bits, dtype=np.float32)
+    bits = np.arange(0x0D80, 0x7C00, dtype=np.uint32)  # from 2^-100 on
+    s = (bits << 16).view(np.float32)
+    s = s[s <= f.scale_max]
+    product = w[:, None] * s[None]
+    assert product.dtype == np.float32
+    assert np.array_equal(product.astype(np.float64), w[:, None].astype(np.float64) * s[None].astype(np.float64))
 
 
 def split_calls(times: int) -> list[bool]:

@@ -193,6 +193,11 @@ def test_one_wrong_entry_leaves_the_others(folder: Path) -> None:
         (GROUPS, MatmulTile(64, 8, 128, 2, 2, 4), "splits must be 1, got 2"),
         (replace(GROUPS, format="int8", group=0), MatmulTile(64, 8, 16, 1, 2, 4), "tile_k must be .* from 32 "),
         (replace(KEY, M=4096), MatmulTile(128, 256, 64, 1, 4, 2), "at most 128 sums a thread, got 256 sums a thread"),
+        (replace(KEY, M=64), MatmulTile(128, 128, 64, 1, 8, 3, 4096, True), "slab must be 0 here"),
+        (replace(KEY, M=4096), MatmulTile(128, 0, 64, 1, 8, 3, 4096, True), "tile_m must be from 8 to 256"),
+        (replace(KEY, M=4096), MatmulTile(128, 128, 64, 1, 2, 3, 4096, True), "described must be false here"),
+        (replace(KEY, M=4096), MatmulTile(128, 128, 64, 1, 8, 3, 4096), "tile_m must be from 0 to 0"),
+        (replace(KEY, M=4096), MatmulTile(256, 128, 128, 1, 8, 3, 4096, True), "within 232448 bytes of shared memory"),
         (replace(KEY, M=4096, dtype="float32"), MatmulTile(64, 0, 64, 1, 4, 1, 512), "slab must be 0 here"),
         (replace(KEY, M=4096, dtype="float16", group=64), MatmulTile(64, 0, 64, 1, 4, 1, 512), "slab must be 0 here"),
         (replace(KEY, op="dequant_matmul_backward", tiled=False), MatmulTile(32, 16, 64, 2, 4, 2), "splits must be 1"),
@@ -211,7 +216,7 @@ def test_every_default_is_sound(shared: int) -> None:
 
     on = search.Machine(torch.device("cpu"), GPU, shared, 1)
     for key in search.keys(search.FAMILIES, tune.SHAPES, search.ROWS):
-        for describable in {False, key.op == "scaled_matmul" and shared == SHARED}:
+        for describable in {False, key.op != "dequant_matmul_backward" and shared == SHARED}:
             for tile in search.starts(key, on, describable):
                 tables.expect_sound(key, tile, shared)
                 assert all(tables.is_sound(key, near, shared) for near in search.neighbours(key, tile, shared))
@@ -266,8 +271,9 @@ BATCHES = (1, 4, 16, 32, 64, 65, 128, 256, 512, 1024, 4096)
 
 
 def programs(M: int, N: int, tile: MatmulTile) -> int:
-    """Count the programs that a matmul starts; by slabs these are the tiles of 128 x 128 of a slab's product."""
-    down, across, parts = (128, 128, 1) if tile.slab else (tile.tile_m, tile.tile_n, tile.splits)
+    """Count the programs that a matmul starts; by slabs of the vendor's product these are tiles of 128 x 128."""
+    vendors = tile.slab and not tile.described
+    down, across, parts = (128, 128, 1) if vendors else (tile.tile_m, tile.tile_n, tile.splits)
     rows = min(tile.slab or N, N)
     return -(-M // down) * -(-rows // across) * parts
 
@@ -282,9 +288,13 @@ def test_every_default_fills_the_largest_gpu(N: int, K: int, name: str, group: i
     f, bf16 = formats.get(name), torch.bfloat16
     for M in BATCHES:
         tile = tuning.choose_matmul((M, N, K), f, bf16, group or K, True, False, tuning.UNTUNED, SHARED)
-        assert programs(M, N, tile) >= MULTIPROCESSORS, (M, tile)
+        # up to 512 rows the vendor splits K; an H200 has 132
+        assert programs(M, N, tile) >= (128 if tile.slab and M <= 512 else MULTIPROCESSORS), (M, tile)
         # 16 rows of the weight for each warp: of fewer, two warps would decode the same codes
         assert tile.slab or tile.tile_n >= 16 * tile.warps, (M, tile)
+        assert tile.slab * M <= 4 * tuning.SLAB_SUMS or tile.slab * K <= tuning.SLAB // 2, (M, tile)
+        tile = tuning.choose_matmul((M, N, K), f, bf16, group or K, True, False, tuning.UNTUNED, SHARED, True)
+        assert programs(M, N, tile) >= 128, (M, tile)  # through descriptors K is not shared
         assert tile.slab * M <= 4 * tuning.SLAB_SUMS or tile.slab * K <= tuning.SLAB, (M, tile)
         if not group:
             tile = tuning.choose_scaled((M, N, K), f, K, tuning.UNTUNED, SHARED, bf16, False)

@@ -119,9 +119,11 @@ def test_a_large_batch_begins_with_slabs_and_with_none(clock: list[tables.Matmul
     slabs, plain = search.starts(key, CPU, False)
     assert slabs.slab
     assert not plain.slab
+    large = replace(CPU, shared=232448)
+    ways = search.starts(key, large, True)
+    assert [(tile.slab > 0, tile.described) for tile in ways] == [(True, True), (True, False), (False, False)]
     (few,) = search.keys(["W8A16"], [(32, 64)], [4])
     assert not any(tile.slab for tile in search.starts(few, CPU, False))
-    large = replace(CPU, shared=232448)
     (codes,) = search.keys(["W8A8"], [(4096, 4096)], [1024])
     assert [tile.described for tile in search.starts(codes, large, True)] == [True, False]
     assert [tile.described for tile in search.starts(replace(codes, M=64), large, True)] == [False, True]

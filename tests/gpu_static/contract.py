@@ -159,6 +159,13 @@ def triton_scaled(m: Measured) -> Contract:
     return Contract(needs=(sums, COPIES) if whole else (sums,), tickets=int(m.facts["splits"] > 1))
 
 
+def triton_described(m: Measured) -> Contract:
+    """Tensor cores read what TMA has copied; sums stay in registers."""
+    floats = m.facts["bits"]["X"] == 16
+    sums = {90: "HGMMA" if floats else "IGMMA", 100: "UTCHMMA" if floats else "UTCIMMA"}[m.arch]
+    return Contract(needs=(sums, "UTMALDG"), stores=None if m.arch == 100 else 0)
+
+
 def cuda_stream(m: Measured, x: int = 0, y: int = 1, tensors: int = 1) -> Contract:
     """Return the contract of kernels whose template arguments are the formats of x and y."""
     formats = m.facts["bits"]
@@ -201,9 +208,7 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "grouped_dequant_matmul_backward_kernel"): triton_backward,
     ("triton", "scaled_matmul_kernel"): triton_scaled,
     ("triton", "grouped_scaled_matmul_kernel"): triton_scaled,
-    ("triton", "described_matmul_kernel"): lambda m: Contract(
-        needs=("UTCIMMA" if m.arch == 100 else "IGMMA", "UTMALDG"), stores=None if m.arch == 100 else 0
-    ),
+    ("triton", "described_matmul_kernel"): triton_described,
     ("cuda", "cast_kernel"): cuda_stream,
     ("cuda", "quantize_kernel"): cuda_stream,
     ("cuda", "dequantize_kernel"): cuda_stream,

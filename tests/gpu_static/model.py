@@ -61,9 +61,10 @@ def bound(m: Measured, shape: tuple[int, int] | None = None, gpu: GPU | None = N
     if m.kernel in MATMULS:
         M, bits, tile_m = m.facts["M"], m.facts["bits"], m.facts["tile_m"]
         passes = -(-M // tile_m)  # each decodes the weight
-        x = bits.get("X", bits["F"])  # codes through descriptors are of one format with the weight's
+        x = bits.get("X", bits["F"])
+        w = x if m.kernel == "described_matmul_kernel" else bits["F"]  # through descriptors both operands are alike
         y = bits.get("Y", x)
-        moved = (units * bits["F"] + M * (K * x + N * y)) / 8
+        moved = (units * w + M * (K * x + N * y)) / 8
         if x < 32:
             products = 2 * M * units / (gpu.top if x == 8 else gpu.tflop) / 1e6
     issue = units * passes * m.instructions / (gpu.processors * gpu.ghz * 1e3 * LANES)

@@ -67,7 +67,7 @@ def listed(binary: Any) -> sass.Listing:
 
 
 def is_product(config: Config) -> bool:
-    return hasattr(config.tile, "tile_n") and not config.tile.slab
+    return getattr(config.tile, "tile_m", 0) > 0
 
 
 def main_path(config: Config, listing: sass.Listing) -> tuple[list[sass.Instruction], bool]:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from quantlib import formats
 from quantlib.backends.triton import launch, tuning
+from quantlib.backends.triton.descriptors import slab_describable
 from quantlib.backends.triton.matmul import (
     COLUMNS,
     add_scaled,
@@ -148,7 +149,7 @@ def dequant_matmul(
     if tile is None:
         tile = tuning.choose_matmul(
             (M, N, K), weight.format, x.dtype, weight.block[1], tiled, batch_invariant,
-            launch.device_name(device), launch.shared_memory(device),
+            launch.device_name(device), launch.shared_memory(device), slab_describable(x),
         )  # fmt: skip
     if tile.slab:
         multiply_slabs(x, weight, epilogue, y, tile)

@@ -139,7 +139,7 @@ def scaled_matmul(
             describable(x_codes, weight, x_zero_point),
         )  # fmt: skip
     if tile.described:
-        multiply_described(x_codes, x_scale, weight, epilogue, y, tile)
+        multiply_described(x_codes, weight.codes, x_scale, scale, weight, epilogue, y, (0, N), tile)
         return
     tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.int32, tiles, y.device)

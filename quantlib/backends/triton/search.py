@@ -24,7 +24,7 @@ import triton
 from quantlib import formats
 from quantlib.backends.tiles import TileLayout
 from quantlib.backends.triton import dequant_matmul, dequant_matmul_backward, launch, scaled_matmul, tuning, warmup
-from quantlib.backends.triton.descriptors import describable
+from quantlib.backends.triton.descriptors import describable, slab_describable
 from quantlib.backends.triton.tables import Entry, Key, MatmulTile, is_sound
 from quantlib.backends.weight import Epilogue, Layout, QuantizedWeight
 from quantlib.formats import Format
@@ -99,10 +99,13 @@ def starts(key: Key, on: Machine, describable: bool) -> list[MatmulTile]:
     """The default without a table, then the other kernels that multiply the same."""
     default, shape = default_tile(key, on, describable), (key.M, key.N, key.K)
     others = []
-    if default.slab:
-        others = [tuning.fitted(key, MatmulTile(128, 128, default.tile_k, 1, 8, 3), on.shared)]
-    elif key.op == "dequant_matmul":
-        others = [MatmulTile(64, 0, default.tile_k, 1, 4, 1, tuning.slab_rows(key.M, key.K))]
+    if key.op == "dequant_matmul":
+        format = formats.get(key.format)
+        ways = tuning.slab_ways(shape, format, key.tiled, key.group or key.K)
+        others = [way for way in ways if way != default and (describable or not way.described)]
+        if default.slab:
+            tile_k = TileLayout(format).columns if key.tiled else 64
+            others += [tuning.fitted(key, MatmulTile(128, 128, tile_k, 1, 8, 3), on.shared)]
     elif default.described:
         others = [default_tile(key, on, False)]
     elif describable:
@@ -114,7 +117,7 @@ def default_tile(key: Key, on: Machine, describable: bool) -> MatmulTile:
     shape, format, dtype = (key.M, key.N, key.K), formats.get(key.format), getattr(torch, key.dtype)
     bk = key.group or key.K
     if key.op == "dequant_matmul":
-        return tuning.choose_matmul(shape, format, dtype, bk, key.tiled, False, tuning.UNTUNED, on.shared)
+        return tuning.choose_matmul(shape, format, dtype, bk, key.tiled, False, tuning.UNTUNED, on.shared, describable)
     if key.op == "scaled_matmul":
         return tuning.choose_scaled(shape, format, bk, tuning.UNTUNED, on.shared, dtype, describable)
     return tuning.choose_backward(shape, format, dtype, bk, tuning.UNTUNED, on.shared)
@@ -190,7 +193,9 @@ class Matmul:
             self.x = torch.randn(M, width, device=device).to(self.dtype)
             self.exact_x = torch.randint(-1, 2, (M, width), device=device).to(self.dtype)
         self.y = torch.empty(M, K if key.op == "dequant_matmul_backward" else N, dtype=self.dtype, device=device)
-        self.describable = key.op == "scaled_matmul" and describable(self.x, self.weight(self.codes[0]), None)
+        self.describable = key.op == "dequant_matmul" and slab_describable(self.x)
+        if key.op == "scaled_matmul":
+            self.describable = describable(self.x, self.weight(self.codes[0]), None)
 
     def exact(self, tile: MatmulTile) -> torch.Tensor:
         """Return y of a tile, written into memory that held NaN."""

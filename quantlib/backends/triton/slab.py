@@ -13,6 +13,7 @@ import triton.language as tl
 
 from quantlib import formats
 from quantlib.backends.triton import launch
+from quantlib.backends.triton.descriptors import multiply_described
 from quantlib.backends.triton.matmul import (
     COLUMNS,
     finish,
@@ -23,9 +24,9 @@ from quantlib.backends.triton.matmul import (
     split_tiles,
     subtract_zero_point,
 )
-from quantlib.backends.triton.numerics import encode_float
-from quantlib.backends.triton.tile import codes_at, zero_cols
-from quantlib.backends.triton.tuning import MatmulTile
+from quantlib.backends.triton.numerics import convert_16, encode_float
+from quantlib.backends.triton.tile import codes_at, store, zero_cols
+from quantlib.backends.triton.tuning import MatmulTile, decode_tile
 from quantlib.backends.weight import Epilogue, QuantizedWeight
 
 FINISH_ROWS: tl.constexpr = tl.constexpr(16)
@@ -42,32 +43,50 @@ def slab_kernel(
     X: tl.constexpr, F: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
-    D: tl.constexpr = operand_type(X, F, SCALES == "row", ARCH)
+    D: tl.constexpr = operand_type(X, F, True, ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
     HALVES: tl.constexpr = F.per_byte if TILED else 1
     steps = tl.cdiv(width, T.tile_k)
-    row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, first_step + tl.program_id(0) % steps
-    operands = load_operands(codes_ptr, first + row_tile, step, stride, end, K, F, D, T, TILED, MASKED, ARCH)
-    row = row_tile + tl.arange(0, T.tile_n)[:, None]
-    rows, at = first + row < end, (first + row) // br * scale_cols
-    z_at = (first + row) // br * zero_cols(zero_point_ptr, scale_cols, F)
+    row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, tl.program_id(0) % steps
+    operands = load_operands(
+        codes_ptr, first + row_tile, first_step + step, stride, end, K, F, D, T, TILED, MASKED, ARCH
+    )  # fmt: skip
+    row = tl.arange(0, T.tile_n)[:, None]
+    n = first + row_tile + row
+    rows, at, z_at = n < end, n // br * scale_cols, n // br * zero_cols(zero_point_ptr, scale_cols, F)
+    slab_ptr = codes_at(slab_ptr, X) + row_tile * width + step * T.tile_k
     for half in tl.static_range(HALVES):
-        k = step * T.tile_k + half * HALF
-        column = (k + tl.arange(0, HALF))[None, :]
+        k = (first_step + step) * T.tile_k + half * HALF
+        j = tl.arange(0, HALF)[None, :]
         w = in_order(split_tiles(operands[half], T), T) if TILED else operands[half]
         if SCALES == "element":
-            J, exists = column // bk, rows & (column < K)
+            J, exists = (k + j) // bk, rows & (k + j < K)
         else:
             J, exists = 0 if SCALES == "row" else k // bk, rows & (k < K)
         w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
-        if w.dtype == tl.float32:
-            if SCALES != "row":
-                w = w * load_scale(scale_ptr + at + J, exists, F)
-            code = encode_float(w, X, False, ARCH)
+        if SCALES == "row":
+            code = encode_float(w, X, False, ARCH) if ARCH == 0 else w.to(tl.uint16, bitcast=True)
         else:
-            code = w.to(tl.uint16, bitcast=True)
-        ptr = codes_at(slab_ptr, X) + row * width + (column - first_step * T.tile_k)
-        tl.store(ptr, code.to(ptr.dtype.element_ty), rows & (column < K) if MASKED else rows)
+            code = scaled(w, load_scale(scale_ptr + at + J, exists, F), scale_ptr.dtype.element_ty, X, ARCH)
+        ptr = slab_ptr + (row * width + half * HALF + j)
+        store(ptr, code, rows & (k + j < K), MASKED)
+
+
+@triton.jit
+def scaled(w, s, S: tl.constexpr, X: tl.constexpr, ARCH: tl.constexpr):
+    """[...] operands, and their float32 scales, which are kept as S -> [...] codes of fl(w s) rounded to X. No
+    NaN is made that of C1: no byte of a slab is an output."""
+    if ARCH == 0:
+        return encode_float(w * s, X, False, ARCH)
+    elif w.dtype == tl.bfloat16 and S in (tl.bfloat16, tl.uint8):
+        # Both have eight bits, so float32 holds the product, and one rounding is two.
+        w, s = tl.broadcast(w, s.to(tl.bfloat16))
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+            "=r,r,r", [w, s], dtype=tl.uint16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return convert_16(w.to(tl.float32) * s, X, False)
 
 
 @triton.jit
@@ -95,11 +114,16 @@ def multiply_slabs(
     """y of x [M, K], rows of the weight at a time."""
     N, K = weight.shape
     by_row = weight.scale.shape[1] == 1
+    scale = launch.codes_of(weight.scale) if by_row else None
+    decoding = decode_tile(weight.format, weight.tiled, weight.block[1], K) if tile.described else tile
     slab = torch.empty(min(tile.slab, N), K, dtype=x.dtype, device=x.device)
     for first in range(0, N, tile.slab):
         end = min(first + tile.slab, N)
-        decode_slab(weight, slab, (first, end), (0, K), by_row, tile)
-        finish_slab(product(x, slab[: end - first].T), weight, epilogue, y, (first, end), by_row)
+        decode_slab(weight, slab, (first, end), (0, K), by_row, decoding)
+        if tile.described:
+            multiply_described(x, slab[: end - first], None, scale, weight, epilogue, y, (first, end), tile)
+        else:
+            finish_slab(product(x, slab[: end - first].T), weight, epilogue, y, (first, end), by_row)
 
 
 def multiply_slabs_backward(dy: torch.Tensor, weight: QuantizedWeight, dx: torch.Tensor, tile: MatmulTile) -> None:
@@ -130,7 +154,8 @@ def decode_slab(
         slab_kernel, launch.cdiv(end - first, tile.tile_n) * launch.cdiv(width, tile.tile_k), slab.device,
         codes, scale, weight.zero_point, slab,
         first, end, columns[0] // tile.tile_k, width, weight.shape[1], *weight.block, scale.shape[1], codes.shape[1],
-        formats.get(slab.dtype), weight.format, scales, weight.tiled, width % tile.tile_k > 0, tile,
+        formats.get(slab.dtype), weight.format, scales, weight.tiled,
+        width % tile.tile_k > 0 or (end - first) % tile.tile_n > 0, tile,
         launch.arch(slab.device),
         warps=tile.warps,
     )  # fmt: skip

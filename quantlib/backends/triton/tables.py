@@ -40,7 +40,7 @@ class MatmulTile:
     warps: int
     stages: int  # of loads in flight
     slab: int = 0  # rows of the weight that are made floats at a time, for the vendor's matmul; 0: none are
-    described: bool = False  # loaded through tensor descriptors (descriptors.py)
+    described: bool = False  # loaded through tensor descriptors (descriptors.py), of a slab too: not by the vendor then
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
 
     Sound is what gives the contract's bytes and starts on the device; how fast it is, is another matter.
     """
-    k, t, slab, scaled = key, tile, tile.slab > 0, key.op == "scaled_matmul"
+    k, t, scaled = key, tile, key.op == "scaled_matmul"
+    slab, decodes = t.slab > 0, t.slab > 0 and not t.described  # by tiles that have no rows of x
     expect("op", k.op, k.op in OPS, ", ".join(OPS))
     expect("format", k.format, k.format in formats.FORMATS, ", ".join(formats.FORMATS))
     expect("dtype", k.dtype, k.dtype in DTYPES, ", ".join(DTYPES))
@@ -225,11 +226,12 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
     expect("tile_n", t.tile_n, is_power(t.tile_n, 16, 256), "a power of two from 16 to 256")
     expect("slab", t.slab, t.slab >= 0 and (not slab or takes_slab(k)), "0 here")
     expect("slab", t.slab, k.op != OPS[1] or t.slab % t.tile_k == 0, "a multiple of tile_k")
-    least, most = (0, 0) if slab else (8, FEW if k.M <= FEW else 256)  # few rows: the same sums for each of them
-    expect("tile_m", t.tile_m, t.tile_m == 0 if slab else is_power(t.tile_m, least, most), f"from {least} to {most}")
+    least, most = (0, 0) if decodes else (8, FEW if k.M <= FEW else 256)  # few rows: the same sums for each of them
+    expect("tile_m", t.tile_m, t.tile_m == 0 if decodes else is_power(t.tile_m, least, most), f"from {least} to {most}")
     least = 32 if scaled else 16
     expect("tile_k", t.tile_k, is_power(t.tile_k, least, 512), f"a power of two from {least} to 512")
-    expect("tile_k", t.tile_k, not k.tiled or t.tile_k == layout.columns, f"{layout.columns}, what tiles hold")
+    own = not k.tiled or (slab and t.described)
+    expect("tile_k", t.tile_k, own or t.tile_k == layout.columns, f"{layout.columns}, what tiles hold")
     expect("warps", t.warps, is_power(t.warps, 1, 16), "1, 2, 4, 8 or 16")
     expect("stages", t.stages, 1 <= t.stages <= 8, "from 1 to 8")
     expect("described", t.described, not t.described or takes_descriptors(k, t), "false here")
@@ -253,6 +255,8 @@ def takes_slab(key: Key) -> bool:
 def takes_descriptors(key: Key, tile: MatmulTile) -> bool:
     """True if a matmul may load its tiles through tensor descriptors: see descriptors.py."""
     fits = key.K % 16 == 0 and 32 <= tile.tile_k <= 128 and tile.warps % 4 == 0 and tile.tile_m >= 64
+    if tile.slab:
+        return key.op == OPS[0] and fits
     return key.op == OPS[2] and formats.get(key.format).storage == "int8" and key.group == 0 and fits
 
 
@@ -262,9 +266,12 @@ def shared_bytes(key: Key, tile: MatmulTile) -> int:
     steps, cols = (t.tile_n, t.tile_k) if backward else (t.tile_k, t.tile_n)  # of a sum, and of sums
     wide = 1 if scaled else DTYPES[key.dtype]
     weights, sums = t.tile_n * t.tile_k, t.tile_m * cols * 4
-    codes = int(weights * formats.get(key.format).bytes_per_element)
+    made = t.slab > 0 and t.described  # the weights have x's type
+    codes = weights * wide if made else int(weights * formats.get(key.format).bytes_per_element)
     loads = t.stages * (codes + t.tile_m * steps * wide)
-    if key.op == OPS[0] and key.group % (64 if key.tiled else t.tile_k):  # a scale and a zero point for every weight
+    if (
+        key.op == OPS[0] and not made and key.group % (64 if key.tiled else t.tile_k)
+    ):  # a scale and a zero point for every weight
         loads += t.stages * weights * 8
     return (loads + sums // 4 if t.described else max(loads + weights * wide, sums)) + 1024
 

@@ -22,8 +22,9 @@ PROGRAMS = 512  # that share the weight where x has few rows
 PROGRAMS_OF_PACKED = 2048  # the same of codes of fewer bits, for which a program waits longer than for its loads
 FILLED = 192  # programs, more than there are multiprocessors
 ENOUGH = 128  # tiles of a kernel that cannot share K, nearly one a multiprocessor
-SLAB = 1 << 23  # weights of a slab, at least: 16 MiB
+SLAB = 1 << 24  # weights of a slab, at least: 32 MiB, which the cache of an H100 holds beside tiles of x and y
 SLAB_SUMS = 1 << 22  # sums of a slab, at least: 256 tiles of 128 x 128, twice as many as multiprocessors
+LONG = 6144  # columns of x from which the vendor's faster products make up for the memory that its sums go through
 UNTUNED = "an untuned device"
 SLABS_FROM = 128  # rows of dy above which the gradient takes slabs: a weight is decoded once, and not every 128 rows
 WARPGROUPS = 200_000  # bytes of shared memory, of devices whose tensor cores read operands from it (sm_90, sm_100)
@@ -40,16 +41,26 @@ def key_of(op: str, shape: Shape, format: Format, dtype: torch.dtype, bk: int, t
 
 @functools.lru_cache(4096)
 def choose_matmul(
-    shape: Shape, format: Format, dtype: torch.dtype, bk: int, tiled: bool, invariant: bool, device: str, shared: int
+    shape: Shape,
+    format: Format,
+    dtype: torch.dtype,
+    bk: int,
+    tiled: bool,
+    invariant: bool,
+    device: str,
+    shared: int,
+    describable: bool = False,
 ) -> MatmulTile:
-    """The tile of dequant_matmul of x [M, K] with codes [N, K]; ``invariant``: the same for every M."""
+    """The tile of dequant_matmul of x [M, K] with codes [N, K]; ``invariant``: the same for every M. With x and slabs
+    that are ``describable`` it may be one of described slabs."""
     M, N, K = (FEW, *shape[1:]) if invariant else shape
     key = key_of("dequant_matmul", (M, N, K), format, dtype, bk, tiled)
     found = lookup(device, key)
-    if found:
+    if found and (describable or not found.described):
         return shown(found)
     if device and takes_slabs((M, N, K), format, dtype, bk):
-        return shown(MatmulTile(64, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1, slab_rows(M, K)))
+        ways = slab_ways((M, N, K), format, tiled, bk)
+        return shown(ways[0] if describable and K < LONG else ways[1])
     tile_k = TileLayout(format).columns if tiled else step_of(bk, 64) if bk < K else 64
     wide = not holds(format, dtype)  # multiplied in float32, without tensor cores
     if bk < K and bk % (64 if tiled else tile_k):  # a weight has a scale of its own, loaded like it
@@ -69,9 +80,32 @@ def choose_matmul(
 
 
 def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bool:
-    """True if the vendor's matmul is faster: more than 512 rows of a type that holds the operands (slab.py)."""
-    M, _, K = shape
-    return M > 512 and holds(format, dtype) and (bk >= K > 0 or dtype == torch.bfloat16)
+    """True if it is faster to decode the weight once than in every tile of 128 rows of x (slab.py).
+
+    An H200 decodes at the speed of memory, in the time that fused tiles take for 140 rows more of int8 than 16-bit
+    operands, and for 200 of four bits: less than the 256 that they multiply from 129 rows on. A product that is too
+    small for all multiprocessors has K split between them, up to 512 rows.
+    """
+    M, N, K = shape
+    large = M > 512 or (M > 128 and cdiv(M, 128) * cdiv(N, 128) >= ENOUGH)
+    return large and holds(format, dtype) and (bk >= K > 0 or dtype == torch.bfloat16)
+
+
+def slab_ways(shape: Shape, format: Format, tiled: bool, bk: int) -> tuple[MatmulTile, MatmulTile]:
+    """The tiles of a product by slabs: through tensor descriptors, and by the vendor, whose sums need the cache too."""
+    M, N, K = shape
+    rows = slab_rows(M, K, SLAB)
+    sizes = [(256, 128, 8, 3), (128, 128, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4)]
+    enough = (size for size in sizes if cdiv(min(rows, N), size[0]) * cdiv(M, size[1]) >= ENOUGH)
+    tile_n, tile_m, warps, stages = next(enough, sizes[-1])
+    vendors = replace(decode_tile(format, tiled, bk, K), slab=slab_rows(M, K, SLAB // 2))
+    return MatmulTile(tile_n, tile_m, 64, 1, warps, stages, rows, described=True), vendors
+
+
+def decode_tile(format: Format, tiled: bool, bk: int, K: int) -> MatmulTile:
+    """The tile of the kernel that makes a slab: small where a weight has a scale of its own, loaded like it."""
+    tile_n = 32 if bk < K and bk % 64 else 128
+    return MatmulTile(tile_n, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1)
 
 
 def holds(format: Format, dtype: torch.dtype) -> bool:
@@ -92,9 +126,9 @@ def longest_splits(K: int, tile_k: int, packed: bool) -> int:
     return cdiv(K, tile_k) // (LONGEST * 64 // tile_k if packed else LONGEST)
 
 
-def slab_rows(M: int, K: int) -> int:
+def slab_rows(M: int, K: int, weights: int) -> int:
     """Rows of a slab: as many as the cache holds, or more where their product would not fill a device twice over."""
-    return max(SLAB // max(K, 1) // 128, SLAB_SUMS // max(M, 1) // 128, 1) * 128
+    return max(weights // max(K, 1) // 128, SLAB_SUMS // max(M, 1) // 128, 1) * 128
 
 
 @functools.lru_cache(4096)
@@ -105,7 +139,7 @@ def choose_backward(shape: Shape, format: Format, dtype: torch.dtype, bk: int, d
     if found:
         return shown(found)
     if device and M > SLABS_FROM and shape[1] > 0 and dtype == torch.bfloat16 and holds(format, dtype):
-        return shown(MatmulTile(64, 0, 64, 1, 4, 1, slab_rows(M, shape[1])))
+        return shown(replace(decode_tile(format, False, bk, shape[2]), slab=slab_rows(M, shape[1], SLAB // 2)))
     if M < 64 or dtype == torch.float32:
         tile = MatmulTile(32, 16 if M <= 16 else 32, 64, 1, 4, 2)
     elif M == 64:
