@@ -207,17 +207,17 @@ def test_described_slabs_have_the_largest_tile_of_which_there_are_enough(
 
 
 def test_what_slabs_are_described_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of x of 16 bits an element that are a multiple of 16 bytes, on aligned memory, on sm_90 and sm_100."""
+    """Values of x of 16 bits, a multiple of 16 in a row, on aligned memory, on sm_90 and sm_100."""
     monkeypatch.setattr(launch, "arch", lambda device: 90)
-    assert descriptors.slab_describable(torch.zeros(3, 24, dtype=torch.bfloat16))
-    assert descriptors.slab_describable(torch.zeros(3, 24, dtype=torch.float16))
-    assert not descriptors.slab_describable(torch.zeros(3, 24))
-    assert not descriptors.slab_describable(torch.zeros(3, 20, dtype=torch.bfloat16))
+    assert descriptors.slab_describable(torch.zeros(3, 32, dtype=torch.bfloat16))
+    assert descriptors.slab_describable(torch.zeros(3, 32, dtype=torch.float16))
+    assert not descriptors.slab_describable(torch.zeros(3, 32))
+    assert not descriptors.slab_describable(torch.zeros(3, 24, dtype=torch.bfloat16))
     assert not descriptors.slab_describable(torch.zeros(3, 0, dtype=torch.bfloat16))
-    assert not descriptors.slab_describable(torch.zeros(73, dtype=torch.bfloat16)[1:].view(3, 24))
+    assert not descriptors.slab_describable(torch.zeros(97, dtype=torch.bfloat16)[1:].view(3, 32))
     for arch in (0, 80, 89, 120):
         monkeypatch.setattr(launch, "arch", lambda device, arch=arch: arch)
-        assert not descriptors.slab_describable(torch.zeros(3, 24, dtype=torch.bfloat16))
+        assert not descriptors.slab_describable(torch.zeros(3, 32, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("format", ["int8", "uint8", "int4", "nf4_bf16", "float4_e2m1fn", "float8_e4m3fn"])

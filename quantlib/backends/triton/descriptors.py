@@ -115,7 +115,7 @@ def slab_describable(x: torch.Tensor) -> bool:
         and launch.arch(x.device) in FLOAT_ARCHS
         and x.dtype in (torch.bfloat16, torch.float16)
         and K > 0
-        and K % 8 == 0
+        and K % 16 == 0
         and x.data_ptr() % 16 == 0
     )
 

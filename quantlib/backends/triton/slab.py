@@ -40,8 +40,8 @@ def slab_kernel(
     zero_point_ptr,  # the same shape, int32, or None
     slab_ptr,  # [end - first, width] of row X
     first, end, first_step, width, K, br, bk, scale_cols, stride,
-    X: tl.constexpr, F: tl.constexpr, SCALES: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
-    ARCH: tl.constexpr,
+    X: tl.constexpr, F: tl.constexpr, BY_ROW: tl.constexpr, RUN: tl.constexpr, TILED: tl.constexpr,
+    MASKED: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = operand_type(X, F, True, ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
@@ -59,27 +59,48 @@ def slab_kernel(
         k = (first_step + step) * T.tile_k + half * HALF
         j = tl.arange(0, HALF)[None, :]
         w = in_order(split_tiles(operands[half], T), T) if TILED else operands[half]
-        if SCALES == "element":
-            J, exists = (k + j) // bk, rows & (k + j < K)
+        if RUN < HALF:
+            w = w.reshape(T.tile_n, HALF // RUN, RUN)
+            column = k + tl.arange(0, HALF // RUN)[None, :, None] * RUN  # where each run begins
+            code = encode_weights(
+                w, column, rows[:, :, None], scale_ptr, at[:, :, None], zero_point_ptr, z_at[:, :, None], K, bk,
+                X, F, BY_ROW, ARCH,
+            ).reshape(T.tile_n, HALF)  # fmt: skip
         else:
-            J, exists = 0 if SCALES == "row" else k // bk, rows & (k < K)
-        w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
-        if SCALES == "row":
-            code = encode_float(w, X, False, ARCH) if ARCH == 0 else w.to(tl.uint16, bitcast=True)
-        else:
-            code = scaled(w, load_scale(scale_ptr + at + J, exists, F), scale_ptr.dtype.element_ty, X, ARCH)
+            code = encode_weights(w, k, rows, scale_ptr, at, zero_point_ptr, z_at, K, bk, X, F, BY_ROW, ARCH)
         ptr = slab_ptr + (row * width + half * HALF + j)
         store(ptr, code, rows & (k + j < K), MASKED)
 
 
 @triton.jit
+def encode_weights(
+    w, column, rows, scale_ptr, at, zero_point_ptr, z_at, K, bk,
+    X: tl.constexpr, F: tl.constexpr, BY_ROW: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """[...] operands and the columns where their runs begin -> [...] codes in X of w, or of q - z"""
+    J, exists = 0 if BY_ROW else column // bk, rows & (column < K)
+    w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
+    if not BY_ROW:
+        return scaled(w, load_scale(scale_ptr + at + J, exists, F), scale_ptr.dtype.element_ty, X, ARCH)
+    elif ARCH == 0:
+        return encode_float(w, X, False, ARCH)
+    else:
+        return w.to(tl.uint16, bitcast=True)
+
+
+@triton.constexpr_function
+def has_eight_bits(S):
+    """True if scales kept as S, codes of E8M0 or bfloat16, have at most eight significant bits."""
+    return S in (tl.uint8, tl.bfloat16)
+
+
+@triton.jit
 def scaled(w, s, S: tl.constexpr, X: tl.constexpr, ARCH: tl.constexpr):
-    """[...] operands, and their float32 scales, which are kept as S -> [...] codes of fl(w s) rounded to X. No
-    NaN is made that of C1: no byte of a slab is an output."""
+    """[...] operands of bfloat16 and their float32 scales, which are kept as S -> [...] codes of fl(w s) rounded to X.
+    No NaN is made that of C1: no byte of a slab is an output."""
     if ARCH == 0:
         return encode_float(w * s, X, False, ARCH)
-    elif w.dtype == tl.bfloat16 and S in (tl.bfloat16, tl.uint8):
-        # Both have eight bits, so float32 holds the product, and one rounding is two.
+    elif has_eight_bits(S):  # as w has: float32 holds the product, and one rounding is two
         w, s = tl.broadcast(w, s.to(tl.bfloat16))
         return tl.inline_asm_elementwise(
             "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
@@ -145,16 +166,16 @@ def decode_slab(
     by_row: bool,
     tile: MatmulTile,
 ) -> None:
-    """w of these rows and columns, or q - z where ``by_row``, into ``slab``."""
+    """w of these rows and columns, or q - z where ``by_row``, into ``slab``; ``run`` columns of a row share a scale."""
     codes, scale, (_, bk) = launch.codes_of(weight.codes), launch.codes_of(weight.scale), weight.block
-    whole = scale.shape[1] == 1 or bk % (COLUMNS.value if weight.tiled else tile.tile_k) == 0
-    scales = "row" if by_row else "step" if whole else "element"
+    most = COLUMNS.value if weight.tiled else tile.tile_k
+    run = most if scale.shape[1] == 1 else min(launch.divisor(bk), most)
     (first, end), width = rows, columns[1] - columns[0]
     launch.launch(
         slab_kernel, launch.cdiv(end - first, tile.tile_n) * launch.cdiv(width, tile.tile_k), slab.device,
         codes, scale, weight.zero_point, slab,
         first, end, columns[0] // tile.tile_k, width, weight.shape[1], *weight.block, scale.shape[1], codes.shape[1],
-        formats.get(slab.dtype), weight.format, scales, weight.tiled,
+        formats.get(slab.dtype), weight.format, by_row, run, weight.tiled,
         width % tile.tile_k > 0 or (end - first) % tile.tile_n > 0, tile,
         launch.arch(slab.device),
         warps=tile.warps,

@@ -103,8 +103,9 @@ def slab_ways(shape: Shape, format: Format, tiled: bool, bk: int) -> tuple[Matmu
 
 
 def decode_tile(format: Format, tiled: bool, bk: int, K: int) -> MatmulTile:
-    """The tile of the kernel that makes a slab: small where a weight has a scale of its own, loaded like it."""
-    tile_n = 32 if bk < K and bk % 64 else 128
+    """The tile of the kernel that makes a slab: of fewer weights where few of them in a row share a scale."""
+    run = min(divisor(bk), 64) if bk < K else 64
+    tile_n = 128 if run == 64 else 64 if run >= 16 else 32
     return MatmulTile(tile_n, 0, TileLayout(format).columns if tiled else 64, 1, 4, 1)
 
 
