@@ -95,7 +95,7 @@ def slab_ways(shape: Shape, format: Format, tiled: bool, bk: int) -> tuple[Matmu
     """The tiles of a product by slabs: through tensor descriptors, and by the vendor, whose sums need the cache too."""
     M, N, K = shape
     rows = slab_rows(M, K, SLAB)
-    sizes = [(256, 128, 8, 3), (128, 128, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4)]
+    sizes = [(256, 128, 8, 4), (128, 128, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4)]
     enough = (size for size in sizes if cdiv(min(rows, N), size[0]) * cdiv(M, size[1]) >= ENOUGH)
     tile_n, tile_m, warps, stages = next(enough, sizes[-1])
     vendors = replace(decode_tile(format, tiled, bk, K), slab=slab_rows(M, K, SLAB // 2))
