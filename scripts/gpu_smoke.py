@@ -7,6 +7,7 @@ AOTInductor. Each is compared with pure torch byte for byte; one that fails does
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -20,9 +21,10 @@ import quantlib
 from quantlib import backends
 
 M, N, K = 1024, 384, 256
+LONG = 6400  # columns of which the vendor's product is faster
 
 
-def operands(device: str, M: int = M) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def operands(device: str, M: int = M, K: int = K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, codes and scale whose sums no order of additions rounds."""
     made = torch.Generator().manual_seed(M)
     x = torch.randint(-7, 8, (M, K), generator=made).to(torch.bfloat16)
@@ -40,13 +42,13 @@ def same(got: torch.Tensor, call: Callable[[], torch.Tensor]) -> None:
 
 
 def slabs(device: str) -> None:
-    """dequant_matmul of many rows: a kernel that decodes, the vendor's product, a kernel that finishes."""
-    x, codes, scale = operands(device)
-
-    def call() -> torch.Tensor:
-        return quantlib.dequant_matmul(x, codes, scale, "int8", block=(1, -1))
-
-    same(call(), call)
+    """dequant_matmul of many rows: a kernel that decodes, and a product through TMA on sm_90, or the vendor's and a
+    kernel that finishes. A NaN has its bytes."""
+    for columns in (K, LONG):
+        x, codes, scale = operands(device, K=columns)
+        x[0, 0] = float("nan")
+        call = functools.partial(quantlib.dequant_matmul, x, codes, scale, "int8", block=(1, -1))
+        same(call(), call)
 
 
 def descriptors(device: str) -> None:
