@@ -353,10 +353,7 @@ def finish(
     """y = encode(activation(fl(total + bias[n]))) at y_ptr, for what is inside"""
     if bias_ptr is not None:
         total = total + tl.load(bias_ptr + n, n < N, 0.0)
-    y = activate(total, ACTIVATION)
-    if ARCH >= 80 and Y.bits == 16:  # a NaN is 0x7FFFFFFF here, whose upper half is that of 16 bits
-        code = convert_16(y, Y, False)
-    else:
-        code = encode_float(y, Y, False, ARCH)
+    y = activate(total, ACTIVATION)  # a NaN is 0x7FFFFFFF, which is converted to that of 16 bits
+    code = convert_16(y, Y, False) if ARCH >= 80 and Y.bits == 16 else encode_float(y, Y, False, ARCH)
     ptr = codes_at(y_ptr, Y)
     tl.store(ptr, code.to(ptr.dtype.element_ty), inside)
