@@ -253,7 +253,7 @@ from gpu_static import launches, overhead
 import quantlib
 from quantlib import backends
 from quantlib.backends.triton import launch
-from test_torch import CALLS
+from test_graph_capture import EVERY
 
 triton = backends.BACKENDS["triton"]
 backends.BACKENDS["triton"] = dataclasses.replace(triton, refuses=lambda device: None)  # it is said to serve the CPU
@@ -262,7 +262,7 @@ with quantlib.use_backend("triton"), launches.recording(90), overhead.driver(lam
     found = JITFunction.run
     JITFunction.run = lambda self, *args, **options: (slow.append(self.__name__), found(self, *args, **options))[1]
     launch.place = lambda device: (0, 0)
-    ours = {name: call for name, call in CALLS.items() if call[0].overloadpacket.__name__ in triton.kernels}
+    ours = {name: call for name, call in EVERY.items() if call[0].overloadpacket.__name__ in triton.kernels}
     for name, (op, arguments) in ours.items():
         op(*arguments)
         started = len(slow)
