@@ -41,6 +41,7 @@ class MatmulTile:
     stages: int  # of loads in flight
     slab: int = 0  # rows of the weight that are made floats at a time, for the vendor's matmul; 0: none are
     described: bool = False  # loaded through tensor descriptors (descriptors.py)
+    right: bool = False  # the weight is the right operand, which tensor cores read from shared memory
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
     expect("warps", t.warps, is_power(t.warps, 1, 16), "1, 2, 4, 8 or 16")
     expect("stages", t.stages, 1 <= t.stages <= 8, "from 1 to 8")
     expect("described", t.described, not t.described or takes_descriptors(k, t), "false here")
+    expect("right", t.right, not t.right or takes_right(k, t), "false here")
     whole = slab or t.described or k.op == OPS[1] or (scaled and k.group > 0)
     expect("splits", t.splits, is_power(t.splits, 1, 1 if whole else 64), "1" if whole else "a power of two up to 64")
     sums = t.tile_m * (t.tile_k if k.op == OPS[1] else t.tile_n) // (32 * t.warps)
@@ -248,6 +250,13 @@ def takes_slab(key: Key) -> bool:
     fits = isinstance(x_format, formats.FloatFormat) and x_format.holds(formats.get(key.format))
     scaled = key.op == OPS[1] or key.group > 0
     return key.op in OPS[:2] and key.M > 64 and fits and key.dtype in ("bfloat16", *(() if scaled else ("float16",)))
+
+
+def takes_right(key: Key, tile: MatmulTile) -> bool:
+    """True if the weight may be the right operand: codes in x's type, with a scale a row, for many rows of x."""
+    x_format = formats.get(key.dtype)
+    fits = isinstance(x_format, formats.FloatFormat) and x_format.bits == 16 and x_format.holds(formats.get(key.format))
+    return key.op == OPS[0] and fits and key.group == 0 and not tile.slab and tile.tile_m > FEW
 
 
 def takes_descriptors(key: Key, tile: MatmulTile) -> bool:
