@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from quantlib import backends, formats
 from quantlib.testing import every, names
@@ -73,7 +74,8 @@ def in_processes(jobs: int, argv: list[str]) -> int:
         subprocess.Popen([*command, "--part", f"{n}/{jobs}"], stdout=subprocess.PIPE, text=True, start_new_session=True)
         for n in range(jobs)
     ]
-    said, interrupted = {}, False
+    said: dict[Any, str] = {}
+    interrupted = False
     while len(said) < jobs:
         try:
             for process in running:
