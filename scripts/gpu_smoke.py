@@ -7,6 +7,7 @@ AOTInductor. Each is compared with pure torch byte for byte; one that fails does
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import sys
 import tempfile
@@ -125,6 +126,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"only these of {', '.join(STEPS)}")
     given = parser.parse_args()
+    faulthandler.enable()  # a step that ends the process says where
     device, steps = given.device, given.steps or list(STEPS)
     print(f"torch {torch.__version__}, {backends.serving(device)} serves {device}", flush=True)
     failed = 0

@@ -153,7 +153,12 @@ def line(key: Key, entry: Entry) -> tuple[str, ...]:
     sizes = (
         f"{tile.tile_n} x {tile.tile_m} x {tile.tile_k}, {tile.splits} splits, {tile.warps} warps, {tile.stages} stages"
     )
-    words = [sizes] + [f"slabs of {tile.slab}"] * bool(tile.slab) + ["descriptors"] * tile.described
+    words = (
+        [sizes]
+        + [f"slabs of {tile.slab}"] * bool(tile.slab)
+        + ["descriptors"] * tile.described
+        + ["weight right"] * tile.right
+    )
     return (
         str(key),
         ", ".join(words),

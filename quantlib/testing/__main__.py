@@ -1,18 +1,23 @@
 """``python -m quantlib.testing [BACKEND] [--op OP] [--format FORMAT] [--device DEVICE]``: the case tables on a backend.
 
-Exit status 0 where every byte is right, 1 where one is wrong, 2 where the backend does not serve the device.
+Exit status 0 where every byte is right, 1 where one is wrong, 2 where the backend does not serve the device, 130 after
+Ctrl-C, which ends it with what it has found.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from quantlib import backends, formats
 from quantlib.testing import every, names
+
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,20 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     part, parts = given.part
     table = table[part::parts]
     served = [case for case in table if every.refuses(case, given.backend, given.device) is None]
-    said, wrong = misnamed(given.format) if part == 0 else [], []
-    with backends.use_backend(given.backend):
-        for case in served:
-            try:
-                every.check(case, given.device)
-            except AssertionError as error:
-                wrong.append(str(error))
-            except Exception as error:  # a kernel that does not compile, say; of a lost device nothing more can be had
-                wrong.append(f"{case}: {type(error).__name__}: {error}")
-                if "CUDA error" in str(error):
-                    break
+    said, wrong, ran = misnamed(given.format) if part == 0 else [], [], 0
+    interrupted = False
+    try:
+        with backends.use_backend(given.backend):
+            for case in served:
+                ran += 1
+                try:
+                    every.check(case, given.device)
+                except AssertionError as error:
+                    wrong.append(str(error))
+                except Exception as error:  # a kernel that does not compile, say; a lost device has nothing more
+                    wrong.append(f"{case}: {type(error).__name__}: {error}")
+                    if "CUDA error" in str(error):
+                        break
+    except KeyboardInterrupt:
+        interrupted, ran = True, ran - 1
     refused = f", {len(table) - len(served)} that it refuses" if len(served) < len(table) else ""
-    print(*said, *wrong[:20], f"{given.backend}: {len(served) - len(wrong)} of {len(served)} cases{refused}", sep="\n")
-    return 1 if said or wrong else 0
+    left = f", {len(served) - ran} that did not run" if ran < len(served) else ""
+    print(*said, *wrong[:20], f"{given.backend}: {ran - len(wrong)} of {len(served)} cases{refused}{left}", sep="\n")
+    return INTERRUPTED if interrupted else 1 if said or wrong else 0
 
 
 def misnamed(format: str | None) -> list[str]:
@@ -60,16 +71,37 @@ def in_processes(jobs: int, argv: list[str]) -> int:
     """The tables dealt out to ``jobs`` processes: most of a case is its reference, and the compiler of its kernel."""
     command = [sys.executable, "-m", "quantlib.testing", *argv, "--jobs", "1"]
     running = [
-        subprocess.Popen([*command, "--part", f"{n}/{jobs}"], stdout=subprocess.PIPE, text=True) for n in range(jobs)
+        subprocess.Popen([*command, "--part", f"{n}/{jobs}"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        for n in range(jobs)
     ]
-    said = [process.communicate()[0] for process in running]
-    counts = [[int(n) for n in re.findall(r"(\d+) (?:of|cases|that)", text.splitlines()[-1])] for text in said if text]
-    print(*(line for text in said for line in text.splitlines()[:-1]), sep="\n")
-    right, of, refused = (sum(row[k] for row in counts if len(row) > k) for k in range(3))
+    said: dict[Any, str] = {}
+    interrupted = False
+    while len(said) < jobs:
+        try:
+            for process in running:
+                if process not in said:
+                    said[process] = process.communicate()[0]
+        except KeyboardInterrupt:  # each then says what it has found
+            interrupted = True
+            for process in running:
+                process.send_signal(signal.SIGINT)
+    texts = [said[process] for process in running]
+    found = [counts_of(text) for text in texts]
+    print(*(line for text in texts for line in text.splitlines()[:-1]), sep="\n")
+    right, of, refused, left = (sum(row[k] for row in found) for k in range(4))
     ended = [process.returncode for process in running]
-    broken = f", {sum(code not in (0, 1) for code in ended)} of {jobs} processes broke" if set(ended) - {0, 1} else ""
-    print(f"{argv[0] if argv else 'auto'}: {right} of {of} cases, {refused} that it refuses{broken}")
-    return 1 if any(ended) else 0
+    broken = sum(code not in (0, 1, INTERRUPTED) for code in ended)
+    more = f", {left} that did not run" * (left > 0) + f", {broken} of {jobs} processes broke" * (broken > 0)
+    print(f"{argv[0] if argv else 'auto'}: {right} of {of} cases, {refused} that it refuses{more}")
+    return INTERRUPTED if interrupted else 1 if any(ended) else 0
+
+
+def counts_of(text: str) -> tuple[int, int, int, int]:
+    """Right cases, all, those that are refused and those that did not run, of what a process has said last."""
+    last = text.splitlines()[-1] if text else ""
+    words = (r"(\d+) of", r"of (\d+) cases", r"(\d+) that it refuses", r"(\d+) that did not run")
+    first, second, third, fourth = (int(match[1]) if (match := re.search(word, last)) else 0 for word in words)
+    return first, second, third, fourth
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ class Process:
 
     def __init__(self, command: list[str], **_: Any) -> None:
         self.part = command[-1]
-        self.returncode = {"0/3": 0, "1/3": 1, "2/3": -6}[self.part]
+        self.returncode = {"0/3": 0, "1/3": 1, "2/3": -6}.get(self.part, 0)
 
     def communicate(self) -> tuple[str, None]:
         said = {"0/3": "cuda: 7 of 7 cases, 2 that it refuses\n", "1/3": "a byte\ncuda: 6 of 7 cases\n", "2/3": ""}
@@ -119,3 +120,39 @@ def test_a_wrong_byte_is_a_status(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(product, "call", Off(product.call))
     assert main(["composite", "--launches", "--op", "dynamic_matmul", "--format", "int4"]) == 1
     assert "differ, first at" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_table_with_what_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[Any] = []
+
+    def check(case: Any, device: str) -> None:
+        ran.append(case)
+        if len(ran) == 2:
+            raise AssertionError("a byte")
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(every, "check", check)
+    assert main(["composite", "--op", "cast"]) == 130
+    assert re.fullmatch(r"a byte\ncomposite: 2 of \d+ cases, \d+ that did not run\n", capsys.readouterr().out)
+
+
+def test_ctrl_c_is_told_to_every_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+
+    class Interrupted(Process):
+        def send_signal(self, signal: int) -> None:
+            told.append(self.part)
+            self.returncode = 130
+
+        def communicate(self) -> tuple[str, None]:
+            if self.part not in told:
+                raise KeyboardInterrupt
+            return "cuda: 3 of 7 cases, 1 that it refuses, 4 that did not run\n", None
+
+    monkeypatch.setattr("subprocess.Popen", Interrupted)
+    assert in_processes(2, ["cuda"]) == 130
+    assert told == ["0/2", "1/2"]
+    assert capsys.readouterr().out == "\ncuda: 6 of 14 cases, 2 that it refuses, 8 that did not run\n"

@@ -243,3 +243,41 @@ def test_a_class_is_never_wider_than_tritons_own() -> None:
     calls, ours, tritons = map(int, done.stdout.split())
     assert calls > 90
     assert tritons <= ours <= 1.2 * tritons
+
+
+AGAIN = """
+import contextlib, dataclasses
+import torch
+from triton.runtime.jit import JITFunction
+from gpu_static import launches, overhead
+import quantlib
+from quantlib import backends
+from quantlib.backends.triton import launch
+from test_graph_capture import EVERY
+
+triton = backends.BACKENDS["triton"]
+backends.BACKENDS["triton"] = dataclasses.replace(triton, refuses=lambda device: None)  # it is said to serve the CPU
+slow, fast = [], []
+with quantlib.use_backend("triton"), launches.recording(90), overhead.driver(lambda *_: fast.append(1)):
+    found = JITFunction.run
+    JITFunction.run = lambda self, *args, **options: (slow.append(self.__name__), found(self, *args, **options))[1]
+    launch.place = lambda device: (0, 0)
+    ours = {name: call for name, call in EVERY.items() if call[0].overloadpacket.__name__ in triton.kernels}
+    for name, (op, arguments) in ours.items():
+        op(*arguments)
+        started = len(slow)
+        op(*arguments)
+        assert len(slow) == started, f"{name}: a second call starts {slow[started:]} through Triton"
+    JITFunction.run = found
+print(len(ours), len(slow), len(fast))
+"""
+
+
+def test_a_second_call_of_any_op_finds_what_the_first_has_started() -> None:
+    """Also where an argument is a string, which the dispatcher makes anew for each call."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/ops")))
+    done = fresh.run(["-c", AGAIN], env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr[-2000:]
+    ops, slow, fast = map(int, done.stdout.split())
+    assert ops > 20
+    assert fast >= slow > 20

@@ -396,7 +396,7 @@ def test_a_choice_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     tuning.choose_matmul.cache_clear()
     tuning.choose_matmul((3, 4096, 4096), formats.get("int8"), torch.bfloat16, 4096, True, False, "a device", 232448)
     assert capsys.readouterr().err.startswith(
-        "MatmulTile(tile_n=64, tile_m=8, tile_k=64, splits=8, warps=2, stages=4, slab=0, described=False)"
+        "MatmulTile(tile_n=64, tile_m=8, tile_k=64, splits=8, warps=2, stages=4, slab=0, described=False, right=False)"
     )
 
 

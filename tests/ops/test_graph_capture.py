@@ -88,6 +88,10 @@ def test_a_replay_on_other_inputs(name: str, served: Served) -> None:
         kept[:] = results(function(*arguments))
         out(*arguments, **given)
 
+    if served == Served("composite", "cuda") and overload(function).startswith("grouped"):
+        with pytest.raises(RuntimeError, match="pure torch reads offsets on the host, which a CUDA graph cannot"):
+            captured(run, served.device)
+        return
     graph = captured(run, served.device)
     graph.replay()
     for a, b, c in zip(kept, given.values(), first, strict=True):

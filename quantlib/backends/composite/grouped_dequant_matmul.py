@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from quantlib.backends.composite.dequant_matmul import dequant_matmul
@@ -18,7 +19,17 @@ def grouped_dequant_matmul(
 
 
 def groups(offsets: Tensor, y: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and which they are; what belongs to none becomes 0 in y."""
+    """Each expert that has rows, and which they are; what belongs to none becomes 0 in y.
+
+    Raises
+    ------
+    RuntimeError
+        Where a CUDA graph is captured: the host reads where the rows of an expert end.
+    """
+    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "pure torch reads offsets on the host, which a CUDA graph cannot capture: use triton or cuda"
+        )
     start = 0
     for e, end in enumerate(offsets.view(-1).clamp(max=len(y)).cpu().tolist()):
         if start < end:

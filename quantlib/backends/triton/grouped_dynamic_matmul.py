@@ -76,7 +76,7 @@ def grouped_dynamic_matmul(
         (launch.cdiv(R, max(E, 1)), N, K), weight.format, bk, launch.device_name(device), launch.shared_memory(device),
         y.dtype, False,
     )  # fmt: skip
-    tile, scale = replace(tile, splits=1), launch.codes_of(weight.scale)
+    tile, scale = launch.shown(replace(tile, splits=1)), launch.codes_of(weight.scale)
     masked = min(bk, K) % tile.tile_k > 0 or K % bk % tile.tile_k > 0
     launch.launch(
         grouped_scaled_matmul_kernel, slots_of(R, E, tile.tile_m) * launch.cdiv(N, tile.tile_n), device,

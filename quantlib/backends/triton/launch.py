@@ -294,8 +294,8 @@ def key_function(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any,
     """
     names, words = [f"a{n}" for n in range(len(args))], []
     for name, value, parameter in zip(names, args, kernel.params, strict=True):
-        if parameter.is_constexpr:
-            words.append(name if isinstance(value, int) else f"id({name})")
+        if parameter.is_constexpr:  # strings and tuples of an op are new ones at every call, formats and tiles are not
+            words.append(name if isinstance(value, int | str | tuple) else f"id({name})")
         elif isinstance(value, torch.Tensor):
             words += [f"{name}.dtype", f"{name}.data_ptr() & 15 > 0"]
         elif isinstance(value, int):

@@ -41,9 +41,9 @@ def operand_type(X, F, EXACT, ARCH):
 @triton.constexpr_function
 def is_right(X, F, SCALES, T, ARCH):
     """True if the weight lies on the right. The tensor cores of sm_90 read it there from shared memory, to which it is
-    stored in vectors; on the left its operands come from registers, loaded as codes in pairs of bytes. With a scale for
-    each group it stays there, where a thread has few rows and so few scales. The interpreter goes both ways."""
-    return ARCH in (0, 90) and T.tile_m > FEW and SCALES == "row" and X.bits == 16 and X.holds(F)
+    stored in vectors; on the left its operands come from registers. With a scale for each group it stays there, where
+    a thread has few rows and so few scales. The interpreter goes both ways."""
+    return T.right and ARCH in (0, 90) and SCALES == "row" and X.bits == 16 and X.holds(F)
 
 
 @triton.constexpr_function

@@ -41,6 +41,7 @@ class MatmulTile:
     stages: int  # of loads in flight
     slab: int = 0  # rows of the weight that are made floats at a time, for the vendor's matmul; 0: none are
     described: bool = False  # loaded through tensor descriptors (descriptors.py), of a slab too: not by the vendor then
+    right: bool = False  # the weight is the right operand, which tensor cores read from shared memory
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
     expect("warps", t.warps, is_power(t.warps, 1, 16), "1, 2, 4, 8 or 16")
     expect("stages", t.stages, 1 <= t.stages <= 8, "from 1 to 8")
     expect("described", t.described, not t.described or takes_descriptors(k, t), "false here")
+    expect("right", t.right, not t.right or takes_right(k, t), "false here")
     whole = slab or t.described or k.op == OPS[1] or (scaled and k.group > 0)
     expect("splits", t.splits, is_power(t.splits, 1, 1 if whole else 64), "1" if whole else "a power of two up to 64")
     sums = t.tile_m * (t.tile_k if k.op == OPS[1] else t.tile_n) // (32 * t.warps)
@@ -250,6 +252,13 @@ def takes_slab(key: Key) -> bool:
     fits = isinstance(x_format, formats.FloatFormat) and x_format.holds(formats.get(key.format))
     scaled = key.op == OPS[1] or key.group > 0
     return key.op in OPS[:2] and key.M > 64 and fits and key.dtype in ("bfloat16", *(() if scaled else ("float16",)))
+
+
+def takes_right(key: Key, tile: MatmulTile) -> bool:
+    """True if the weight may be the right operand: codes in x's type, with a scale a row, for many rows of x."""
+    x_format = formats.get(key.dtype)
+    fits = isinstance(x_format, formats.FloatFormat) and x_format.bits == 16 and x_format.holds(formats.get(key.format))
+    return key.op == OPS[0] and fits and key.group == 0 and not tile.slab and tile.tile_m > FEW
 
 
 def takes_descriptors(key: Key, tile: MatmulTile) -> bool:
@@ -269,10 +278,8 @@ def shared_bytes(key: Key, tile: MatmulTile) -> int:
     made = t.slab > 0 and t.described  # the weights have x's type
     codes = weights * wide if made else int(weights * formats.get(key.format).bytes_per_element)
     loads = t.stages * (codes + t.tile_m * steps * wide)
-    if (
-        key.op == OPS[0] and not made and key.group % (64 if key.tiled else t.tile_k)
-    ):  # a scale and a zero point for every weight
-        loads += t.stages * weights * 8
+    if key.op == OPS[0] and not made and key.group % (64 if key.tiled else t.tile_k):
+        loads += t.stages * weights * 8  # a scale and a zero point for every weight
     return (loads + sums // 4 if t.described else max(loads + weights * wide, sums)) + 1024
 
 

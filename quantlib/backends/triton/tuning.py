@@ -19,7 +19,6 @@ from quantlib.formats import FloatFormat, Format
 
 # Numbers of no device, so that the bytes are those of every device.
 PROGRAMS = 512  # that share the weight where x has few rows
-PROGRAMS_OF_PACKED = 2048  # the same of codes of fewer bits, for which a program waits longer than for its loads
 FILLED = 192  # programs, more than there are multiprocessors
 ENOUGH = 128  # tiles of a kernel that cannot share K, nearly one a multiprocessor
 SLAB = 1 << 24  # weights of a slab, at least: 32 MiB, which the cache of an H100 holds beside tiles of x and y
@@ -66,7 +65,8 @@ def choose_matmul(
     if bk < K and bk % (64 if tiled else tile_k):  # a weight has a scale of its own, loaded like it
         tile_n, tile_m, warps, stages = 32, max(8, min(power_of_2(M), FEW)), 4, 2
     elif M <= FEW:
-        tile_n, tile_m, warps, stages = 64, max(8, power_of_2(M)), 4 if wide and M > 8 else 2, 4
+        tile_n, tile_m, warps = 64, max(8, power_of_2(M)), 4 if wide and M > 8 else 2
+        stages = 3 if format.packed and not wide else 4
     elif M <= 64 or wide:
         tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
     elif tile_k > 64:  # the sums of a step beside all: registers hold no more where operands need some too
@@ -76,7 +76,8 @@ def choose_matmul(
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, tile_k if tiled else 32)
     splits = 1 if wide and M > 64 else splits_of((M, N, K), tile_n, tile_m, tile_k, format.packed)
-    return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages), shared))
+    right = not wide and tile_m > FEW and bk >= K and (not device or shared >= WARPGROUPS)
+    return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages, right=right), shared))
 
 
 def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bool:
@@ -192,7 +193,7 @@ def fitted(key: Key, tile: MatmulTile, shared: int) -> MatmulTile:
         if tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)
         elif tile.tile_m > 16:
-            tile = replace(tile, tile_m=tile.tile_m // 2)
+            tile = replace(tile, tile_m=tile.tile_m // 2, right=tile.right and tile.tile_m > 2 * FEW)
         elif tile.tile_n > 16:
             tile = replace(tile, tile_n=tile.tile_n // 2)
         else:
@@ -217,7 +218,7 @@ def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int, packed: bool)
     if M > 64:  # to fill the device, and no more: every split adds M N sums
         splits = min(power_of_2(cdiv(FILLED, tiles)), longest_splits(K, tile_k, packed), 16)
     elif packed:  # a split is two steps, and the sums of all take half the bytes of the weight at most
-        splits = min(PROGRAMS_OF_PACKED // tiles, steps // 2, 16, max(K // (32 * M), 4) if M else 1)
+        splits = min(PROGRAMS // tiles, steps // 2, 16, max(K // (32 * M), 4) if M else 1)
     else:
         splits = min(PROGRAMS // tiles, steps // LONGEST, 16)
     return 1 << max(splits, 1).bit_length() - 1
