@@ -34,6 +34,7 @@ HELD: tuple[Way, ...] = (
     ((2, 16384), (1, -1), "contiguous"),  # the longest float32 row that is held
     ((3, 4099), (1, -1), "offset"),
     ((130, 96), (64, 64), "contiguous"),
+    ((259, 5), (-1, 1), "contiguous"),  # several columns a program, whose rows lie apart in a warp
 )
 LARGE: tuple[Way, ...] = (
     ((3, 20011), (1, -1), "contiguous"),

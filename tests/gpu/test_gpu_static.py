@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gpu_static import calls, contract, known, model, plants, run, sass, table
+from gpu_static import calls, contract, known, model, plants, reductions, run, sass, table
 from gpu_static.budgets import Budgets
 from gpu_static.measured import Measured
 
@@ -90,6 +90,7 @@ SOUND = Measured(
     main={"LDG.E.128": 2, "STG.E.128": 1, "FMUL": 317},
     names={"LDG.E.128": 2, "LDG.E.U16": 16, "STG.E.128": 1, "FMUL": 400},
     inexact=[],
+    scattered=[],
     facts={"bits": {"X": 16, "Y": 8}, "ragged": False},
 )
 
@@ -111,6 +112,7 @@ SOUND = Measured(
         ({"names": SOUND.names | {"REDG.E.ADD.F32.FTZ.RN": 1}}, "adds floats with REDG.E.ADD.F32.FTZ.RN"),
         ({"names": SOUND.names | {"ATOMG.E.ADD": 1}}, "1 atomics > 0"),
         ({"names": SOUND.names | {"DADD": 1}}, "has DADD"),
+        ({"scattered": ["axis 1"]}, "Triton adds up the wrong lanes: axis 1"),
         ({"kernel": "new_kernel"}, "has no contract"),
     ],
 )
@@ -118,6 +120,37 @@ def test_every_clause_of_a_contract_bites(changed: dict[str, object], says: str)
     assert contract.faults(SOUND, (20.0, 32)) == []
     assert contract.faults(SOUND, None) == [contract.NEW]
     assert says in contract.faults(replace(SOUND, **changed), (20.0, 32))
+
+
+REDUCTION = """
+#linear = #ttg.linear<{register = [[0, 128]], lane = LANE, warp = [[0, 16], [0, 32], [0, 64]], block = []}>
+    %55 = "tt.reduce"(%54) <{axis = AXIS : i32}> ({
+    ^bb0(%a: f32, %b: f32):
+      tt.reduce.return %c : f32
+    }) : (tensor<2x2048xf32, LAYOUT>) -> tensor<2xf32, #ttg.slice<{dim = 1, parent = LAYOUT}>>
+"""
+
+
+@pytest.mark.parametrize(
+    ("lane", "axis", "layout", "right"),
+    [
+        ("[[0, 1], [0, 2], [1, 0], [0, 4], [0, 8]]", 1, "#linear", False),
+        ("[[0, 1], [0, 2], [1, 0], [0, 4], [0, 8]]", 0, "#linear", True),
+        ("[[0, 1], [0, 2], [0, 4], [0, 8], [1, 0]]", 1, "#linear", True),
+        ("[[1, 0], [0, 1], [0, 2], [0, 4], [0, 8]]", 1, "#linear", True),
+        ("[[0, 1], [0, 2], [1, 0], [0, 4], [0, 8]]", 1, "#blocked", True),
+        (
+            "[[0, 1, 0], [0, 2, 0], [1, 0, 0], [0, 4, 0], [0, 0, 1]]",
+            1,
+            "#ttg.slice<{dim = 2, parent = #linear}>",
+            False,
+        ),
+        ("[[0, 1, 0], [0, 0, 1], [0, 2, 0], [0, 4, 0], [1, 0, 0]]", 0, "#ttg.slice<{dim = 1, parent = #linear}>", True),
+    ],
+)
+def test_lanes_that_lie_apart_are_found(lane: str, axis: int, layout: str, right: bool) -> None:
+    text = REDUCTION.replace("LANE", lane).replace("AXIS", str(axis)).replace("LAYOUT", layout)
+    assert (reductions.scattered(text) == []) is right
 
 
 def test_the_least_time_of_a_kernel() -> None:

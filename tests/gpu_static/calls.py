@@ -48,7 +48,8 @@ class Call:
 
     @property
     def block(self) -> tuple[int, int]:
-        return QuantSpec("int8", per=self.per).block(self.shape)  # of any format
+        """Return the rows and columns that share a scale, of any format; of a column no QuantSpec speaks."""
+        return (self.shape[0], 1) if self.per == "column" else QuantSpec("int8", per=self.per).block(self.shape)
 
     @property
     def ragged(self) -> bool:
@@ -168,14 +169,17 @@ FIRST = (
     Call("dequantize_rows", "bfloat16", "int4", per="group:128"),
     Call("compute_scale", "bfloat16", "int8", per="tensor"),
     Call("compute_scale", "float32", "int8", affine=True),
+    Call("compute_scale", "float32", "int8", (259, 5), "column", True),
     Call("search_scale", "bfloat16", "nf4_bf16", per="group:128"),
     Call("search_scale", "float32", "int8", affine=True),
     Call("quantize_dynamic", "bfloat16", "int8"),
     Call("quantize_dynamic", "bfloat16", "int8", (64, 28672)),
     Call("quantize_dynamic", "bfloat16", "float8_e4m3fn", per="tile:128"),
+    Call("quantize_dynamic", "bfloat16", "int8", (259, 5), "column"),
     Call("fake_quantize", "bfloat16", "int8"),
     Call("fake_quantize_backward", "bfloat16", "int8"),
     Call("fake_quantize_backward", "float32", "int8", per="tensor", affine=True),
+    Call("fake_quantize_backward", "float32", "int8", (259, 5), "column", True),
     Call("adamw_step", "bfloat16", "int8", per="group:128"),
     Call("adamw_step", "float32", "int8", per="group:128"),
     Call("adamw_step", "float32", "float32", per="group:128"),

@@ -77,6 +77,7 @@ def everywhere(m: Measured, contract: Contract) -> list[str]:
     limit = STATIC_SHARED if m.language == "cuda" else SHARED[m.arch]
     if m.shared > limit:
         found.append(f"{m.shared} bytes of shared memory > {limit}")
+    found += [f"Triton adds up the wrong lanes: {what}" for what in m.scattered]
     return found + [f"is inexact: {what}" for what in m.inexact]
 
 

@@ -111,6 +111,7 @@ def read(listing: sass.Listing, name: str, op: str, arch: int) -> Measured:
         main=sass.count(code),
         names=listing.names,
         inexact=[],
+        scattered=[],
         facts={"arguments": arguments, "bits": [BITS[f] for f in formats], "in_loop": in_loop},
     )
 

@@ -27,6 +27,7 @@ class Measured:
     main: dict[str, int]  # instructions on the main path
     names: dict[str, int]  # all instructions
     inexact: list[str]
+    scattered: list[str]  # reductions whose lanes do not lie side by side
     facts: dict[str, Any]  # what its contract asks
     plant: str = ""  # the fault that was put in on purpose
 

@@ -20,6 +20,8 @@ ARCH = 90
 LONG_ROW = Call("quantize_dynamic", "bfloat16", "int8", (64, 28672))
 DECODE = Call("dequant_matmul", "bfloat16", "int8", M=1, tiled=True)
 SUMS = Call("fake_quantize_backward", "float32", "int8", per="tensor", affine=True)
+COLUMNS = Call("fake_quantize_backward", "float32", "int8", (259, 5), "column", True)
+SUM = "block_sum(dscale)"
 
 # plant -> the call, how it is compiled instead, what the checker must say
 TRITON: dict[str, tuple[Call, dict[str, Any], str]] = {
@@ -29,7 +31,8 @@ TRITON: dict[str, tuple[Call, dict[str, Any], str]] = {
     "too few registers of a matmul": (DECODE, {"maxnreg": 32}, "spills"),
     "contraction": (LONG_ROW, {"enable_fp_fusion": True}, "is inexact: contraction"),
     "too many stages": (DECODE, {"num_stages": 64}, "bytes of shared memory > 232448"),
-    "atomic": (SUMS, {"edit": ("tl.store(at, sums(dscale))", "tl.atomic_add(at, sums(dscale))")}, "adds floats with"),
+    "atomic": (SUMS, {"edit": (f"tl.store(at, {SUM})", f"tl.atomic_add(at, {SUM})")}, "adds floats with"),
+    "lanes that lie apart": (COLUMNS, {"edit": (SUM, "tl.sum(flat(dscale), 1)")}, "adds up the wrong lanes"),
 }
 
 Edits = dict[str, tuple[str, str]]  # file of csrc -> what is replaced, by what
@@ -75,6 +78,7 @@ def edited(op: str, right: str, wrong: str) -> Any:
     from quantlib.backends import triton as backend
 
     text = Path(backend.__file__).with_name(f"{op}.py").read_text()
+    text = text.replace("import block_at,", "import flat, block_at,")
     assert right in text, f"{op}.py has no {right}"
     with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:  # Triton reads it when it compiles
         file.write(text.replace(right, wrong))

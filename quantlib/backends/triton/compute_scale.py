@@ -9,17 +9,15 @@ import triton.language as tl
 from quantlib import formats
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.numerics import range_scale, widen
-from quantlib.backends.triton.tile import block_at, chunk_at, codes_at, load
+from quantlib.backends.triton.tile import block_at, block_max, block_min, chunk_at, codes_at, load
 from quantlib.formats import Format
 
 
 @triton.jit
 def block_range(lowest, highest, AFFINE: tl.constexpr):
     """[count, rows, cols] int32 -> [count] int32, twice"""
-    count: tl.constexpr = highest.shape[0]
-    size: tl.constexpr = highest.shape[1] * highest.shape[2]
-    highest = tl.max(highest.reshape(count, size), 1)
-    return tl.min(lowest.reshape(count, size), 1) if AFFINE else highest * 0, highest
+    highest = block_max(highest)
+    return block_min(lowest) if AFFINE else highest * 0, highest
 
 
 @triton.jit

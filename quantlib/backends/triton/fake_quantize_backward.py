@@ -20,7 +20,7 @@ from quantlib.backends.triton.numerics import (
     encode_float,
     reciprocal,
 )
-from quantlib.backends.triton.tile import block_at, chunk_at, codes_at, load, store
+from quantlib.backends.triton.tile import block_at, block_sum, chunk_at, codes_at, load, store
 from quantlib.formats import Format
 
 
@@ -60,12 +60,6 @@ def add_chunk(
 
 
 @triton.jit
-def sums(terms):
-    """[count, rows, cols] -> [count]"""
-    return tl.sum(terms.reshape(terms.shape[0], terms.shape[1] * terms.shape[2]), 1)
-
-
-@triton.jit
 def fake_quantize_backward_kernel(
     dy_ptr, x_ptr,  # [M, K] of row X
     scale_ptr, zero_point_ptr,  # [ceil(M / br), ceil(K / bk)] float32; the latter, or None
@@ -90,9 +84,9 @@ def fake_quantize_backward_kernel(
         dscale, dzero_point = add_chunk(
             pointers, r * K + c, mask, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, not B.exact
         )
-    tl.store(dscale_ptr + b, canonical(sums(dscale) * factor), b < blocks)
+    tl.store(dscale_ptr + b, canonical(block_sum(dscale) * factor), b < blocks)
     if AFFINE:
-        tl.store(dzero_point_ptr + b, canonical(sums(dzero_point) * factor), b < blocks)
+        tl.store(dzero_point_ptr + b, canonical(block_sum(dzero_point) * factor), b < blocks)
 
 
 @triton.jit
@@ -137,9 +131,9 @@ def partial_gradients_kernel(
                 pointers, r * K + c, mask, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, True
             )
     at = partial_ptr + program + tl.arange(0, 1)
-    tl.store(at, sums(dscale))
+    tl.store(at, block_sum(dscale))
     if AFFINE:
-        tl.store(at + blocks * B.parts, sums(dzero_point))
+        tl.store(at + blocks * B.parts, block_sum(dzero_point))
 
 
 @triton.jit

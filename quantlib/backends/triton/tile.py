@@ -193,3 +193,44 @@ def chunk_at(u, B: tl.constexpr):
     else:
         c += u * B.cols
     return r.to(tl.int64), c
+
+
+# ---- [count, rows, cols] -> [count] ----------------------------------------------------------------------------------
+# Triton 3.6 adds up the wrong lanes of an axis that a reshape has made of two, where a third lies between them in a
+# thread's order, as in blocks of a column: then one axis after the other. Otherwise both at once, which is cheaper.
+
+
+@triton.jit
+def flat(x):
+    """[count, rows, cols] -> [count, rows * cols]"""
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
+
+
+@triton.constexpr_function
+def apart(shape):
+    """True if rows and columns may lie apart."""
+    return shape[0] > 1 and shape[1] > 1
+
+
+@triton.jit
+def block_sum(x):
+    if apart(x.shape):
+        return tl.sum(tl.sum(x, 2), 1)
+    else:
+        return tl.sum(flat(x), 1)
+
+
+@triton.jit
+def block_max(x):
+    if apart(x.shape):
+        return tl.max(tl.max(x, 2), 1)
+    else:
+        return tl.max(flat(x), 1)
+
+
+@triton.jit
+def block_min(x):
+    if apart(x.shape):
+        return tl.min(tl.min(x, 2), 1)
+    else:
+        return tl.min(flat(x), 1)
