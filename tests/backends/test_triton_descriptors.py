@@ -97,3 +97,20 @@ def test_the_largest_tile_of_which_there_are_enough(
 def test_small_batches_and_other_devices_take_the_plain_kernel() -> None:
     assert not tuning.choose_scaled((64, 4096, 4096), INT8, 4096, "a device", 232448, torch.bfloat16, True).described
     assert not tuning.choose_scaled((4096, 4096, 4096), INT8, 4096, "a device", 232448, torch.bfloat16, False).described
+
+
+@pytest.mark.parametrize(
+    ("tile", "itemsize", "programs"),
+    [
+        (tuning.MatmulTile(256, 128, 64, 1, 8, 4, 4096, True), 2, 1),
+        (tuning.MatmulTile(128, 128, 64, 1, 8, 3, 4096, True), 2, 2),
+        (tuning.MatmulTile(128, 128, 64, 1, 8, 4, 4096, True), 2, 1),  # loads in flight take too much shared memory
+        (tuning.MatmulTile(128, 128, 128, 1, 8, 3, described=True), 1, 2),
+        (tuning.MatmulTile(256, 128, 32, 1, 8, 2, 4096, True), 2, 1),  # sums take too many registers
+    ],
+)
+def test_a_multiprocessor_holds_two_programs_where_both_fit(
+    tile: tuning.MatmulTile, itemsize: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 232448)
+    assert descriptors.resident(tile, itemsize, torch.device("cpu")) == programs
