@@ -202,7 +202,7 @@ CONTRACTS: dict[tuple[str, str], Callable[[Measured], Contract]] = {
     ("triton", "adamw_step_kernel"): lambda m: Contract(needs=(r"LDG\.E\.(64|128)", r"STG\.E\.(64|128)")),
     ("cuda", "adamw_step_kernel"): lambda m: Contract(needs=(r"LDG\.E\.\S*(64|128)", r"STG\.E\.(64|128)")),
     ("triton", "slab_kernel"): lambda m: Contract(needs=(r"LDG\.E\.128", r"STG\.E\.128"), without="SHFL"),
-    ("triton", "finish_kernel"): lambda m: Contract(),
+    ("triton", "finish_kernel"): lambda m: Contract(needs=(r"LDG\.E\.128", r"STG\.E\.(64|128)"), without="SHFL"),
     ("triton", "dequant_matmul_kernel"): triton_matmul,
     ("triton", "grouped_dequant_matmul_kernel"): lambda m: replace(triton_matmul(m), tickets=0),
     ("triton", "dequant_matmul_backward_kernel"): triton_backward,
