@@ -261,6 +261,7 @@ def test_shipped_tables_are_sound() -> None:
         assert table.entries
         assert table.entries
 
+
 MULTIPROCESSORS = 170  # of the largest GPU, an RTX 5090; a B200 has 148, an H200 132
 BATCHES = (1, 4, 16, 32, 64, 65, 128, 256, 512, 1024, 4096)
 

@@ -21,7 +21,7 @@ from quantlib.formats import FloatFormat, Format
 PROGRAMS = 512  # that share the weight where x has few rows; half as many for more, each of which has more sums
 FILLED = 192  # programs, more than there are multiprocessors
 ENOUGH = 128  # tiles of a kernel that cannot share K, nearly one a multiprocessor
-WIDE_TILES = 64  # tiles of 128 x 128 from which on they are taken
+WIDE_TILES = 96  # tiles of 128 x 128 from which on they are taken
 SLAB = 1 << 23  # weights of a slab, at least: 16 MiB
 SLAB_SUMS = 1 << 22  # sums of a slab, at least: 256 tiles of 128 x 128, twice as many as multiprocessors
 UNTUNED = "an untuned device"
@@ -60,7 +60,7 @@ def choose_matmul(
     elif wide:
         tile_n, tile_m, warps, stages = 64, 64, 8 if tile_k > 64 else 4, 3
     elif M <= 64:  # two warps multiply by mma.sync, from registers; a code book is looked up by more
-        tile_n, tile_m, stages = 128 if not format.packed and N >= 128 * WIDE_TILES else 64, 64, 3
+        tile_n, tile_m, stages = 128 if not format.packed and N >= 8192 else 64, 64, 3
         warps = 4 if format.packed and format.is_float else 2
     elif tile_k > 64:  # the sums of a step beside all: registers hold no more where operands need some too
         tile_n, tile_m, warps, stages = 64, 128 if shared >= WARPGROUPS else 64, 4, 3
