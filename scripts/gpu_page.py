@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/gpu.md"
 BEGIN, END = "<!-- acceptance -->", "<!-- end of acceptance -->"
-NOTHING = "**Not yet run on a GPU.** `make gpu ARGS=--save=NAME` on a machine with one fills this section.\n"
+NOTHING = "**Not yet run as a whole.** `make gpu ARGS=--save=NAME` on a machine with a GPU fills this section.\n"
 FACTS = {
     "gpu": "GPU", "multiprocessors": "multiprocessors", "memory_gib": "memory, GiB", "l2_mib": "L2, MiB",
     "driver_version": "driver", "clocks_max_sm": "largest clock", "clocks_mem": "memory clock",

@@ -172,9 +172,9 @@ def test_slabs_are_for_large_batches_of_what_they_hold() -> None:
     shape = (1024, 4096, 4096)
     chosen = tuning.choose_matmul(shape, int8, bf16, 128, True, False, "a device", 232448)
     assert chosen.slab == 4096  # rows whose product is 256 tiles of 128 x 128
-    for small in ((512, 2048, 8192), (256, 4096, 8192), (128, 57344, 8192)):  # of fewer than 128 such tiles
+    for small in ((512, 2048, 8192), (300, 4096, 8192), (256, 57344, 8192)):  # the first two of fewer than 128 such tiles
         assert not tuning.choose_matmul(small, int8, bf16, 128, True, False, "a device", 232448).slab
-    assert tuning.choose_matmul((129, 8192, 4096), int8, bf16, 128, True, False, "a device", 232448).slab
+    assert tuning.choose_matmul((257, 8192, 4096), int8, bf16, 128, True, False, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, bf16, 128, True, True, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, fp16, 128, True, False, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, fp32, 4096, True, False, "a device", 232448).slab
@@ -188,8 +188,8 @@ def test_slabs_are_for_large_batches_of_what_they_hold() -> None:
     [
         ((4096, 28672, 4096), (128, 256, 4096)),  # M, N, K; tile_m, tile_n, slab
         ((1024, 28672, 4096), (128, 256, 4096)),
-        ((256, 28672, 4096), (128, 256, 16384)),
-        ((256, 8192, 4096), (128, 128, 16384)),
+        ((512, 28672, 4096), (128, 256, 8192)),
+        ((512, 4096, 4096), (128, 128, 8192)),
         ((1024, 1024, 4096), (64, 128, 4096)),
     ],
 )

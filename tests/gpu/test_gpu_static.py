@@ -157,10 +157,15 @@ def test_the_least_time_of_a_kernel() -> None:
     """50 MB at 4.3 TB/s, instructions of 132 times 128 lanes, and products of 790 TFLOP/s."""
     assert str(model.bound(SOUND)) == "11.7 us, memory"
     assert str(model.bound(replace(SOUND, instructions=24.0))) == "12.0 us, issue"
-    facts = {"M": 256, "bits": {"X": 16, "F": 4}, "tile_m": 128}
+    codes = replace(SOUND, main={"PRMT": 5, "FMUL": 3}, instructions=24.0)
+    assert str(model.bound(codes)) == "15.0 us, integers"
+    assert str(model.bound(replace(codes, arch=120))) == "30.1 us, memory"
+    facts = {"M": 256, "bits": {"X": 16, "F": 4}, "tile_m": 128, "tile_n": 256}
     matmul = replace(SOUND, kernel="dequant_matmul_kernel", facts=facts, instructions=8.88)
     assert str(model.bound(matmul)) == "10.9 us, products"
     assert str(model.bound(replace(matmul, instructions=15.75))) == "15.8 us, issue"  # twice, by two rows of tiles
+    narrow = replace(matmul, facts=facts | {"tile_n": 64})
+    assert str(model.bound(narrow)) == "24.4 us, cache"  # 64 times 2 MB
     few = replace(matmul, facts=facts | {"M": 1, "tile_m": 8}, instructions=2.4)
     assert str(model.bound(few)) == "2.0 us, memory"
     assert model.bound(replace(SOUND, config="bfloat16 float8_e4m3fn")) is None

@@ -176,5 +176,6 @@ def facts(config: Config) -> dict[str, Any]:
         "scales": given.get("SCALES"),
         "tile": str(tile),
         "tile_m": getattr(tile, "tile_m", 0),
+        "tile_n": getattr(tile, "tile_n", 0),
         "splits": getattr(tile, "splits", 1),
     }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from gpu_static.measured import Measured
 from gpu_static.model import GPU, GPUS, bound
 
-SHAPES = ((4096, 4096), (8192, 28672))
+SHAPES = ((4096, 4096), (28672, 4096))
 BATCHES = (1, 16, 64, 256, 1024)
 DEVICES = (GPUS[80], replace(GPUS[90], name="H100", tb=3.0), GPUS[90])
 ARCHS = (80, 90, 90)

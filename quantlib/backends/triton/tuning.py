@@ -18,9 +18,10 @@ from quantlib.backends.triton.tables import FEW, Key, MatmulTile, bucket, lookup
 from quantlib.formats import FloatFormat, Format
 
 # Numbers of no device, so that the bytes are those of every device.
-PROGRAMS = 512  # that share the weight where x has few rows
+PROGRAMS = 512  # that share the weight where x has few rows; half as many for more, each of which has more sums
 FILLED = 192  # programs, more than there are multiprocessors
 ENOUGH = 128  # tiles of a kernel that cannot share K, nearly one a multiprocessor
+WIDE_TILES = 96  # tiles of 128 x 128 from which on they are taken
 SLAB = 1 << 24  # weights of a slab, at least: 32 MiB, which the cache of an H100 holds beside tiles of x and y
 SLAB_SUMS = 1 << 22  # sums of a slab, at least: 256 tiles of 128 x 128, twice as many as multiprocessors
 # Columns of x from which the vendor's faster products should make up for the memory that its sums go through: an
@@ -69,8 +70,11 @@ def choose_matmul(
     elif M <= FEW:
         tile_n, tile_m, warps = 64, max(8, power_of_2(M)), 4 if wide and M > 8 else 2
         stages = 3 if format.packed and not wide else 4
-    elif M <= 64 or wide:
-        tile_n, tile_m, warps, stages = 64, 64, 8 if wide and tile_k > 64 else 4, 3
+    elif wide:
+        tile_n, tile_m, warps, stages = 64, 64, 8 if tile_k > 64 else 4, 3
+    elif M <= 64:  # two warps multiply by mma.sync, from registers; a code book is looked up by more
+        tile_n, tile_m, stages = 128 if not format.packed and N >= 8192 else 64, 64, 3
+        warps = 4 if format.packed and format.is_float else 2
     elif tile_k > 64:  # the sums of a step beside all: registers hold no more where operands need some too
         tile_n, tile_m, warps, stages = 64, 128 if shared >= WARPGROUPS else 64, 4, 3
     else:
@@ -78,19 +82,19 @@ def choose_matmul(
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, tile_k if tiled else 32)
     splits = 1 if wide and M > 64 else splits_of((M, N, K), tile_n, tile_m, tile_k, format.packed)
-    right = not wide and tile_m > FEW and bk >= K and (not device or shared >= WARPGROUPS)
+    right = not wide and tile_m > 64 and bk >= K and (not device or shared >= WARPGROUPS)
     return shown(fitted(key, MatmulTile(tile_n, tile_m, tile_k, splits, warps, stages, right=right), shared))
 
 
 def takes_slabs(shape: Shape, format: Format, dtype: torch.dtype, bk: int) -> bool:
     """True if it is faster to decode the weight once than in every tile of 128 rows of x (slab.py).
 
-    Fused tiles of an H200 were measured to do 250 TFLOP/s with int8 and 330 with four bits, where 16-bit operands do
-    650 and more. At the speed of memory a weight is decoded in what they lose with 140 and 200 rows, and from 129 rows
-    on they multiply 256. A product that is too small for all multiprocessors has K split between them, up to 512 rows.
+    Fused tiles of an H200 were measured to do 350 TFLOP/s with int8 and 330 with four bits, 256 rows at a time, where
+    16-bit operands do 650 and more. At the speed of memory a weight is decoded in what they lose with 270 and 200 rows.
+    A product that is too small for all multiprocessors has K split between them, up to 512 rows.
     """
     M, N, K = shape
-    large = M > 512 or (M > 128 and cdiv(M, 128) * cdiv(N, 128) >= ENOUGH)
+    large = M > 512 or (M > 256 and cdiv(M, 128) * cdiv(N, 128) >= ENOUGH)
     return large and holds(format, dtype) and (bk >= K > 0 or dtype == torch.bfloat16)
 
 
@@ -120,9 +124,7 @@ def holds(format: Format, dtype: torch.dtype) -> bool:
 
 def widest(M: int, N: int) -> tuple[int, int, int, int]:
     """Sizes, warps and loads in flight of a tile of many rows: 128 x 128 where there are enough of them, else half."""
-    if cdiv(N, 128) * cdiv(M, 128) >= FILLED:
-        return 128, 128, 8, 3
-    return 64, 128, 4, 3
+    return 128 if cdiv(N, 128) * cdiv(M, 128) >= WIDE_TILES else 64, 128, 4, 3
 
 
 def longest_splits(K: int, tile_k: int, packed: bool) -> int:
@@ -166,7 +168,7 @@ def choose_scaled(
     if describable and M > 64:
         return shown(choose_described(shape, dtype))
     if M <= FEW:
-        tile_n, tile_m, tile_k, warps, stages = 64, max(8, power_of_2(M)), 128, 2, 4
+        tile_n, tile_m, tile_k, warps, stages = 32, max(8, power_of_2(M)), 128, 2, 4
     elif M <= 64:
         tile_n, tile_m, tile_k, warps, stages = 64, 64, 128, 4, 4
     else:
@@ -183,7 +185,7 @@ def choose_described(shape: Shape, dtype: torch.dtype) -> MatmulTile:
     """The largest tile of which there are enough; 128 x 256 sums leave no registers for narrow stores, wide values."""
     M, N, _ = shape
     wide = dtype.itemsize == 2 and N % 16 == 0
-    sizes = [(256, 128, 8, 3)] * wide + [(128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 4)]
+    sizes = [(256, 128, 8, 4)] * wide + [(128, 128, 8, 5), (128, 64, 4, 5), (64, 64, 4, 5)]
     enough = (size for size in sizes if cdiv(N, size[0]) * cdiv(M, size[1]) >= ENOUGH)
     tile_n, tile_m, warps, stages = next(enough, sizes[-1])
     return MatmulTile(tile_n, tile_m, 128, 1, warps, stages, described=True)
@@ -219,6 +221,8 @@ def splits_of(shape: Shape, tile_n: int, tile_m: int, tile_k: int, packed: bool)
     tiles, steps = cdiv(N, tile_n) * cdiv(M, tile_m), cdiv(K, tile_k)
     if M > 64:  # to fill the device, and no more: every split adds M N sums
         splits = min(power_of_2(cdiv(FILLED, tiles)), longest_splits(K, tile_k, packed), 16)
+    elif M > FEW:
+        splits = min(PROGRAMS // 2 // tiles, steps // LONGEST, 16)
     elif packed:  # a split is two steps, and the sums of all take half the bytes of the weight at most
         splits = min(PROGRAMS // tiles, steps // 2, 16, max(K // (32 * M), 4) if M else 1)
     else:
