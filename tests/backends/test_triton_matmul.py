@@ -172,7 +172,7 @@ def test_slabs_are_for_large_batches_of_what_they_hold() -> None:
     shape = (1024, 4096, 4096)
     chosen = tuning.choose_matmul(shape, int8, bf16, 128, True, False, "a device", 232448)
     assert chosen.slab == 4096  # rows whose product is 256 tiles of 128 x 128
-    for small in ((512, 2048, 8192), (300, 4096, 8192), (256, 57344, 8192)):  # the first two of fewer than 128 such tiles
+    for small in ((512, 2048, 8192), (300, 4096, 8192), (256, 57344, 8192)):  # two of fewer than 128 such
         assert not tuning.choose_matmul(small, int8, bf16, 128, True, False, "a device", 232448).slab
     assert tuning.choose_matmul((257, 8192, 4096), int8, bf16, 128, True, False, "a device", 232448).slab
     assert not tuning.choose_matmul(shape, int8, bf16, 128, True, True, "a device", 232448).slab
