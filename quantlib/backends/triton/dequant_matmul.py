@@ -153,6 +153,7 @@ def dequant_matmul(
     if tile.slab:
         multiply_slabs(x, weight, epilogue, y, tile)
         return
+    x = paired(x) if tile.paired else x
     tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
     partial, ticket = launch.workspace((tile.splits, M, N), torch.float32, tiles, x.device)
     codes, scale = launch.codes_of(weight.codes), launch.codes_of(weight.scale)
@@ -180,3 +181,13 @@ def scales(x: torch.Tensor, weight: QuantizedWeight, tile: tuning.MatmulTile) ->
     if few or x.dtype == torch.float16 or tile.tile_k > COLUMNS.value:  # a step has more weights than sums
         return "step" if weight.block[1] % tile.tile_k == 0 else "half"
     return "weights"
+
+
+def paired(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] of 16 bits with each 16 columns in another order: 0 1 4 5 8 9 12 13, then 2 3 6 7 10 11 14 15.
+
+    `in_order` puts those of the weight in the same, in which a thread of a warpgroup has them side by side in a tile.
+    In their own it would load its codes in twos, from places that lie in one bank of shared memory.
+    """
+    M, K = x.shape
+    return x.view(M, K // 16, 4, 2, 2).transpose(2, 3).reshape(M, K)
