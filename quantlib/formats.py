@@ -35,6 +35,10 @@ class Stored:
                 f"got {self.per_byte}"
             )
 
+    def __hash__(self) -> int:
+        """Hash the name, which no other row has: launchers look their choices up by rows at every call."""
+        return hash(self.name)
+
     @cached_property
     def packed(self) -> bool:
         """True if codes share a byte."""
@@ -104,6 +108,7 @@ class FloatFormat(Stored):
 
     is_float = True
     signed = True  # there are negative values; with fields, the highest bit of a code is the sign
+    __hash__ = Stored.__hash__
 
     def __post_init__(self) -> None:
         if self.nan not in get_args(NanCodes):
@@ -264,6 +269,7 @@ class IntFormat(Stored):
     is_float = False
     is_symmetric = True  # codes without a zero point are
     exponent_bits = 0
+    __hash__ = Stored.__hash__
 
     def __post_init__(self) -> None:
         if not 1 + self.signed <= self.bits <= 8:

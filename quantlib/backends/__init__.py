@@ -54,7 +54,7 @@ def _found() -> dict[str, Backend]:
 BACKENDS = _found()
 
 # One more layer of Python kernels for an overload ("quantize.out"), given the launcher of a backend's op.
-Binder = Callable[[Kernel], Callable[..., Any]]
+Binder = Callable[["_Launcher"], Callable[..., Any]]
 _binders: dict[str, Binder] = {}
 _compiled: set[tuple[str, str]] = set()  # (overload, dispatch key) that a compiled library has a kernel for
 
@@ -162,7 +162,7 @@ def attach(overload: str, bind: Binder, fake: Callable[..., Any]) -> None:
     _compiled.update(
         (overload, key) for key in DEVICES.values() if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     )
-    _library.impl(overload, bind(_launcher(LAST, overload)), "CompositeExplicitAutograd")
+    _library.impl(overload, bind(_Launcher(LAST, overload)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantlib::{overload}", fake, lib=_library)
 
 
@@ -191,7 +191,7 @@ def start() -> None:
         over = usual != LAST or (overload, DEVICES[device]) in _compiled  # a library without code for this device
         if over and not BACKENDS[usual].compiled:
             _compiled_kernel(overload, device)  # before it is covered
-            _cover(_library, overload, device, _kernel(usual, overload, device))
+            _cover(_library, overload, device, _bound(usual, overload, device), with_keyset=False)
     _install()
 
 
@@ -218,7 +218,7 @@ def _install() -> None:
                 if _switch is None:
                     _switch = torch.library.Library("quantlib", "IMPL")
                 _compiled_kernel(overload, device)  # before it is covered
-                _cover(_switch, overload, device, functools.partial(_ask, overload, device))
+                _cover(_switch, overload, device, functools.partial(_ask, overload, device), with_keyset=True)
                 _covered.add((overload, device))
 
 
@@ -236,10 +236,12 @@ def _uninstall() -> None:
         _covered.clear()
 
 
-def _cover(library: torch.library.Library, overload: str, device: str, kernel: Callable[..., Any]) -> None:
+def _cover(
+    library: torch.library.Library, overload: str, device: str, kernel: Callable[..., Any], with_keyset: bool
+) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is what is meant
-        library.impl(overload, kernel, DEVICES[device], with_keyset=True, allow_override=True)
+        library.impl(overload, kernel, DEVICES[device], with_keyset=with_keyset, allow_override=True)
 
 
 def _asks(overload: str, device: str) -> bool:
@@ -281,8 +283,14 @@ def _kernel(name: str, overload: str, device: str) -> Callable[..., Any]:
     if BACKENDS[backend].compiled and refuses(backend, device, overload) is None:
         kernel: Callable[..., Any] = _compiled_kernel(overload, device).call_boxed
         return kernel
-    bound = _binders[overload](_launcher(backend, overload, device))
+    bound = _bound(backend, overload, device)
     return lambda keyset, *args, **outs: bound(*args, **outs)
+
+
+@functools.cache
+def _bound(backend: str, overload: str, device: str) -> Callable[..., Any]:
+    """The kernel of a backend of Python, as torch calls it without a keyset."""
+    return _binders[overload](_Launcher(backend, overload, device))
 
 
 @functools.cache
@@ -292,21 +300,27 @@ def _compiled_kernel(overload: str, device: str) -> Any:
     return torch.library.get_kernel(f"quantlib::{overload}", key) if (overload, key) in _compiled else None
 
 
-def _launcher(backend: str, overload: str, device: str = "cpu") -> Kernel:
+class _Launcher:
     """The kernel of ``backend`` for the op of ``overload``, found at the first call; a refusal where it has none."""
-    op = _op(overload)
 
-    @functools.cache
-    def find() -> Kernel:
-        why = refuses(backend, device, overload)
+    def __init__(self, backend: str, overload: str, device: str = "cpu") -> None:
+        self.backend, self.overload, self.device = backend, overload, device
+
+    def __call__(self, *args: Any) -> None:
+        self.found(*args)
+
+    @functools.cached_property
+    def found(self) -> Kernel:
+        op, why = _op(self.overload), refuses(self.backend, self.device, self.overload)
         if why is not None:
-            raise NotImplementedError(f"quantlib::{op}: backend {backend!r} refuses {device} tensors: {why}")
-        return BACKENDS[backend].kernels[op]
+            refused = f"backend {self.backend!r} refuses {self.device} tensors: {why}"
+            raise NotImplementedError(f"quantlib::{op}: {refused}")
+        return BACKENDS[self.backend].kernels[op]
 
-    def launch(*args: Any) -> None:
-        find()(*args)
-
-    return launch
+    def prepare(self, *args: Any) -> Kernel | None:
+        """``prepare`` of the kernel: see `backend.py`."""
+        prepare: Callable[..., Kernel | None] | None = getattr(self.found, "prepare", None)
+        return None if prepare is None else prepare(*args)
 
 
 def _op(overload: str) -> str:

@@ -12,6 +12,10 @@ signature, that of ``quantlib/backends/composite/<op>.py``:
 - ``format``: a row of ``quantlib.formats``; ``block``: (br, bk), no larger than the matrix;
 - an argument that may be left out is None; the results come last.
 
+A kernel may have an attribute ``prepare``, a function of the same arguments that starts nothing. It returns the kernel
+of all calls that differ from this one in nothing but the memory of their tensors, or None; that kernel reads no shapes,
+and may be given tensors [..., K] as matrices.
+
 Everything has been checked before a kernel is called: ``quantlib/ops/<op>.py``.
 """
 

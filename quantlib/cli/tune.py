@@ -158,6 +158,7 @@ def line(key: Key, entry: Entry) -> tuple[str, ...]:
         + [f"slabs of {tile.slab}"] * bool(tile.slab)
         + ["descriptors"] * tile.described
         + ["weight right"] * tile.right
+        + ["paired"] * tile.paired
     )
     return (
         str(key),

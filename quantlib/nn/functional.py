@@ -13,14 +13,16 @@ from quantlib.backends.packing import kept_zero_points
 from quantlib.backends.weight import QuantizedWeight
 from quantlib.formats import FloatFormat
 from quantlib.nn import ranks
-from quantlib.ops.autograd import StraightThrough, apply, recorded
+from quantlib.ops.autograd import StraightThrough, apply
 from quantlib.ops.check import dtype_of, is_sharded
 from quantlib.ops.dequant_matmul_backward import gradient_of_bias, tangent_of_product
+from quantlib.ops.eager import recorded
 from quantlib.ops.sharding import cuts_columns, size_of
 from quantlib.spec import SCALES, QuantSpec
 
 SLAB = 1 << 18  # elements of a weight at a time: a core's second cache holds them and their codes
 SLAB_OF_A_GPU = 1 << 26  # each slab waits for the device once
+SCALE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in SCALES.items()}
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)  # the dtypes that the ops take, and that are quantized
 
 
@@ -144,8 +146,7 @@ def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
     """The dtype of the scales of ``spec``."""
-    dtype: torch.dtype = getattr(torch, SCALES[spec.scale])
-    return dtype
+    return SCALE_DTYPES[spec.scale]
 
 
 def _quantize_rows(x: Tensor, spec: QuantSpec, seen: Seen) -> Weight:

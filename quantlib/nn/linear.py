@@ -200,7 +200,7 @@ class QuantLinear(QuantModule, nn.Linear):
         x, spec, activation = autocast(input), self.spec, self.spec.activation
         parameters = self._parameters  # to ask a module for one by its name takes half a microsecond
         codes, scale, zero_point = self.codes, parameters["weight_scale"], parameters["weight_zero_point"]
-        bias: Tensor | None = self.bias
+        bias: Tensor | None = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (asks both)
         check_kept(scale, spec)
         if self.batch_invariant:
             self._check_batch_invariant(x)
@@ -218,7 +218,7 @@ class QuantLinear(QuantModule, nn.Linear):
                 return integer_matmul(x, activation, static, weight, spec.format, self.block, bias)
             x = project(x, activation, static)
         if on_gpu(x):
-            codes = self._pack(x)
+            codes = self._pack(x, codes)
         layout, rows = ("tiles", self.out_features) if codes.dim() == 3 else ("plain", None)
         return ops.dequant_matmul(
             x,
@@ -286,24 +286,25 @@ class QuantLinear(QuantModule, nn.Linear):
             torch.cuda.synchronize(codes.device)  # work on other streams reads the old codes, or is about to read these
         self.weight_codes = new
 
-    def _pack(self, x: Tensor) -> Tensor:
-        """The codes to multiply ``x`` with on a GPU, which become tiles where nothing depends on their memory.
+    def _pack(self, x: Tensor, codes: Tensor) -> Tensor:
+        """``codes``, to multiply ``x`` with on a GPU: they become tiles where nothing depends on their memory.
 
         They stay as they are for training, whose gradients read them as a matrix, where another module shares them,
         where a hook or a wrapper of the parameter may exchange them, while the call is traced or transformed, once
         a CUDA graph has recorded where they lie, and where there is no memory for a second copy of them.
         """
-        if torch.compiler.is_compiling():
-            return self.codes
+        if torch.compiler.is_compiling() or self._fixed:
+            return codes
         if is_recorded(x):
             self._fixed = True
-        elif not (self.tiled or self.training or torch.is_grad_enabled()) and self._may_pack(x):
+        elif not (codes.dim() == 3 or self.training or torch.is_grad_enabled()) and self._may_pack(x):
             try:
                 with _packing, torch.inference_mode(False), torch.no_grad():
                     self.tile_()
             except torch.cuda.OutOfMemoryError:
                 self._fixed = True
-        return self.codes
+            return self.codes
+        return codes
 
     def _may_pack(self, x: Tensor) -> bool:
         return (

@@ -20,6 +20,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from quantlib import backends
 from quantlib.ops.declare import Binder
+from quantlib.ops.eager import recorded
 
 Gradients = dict[str, Tensor | None]  # by the name of the argument; an argument that is not there has none
 
@@ -125,13 +126,6 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     else:
         y = function.forward(*args)
     return y
-
-
-def recorded(*args: Any) -> bool:
-    """True if a derivative may be asked of what becomes of ``args``; always while `torch.jit` traces."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing():
-        return True
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ A result is (shape, dtype): what an op checks and returns is its shape function 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -51,7 +52,7 @@ def described(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
 
 def is_sharded(t: Any) -> bool:
     """True if ``t`` is a DTensor: this process may hold only a part of its values."""
-    return hasattr(t, "device_mesh")
+    return type(t) is not Tensor and hasattr(t, "device_mesh")
 
 
 def check_tensor(op: str, argument: str, got: Tensor, expected: Result, device: torch.device) -> None:
@@ -181,6 +182,8 @@ def host_values(x: Tensor, wait: bool = False) -> tuple[float, float] | None:
 
 def visible(x: Tensor, wait: bool = False) -> Tensor | None:
     """The values of ``x``, those of every example under vmap, where they lie on the CPU, or on any device."""
+    if wait or x.device.type == "cpu":
+        _looks.number += 1
     if torch.compiler.is_compiling() or torch._C._is_tracing():  # x stands for others
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -189,6 +192,18 @@ def visible(x: Tensor, wait: bool = False) -> Tensor | None:
         return None
     values = x.detach()
     return values if type(values) is Tensor else None  # of a tracer, or of a subclass, there may be none
+
+
+class _Looks(threading.local):
+    number = 0
+
+
+_looks = _Looks()
+
+
+def looks() -> int:
+    """The number of times that checks of this thread have looked, or would have, at the values of a tensor."""
+    return _looks.number
 
 
 def codes_of(shape: Sequence[int], f: Format) -> Result:
@@ -210,9 +225,12 @@ def wants_gradient(op: str, argument: str, x: Any) -> bool:
         fail(op, argument, "a tensor", type(x).__name__)
     if x.requires_grad and torch.is_grad_enabled():
         return True
-    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
-        return False
-    return _is_followed(x)
+    return may_be_followed() and _is_followed(x)
+
+
+def may_be_followed() -> bool:
+    """True if autograd may follow a tensor that does not require a gradient, or not of this level."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _is_followed(x: Tensor) -> bool:

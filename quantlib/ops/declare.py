@@ -27,9 +27,12 @@ from quantlib.ops.check import (
     check_tensor,
     fail,
     last_size,
+    looks,
     overlap,
 )
+from quantlib.ops.eager import eager
 from quantlib.ops.explain import worded
+from quantlib.ops.prepared import MOST, Prepared, likeness_function, prepare
 from quantlib.ops.sharding import register_if_imported
 from quantlib.spec import matrix_shape
 
@@ -118,6 +121,7 @@ def declare(
     results: Callable[..., list[Result]],
     launch: Callable[..., None] = launch_matrices,
     accepted: Sequence[str] = TARGETS,
+    differentiable: bool = False,
 ) -> tuple[Any, Any]:
     """Attach Python kernels, shape functions and batching rule to ``overload`` and to its out form: both overloads.
 
@@ -129,6 +133,8 @@ def declare(
         Hands contiguous matrices to a backend's kernel, which writes into ``outs``.
     accepted : sequence of str
         Names of formats.
+    differentiable : bool
+        True if the op has an autograd kernel (autograd.py), which a call that records nothing goes around.
     """
     op, _, kind = overload.partition(".")
     out_overload = f"{op}.{kind + '_' if kind else ''}out"
@@ -165,16 +171,51 @@ def declare(
             check_tensor(op, name, outs[name], result, args[0].device)
         return arguments
 
-    def bind(kernel: Kernel) -> Callable[..., Any]:
+    likeness_of = likeness_function(bound.schema)
+
+    def bind(kernel: Any) -> Callable[..., Any]:
+        # by what calls have in common; None where nothing can be prepared, as where a tensor is missing or not dense
+        known: dict[Any, Prepared | None] = {None: None}
+
         def call(*args: Any) -> Any:
             try:
-                arguments, expected = checked(args)
-                outs = empty(expected, args)
-                if outs[0].numel():
-                    launch(kernel, outs, **arguments)
+                likeness: Any = likeness_of(*args)
+                prepared = known.get(likeness)
+            except (AttributeError, RuntimeError, TypeError):
+                likeness = prepared = None
+            try:
+                if prepared is None:
+                    return _result(first(likeness, args))
+                device = args[0].device
+                # of which torch finds the arguments sooner than those of `torch.empty`
+                outs = [
+                    torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                    for shape, strides, dtype in prepared.results
+                ]
+                prepared.kernel(*prepared.arguments(*outs, *args))
             except Exception as error:
                 raise worded(op, given(args, {}), error) from error
-            return _result(outs)
+            return outs[0] if len(outs) == 1 else tuple(outs)
+
+        def first(likeness: Any, args: Sequence[Any]) -> list[Tensor]:
+            """Call the kernel, and prepare the calls like this one."""
+            before = looks()
+            arguments, expected = checked(args)
+            outs, calls = empty(expected, args), []
+
+            def noted(*given: Any) -> None:
+                calls.append(given)
+                kernel(*given)
+
+            if outs[0].numel():
+                launch(kernel if likeness in known else noted, outs, **arguments)
+            if likeness not in known:
+                if len(known) > MOST:
+                    known.clear()
+                    known[None] = None
+                can_be = len(calls) == 1 and before == looks()
+                known[likeness] = prepare(bound.schema, args, outs, kernel, calls[0]) if can_be else None
+            return outs
 
         return call
 
@@ -252,7 +293,7 @@ def declare(
         return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(names)
 
     backends.vmap(overload, each)
-    return function, out_function
+    return eager(function) if differentiable else function, out_function
 
 
 def in_place(name: str, out: Tensor, argument: str, value: Tensor) -> bool:

@@ -33,8 +33,8 @@ def check_layout(layout: str, rows: int | None) -> None:
         fail(OP, "rows", "the rows of the weight for tiles" if rows is None else "None for plain codes", rows)
 
 
-_dequant_matmul, _dequant_matmul_out = declare(OP, _results)
-_tiled, _tiled_out = declare(f"{OP}.tiled", _results, accepted=TileLayout.FORMATS)
+_dequant_matmul, _dequant_matmul_out = declare(OP, _results, differentiable=True)
+_tiled, _tiled_out = declare(f"{OP}.tiled", _results, accepted=TileLayout.FORMATS, differentiable=True)
 
 
 def dequant_matmul(

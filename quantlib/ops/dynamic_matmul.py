@@ -25,7 +25,7 @@ def _results(x: Tensor, weight: QuantizedWeight, epilogue: Epilogue) -> list[Res
     return [([*x.shape[:-1], N], x.dtype)]
 
 
-_dynamic_matmul, _dynamic_matmul_out = declare(OP, _results, accepted=INTEGERS)
+_dynamic_matmul, _dynamic_matmul_out = declare(OP, _results, accepted=INTEGERS, differentiable=True)
 
 
 def dynamic_matmul(

@@ -71,7 +71,7 @@ def _launch(
     launch_matrices(kernel, outs, **arguments, zero_point=zero_point, limits=limits)
 
 
-_fake_quantize, _fake_quantize_out = declare("fake_quantize", _results, _launch)
+_fake_quantize, _fake_quantize_out = declare("fake_quantize", _results, _launch, differentiable=True)
 
 
 def fake_quantize(

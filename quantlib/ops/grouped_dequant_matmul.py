@@ -24,7 +24,7 @@ def _results(
     return [([x.shape[0], N], x.dtype)]
 
 
-_grouped, _grouped_out = declare(OP, _results)
+_grouped, _grouped_out = declare(OP, _results, differentiable=True)
 
 
 def ends_of(offsets: Tensor) -> Tensor:

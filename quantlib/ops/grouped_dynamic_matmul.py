@@ -26,7 +26,7 @@ def _results(x: Tensor, weight: QuantizedWeight, offsets: Tensor, epilogue: Epil
     return [([x.shape[0], N], x.dtype)]
 
 
-_grouped, _grouped_out = declare(OP, _results, accepted=INTEGERS)
+_grouped, _grouped_out = declare(OP, _results, accepted=INTEGERS, differentiable=True)
 
 
 def grouped_dynamic_matmul(

@@ -34,7 +34,7 @@ def _tangent(tangents: dict[str, Tensor], x: Tensor, block: int) -> Tensor:
     return y_t
 
 
-_hadamard, _hadamard_out = declare("hadamard", _results, _launch)
+_hadamard, _hadamard_out = declare("hadamard", _results, _launch, differentiable=True)
 differentiable("hadamard", _backward, _tangent)
 
 

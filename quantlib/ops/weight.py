@@ -17,6 +17,7 @@ from quantlib.ops.check import (
     described,
     dtype_of,
     fail,
+    may_be_followed,
     no_gradient,
     visible,
 )
@@ -77,8 +78,9 @@ def check_ascending(op: str, offsets: Tensor, rows: int) -> list[int] | None:
 
 def check_followed(op: str, codes: Tensor, scale: Tensor, zero_point: Tensor | None, out: Tensor | None) -> None:
     """Check that nothing without a gradient requires one: of a weight, the scale alone may."""
+    followed = torch.is_grad_enabled() or may_be_followed()
     for argument, value in (("codes", codes), ("zero_point", zero_point), ("out", out)):
-        if value is not None:
+        if value is not None and (followed or not isinstance(value, Tensor)):
             no_gradient(op, argument, value)
     if not isinstance(scale, Tensor):
         fail(op, "scale", "a tensor", type(scale).__name__)

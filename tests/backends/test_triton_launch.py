@@ -68,6 +68,36 @@ def test_the_second_call_of_a_class_goes_past_triton(kernel: Kernel) -> None:
     ]
 
 
+def test_a_repeated_launch_keeps_what_it_has_found(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ask = [], launch.launch
+
+    def noted(*args: Any, **options: Any) -> Any:
+        asked.append(args)
+        return ask(*args, **options)
+
+    monkeypatch.setattr(launch, "launch", noted)
+    start = launch.repeated(kernel, 5, GPU, (8, TILE), warps=4, num_stages=2)
+    x, y = torch.zeros(64), torch.ones(64)
+    fast = "fast", 5, 1, 1, 77, "f", "m", None, None, None
+    start(x[1:], None)  # another kind, of which nothing is kept
+    start(x, None)
+    assert [call[0] for call in kernel.started] == ["slow", "slow"]
+    start(y, None)
+    assert kernel.started[-1] == (*fast, y, None, 8, TILE)
+    assert len(asked) == 2
+    start(y[1:], None)
+    assert len(asked) == 3
+    assert kernel.started[-1][0] == "fast"
+    for name, value in (("current_device", 1), ("profiled", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, name, lambda value=value: value)
+            start(x, None)
+        assert kernel.started[-1] == ("slow", 5, x, None, 8, TILE)
+    start(x, None)
+    assert kernel.started[-1] == (*fast, x, None, 8, TILE)
+    assert len(asked) == 5
+
+
 def test_what_the_compiler_is_told_decides_the_class(kernel: Kernel) -> None:
     x, other = torch.empty(32), object()
     calls: list[tuple[Any, ...]] = [

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import itertools
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ if not backend.interpreted():
 
 import triton.language as tl  # noqa: E402
 
-from quantlib.backends.triton import descriptors, launch, tuning  # noqa: E402
+from quantlib.backends.triton import dequant_matmul, descriptors, launch, tables, tuning  # noqa: E402
 from quantlib.backends.triton.activation import activate  # noqa: E402
 
 BLOCKS = ((1, -1), (-1, -1), (1, 64), (1, 32), (3, 10))
@@ -91,6 +92,27 @@ def test_dequant_matmul_of_exact_operands(format: str, block: tuple[int, int], a
         options = {"bias": bias.numpy(), "activation": "gelu", "dtype": name_of(dtype)}
         want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **weight.described(), **options)
         assert_same_bytes(y, want, f"dequant_matmul {format} {block} M={M}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("format", "group", "affine"),
+    [("int8", -1, False), ("uint8", -1, True), ("int4", 128, False), ("int4", 64, True), ("float8_e4m3fn", -1, False)],
+)
+def test_columns_in_the_order_of_a_warpgroup(format: str, group: int, affine: bool, dtype: str) -> None:
+    """Both operands' in the same: the bytes of a sum that is exact are those of any other order."""
+    M, N, K = 67, 40, 16 * 13
+    weight = Weight(N, K, format, (1, group), affine)
+    x, y = torch.randint(-8, 9, (M, K)).to(getattr(torch, dtype)), poisoned((M, N), getattr(torch, dtype))
+    tile = tuning.MatmulTile(32, 64, TileLayout(weight.format).columns, 1, 4, 2, paired=True)
+    key = tuning.key_of("dequant_matmul", (M, N, K), weight.format, x.dtype, group if group > 0 else K, True)
+    assert tables.is_sound(key, tile, 1 << 18)
+    dequant_matmul.dequant_matmul(x, weight.launched(True), Epilogue(), False, y, tile)
+    options = {**weight.described(), "dtype": dtype}
+    want = reference.dequant_matmul(x.float().numpy(), *weight.arrays(), **options)
+    assert_same_bytes(y, want, f"{format} {group}")
+    assert not tables.is_sound(replace(key, K=K + 8), tile, 1 << 18)
+    assert not tables.is_sound(replace(key, tiled=False), replace(tile, tile_k=64), 1 << 18)
 
 
 @pytest.mark.parametrize(("group", "affine"), [(128, False), (256, True)])
@@ -396,7 +418,7 @@ def test_a_choice_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     tuning.choose_matmul.cache_clear()
     tuning.choose_matmul((3, 4096, 4096), formats.get("int8"), torch.bfloat16, 4096, True, False, "a device", 232448)
     assert capsys.readouterr().err.startswith(
-        "MatmulTile(tile_n=64, tile_m=8, tile_k=64, splits=8, warps=2, stages=4, slab=0, described=False, right=False)"
+        "MatmulTile(tile_n=64, tile_m=8, tile_k=64, splits=8, warps=2, stages=4, slab=0, described=False, right=False,"
     )
 
 

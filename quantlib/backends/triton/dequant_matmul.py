@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from quantlib import formats
+from quantlib.backends.backend import Kernel
 from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.descriptors import slab_describable
 from quantlib.backends.triton.matmul import (
@@ -145,39 +146,81 @@ def dequant_matmul(
     tile: tuning.MatmulTile | None = None,
 ) -> None:
     """Launch with ``tile``, or with the tile that `tuning` chooses."""
-    M, (N, K), device, tiled = len(x), weight.shape, x.device, weight.tiled
-    if tile is None:
-        tile = tuning.choose_matmul(
-            (M, N, K), weight.format, x.dtype, weight.block[1], tiled, batch_invariant,
-            launch.device_name(device), launch.shared_memory(device), slab_describable(x),
-        )  # fmt: skip
+    tile = tile or chosen(x, weight, batch_invariant)
     if tile.slab:
         multiply_slabs(x, weight, epilogue, y, tile)
-        return
-    tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
-    partial, ticket = launch.workspace((tile.splits, M, N), torch.float32, tiles, x.device)
-    codes, scale = launch.codes_of(weight.codes), launch.codes_of(weight.scale)
-    launch.launch(
-        dequant_matmul_kernel, tiles * tile.splits, x.device,
-        x, codes, scale, weight.zero_point, epilogue.bias, y, partial, ticket,
-        M, N, K, *weight.block, weight.block[1] // tile.tile_k, scale.shape[1], codes.shape[1],
-        formats.get(x.dtype), weight.format,
-        epilogue.activation, scales(x, weight, tile), tiled, K % tile.tile_k > 0, tile, launch.arch(x.device),
-        warps=tile.warps, num_stages=tile.stages,
+    else:
+        with_tile(x, weight, epilogue, tile)(x, weight, epilogue, batch_invariant, y)
+
+
+def chosen(x: torch.Tensor, weight: QuantizedWeight, batch_invariant: bool) -> tuning.MatmulTile:
+    """The tile that `tuning` chooses."""
+    return tuning.choose_matmul(
+        (x.shape[0], *weight.shape), weight.format, x.dtype, weight.block[1], weight.tiled, batch_invariant,
+        launch.device_name(x.device), launch.shared_memory(x.device), slab_describable(x),
     )  # fmt: skip
 
 
-def scales(x: torch.Tensor, weight: QuantizedWeight, tile: tuning.MatmulTile) -> str:
+def with_tile(x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue, tile: tuning.MatmulTile) -> Kernel:
+    """Return the kernel of calls like this one with ``tile``: it has but to be told where their tensors lie."""
+    M, (N, K), (br, bk), device = x.shape[0], weight.shape, weight.block, x.device
+    format, tiled, columns = weight.format, weight.tiled, weight.scale.shape[1]
+    tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
+    constants = (
+        M, N, K, br, bk, bk // tile.tile_k, columns, weight.codes.shape[1],
+        formats.get(x.dtype), format, epilogue.activation, scales(M, x.dtype, columns, bk, tiled, tile), tiled,
+        K % tile.tile_k > 0, tile, launch.arch(device),
+    )  # fmt: skip
+    start = launch.repeated(
+        dequant_matmul_kernel, tiles * tile.splits, device, constants, warps=tile.warps, num_stages=tile.stages
+    )
+    partials = tile.splits, M, N
+
+    def multiply(
+        x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue, batch_invariant: bool, y: torch.Tensor
+    ) -> None:
+        partial, ticket = launch.workspace(partials, torch.float32, tiles, device)
+        codes, scale, _, _, zero_point, _, _ = weight
+        x = paired(x) if tile.paired else x
+        start(x, launch.codes_of(codes), launch.codes_of(scale), zero_point, epilogue.bias, y, partial, ticket)
+
+    return multiply
+
+
+def prepare(
+    x: torch.Tensor, weight: QuantizedWeight, epilogue: Epilogue, batch_invariant: bool, y: torch.Tensor
+) -> Kernel | None:
+    """Return the kernel of calls like this one; None for slabs, which take longer than to prepare them."""
+    tile = chosen(x, weight, batch_invariant)
+    return None if tile.slab else with_tile(x, weight, epilogue, tile)
+
+
+dequant_matmul.prepare = prepare
+
+
+def scales(rows: int, dtype: torch.dtype, columns: int, bk: int, tiled: bool, tile: tuning.MatmulTile) -> str:
     """Return what a scale multiplies: the sum of a row, of a step or of half a step, the weights of a step, or one.
+
+    ``rows`` and ``dtype`` are those of x; a row of the weight has ``columns`` scales, of ``bk`` columns each.
 
     A weight times its scale is rounded to x's type, for which it may be too large where that is float16. A sum comes
     before its scale, and overflows where that of |x| |q - z| does: with values of x from 1e31 on.
     """
-    if weight.scale.shape[1] <= 1:
+    if columns <= 1:
         return "row"
-    if weight.block[1] % (COLUMNS.value if weight.tiled else tile.tile_k):
+    if bk % (COLUMNS.value if tiled else tile.tile_k):
         return "element"
-    few = len(x) < 64 or tile.tile_m <= tuning.FEW
-    if few or x.dtype == torch.float16 or tile.tile_k > COLUMNS.value:  # a step has more weights than sums
-        return "step" if weight.block[1] % tile.tile_k == 0 else "half"
+    few = rows < 64 or tile.tile_m <= tuning.FEW
+    if few or dtype == torch.float16 or tile.tile_k > COLUMNS.value:  # a step has more weights than sums
+        return "step" if bk % tile.tile_k == 0 else "half"
     return "weights"
+
+
+def paired(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] of 16 bits with each 16 columns in another order: 0 1 4 5 8 9 12 13, then 2 3 6 7 10 11 14 15.
+
+    `in_order` puts those of the weight in the same, in which a thread of a warpgroup has them side by side in a tile.
+    In their own it would load its codes in twos, from places that lie in one bank of shared memory.
+    """
+    M, K = x.shape
+    return x.view(M, K // 16, 4, 2, 2).transpose(2, 3).reshape(M, K)

@@ -70,17 +70,18 @@ def grouped_dequant_matmul(
     y: torch.Tensor,
 ) -> None:
     """Launch with the tile that `tuning` chooses for a product that does not depend on the batch."""
-    R, (N, K), device, E = len(x), weight.shape, x.device, offsets.numel()
+    R, (N, K), device, E, bk = x.shape[0], weight.shape, x.device, offsets.numel(), weight.block[1]
     tile = tuning.choose_matmul(
-        (R, N, K), weight.format, x.dtype, weight.block[1], False, True,
+        (R, N, K), weight.format, x.dtype, bk, False, True,
         launch.device_name(device), launch.shared_memory(device),
     )  # fmt: skip
     codes, scale = launch.codes_of(weight.codes), launch.codes_of(weight.scale)
     launch.launch(
         grouped_dequant_matmul_kernel, slots_of(R, E, tile.tile_m) * launch.cdiv(N, tile.tile_n), device,
         x, codes, scale, weight.zero_point, epilogue.bias, y, offsets,
-        E, R, N, K, *weight.block, weight.block[1] // tile.tile_k, scale.shape[1], scale.shape[2], codes.shape[2],
-        formats.get(x.dtype), weight.format, epilogue.activation, scales(x[: tile.tile_m], weight.expert(0), tile),
-        K % tile.tile_k > 0, groups_of(E), tile, launch.arch(device),
+        E, R, N, K, *weight.block, bk // tile.tile_k, scale.shape[1], scale.shape[2], codes.shape[2],
+        formats.get(x.dtype), weight.format, epilogue.activation,
+        scales(min(R, tile.tile_m), x.dtype, scale.shape[2], bk, False, tile), K % tile.tile_k > 0, groups_of(E), tile,
+        launch.arch(device),
         warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -242,10 +242,15 @@ class Class(NamedTuple):
 _classes: dict[tuple[Any, ...], Class] = {}
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: int, **options: int) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: int, **options: int) -> Handle | None:
     """Start ``programs`` programs on the current stream of ``device``; nothing waits for them.
 
     Products are never contracted into sums (C0).
+
+    Returns
+    -------
+    Handle or None
+        What has been started, which serves all arguments of this kind; None where that is not known.
 
     Raises
     ------
@@ -260,10 +265,10 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: 
         except BaseException:  # Ctrl-C: the programs that have not run have left tickets
             _slots.clear()
             raise
-        return
+        return None
     if planned and device.type == "meta":
         kernel.warmup(*args, grid=(programs,), num_warps=warps, enable_fp_fusion=False, **options)
-        return
+        return None
     types = (id(kernel), *map(type, args))
     found = _classes.get(types)
     if found is None:
@@ -273,7 +278,7 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: 
     if handle is not None and current_device() == device.index and not profiled():
         run, function, metadata, _ = handle
         run(programs, 1, 1, current_stream(device.index), function, metadata, None, None, None, *args)
-        return
+        return handle
     if handle is None and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{kernel.__name__} must have run with arguments of this kind before a CUDA graph captures it: make the "
@@ -283,7 +288,37 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, warps: 
         compiled = kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
     if hasattr(compiled, "packed_metadata"):  # None where something else has taken the launch
         kept = (kernel, *(value for value, p in zip(args, kernel.params, strict=True) if p.is_constexpr))
-        found.handles[key] = Handle(compiled.run, compiled.function, compiled.packed_metadata, kept)
+        handle = found.handles[key] = Handle(compiled.run, compiled.function, compiled.packed_metadata, kept)
+    return handle
+
+
+def repeated(
+    kernel: Any, programs: int, device: torch.device, constants: tuple[Any, ...], *, warps: int, **options: int
+) -> Callable[..., None]:
+    """Make ``start(*tensors)``, which is `launch` with ``*tensors, *constants`` and keeps the handle that it finds.
+
+    Each of the tensors has the same dtype in every call, or is None in every call. Where all begin at multiples of 16,
+    as those of torch's allocator do, they are of one kind.
+    """
+    found: Handle | None = None
+
+    def start(*tensors: torch.Tensor | None) -> None:
+        nonlocal found
+        addresses = 0
+        for t in tensors:
+            if t is not None:
+                addresses |= t.data_ptr()
+        if found is None or addresses & 15 or current_device() != device.index or profiled():
+            handle = launch(kernel, programs, device, *tensors, *constants, warps=warps, **options)
+            if not addresses & 15:
+                found = handle
+            return
+        run, function, metadata, _ = found
+        run(
+            programs, 1, 1, current_stream(device.index), function, metadata, None, None, None, *tensors, *constants
+        )  # fmt: skip
+
+    return start
 
 
 def key_function(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
@@ -310,7 +345,8 @@ def key_function(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any,
 
 
 def current_device() -> int:
-    return torch.cuda.current_device()
+    index: int = torch._C._cuda_getDevice()  # a tensor of CUDA is there: torch.cuda.current_device() would ask
+    return index
 
 
 def current_stream(index: int) -> int:
@@ -329,9 +365,10 @@ def workspace(
     shape: tuple[int, int, int], dtype: torch.dtype, tiles: int, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Sums of the splits of a matmul, [splits, M, N], and a ticket for each tile of it, 0; None without splits."""
-    if shape[0] == 1:
+    splits, M, N = shape
+    if splits == 1:
         return None, None
-    return torch.empty(shape, dtype=dtype, device=device), tickets(tiles, device)
+    return torch.empty_strided(shape, (M * N, N, 1), dtype=dtype, device=device), tickets(tiles, device)
 
 
 TICKETS, SLOTS = 1024, 1024

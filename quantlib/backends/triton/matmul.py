@@ -210,8 +210,13 @@ def tile_rows(n_first, T: tl.constexpr):
 
 @triton.jit
 def in_order(values, T: tl.constexpr):
-    """[tile, g, t, r, s, h, e] -> [tile_n, 64]; a thread keeps its own"""
-    return values.permute(0, 3, 1, 4, 5, 2, 6).reshape(T.tile_n, COLUMNS)
+    """[tile, g, t, r, s, h, e] -> [tile_n, 64]; a thread keeps its own. Where T is paired, columns are in the order of
+    `paired`: a thread of a warpgroup takes two and two, eight apart, where one of a warp takes four side by side."""
+    if T.paired:
+        pairs = values.reshape(T.tile_n // ROWS, 8, 4, 2, 2, 2, 2, 2)
+        return pairs.permute(0, 3, 1, 4, 5, 6, 2, 7).reshape(T.tile_n, COLUMNS)
+    else:
+        return values.permute(0, 3, 1, 4, 5, 2, 6).reshape(T.tile_n, COLUMNS)
 
 
 @triton.jit

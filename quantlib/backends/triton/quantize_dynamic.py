@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from quantlib import formats
+from quantlib.backends.backend import Kernel
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.compute_scale import compute_scale, read_blocks, store_scale
 from quantlib.backends.triton.numerics import decode_float, encode, range_scale, reciprocal
@@ -57,17 +58,47 @@ def quantize_dynamic(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None = None,
 ) -> None:
+    project = prepare(x, format, block, codes, scale, zero_point)
+    if project is None:
+        compute_scale(x, format, block, scale, zero_point)
+        quantize(x, scale, format, block, zero_point, codes)
+    else:
+        project(x, format, block, codes, scale, zero_point)
+
+
+def prepare(
+    x: torch.Tensor,
+    format: Format,
+    block: launch.Shape,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+) -> Kernel | None:
+    """Return the kernel of calls like this one, which has but to be told where their tensors lie; None for two."""
     shape, flat_block = launch.flatten((x.shape[0], x.shape[1]), block, format)
     chosen = launch.choose_blocks(shape, flat_block, x.dtype.itemsize, format)
     shares_a_byte = flat_block[1] % format.per_byte > 0 and not chosen.across
     if not chosen.chunks or shares_a_byte:
-        compute_scale(x, format, block, scale, zero_point)
-        quantize(x, scale, format, block, zero_point, codes)
-        return
+        return None
     scale_size = scale.shape[1], scale.numel()
-    launch.launch(
-        quantize_dynamic_kernel, launch.cdiv(scale.numel(), chosen.count), x.device,
-        x, launch.codes_of(codes), scale, zero_point, *shape, *flat_block, *scale_size, codes.shape[1],
+    constants = (
+        *shape, *flat_block, *scale_size, codes.shape[1],
         formats.get(x.dtype), format, zero_point is not None, chosen, launch.arch(x.device),
-        warps=chosen.warps,
     )  # fmt: skip
+    programs = launch.cdiv(scale.numel(), chosen.count)
+    start = launch.repeated(quantize_dynamic_kernel, programs, x.device, constants, warps=chosen.warps)
+
+    def project(
+        x: torch.Tensor,
+        format: Format,
+        block: launch.Shape,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None = None,
+    ) -> None:
+        start(x, launch.codes_of(codes), scale, zero_point)
+
+    return project
+
+
+quantize_dynamic.prepare = prepare

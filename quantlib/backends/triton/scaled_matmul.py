@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from quantlib import formats
+from quantlib.backends.backend import Kernel
 from quantlib.backends.triton import launch, tuning
 from quantlib.backends.triton.descriptors import describable, multiply_described
 from quantlib.backends.triton.matmul import (
@@ -132,23 +133,79 @@ def scaled_matmul(
     tile: tuning.MatmulTile | None = None,
 ) -> None:
     """Launch with ``tile``, or with the tile that `tuning` chooses."""
-    M, (N, K), scale, bk, device = len(x_codes), weight.shape, launch.codes_of(weight.scale), weight.block[1], y.device
-    if tile is None:
-        tile = tuning.choose_scaled(
-            (M, N, K), weight.format, bk, launch.device_name(device), launch.shared_memory(device), y.dtype,
-            describable(x_codes, weight, x_zero_point),
-        )  # fmt: skip
+    tile = tile or chosen(x_codes, weight, x_zero_point, y)
     if tile.described:
-        multiply_described(x_codes, weight.codes, x_scale, scale, weight, epilogue, y, (0, N), tile)
-        return
-    tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
-    partial, ticket = launch.workspace((tile.splits, M, N), torch.int32, tiles, y.device)
-    masked = min(bk, K) % tile.tile_k > 0 or K % bk % tile.tile_k > 0
-    launch.launch(
-        scaled_matmul_kernel, tiles * tile.splits, y.device,
-        x_codes, x_scale, x_zero_point, weight.codes, scale, weight.zero_point, epilogue.bias, y, partial, ticket,
-        M, N, K, *weight.block, scale.shape[1], weight.codes.shape[1],
-        formats.get(x_codes.dtype), weight.format, formats.get(y.dtype), epilogue.activation,
-        x_scale.numel() > 1, masked, tile, launch.arch(y.device),
-        warps=tile.warps, num_stages=tile.stages,
+        scale, columns = launch.codes_of(weight.scale), (0, weight.shape[0])
+        multiply_described(x_codes, weight.codes, x_scale, scale, weight, epilogue, y, columns, tile)
+    else:
+        with_tile(x_codes, x_scale, weight, x_zero_point, epilogue, y, tile)(
+            x_codes, x_scale, weight, x_zero_point, epilogue, y
+        )
+
+
+def chosen(
+    x_codes: torch.Tensor, weight: QuantizedWeight, x_zero_point: torch.Tensor | None, y: torch.Tensor
+) -> tuning.MatmulTile:
+    """The tile that `tuning` chooses."""
+    (M, _), (N, K), device = x_codes.shape, weight.shape, y.device
+    return tuning.choose_scaled(
+        (M, N, K), weight.format, weight.block[1], launch.device_name(device), launch.shared_memory(device), y.dtype,
+        describable(x_codes, weight, x_zero_point),
     )  # fmt: skip
+
+
+def with_tile(
+    x_codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: QuantizedWeight,
+    x_zero_point: torch.Tensor | None,
+    epilogue: Epilogue,
+    y: torch.Tensor,
+    tile: tuning.MatmulTile,
+) -> Kernel:
+    """Return the kernel of calls like this one with ``tile``: it has but to be told where their tensors lie."""
+    (br, bk), (N, K), M, device, step = weight.block, weight.shape, x_codes.shape[0], y.device, tile.tile_k
+    tiles = launch.cdiv(N, tile.tile_n) * launch.cdiv(M, tile.tile_m)
+    constants = (
+        M, N, K, br, bk, weight.scale.shape[1], weight.codes.shape[1],
+        formats.get(x_codes.dtype), weight.format, formats.get(y.dtype), epilogue.activation, x_scale.shape[0] > 1,
+        min(bk, K) % step > 0 or K % bk % step > 0, tile, launch.arch(device),
+    )  # fmt: skip
+    start = launch.repeated(
+        scaled_matmul_kernel, tiles * tile.splits, device, constants, warps=tile.warps, num_stages=tile.stages
+    )
+    partials = tile.splits, M, N
+
+    def multiply(
+        x_codes: torch.Tensor,
+        x_scale: torch.Tensor,
+        weight: QuantizedWeight,
+        x_zero_point: torch.Tensor | None,
+        epilogue: Epilogue,
+        y: torch.Tensor,
+    ) -> None:
+        partial, ticket = launch.workspace(partials, torch.int32, tiles, device)
+        codes, scale, _, _, zero_point, _, _ = weight
+        start(
+            x_codes, x_scale, x_zero_point, codes, launch.codes_of(scale), zero_point, epilogue.bias, y, partial, ticket
+        )  # fmt: skip
+
+    return multiply
+
+
+def prepare(
+    x_codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: QuantizedWeight,
+    x_zero_point: torch.Tensor | None,
+    epilogue: Epilogue,
+    y: torch.Tensor,
+) -> Kernel | None:
+    """Return the kernel of calls like this one; None where its tile depends on addresses."""
+    tile = chosen(x_codes, weight, x_zero_point, y)
+    if tile.described or (x_codes.data_ptr() | weight.codes.data_ptr()) & 15:
+        return None
+    return with_tile(x_codes, x_scale, weight, x_zero_point, epilogue, y, tile)
+
+
+scaled_matmul.prepare = prepare

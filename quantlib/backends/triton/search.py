@@ -124,16 +124,16 @@ def default_tile(key: Key, on: Machine, describable: bool) -> MatmulTile:
 
 
 def neighbours(key: Key, tile: MatmulTile, shared: int) -> Iterator[MatmulTile]:
-    """The sound tiles with one field halved or doubled; of loads in flight, one more or less; with operands swapped."""
+    """The sound tiles with one field halved or doubled, of loads in flight one more or less, or a choice turned."""
     for name in ("tile_n", "tile_m", "tile_k", "splits", "warps", "stages", "slab"):
         value = getattr(tile, name)
         steps = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
         for changed in (replace(tile, **{name: step}) for step in steps if step != value):
             if is_sound(key, changed, shared):
                 yield changed
-    turned = replace(tile, right=not tile.right)
-    if is_sound(key, turned, shared):
-        yield turned
+    for turned in (replace(tile, right=not tile.right), replace(tile, paired=not tile.paired)):
+        if is_sound(key, turned, shared):
+            yield turned
 
 
 def gives(matmul: Matmul, tile: MatmulTile, want: torch.Tensor) -> bool:

@@ -42,6 +42,7 @@ class MatmulTile:
     slab: int = 0  # rows of the weight that are made floats at a time, for the vendor's matmul; 0: none are
     described: bool = False  # loaded through tensor descriptors (descriptors.py), of a slab too: not by the vendor then
     right: bool = False  # the weight is the right operand, which tensor cores read from shared memory
+    paired: bool = False  # the columns of both operands are multiplied in the order of a warpgroup's registers
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ def expect_sound(key: Key, tile: MatmulTile, shared: int) -> None:
     expect("stages", t.stages, 1 <= t.stages <= 8, "from 1 to 8")
     expect("described", t.described, not t.described or takes_descriptors(k, t), "false here")
     expect("right", t.right, not t.right or takes_right(k, t), "false here")
+    expect("paired", t.paired, not t.paired or takes_pairs(k, t), "false here")
     whole = slab or t.described or k.op == OPS[1] or (scaled and k.group > 0)
     expect("splits", t.splits, is_power(t.splits, 1, 1 if whole else 64), "1" if whole else "a power of two up to 64")
     sums = t.tile_m * (t.tile_k if k.op == OPS[1] else t.tile_n) // (32 * t.warps)
@@ -259,6 +261,12 @@ def takes_right(key: Key, tile: MatmulTile) -> bool:
     x_format = formats.get(key.dtype)
     fits = isinstance(x_format, formats.FloatFormat) and x_format.bits == 16 and x_format.holds(formats.get(key.format))
     return key.op == OPS[0] and fits and key.group == 0 and not tile.slab and tile.tile_m > FEW
+
+
+def takes_pairs(key: Key, tile: MatmulTile) -> bool:
+    """True if columns may be multiplied in another order: of tiles on the left of 16-bit x, all with one scale."""
+    fits = key.K % 16 == 0 and key.group % 64 == 0 and DTYPES[key.dtype] == 2
+    return key.tiled and fits and not tile.right and not tile.slab and tile.tile_m >= 64
 
 
 def takes_descriptors(key: Key, tile: MatmulTile) -> bool:
