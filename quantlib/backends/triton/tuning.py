@@ -24,9 +24,6 @@ ENOUGH = 128  # tiles of a kernel that cannot share K, nearly one a multiprocess
 WIDE_TILES = 96  # tiles of 128 x 128 from which on they are taken
 SLAB = 1 << 24  # weights of a slab, at least: 32 MiB, which the cache of an H100 holds beside tiles of x and y
 SLAB_SUMS = 1 << 22  # sums of a slab, at least: 256 tiles of 128 x 128, twice as many as multiprocessors
-# Columns of x from which the vendor's faster products should make up for the memory that its sums go through: an
-# estimate, for no GPU has multiplied described slabs yet.
-LONG = 6144
 UNTUNED = "an untuned device"
 SLABS_FROM = 128  # rows of dy above which the gradient takes slabs: a weight is decoded once, and not every 128 rows
 WARPGROUPS = 200_000  # bytes of shared memory, of devices whose tensor cores read operands from it (sm_90, sm_100)
@@ -53,16 +50,15 @@ def choose_matmul(
     shared: int,
     describable: bool = False,
 ) -> MatmulTile:
-    """The tile of dequant_matmul of x [M, K] with codes [N, K]; ``invariant``: the same for every M. With x and slabs
-    that are ``describable`` it may be one of described slabs."""
+    """The tile of dequant_matmul of x [M, K] with codes [N, K]; ``invariant``: the same for every M. One of described
+    slabs, from a table, is for x and slabs that are ``describable``."""
     M, N, K = (FEW, *shape[1:]) if invariant else shape
     key = key_of("dequant_matmul", (M, N, K), format, dtype, bk, tiled)
     found = lookup(device, key)
     if found and (describable or not found.described):
         return shown(found)
     if device and takes_slabs((M, N, K), format, dtype, bk):
-        ways = slab_ways((M, N, K), format, tiled, bk)
-        return shown(ways[0] if describable and K < LONG else ways[1])
+        return shown(slab_ways((M, N, K), format, tiled, bk)[1])  # no GPU has timed the other yet: `quantlib tune` does
     tile_k = TileLayout(format).columns if tiled else step_of(bk, 64) if bk < K else 64
     wide = not holds(format, dtype)  # multiplied in float32, without tensor cores
     if bk < K and bk % (64 if tiled else tile_k):  # a weight has a scale of its own, loaded like it
