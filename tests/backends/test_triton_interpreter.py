@@ -28,6 +28,7 @@ FLAT = (
     ((3, 260), (1, 260)),
     ((8, 64), (1, 64)),
     ((2, 192), (1, 32)),
+    ((6, 256), (1, 128)),
     ((6, 50), (1, 10)),
     ((9, 33), (9, 33)),
     ((5, 12), (2, 12)),
@@ -142,14 +143,16 @@ def test_tiles_cover_every_element_once(
 
 
 def test_small_tiles_reach_every_way_to_tile(small_tiles: Any) -> None:
-    f, tiles, blocks = formats.get("uint8"), [], []
+    f, packed, tiles, blocks, halved = formats.get("uint8"), formats.get("int4"), [], [], []
     for shape, block in (*FLAT, *TILED, *LONG):
+        halved.append(small_tiles.choose_blocks(*small_tiles.flatten(shape, block, packed), 2, packed))
         flat = small_tiles.flatten(shape, block, f)
         tiles.append(small_tiles.choose_tile(*flat, f))
         blocks.append(small_tiles.choose_blocks(*flat, 4, f))
     assert {t.flat for t in tiles} == {t.own_rows for t in tiles} == {True, False}
     assert {min(t.runs, 3) for t in tiles} == {1, 2, 3}
     assert {min(b.chunks, 2) for b in blocks} == {0, 1, 2}
+    assert {b.count > 1 and b.chunks > 1 for b in halved} == {True, False}
     assert {b.count > 1 for b in blocks} == {b.rows > 1 for b in blocks} == {b.exact for b in blocks} == {True, False}
 
 

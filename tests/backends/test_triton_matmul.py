@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import inline_ptx
 import numpy as np
 import pytest
 import torch
@@ -468,55 +469,8 @@ def assembly(function: Any, format: str, D: str) -> str:
     return body.strip("{} ")
 
 
-def run_assembly(text: str, word: Any, D: str) -> list[tuple[Any, Any]]:
+def run_assembly(text: str, word: Any, D: str) -> list[list[Any]]:
     """The pairs of floats left in $0, $1, ...; the last register is the input."""
     outputs = max(map(int, re.findall(r"\$(\d)", text)))
-    registers: dict[str, Any] = {f"${outputs}": word}
-
-    def value(name: str) -> Any:
-        return registers[name] if name in registers else np.full_like(word, int(name, 0))
-
-    def pair(name: str) -> tuple[Any, Any]:
-        halves = [(value(name) >> shift & 0xFFFF).astype(np.uint16) for shift in (0, 16)]
-        low, high = (reference.decode_float(half, formats.get(D)) for half in halves)
-        return low, high
-
-    def word_of(halves: list[Any]) -> Any:
-        low, high = (
-            reference.encode_float(half.astype(np.float32), formats.get(D)).astype(np.uint32) for half in halves
-        )
-        return low | high << 16
-
-    for statement in filter(None, map(str.strip, text.split(";"))):
-        operation, _, rest = statement.partition(" ")
-        to, *names = (name.strip() for name in rest.split(","))
-        if operation == ".reg":
-            continue
-        if operation in ("mov.b32", "mov.u32"):
-            registers[to] = np.arange(len(word), dtype=np.uint32) % 32 if names == ["%laneid"] else value(names[0])
-        elif operation == "mul.hi.u32":
-            registers[to] = (value(names[0]).astype(np.uint64) * value(names[1]) >> np.uint64(32)).astype(np.uint32)
-        elif operation in ("xor.b32", "and.b32", "or.b32", "shr.u32"):
-            bitwise = {"x": np.bitwise_xor, "a": np.bitwise_and, "o": np.bitwise_or, "s": np.right_shift}[operation[0]]
-            registers[to] = bitwise(value(names[0]), value(names[1]))
-        elif operation == "lop3.b32":
-            table, operands = int(names[3], 0), [value(name) for name in names[:3]]
-            registers[to] = np.zeros_like(word)
-            for row in (row for row in range(8) if table >> row & 1):  # the bits of the three operands, a highest
-                terms = [v if row >> place & 1 else ~v for v, place in zip(operands, (2, 1, 0), strict=True)]
-                registers[to] |= terms[0] & terms[1] & terms[2]
-        elif operation == "prmt.b32":
-            both = value(names[0]).astype(np.uint64) | value(names[1]).astype(np.uint64) << np.uint64(32)
-            places = [value(names[2]).astype(np.uint64) >> np.uint64(4 * n) & np.uint64(15) for n in range(4)]
-            assert max(place.max() for place in places) < 8, "a byte of signs"
-            chosen = [both >> np.uint64(8) * place & np.uint64(255) for place in places]
-            registers[to] = sum(c << np.uint64(8 * n) for n, c in enumerate(chosen)).astype(np.uint32)  # type: ignore[union-attr]
-        elif operation.startswith("fma.rn"):
-            a, b, c = (pair(name) for name in names)
-            registers[to] = word_of([x.astype(np.float64) * y + z for x, y, z in zip(a, b, c, strict=True)])
-        elif operation.startswith("sub."):
-            a, b = (pair(name) for name in names)
-            registers[to] = word_of([x - y for x, y in zip(a, b, strict=True)])
-        else:
-            raise AssertionError(f"no meaning for {statement!r}")
-    return [pair(f"${n}") for n in range(outputs)]
+    made = inline_ptx.run(text, {outputs: word})
+    return [inline_ptx.pair(made[n], D) for n in range(outputs)]

@@ -9,8 +9,9 @@ import triton.language as tl
 from quantlib import formats
 from quantlib.backends.packing import wide_zero_points
 from quantlib.backends.triton import launch
-from quantlib.backends.triton.numerics import decode, encode_float
+from quantlib.backends.triton.numerics import decode, encode_product, int_to_float, product
 from quantlib.backends.triton.tile import (
+    at_bytes,
     block_cols,
     block_rows,
     block_scale,
@@ -19,7 +20,7 @@ from quantlib.backends.triton.tile import (
     place,
     spread,
     store,
-    unpack,
+    unpack_values,
 )
 from quantlib.backends.weight import QuantizedWeight
 
@@ -33,14 +34,16 @@ def dequantize_tile(
     M, K, scale_cols, codes_stride = sizes
     i, j = tl.arange(0, T.rows)[:, None], tl.arange(0, T.cols)[None, :]
     codes_ptr += i.to(tl.int64) * codes_stride
+    s_eff, z = block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F, AFFINE)
+    s_eff, z = spread(s_eff, edge, T), spread(z, edge, T) if AFFINE else z
     if not F.whole:
         byte = tl.arange(0, T.cols // F.per_byte)[None, :]
-        codes = unpack(load(codes_ptr + byte, (i < rows) & (byte * F.per_byte < cols), MASKED), F)
+        ptr = at_bytes(codes_ptr, byte, Y, F)
+        q = unpack_values(load(ptr, (i < rows) & (byte * F.per_byte < cols), MASKED), F, ARCH)
+        y = product(q - int_to_float(z) if AFFINE else q, s_eff, ARCH)
     else:
-        codes = load(codes_ptr + j, (i < rows) & (j < cols), MASKED)
-    s_eff, z = block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F, AFFINE)
-    y = decode(codes, spread(s_eff, edge, T), spread(z, edge, T) if AFFINE else z, F, AFFINE, ARCH)
-    y = encode_float(y, Y, False, ARCH)
+        y = decode(load(at_bytes(codes_ptr, j, Y, F), (i < rows) & (j < cols), MASKED), s_eff, z, F, AFFINE, ARCH)
+    y = encode_product(y, Y, ARCH)
     store(y_ptr + i.to(tl.int64) * K + j, y, (i < rows) & (j < cols), MASKED)
 
 
@@ -70,7 +73,7 @@ def dequantize(weight: QuantizedWeight, out: torch.Tensor) -> None:
     if zero_point is not None:  # a row of codes may be a part of a longer one
         zero_point = wide_zero_points(zero_point, format, weight.scale.shape[1])
     shape, block = launch.flatten(weight.shape, weight.block, format)
-    tile = launch.choose_tile(shape, block, format)
+    tile = launch.choose_tile(shape, block, format, out.dtype.itemsize)
     launch.launch(
         dequantize_kernel, launch.tiles(shape, block, tile), out.device,
         codes, launch.codes_of(weight.scale), zero_point, out, *shape, *block, launch.cdiv(shape[1], block[1]),

@@ -44,7 +44,7 @@ def dequantize_rows(indices: torch.Tensor, weight: QuantizedWeight, out: torch.T
     (N, K), (br, bk), R = weight.shape, weight.block, len(indices)
     if zero_point is not None:  # a row of codes may be a part of a longer one
         zero_point = wide_zero_points(zero_point, format, weight.scale.shape[1])
-    tile = dataclasses.replace(launch.choose_tile((R, K), (1, bk), format), rows=1, flat=False)
+    tile = dataclasses.replace(launch.choose_tile((R, K), (1, bk), format, out.dtype.itemsize), rows=1, flat=False)
     tile = launch.shown(dataclasses.replace(tile, warps=min(tile.warps, max(1, tile.cols // 512))))
     launch.launch(
         dequantize_rows_kernel, R * launch.cdiv(K, tile.cols), out.device,

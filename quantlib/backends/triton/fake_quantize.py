@@ -13,8 +13,9 @@ from quantlib.backends.triton.numerics import (
     NAN,
     decode_float,
     effective_scale,
-    encode_float,
+    encode_product,
     float_of,
+    nearest_value,
     reciprocal,
 )
 from quantlib.backends.triton.tile import block_cols, block_rows, codes_at, load, place, spread, store
@@ -61,12 +62,9 @@ def fake_quantize_tile(
     at, exists = block_i * scale_cols + block_j, (block_i < M) & (block_j < scale_cols)
     s, z = shared(scale_ptr, zero_point_ptr, at, exists, F, AFFINE, Q)
     t = decode_float(x, X, ARCH) * spread(reciprocal(s), edge, T)
-    if F.is_float:
-        c = decode_float(encode_float(t, F, True, ARCH), F, ARCH)
-    else:
-        c = nearest(clamped(t, spread(z, edge, T) if AFFINE else z, AFFINE, Q))
+    c = nearest_value(t, F, ARCH) if F.is_float else nearest(clamped(t, spread(z, edge, T) if AFFINE else z, AFFINE, Q))
     y = tl.where(t == t, c * spread(s, edge, T), float_of(tl.full(t.shape, NAN, tl.uint32)))
-    store(y_ptr + i.to(tl.int64) * K + j, encode_float(y, X, False, ARCH), (i < rows) & (j < cols), MASKED)
+    store(y_ptr + i.to(tl.int64) * K + j, encode_product(y, X, ARCH), (i < rows) & (j < cols), MASKED)
 
 
 @triton.jit

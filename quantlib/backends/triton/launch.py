@@ -62,9 +62,10 @@ def divisor(n: int) -> int:
     return n & -n
 
 
-def tile_elements(format: Format) -> int:
-    """Elements of a tile; fewer for a packed format, so that a thread can pack its own codes."""
-    return ELEMENTS // format.per_byte
+def warps_of(format: Format, itemsize: int) -> int:
+    """The warps of a tile; half of them beside a packed format, where a thread moves few bytes and what it does once
+    counts: 32 elements a thread, if their values have 16 bits."""
+    return WARPS // 2 if format.packed and itemsize <= 2 else WARPS
 
 
 def flatten(shape: Shape, block: Shape, format: Format) -> tuple[Shape, Shape]:
@@ -80,10 +81,10 @@ def flatten(shape: Shape, block: Shape, format: Format) -> tuple[Shape, Shape]:
 
 
 @functools.lru_cache(4096)
-def choose_tile(shape: Shape, block: Shape, format: Format) -> Tile:
-    """The tile of an elementwise kernel over x [M, K]."""
+def choose_tile(shape: Shape, block: Shape, format: Format, itemsize: int = 2) -> Tile:
+    """The tile of an elementwise kernel over x [M, K], whose values are kept in ``itemsize`` bytes."""
     (M, K), (br, bk) = shape, block
-    elements = tile_elements(format)
+    elements, warps = ELEMENTS, warps_of(format, itemsize)
     cols = min(elements, max(power_of_2(K), 16))
     if STRADDLE <= bk < K:
         cols = min(cols, divisor(bk) if divisor(bk) >= STRADDLE else power_of_2(bk + 1) // 2)
@@ -95,7 +96,7 @@ def choose_tile(shape: Shape, block: Shape, format: Format) -> Tile:
     else:
         run = min(divisor(bk), cols)
         runs = cols // run
-    warps = min(WARPS, max(1, rows * cols * WARPS // elements))
+    warps = min(warps, max(1, rows * cols * warps // elements))
     return shown(Tile(rows, cols, run, runs, bk, block[1] == K, M == 1, br == 1, warps))
 
 
@@ -124,14 +125,18 @@ def choose_blocks(shape: Shape, block: Shape, itemsize: int, format: Format) -> 
     width = max(power_of_2(bk), 4)  # a conversion takes four values
     held = (br * width if br > 1 else bk) * itemsize
     fits = held <= HELD and (br == 1 or bk <= ELEMENTS)
-    warps = 2 * WARPS if HELD // 4 < held <= HELD else WARPS
-    elements = tile_elements(format) * warps // WARPS
+    large = HELD // 4 < held <= HELD
+    warps = 2 * WARPS if large else WARPS if held > ELEMENTS * itemsize else warps_of(format, itemsize)
+    elements = 2 * ELEMENTS if large else ELEMENTS
     if bk > elements and divisor(bk) == elements // 2:
         elements //= 2  # then no chunk is ragged
     cols = min(elements, width)
     rows = min(elements // cols, power_of_2(br))
-    chunks = cdiv(br, rows) * cdiv(bk, cols)
-    count = min(elements // (rows * cols), power_of_2(blocks)) if chunks == 1 else 1
+    count = min(elements // (rows * cols), power_of_2(blocks)) if br <= rows and bk <= cols else 1
+    halves = count > 1 and format.packed and cols >= 128  # of a block: then a thread takes two vectors of it
+    chunks = cdiv(br, rows) * cdiv(bk, cols) * (2 if halves else 1)
+    elements //= 2 if halves else 1
+    cols //= 2 if halves else 1
     parts = 1 if fits else min(PARTS // power_of_2(min(blocks, PARTS)), power_of_2(chunks))
     exact = M % br == 0 and K % bk == 0 and br % rows == 0 and bk % cols == 0 and blocks % count == 0
     return shown(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from quantlib import formats
+from quantlib.backends.triton.nibbles import encodes_nibbles, fills, lane_values, nearest_code, shuffled, widened
 
 NAN: tl.constexpr = tl.constexpr(formats.FLOAT32.nan_code)
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
@@ -32,6 +33,12 @@ def bits_of(x):
 def canonical(x):
     """Every NaN becomes 0x7FFFFFFF (C1)."""
     return tl.where(x == x, x, float_of(tl.full(x.shape, NAN, tl.uint32)))
+
+
+@triton.jit
+def product(x, s, ARCH: tl.constexpr):
+    """fl(x * s), every NaN 0x7FFFFFFF (C1), which is what a GPU's multiplier makes of it"""
+    return x * s if ARCH else canonical(x * s)
 
 
 @triton.jit
@@ -100,6 +107,17 @@ def encode_float(x, F: tl.constexpr, SATURATE: tl.constexpr, ARCH: tl.constexpr)
 
 
 @triton.jit
+def encode_product(y, F: tl.constexpr, ARCH: tl.constexpr):
+    """encode_float, not saturating, for a y whose NaN is 0x7FFFFFFF, as a product's is: ``cvt.rn`` makes that 0x7FFF"""
+    if F.bits == 32:
+        return bits_of(y)
+    elif ARCH >= 80 and F.bits == 16:
+        return convert_16(y, F, False)
+    else:
+        return encode_float(y, F, False, ARCH)
+
+
+@triton.jit
 def convert_16(x, F: tl.constexpr, SATURATE: tl.constexpr):
     """encode_float for every x but NaN: ``cvt.rn`` rounds once to nearest even and keeps subnormals"""
     if SATURATE:  # the bound is a value of F, so clamping first is clamping last
@@ -127,7 +145,7 @@ def decode_float(code, F: tl.constexpr, ARCH: tl.constexpr):
     if F.is_book:
         return look_up(code, F, 0, F.max_code + 1)
     if F.bias == 127:
-        return float_of(code.to(tl.uint32) << 16)
+        return widened(code) if ARCH >= 80 and fills(code.shape, 2) else float_of(code.to(tl.uint32) << 16)
     if F.bits == 16:
         return code.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     if ARCH >= 89 and eight_bits(F) != "":
@@ -150,6 +168,15 @@ def decode_float(code, F: tl.constexpr, ARCH: tl.constexpr):
     elif F.has_nan:
         bits = tl.where(a > (F.overflow_code if F.has_inf else F.max_code), NAN, bits)
     return float_of(bits)
+
+
+@triton.jit
+def nearest_value(t, F: tl.constexpr, ARCH: tl.constexpr):
+    """[...] float32 in units of the scale -> [...] float32: the value of its code (C6); in no loop, see nibbles.py"""
+    if encodes_nibbles(F, ARCH):
+        return shuffled(lane_values(F), nearest_code(t, F))
+    else:
+        return decode_float(encode_float(t, F, True, ARCH), F, ARCH)
 
 
 # ---- code books -----------------------------------------------------------------------------------------------------
@@ -215,14 +242,10 @@ def bound(key, X: tl.constexpr):
 @triton.jit
 def range_scale(lowest, highest, X: tl.constexpr, F: tl.constexpr, AFFINE: tl.constexpr):
     """[...] int32 range of a block -> [...] float32 scale, [...] int32 zero point (C4)"""
-    high = bound(highest, X)
     if AFFINE:
-        low = bound(lowest, X)
-        nan = float_of(tl.full(low.shape, NAN, tl.uint32))
-        is_nan = (low != low) | (high != high)
-        return affine_scale(tl.where(is_nan, nan, low), tl.where(is_nan, nan, high), F)
+        return affine_scale(bound(lowest, X), bound(highest, X), F)
     else:
-        return symmetric_scale(high, F), lowest
+        return symmetric_scale(bound(highest, X), F), lowest
 
 
 # ---- scales ----------------------------------------------------------------------------------------------------------
@@ -255,12 +278,13 @@ def reciprocal(s_eff):
 @triton.jit
 def symmetric_scale(amax, F: tl.constexpr):
     """[...] float32 range, NaN where the block holds one -> [...] float32, clamp(fl(amax / Q)) (C4)."""
-    return effective_scale(tl.div_rn(amax, tl.full(amax.shape, F.max, tl.float32)), F)
+    return effective_scale(amax if F.max == 1.0 else tl.div_rn(amax, tl.full(amax.shape, F.max, tl.float32)), F)
 
 
 @triton.jit
 def affine_scale(lowest, highest, F: tl.constexpr):
-    """Range -> float32 scale and int32 zero point (C4). Both bounds are NaN where the block holds one."""
+    """Range -> float32 scale and int32 zero point (C4). A bound is NaN where the block holds one, and then both results
+    are those of NaN."""
     QMIN: tl.constexpr = qmin(F, True)
     QMAX: tl.constexpr = qmax(F, True)
     # 1. widen to hold zero, so that zero has a code; a NaN stays
@@ -284,45 +308,66 @@ def clamp_zero_point(z, F: tl.constexpr):
 
 
 @triton.jit
-def encode_int(t, z, F: tl.constexpr, AFFINE: tl.constexpr):
-    """[...] float32 in units of the scale -> [...] int32 code, clamp(RNE(t) + z, qmin, qmax) (C5)."""
+def clamp_units(t, z, F: tl.constexpr, AFFINE: tl.constexpr, s):
+    """[...] float32 in units of the scale, to be rounded to a code less the zero point (C5).
+
+    s is the scale if t is NaN only where s is, as the whole block is then: its bounds are 0, and a GPU's minimum of NaN
+    and a number is the number. Otherwise, and in the interpreter, None.
+    """
     QMIN: tl.constexpr = qmin(F, AFFINE)
     QMAX: tl.constexpr = qmax(F, AFFINE)
     # 1. NaN is the code of zero
-    t = tl.where(t == t, t, 0.0)
+    if s is None:
+        t = tl.where(t == t, t, 0.0)
     # 2. clamp first: z is added after rounding, so the bounds are integers and clamping commutes with rounding
-    # 3. round to nearest, ties to even, then add the zero point
     if AFFINE:
-        t = tl.minimum(tl.maximum(t, int_to_float(QMIN - z)), int_to_float(QMAX - z))
-        return round_to_int(t) + z
+        low, high = int_to_float(QMIN - z), int_to_float(QMAX - z)
     else:
-        t = tl.minimum(tl.maximum(t, QMIN), QMAX)
-        return round_to_int(t)
+        low, high = tl.full(z.shape, QMIN, tl.float32), tl.full(z.shape, QMAX, tl.float32)
+    if s is not None:
+        low, high = tl.where(s == s, low, 0.0), tl.where(s == s, high, 0.0)
+    return tl.minimum(tl.maximum(t, low), high)
 
 
 @triton.jit
-def decode_int(code, s_eff, z, AFFINE: tl.constexpr):
+def encode_int(t, z, F: tl.constexpr, AFFINE: tl.constexpr, s=None):
+    """[...] float32 in units of the scale -> [...] int32 code, clamp(RNE(t) + z, qmin, qmax) (C5); s: clamp_units"""
+    t = clamp_units(t, z, F, AFFINE, s)
+    # 3. round to nearest, ties to even, then add the zero point
+    return round_to_int(t) + z if AFFINE else round_to_int(t)
+
+
+@triton.jit
+def decode_int(code, s_eff, z, AFFINE: tl.constexpr, ARCH: tl.constexpr):
     """fl(fl32(q - z) * s_eff), NaN as 0x7FFFFFFF (C7)."""
     q = code.to(tl.int32)
-    return canonical(int_to_float(q - z if AFFINE else q) * s_eff)
+    return product(int_to_float(q - z if AFFINE else q), s_eff, ARCH)
 
 
 # ---- any format ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def encode(t, z, F: tl.constexpr, AFFINE: tl.constexpr, ARCH: tl.constexpr):
-    """[...] float32 in units of the scale -> [...] code of F (C5, C6)."""
-    if F.is_float:
+def encode(t, z, F: tl.constexpr, AFFINE: tl.constexpr, ARCH: tl.constexpr, s=None):
+    """[...] float32 in units of the scale -> [...] code of F (C5, C6), or its low bits where that is what is kept.
+
+    s: see clamp_units.
+    """
+    if encodes_nibbles(F, ARCH):
+        return nearest_code(t, F)
+    elif F.is_float:
         return encode_float(t, F, True, ARCH)
-    else:
-        return encode_int(t, z, F, AFFINE)
+    elif F.whole:
+        return encode_int(t, z, F, AFFINE, s if ARCH else None)
+    else:  # the low bits of INTEGER are 0
+        code = (clamp_units(t, z, F, AFFINE, s if ARCH else None) + INTEGER).to(tl.int32, bitcast=True)
+        return code + z if AFFINE else code
 
 
 @triton.jit
 def decode(code, s_eff, z, F: tl.constexpr, AFFINE: tl.constexpr, ARCH: tl.constexpr):
     """[...] code of F -> [...] float32 (C7)."""
     if F.is_float:
-        return canonical(decode_float(code, F, ARCH) * s_eff)
+        return product(decode_float(code, F, ARCH), s_eff, ARCH)
     else:
-        return decode_int(code, s_eff, z, AFFINE)
+        return decode_int(code, s_eff, z, AFFINE, ARCH)

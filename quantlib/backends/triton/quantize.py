@@ -10,6 +10,7 @@ from quantlib import formats
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.numerics import decode_float, encode, reciprocal
 from quantlib.backends.triton.tile import (
+    at_bytes,
     block_cols,
     block_rows,
     block_scale,
@@ -35,12 +36,15 @@ def quantize_tile(
     s_eff, z = block_scale(scale_ptr, zero_point_ptr, block_i, block_j, M, scale_cols, F, AFFINE)
     t = decode_float(x, X, ARCH) * spread(reciprocal(s_eff), edge, T)
     codes = encode(t, spread(z, edge, T) if AFFINE else z, F, AFFINE, ARCH)
+    codes_ptr += i.to(tl.int64) * codes_stride
     if not F.whole:
         if MASKED:  # the bits after the last code of a byte are 0
             codes = tl.where(j < cols, codes, 0)
-        codes = pack(codes, F)
+        codes = pack(codes, F, ARCH)
         j, cols = tl.arange(0, T.cols // F.per_byte)[None, :], (cols + F.per_byte - 1) // F.per_byte
-    store(codes_ptr + i.to(tl.int64) * codes_stride + j, codes, (i < rows) & (j < cols), MASKED)
+        store(at_bytes(codes_ptr, j, X, F), codes, (i < rows) & (j < cols), MASKED)
+    else:
+        store(codes_ptr + j, codes, (i < rows) & (j < cols), MASKED)
 
 
 @triton.jit
@@ -73,7 +77,7 @@ def quantize(
     codes: torch.Tensor,
 ) -> None:
     shape, block = launch.flatten((x.shape[0], x.shape[1]), block, format)
-    tile = launch.choose_tile(shape, block, format)
+    tile = launch.choose_tile(shape, block, format, x.dtype.itemsize)
     launch.launch(
         quantize_kernel, launch.tiles(shape, block, tile), x.device,
         x, scale, zero_point, launch.codes_of(codes), *shape, *block, launch.cdiv(shape[1], block[1]), codes.shape[1],

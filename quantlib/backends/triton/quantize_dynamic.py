@@ -12,7 +12,7 @@ from quantlib.backends.triton import launch
 from quantlib.backends.triton.compute_scale import compute_scale, read_blocks, store_scale
 from quantlib.backends.triton.numerics import decode_float, encode, range_scale, reciprocal
 from quantlib.backends.triton.quantize import quantize
-from quantlib.backends.triton.tile import block_at, chunk_at, codes_at, pack, store
+from quantlib.backends.triton.tile import at_bytes, block_at, chunk_at, codes_at, pack, store
 from quantlib.formats import Format
 
 
@@ -33,19 +33,21 @@ def quantize_dynamic_kernel(
     chunks, lowest, highest = read_blocks(x_ptr, K, rows, cols, exists, X, AFFINE, B)
     s, z = range_scale(lowest, highest, X, F, AFFINE)
     store_scale(scale_ptr, zero_point_ptr, b, s, z, b < blocks, AFFINE)
-    r_scale, z = reciprocal(s)[:, None, None], z[:, None, None]
+    r_scale, s, z = reciprocal(s)[:, None, None], s[:, None, None], z[:, None, None]
     CHUNKS: tl.constexpr = B.chunks
     WIDTH: tl.constexpr = B.cols // F.per_byte  # of the bytes of a chunk
     for u in tl.static_range(CHUNKS):
         r, c = chunk_at(u, B)
-        codes = encode(decode_float(chunks[u], X, ARCH) * r_scale, z, F, AFFINE, ARCH)
+        t = decode_float(chunks[u], X, ARCH if B.cols >= 32 else 0) * r_scale  # pairs of narrow blocks: 8 bytes spilled
+        codes = encode(t, z, F, AFFINE, ARCH, s if B.cols >= 32 else None)
         inside = exists & (r < rows)
         if not F.whole:
             if not B.exact:  # the bits after the last code of a byte are 0
                 codes = tl.where(c < cols, codes, 0)
-            codes = pack(codes.reshape(B.count * B.rows, B.cols), F).reshape(B.count, B.rows, WIDTH)
+            codes = pack(codes.reshape(B.count * B.rows, B.cols), F, ARCH).reshape(B.count, B.rows, WIDTH)
             c = tl.arange(0, WIDTH)[None, None, :] + (0 if B.rows > 1 else u * WIDTH)
-            store(codes_ptr + r * codes_stride + c, codes, inside & (c * F.per_byte < cols), not B.exact)
+            ptr = at_bytes(codes_ptr + r * codes_stride, c, X, F)
+            store(ptr, codes, inside & (c * F.per_byte < cols), not B.exact)
         else:
             store(codes_ptr + r * codes_stride + c, codes, inside & (c < cols), not B.exact)
 

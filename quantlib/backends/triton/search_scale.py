@@ -97,7 +97,7 @@ def search_scale_kernel(
             sums = tl.full((BLOCKS, LANES), 0.0, tl.float32)
             for column in range(0, bk, LANES):
                 exists = ((b < blocks) & (row < rows))[:, None] & (column + lane < cols[:, None])
-                t = decode_float(tl.load(x_ptr + tl.cast(row, tl.int64) * K + column, exists, 0), X, ARCH) * r
+                t = decode_float(tl.load(x_ptr + tl.cast(row, tl.int64) * K + column, exists, 0), X, 0) * r
                 u = units(t, z, F, AFFINE, ARCH) - t
                 e = u * u * tl.abs(t) if MAGNITUDE else u * u
                 if WEIGHTED:

@@ -7,7 +7,8 @@ block, straddles two, or holds several, each a whole number of runs of RUN eleme
 import triton
 import triton.language as tl
 
-from quantlib.backends.triton.numerics import clamp_zero_point, effective_scale
+from quantlib.backends.triton.nibbles import decodes_nibbles, fills, in_bytes, nibble_values
+from quantlib.backends.triton.numerics import clamp_zero_point, decode_float, effective_scale, int_to_float
 
 
 @triton.jit
@@ -36,6 +37,20 @@ def store(ptr, value, mask, MASKED: tl.constexpr):
         tl.store(ptr, value, mask)
     else:
         tl.store(ptr, value)
+
+
+@triton.jit
+def at_bytes(ptr, byte, X: tl.constexpr, F: tl.constexpr):
+    """ptr + byte, [..., cols / P], to bytes that P codes share. A thread takes no more of them at once than go with 16
+    bytes of values of X: more would have to change threads."""
+    BYTES: tl.constexpr = 128 // X.bits // F.per_byte
+    if F.bits <= 8 and BYTES > 1:
+        if len(byte.shape) == 2:
+            return tl.max_contiguous(ptr + byte, (1, BYTES))
+        else:
+            return tl.max_contiguous(ptr + byte, (1, 1, BYTES))
+    else:
+        return ptr + byte
 
 
 @triton.jit
@@ -135,12 +150,15 @@ def spread(values, edge, T: tl.constexpr):
 
 
 @triton.jit
-def pack(codes, F: tl.constexpr, BITS: tl.constexpr = None):
+def pack(codes, F: tl.constexpr, ARCH: tl.constexpr, BITS: tl.constexpr = None):
     """[rows, cols] codes -> [rows, cols / P] bytes that P of them share: pairs of BITS bits, then pairs of those."""
     WIDTH: tl.constexpr = F.bits if BITS is None else BITS
     if F.packed and WIDTH < 8:
         even, odd = tl.split(codes.reshape(codes.shape[0], codes.shape[1] // 2, 2))
-        return pack((even & ((1 << WIDTH) - 1)) | (odd << WIDTH), F, 2 * WIDTH)
+        if WIDTH == 4 and ARCH >= 80 and fills(even.shape, 4):
+            return in_bytes(even.to(tl.uint32), odd.to(tl.uint32))
+        else:
+            return pack((even & ((1 << WIDTH) - 1)) | (odd << WIDTH), F, ARCH, 2 * WIDTH)
     elif F.packed:
         return codes
     else:
@@ -151,6 +169,16 @@ def pack(codes, F: tl.constexpr, BITS: tl.constexpr = None):
 def unpack(packed, F: tl.constexpr):
     """[rows, cols / P] bytes that P codes share -> [rows, cols] codes, with their sign in an integer format."""
     return spread_sign(halve(packed.to(tl.int32), F.bits if F.packed else 8), F)
+
+
+@triton.jit
+def unpack_values(packed, F: tl.constexpr, ARCH: tl.constexpr):
+    """[rows, cols / P] bytes that P codes share -> [rows, cols] float32: their values, of integers the codes, exact"""
+    if decodes_nibbles(packed.shape, F, ARCH):
+        return nibble_values(packed, F)
+    else:
+        codes = unpack(packed, F)
+        return decode_float(codes, F, ARCH) if F.is_float else int_to_float(codes)
 
 
 @triton.jit
