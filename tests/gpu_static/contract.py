@@ -140,8 +140,9 @@ def triton_matmul(m: Measured) -> Contract:
     bits, scales, tickets = m.facts["bits"], m.facts["scales"], int(m.facts["splits"] > 1)
     if bits["X"] == 32 or bits["F"] > 8 or scales == "element":
         return Contract(tickets=tickets)
-    if m.facts["tile_m"] > FEW:
-        return Contract(needs=(TENSOR_CORES[m.arch][0],), without=CONVERTS + "|SHFL", tickets=tickets)
+    if m.facts["tile_m"] > FEW:  # of fewer warps than a warpgroup has, from registers
+        sums = TENSOR_CORES[m.arch][0] if m.warps >= 4 else r"HMMA\.16816"
+        return Contract(needs=(sums,), without=CONVERTS + "|SHFL", tickets=tickets)
     needs = (COPIES, r"HMMA\.16816", *([r"LDS\.128"] if m.facts["tiled"] else []))
     ceiling = PER_BYTE[m.arch] * bits["F"] / 8 if m.facts["tiled"] and m.facts["tile_m"] <= 16 else None
     return Contract(

@@ -68,9 +68,10 @@ def choose_matmul(
         stages = 3 if format.packed and not wide else 4
     elif wide:
         tile_n, tile_m, warps, stages = 64, 64, 8 if tile_k > 64 else 4, 3
-    elif M <= 64:  # two warps multiply by mma.sync, from registers; a code book is looked up by more
-        tile_n, tile_m, stages = 128 if not format.packed and N >= 8192 else 64, 64, 3
-        warps = 4 if format.packed and format.is_float else 2
+    elif M <= 64:
+        tile_n, tile_m, warps, stages = 64, 64, 4, 3
+        if shared >= WARPGROUPS and not (format.packed and format.is_float):  # two warps are faster than a warpgroup
+            tile_n, warps = 128 if not format.packed and N >= 8192 else 64, 2
     elif tile_k > 64:  # the sums of a step beside all: registers hold no more where operands need some too
         tile_n, tile_m, warps, stages = 64, 128 if shared >= WARPGROUPS else 64, 4, 3
     else:
