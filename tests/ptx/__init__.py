@@ -1,11 +1,12 @@
 """The Triton kernels executed on the CPU as the compiler made them: an executor of their PTX in NumPy.
 
-Triton's interpreter runs the source of a kernel, with no lanes, no shared memory and no layouts; a fault of the compiler
-cannot be seen there. Here the launchers are called with CPU tensors, each kernel is compiled for sm_90 without a GPU,
-and its PTX runs on the memory of the tensors. The case tables then compare every byte with the NumPy reference, as they
-do on a GPU.
+Triton's interpreter runs the source of a kernel, with no lanes, no shared memory and no layouts; a fault of the
+compiler cannot be seen there. Here the launchers are called with CPU tensors, each kernel is compiled for sm_90 without
+a GPU, and its PTX runs on the memory of the tensors. The case tables then compare every byte with the NumPy reference,
+as they do on a GPU.
 
-    python -m ptx --op fake_quantize        # the cases of ``every.launches()`` of one op
+    python -m ptx                           # the cases of ``every.launches()``, from tests/
+    python -m ptx --op fake_quantize        # of one op
     python -m ptx --part 0/2 --every 10     # every tenth case of the first half
 
 All threads of many programs step together, and a register is an array of one value a thread (machine.py). Threads that

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", help="an op; all of the streaming ones otherwise")
     parser.add_argument("--part", default="0/1", help="k/n: the k-th of n parts, to be run beside each other")
     parser.add_argument("--every", type=int, default=1, help="every n-th case of an op")
+    parser.add_argument("--few", action="store_true", help="the cases of `make test`")
     parser.add_argument("--only", default="", help="cases whose text has this in it")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after this time")
     parser.add_argument("--trace", action="store_true", help="print where an error comes from")
@@ -23,12 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
 
     from ptx import launches
-    from ptx.cases import chosen
+    from ptx.cases import chosen, few
     from quantlib.testing import every
 
     part, parts = map(int, given.part.split("/"))
-    cases = chosen(given.op, given.every)
-    cases = [case for case in cases if given.only in str(case)][part::parts]
+    cases = [case for case in (few() if given.few else chosen(given.op, given.every)) if given.only in str(case)]
+    cases = cases[part::parts]
     began, wrong, done = time.monotonic(), collections.defaultdict(list), 0
     with launches.served():
         for case in cases:
@@ -46,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
             done += 1
             if (took := time.monotonic() - start) > 20:
                 print(f"{took:.0f} s: {case}", flush=True)
-    print(f"{done} cases, {sum(launches.ran.values())} launches of {len(launches.ran)} kernels, ", end="")
-    print(f"{time.monotonic() - began:.0f} s; wrong: {dict((op, len(c)) for op, c in wrong.items()) or 'none'}")
+    print("launches:", ", ".join(f"{count} of {kernel}" for kernel, count in sorted(launches.ran.items())))
+    found = ", ".join(f"{len(c)} of {op}" for op, c in wrong.items()) or "none"
+    print(f"{done} cases in {time.monotonic() - began:.0f} s; wrong: {found}")
     return 1 if wrong else 0
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from ptx import arithmetic as by
 from ptx.arithmetic import Array
 
-TYPES = {  # of PTX -> of NumPy; the floats of 16 bits and all pairs stay codes
+TYPES: dict[str, Any] = {  # of PTX -> of NumPy; the floats of 16 bits and all pairs stay codes
     "pred": np.bool_,
     **{f"{kind}{bits}": f"u{bits // 8}" for kind in "bu" for bits in (8, 16, 32, 64)},
     **{f"s{bits}": f"i{bits // 8}" for bits in (8, 16, 32, 64)},
     "f32": "f4",
-    **{name: "u2" for name in ("f16", "bf16", "e4m3x2", "e5m2x2")},
-    **{name: "u4" for name in ("f16x2", "bf16x2", "u16x2")},
+    **dict.fromkeys(("f16", "bf16", "e4m3x2", "e5m2x2"), "u2"),
+    **dict.fromkeys(("f16x2", "bf16x2", "u16x2"), "u4"),
 }
 DTYPES = {name: np.dtype(dtype) for name, dtype in TYPES.items()}
 
@@ -83,7 +83,7 @@ def floats() -> dict[str, Meaning]:
 
 
 def integers() -> dict[str, Meaning]:
-    found = {}
+    found: dict[str, Meaning] = {}
     for kind, size in itertools.product("su", (16, 32, 64)):
         t = f"{kind}{size}"
         found |= {
@@ -178,7 +178,7 @@ def compared(function: Callable[..., Any], widen: Callable[[Array], Array], with
 
 
 def conversions() -> dict[str, Meaning]:
-    found = {}
+    found: dict[str, Meaning] = {}
     whole = [f"{kind}{size}" for kind in "su" for size in (8, 16, 32, 64)]
     for to, of in itertools.product(whole, whole):
         found[f"cvt.{to}.{of}"] = Meaning(to, (of,), lambda x, dtype=DTYPES[to]: x.astype(dtype))
@@ -190,9 +190,7 @@ def conversions() -> dict[str, Meaning]:
         "cvt.rn.f16.f32": Meaning("f16", ("f32",), by.to_float16),
         "cvt.rn.bf16.f32": Meaning("bf16", ("f32",), by.to_bfloat16),
         "cvt.rni.f32.f32": Meaning("f32", ("f32",), lambda x: by.canonical(np.rint(x))),
-        "cvt.rn.f16x2.f32": Meaning(
-            "b32", ("f32", "f32"), lambda a, b: joined(by.to_float16(a), by.to_float16(b), 16)
-        ),
+        "cvt.rn.f16x2.f32": Meaning("b32", ("f32", "f32"), lambda a, b: joined(by.to_float16(a), by.to_float16(b), 16)),
         "cvt.rn.bf16x2.f32": Meaning(
             "b32", ("f32", "f32"), lambda a, b: joined(by.to_bfloat16(a), by.to_bfloat16(b), 16)
         ),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from ptx.machine import Program
 from ptx.memory import Global
 from ptx.parse import PtxError, parse

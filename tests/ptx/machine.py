@@ -14,7 +14,7 @@ import numpy as np
 from ptx import instructions
 from ptx.arithmetic import Array
 from ptx.instructions import DTYPES, Meaning
-from ptx.memory import Fault, Global, Shared
+from ptx.memory import FaultError, Global, Shared
 from ptx.order import order
 from ptx.parse import BRANCHES, Address, Ignored, Immediate, Instruction, Kernel, Name, Operand, Register
 
@@ -37,9 +37,7 @@ class Program:
         edges = {block: following(kernel, block) for block in range(end)} | {end: []}
         ordered = [block for block in order(0, edges) if block != end]
         place = {block: n for n, block in enumerate([*ordered, end])}
-        self.blocks = [
-            [(i, step(i)) for i in kernel.blocks[block] if i.opcode not in BRANCHES] for block in ordered
-        ]
+        self.blocks = [[(i, step(i)) for i in kernel.blocks[block] if i.opcode not in BRANCHES] for block in ordered]
         self.ends = [kernel.blocks[block][-1] for block in ordered]
         self.next = [[place[to] for to in edges[block]] for block in ordered]
 
@@ -97,7 +95,7 @@ class Machine:
             for instruction, run in self.program.blocks[block]:
                 try:
                     run(self, mask)
-                except Fault as fault:
+                except FaultError as fault:
                     raise instruction.error(str(fault)) from None
             to, *otherwise = self.program.next[block]
             if otherwise:
@@ -141,7 +139,7 @@ def guarded(i: Instruction, run: Step) -> Step:
 
     def guard(m: Machine, mask: Mask) -> None:
         if m.registers[register.slot] is None:
-            raise Fault("the predicate has not been written")
+            raise FaultError("the predicate has not been written")
         taken = m.full(m.registers[register.slot] == wanted)
         if mask is not None:
             taken = taken & mask
@@ -195,7 +193,7 @@ def reader(i: Instruction, operand: Operand, type: str, *, narrow: bool = False)
 def named(i: Instruction, name: str, dtype: np.dtype[Any]) -> Read:
     def read(m: Machine) -> Array:
         if name not in m.special:
-            raise Fault(f"{name} is not known")
+            raise FaultError(f"{name} is not known")
         return m.special[name].astype(f"u{dtype.itemsize}").view(dtype)
 
     return read
@@ -246,7 +244,7 @@ def compute(i: Instruction, meaning: Meaning) -> Step:
     def run(m: Machine, mask: Mask) -> None:
         values = [read(m) for read in reads]
         if meaning.nonzero and not (m.full(values[-1]) != 0)[m.active(mask)].all():
-            raise Fault("a division by zero")
+            raise FaultError("a division by zero")
         write(m, function(*values), mask)
 
     return run
@@ -313,7 +311,7 @@ def parameter(i: Instruction, type: str) -> Step:
 
     def run(m: Machine, mask: Mask) -> None:
         if name not in m.arguments:
-            raise Fault(f"{name} is not known")
+            raise FaultError(f"{name} is not known")
         value = np.array([m.arguments[name] & ((1 << bits) - 1)], BITS[bits])
         write(m, value.view(DTYPES[type]), mask)
 
@@ -403,7 +401,7 @@ def matrix_rows(thread: Array, address: Array, matrix: int, row: Array) -> Array
     """The address of a row of an 8 x 8 matrix of 16 bits, which the lane 8 * matrix + ``row`` of the warp gives."""
     rows = address[thread // 32 * 32 + 8 * matrix + row]
     if (rows % 16).any():
-        raise Fault("a row of a matrix is no multiple of 16 bytes")
+        raise FaultError("a row of a matrix is no multiple of 16 bytes")
     return rows
 
 
@@ -470,7 +468,7 @@ def whole_warps(m: Machine, mask: Mask, members: Array | None) -> None:
     lanes = (running * (1 << np.arange(32, dtype=np.uint64))).sum(1)
     wanted = m.full(np.array([0xFFFFFFFF]) if members is None else members).reshape(-1, 32)
     if (running & (wanted != lanes[:, None])).any():
-        raise Fault("other lanes of the warp run than those that it names")
+        raise FaultError("other lanes of the warp run than those that it names")
 
 
 def barrier(i: Instruction) -> Step:
@@ -481,7 +479,7 @@ def barrier(i: Instruction) -> Step:
     def run(m: Machine, mask: Mask) -> None:
         here = (np.ones(m.n, bool) if mask is None else mask).reshape(-1, m.threads)
         if (here.any(1) != here.all(1)).any():
-            raise Fault("not all threads of a program reach this barrier")
+            raise FaultError("not all threads of a program reach this barrier")
         m.shared.barriers[here.all(1)] += 1
 
     return run
@@ -494,7 +492,7 @@ def warp_barrier(i: Instruction) -> Step:
     def run(m: Machine, mask: Mask) -> None:
         whole_warps(m, mask, members(m))
         if (members(m) != 0xFFFFFFFF).any():
-            raise Fault("a barrier of some lanes")
+            raise FaultError("a barrier of some lanes")
         m.shared.meetings[np.unique(m.active(mask) // 32)] += 1
 
     return run
@@ -516,7 +514,7 @@ def shuffle(i: Instruction, kind: str) -> Step:
         there = source >= last if kind == "up" else source <= last
         source = m.every - lane + np.where(there, source, lane)
         if mask is not None and not mask[source[mask]].all():
-            raise Fault("a lane is read that does not run")
+            raise FaultError("a lane is read that does not run")
         write(m, m.full(value)[source], mask)
 
     return run

@@ -17,7 +17,7 @@ UNIT = 16  # bytes: the widest access
 RACE = "threads write different values to one address at once"
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """An access that no kernel may make."""
 
 
@@ -55,13 +55,13 @@ class Global:
             for k, value in enumerate(values):
                 view[index + k] = value[where]
             if any(differ(view[index + k], value[where]) for k, value in enumerate(values)):
-                raise Fault(RACE)
+                raise FaultError(RACE)
 
     def places(self, address: Array, width: int, count: int) -> Iterable[tuple[Any, Array, Array]]:
         """(which of the addresses, a region as integers of ``width`` bytes, their indices in it)."""
         if (address & np.uint64(width * count - 1)).any():
             wrong = int(address[(address & np.uint64(width * count - 1)) != 0][0])
-            raise Fault(f"address {wrong:#x} is no multiple of {width * count}")
+            raise FaultError(f"address {wrong:#x} is no multiple of {width * count}")
         low, high = int(address.min()), int(address.max()) + width * count
         number = bisect.bisect_right(self.starts, low) - 1
         if number >= 0 and high <= self.regions[number][1]:
@@ -71,7 +71,7 @@ class Global:
         ends = np.array([end for _, end, _ in self.regions] or [0], np.uint64)
         outside = (numbers < 0) | (address + np.uint64(width * count) > ends[np.maximum(numbers, 0)])
         if outside.any():
-            raise Fault(self.outside(int(address[outside][0]), int(outside.sum())))
+            raise FaultError(self.outside(int(address[outside][0]), int(outside.sum())))
         for number in np.unique(numbers):
             where = np.flatnonzero(numbers == number)
             yield where, *self.at(int(number), address[where], width)
@@ -80,8 +80,10 @@ class Global:
         near = min(self.regions, key=lambda r: max(r[0] - address, address - r[1]), default=None)
         if near is None:
             return "there is no tensor"
-        where = f"{near[0] - address} before" if address < near[0] else f"{address - near[1]} after the last of"
-        return f"{threads} threads are outside of every tensor, the first of them {where} the {near[1] - near[0]} bytes of {near[2]}"
+        start, end, name = near
+        where = f"{start - address} before" if address < start else f"{address - end} after the last of"
+        first = f"the first of them {where} the {end - start} bytes of {name}"
+        return f"{threads} threads are outside of every tensor, {first}"
 
     def at(self, number: int, address: Array, width: int) -> tuple[Array, Array]:
         if width not in self.views[number]:
@@ -125,16 +127,16 @@ class Shared:
         for k, value in enumerate(values):
             self.views[width][at // width + k] = value
         if any(differ(self.views[width][at // width + k], value) for k, value in enumerate(values)):
-            raise Fault(RACE)
+            raise FaultError(RACE)
         self.use(thread, every, self.wrote)
 
     def places(self, thread: Array, address: Array, width: int) -> Array:
         offset = address.astype(np.int64) - self.FIRST
         if (offset % width).any():
-            raise Fault(f"byte {int(offset[offset % width != 0][0])} of shared memory is no multiple of {width}")
+            raise FaultError(f"byte {int(offset[offset % width != 0][0])} of shared memory is no multiple of {width}")
         wrong = (offset < 0) | (offset + width > self.size)
         if wrong.any():
-            raise Fault(f"byte {int(offset[wrong][0])} is outside of the {self.size} of shared memory")
+            raise FaultError(f"byte {int(offset[wrong][0])} is outside of the {self.size} of shared memory")
         return thread // self.threads * self.pad + offset
 
     def check(self, thread: Array, every: Array, uses: Uses, what: str) -> None:
@@ -148,7 +150,7 @@ class Shared:
         if wrong.any():
             t, k = (int(n[0]) for n in np.nonzero(wrong))
             at = int(every[t, k]) % self.pad
-            raise Fault(f"no barrier: thread {int(thread[t]) % self.threads} {what}, byte {at} of shared memory")
+            raise FaultError(f"no barrier: thread {int(thread[t]) % self.threads} {what}, byte {at} of shared memory")
 
     def use(self, thread: Array, every: Array, uses: Uses, together: bool = False) -> None:
         """Note the last thread that used each byte; ``together``: several may have, since the barrier."""

@@ -173,9 +173,7 @@ class Body:
             raise PtxError(f"PTX line {line}, `{statement}`: unknown operand {error}") from None
         if predicate is not None and not (isinstance(predicate, Register) and predicate.bits == 1):
             raise PtxError(f"PTX line {line}, `{statement}`: {guard} is no predicate")
-        return Instruction(
-            line, statement, source, (predicate, not negated) if predicate else None, opcode, operands
-        )
+        return Instruction(line, statement, source, (predicate, not negated) if predicate else None, opcode, operands)
 
     def operand(self, word: str) -> Operand:
         if "|" in word and word[0] != "[":

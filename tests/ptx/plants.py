@@ -1,7 +1,7 @@
 """Faults put in on purpose, which the execution must find: ``python -m ptx.plants``.
 
 They are of the kernels' source, where the compiler makes wrong code of it, and of the PTX that it makes, as a faulty
-compiler would. It prints JSON: what is found of each, null where nothing is.
+compiler would. It prints what is found of each as JSON, null where nothing is, and of the same cases without a fault.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 from ptx import memory
-
 from quantlib.testing import every
 from quantlib.testing.every import AnyCase
 from quantlib.testing.learned import Learned
@@ -35,37 +33,27 @@ ROW = Case("quantize_dynamic", "int8", "bfloat16", (3, 515), (1, -1))
 SUMS = Learned("fake_quantize_backward", "int8", "float32", (2, 515), (1, -1))
 
 
-@dataclass(frozen=True)
-class Edit:
-    """Of the PTX: ``by`` stands wherever ``pattern`` did."""
-
-    case: AnyCase
-    pattern: str
-    by: str
-    says: str  # the error
-
-
-PTX = {
-    "a barrier is missing": Edit(ROW, r"bar\.sync \t0;", "", "no barrier: thread"),
-    "a lane beside it": Edit(SUMS, r"(shfl\.sync\.bfly\.b32 \t\S+ \S+) 16,", r"\1 8,", "dscale: off by"),
-    "a row of no memory": Edit(ROW, r"@%p\d+ (ld\.global)", r"\1", "outside of every tensor"),
-    "not rounded to nearest": Edit(ROW, r"div\.rn\.f32", "div.full.f32", "this instruction is not known"),
+# name -> the case, what the PTX has, what stands there instead
+PTX: dict[str, tuple[AnyCase, str, str]] = {
+    "a barrier is missing": (ROW, r"bar\.sync \t0;", ""),
+    "a lane beside it": (SUMS, r"(shfl\.sync\.bfly\.b32 \t\S+ \S+) 16,", r"\1 8,"),
+    "a mask is missing": (ROW, r"@%p\d+ (ld\.global)", r"\1"),
+    "not rounded to nearest": (ROW, r"div\.rn\.f32", "div.full.f32"),
 }
 
 
 def planted() -> Iterator[tuple[str, str | None]]:
-    for op, case in COLUMNS.items():
-        yield f"{op} as it is", wrong(case)
-    for name, edit in PTX.items():
-        yield f"{name}: as it is", wrong(edit.case)
-        with edited(edit.pattern, edit.by):
-            yield name, wrong(edit.case)
+    for case in (ROW, SUMS, *COLUMNS.values()):
+        yield str(case), wrong(case)
+    for name, (case, pattern, by) in PTX.items():
+        with edited(pattern, by):
+            yield name, wrong(case)
     with lanes_that_lie_apart():
         for op, case in COLUMNS.items():
-            yield f"{op}: threads that disagree", wrong(case)
-        with mock.patch.object(memory, "differ", lambda kept, written: False):  # one of them wins, as on a GPU
+            yield f"lanes that lie apart, {op}", wrong(case)
+        with mock.patch.object(memory, "differ", return_value=False):  # one of them wins, as on a GPU
             for op, case in COLUMNS.items():
-                yield f"{op}: bytes", wrong(case)
+                yield f"lanes that lie apart, the bytes of {op}", wrong(case)
 
 
 def wrong(case: AnyCase) -> str | None:
@@ -98,8 +86,8 @@ def edited(pattern: str, by: str) -> Iterator[None]:
 def lanes_that_lie_apart() -> Iterator[None]:
     """Meanwhile Triton reduces rows and columns of several blocks at once, of which Triton 3.6 adds the wrong lanes."""
     import triton
-    from ptx import launches
 
+    from ptx import launches
     from quantlib.backends.triton import compute_scale, fake_quantize_backward, launch, quantize_dynamic, tile
 
     modules = (tile, compute_scale, quantize_dynamic, fake_quantize_backward)
