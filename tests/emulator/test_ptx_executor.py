@@ -194,6 +194,13 @@ def test_fma_rounds_once() -> None:
         assert float(got) == nearest(exact), (a, b, c)
 
 
+@pytest.mark.parametrize("op", ["add", "sub", "mul"])
+def test_two_floats_at_once(op: str) -> None:
+    a, b = (np.random.default_rng(n).standard_normal(64).astype(np.float32) for n in (0, 1))
+    got = TABLE[f"{op}.rn.f32x2"].function(a.view(np.uint64), b.view(np.uint64))
+    assert (got.view(np.float32) == {"add": a + b, "sub": a - b, "mul": a * b}[op]).all()
+
+
 def test_the_smaller_and_the_larger() -> None:
     nan = float("nan")
     with np.errstate(all="ignore"):

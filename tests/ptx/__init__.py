@@ -7,6 +7,7 @@ as they do on a GPU.
 
     python -m ptx                           # the cases of ``every.launches()``, from tests/
     python -m ptx --op fake_quantize        # of one op
+    python -m ptx --arch 100 --few          # compiled for sm_100; a case of each kind
     python -m ptx --part 0/2 --every 10     # every tenth case of the first half
 
 All threads of many programs step together, and a register is an array of one value a thread (machine.py). Threads that

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", help="an op; all of the streaming ones otherwise")
     parser.add_argument("--part", default="0/1", help="k/n: the k-th of n parts, to be run beside each other")
     parser.add_argument("--every", type=int, default=1, help="every n-th case of an op")
+    parser.add_argument("--arch", type=int, default=90, help="compile for sm_80, 90, ...")
     parser.add_argument("--few", action="store_true", help="the cases of `make test`")
     parser.add_argument("--only", default="", help="cases whose text has this in it")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after this time")
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for case in (few() if given.few else chosen(given.op, given.every)) if given.only in str(case)]
     cases = cases[part::parts]
     began, wrong, done = time.monotonic(), collections.defaultdict(list), 0
-    with launches.served():
+    with launches.served(given.arch):
         for case in cases:
             if time.monotonic() - began > given.seconds:
                 print(f"{len(cases) - done} cases have not begun")

@@ -43,6 +43,17 @@ def pairs(function: Callable[..., Array]) -> Callable[..., Array]:
     return halves
 
 
+def both(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Apply ``function`` to both halves of 64 bits, each float32."""
+
+    def halves(*words: Array) -> Array:
+        parts = [[(w >> np.uint64(at)).astype(np.uint32).view(np.float32) for w in words] for at in (0, 32)]
+        low, high = (function(*part).view(np.uint32).astype(np.uint64) for part in parts)
+        return low | (high << np.uint64(32))
+
+    return halves
+
+
 def joined(high: Array, low: Array, bits: int) -> Array:
     """The operands of a conversion of two: the first is the high half."""
     wide = np.uint16 if bits == 8 else np.uint32
@@ -64,6 +75,8 @@ def floats() -> dict[str, Meaning]:
 
     two = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
     found = {f"{op}.rn.f32": Meaning("f32", ("f32",) * 2, rounded(f)) for op, f in two.items()}
+    for op in ("add", "sub", "mul"):  # from sm_100 on
+        found[f"{op}.rn.f32x2"] = Meaning("b64", ("b64",) * 2, both(rounded(two[op])))
     found |= {
         "sqrt.rn.f32": Meaning("f32", ("f32",), rounded(np.sqrt)),
         "rcp.rn.f32": Meaning("f32", ("f32",), rounded(lambda x: np.float32(1) / x)),

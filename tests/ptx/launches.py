@@ -16,13 +16,13 @@ from ptx.memory import Global
 from ptx.parse import PtxError, parse
 
 ARCH = 90
-PROCESSORS, SHARED, NAME = 132, 232448, "NVIDIA H200"
+PROCESSORS, NAME = 132, "NVIDIA H200"
 ran: dict[str, int] = {}  # kernel -> launches
 
 
 @contextlib.contextmanager
-def served() -> Iterator[None]:
-    """Meanwhile the Triton backend serves the CPU. Triton must not have been imported with TRITON_INTERPRET set."""
+def served(arch: int = ARCH) -> Iterator[None]:
+    """Meanwhile the Triton backend serves the CPU, as if it were a GPU of ``arch``. Triton must not have been imported with TRITON_INTERPRET set."""
     from unittest.mock import patch
 
     from triton.runtime import driver
@@ -31,12 +31,12 @@ def served() -> Iterator[None]:
     from quantlib.backends.triton import launch, warmup
 
     assert not launch.INTERPRETED
-    driver.set_active(warmup.Driver(ARCH))
+    driver.set_active(warmup.Driver(arch))
     accepting = dataclasses.replace(backends.BACKENDS["triton"], refuses=lambda device: None)
     instead: dict[str, Any] = {
         "launch": execute,
-        "arch": lambda device: ARCH,
-        "shared_memory": lambda device: SHARED,
+        "arch": lambda device: arch,
+        "shared_memory": lambda device: launch.SHARED.get(arch, launch.LEAST_SHARED),
         "device_name": lambda device: NAME,
         "processors": lambda device: PROCESSORS,
     }
@@ -72,6 +72,7 @@ def execute(kernel: Any, programs: int, device: torch.device, *args: Any, warps:
         raise PtxError(f"{name}: {error}") from None
 
 
+KEPT = 64  # kernels: a case starts few, more than once
 _compiled: dict[Any, Any] = {}
 
 
@@ -85,12 +86,15 @@ def compile(kernel: Any, programs: int, warps: int, args: tuple[Any, ...], optio
         found = launch._classes[types] = launch.Class(launch.key_function(kernel, args), {})
     key = (id(kernel), found.key(None, warps, tuple(options.items()), *args))
     if key not in _compiled:
+        if len(_compiled) == KEPT:
+            _compiled.pop(next(iter(_compiled)))
+            kernel.device_caches.clear()  # Triton would keep all
         made = kernel.warmup(*args, grid=(programs,), num_warps=warps, enable_fp_fusion=False, **options)
         _compiled[key] = made, kernel, args  # whose addresses are in the key
     return _compiled[key][0]
 
 
-@functools.cache
+@functools.lru_cache(KEPT)
 def ready(digest: str, text: str, shared: int) -> Program:
     return Program(parse(text), shared)
 
