@@ -22,7 +22,10 @@ ran: dict[str, int] = {}  # kernel -> launches
 
 @contextlib.contextmanager
 def served(arch: int = ARCH) -> Iterator[None]:
-    """Meanwhile the Triton backend serves the CPU, as if it were a GPU of ``arch``. Triton must not have been imported with TRITON_INTERPRET set."""
+    """Meanwhile the Triton backend serves the CPU, as if it were a GPU of ``arch``.
+
+    Triton must not have been imported with TRITON_INTERPRET set.
+    """
     from unittest.mock import patch
 
     from triton.runtime import driver
