@@ -8,7 +8,7 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.c
 # One worker a core, each with one thread.
 WORKERS = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: help demo accuracy qat test test-everywhere setup lint format bench verify prove fuzz test-interrupted sweep-models gpu gpu-static sanitize clean
+.PHONY: help demo accuracy qat test test-everywhere setup lint format bench verify prove fuzz test-interrupted sweep-models gpu gpu-static gpu-ptx sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
@@ -68,6 +68,9 @@ gpu:  ## on a machine with a GPU, offline too: build for it, every proof on it, 
 
 gpu-static: .venv/ready-test  ## on any machine: compile the GPU kernels, hold their machine code to its contracts
 	PYTHONPATH=tests $(RUN) -m gpu_static $(ARGS)
+
+gpu-ptx: kernels-test  ## on any machine: execute what Triton's compiler makes of the kernels that stream, compare bytes
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(RUN) -m ptx $(ARGS)
 
 # Python is not built with them, so their libraries have to be there before it; it also leaks on purpose.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
