@@ -194,6 +194,12 @@ def test_fma_rounds_once() -> None:
         assert float(got) == nearest(exact), (a, b, c)
 
 
+def test_a_saturated_float_is_none_below_nothing_and_no_nan() -> None:
+    x = np.array([-3, -0.0, 0, 0.25, 1, 1.5, np.inf, -np.inf, np.nan], np.float32)
+    got = arithmetic.saturated(x)
+    assert got.view(np.uint32).tolist() == np.array([0, 0, 0, 0.25, 1, 1, 1, 0, 0], np.float32).view(np.uint32).tolist()
+
+
 @pytest.mark.parametrize("op", ["add", "sub", "mul"])
 def test_two_floats_at_once(op: str) -> None:
     a, b = (np.random.default_rng(n).standard_normal(64).astype(np.float32) for n in (0, 1))

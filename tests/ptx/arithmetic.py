@@ -37,6 +37,11 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return canonical((total.view(np.int64) + inexact * away).view(np.float64).astype(np.float32))
 
 
+def saturated(x: Array) -> Array:
+    """Clamp x to 0..1; a NaN, and -0, become +0."""
+    return np.where(x > 0, np.minimum(x, np.float32(1)), np.float32(0))
+
+
 def minimum(a: Array, b: Array) -> Array:
     """Min(a, b): the number where the other is NaN, and -0 below +0."""
     signed = np.where((a == b) & np.signbit(a), a, b)

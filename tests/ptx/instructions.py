@@ -81,6 +81,7 @@ def floats() -> dict[str, Meaning]:
         "sqrt.rn.f32": Meaning("f32", ("f32",), rounded(np.sqrt)),
         "rcp.rn.f32": Meaning("f32", ("f32",), rounded(lambda x: np.float32(1) / x)),
         "fma.rn.f32": Meaning("f32", ("f32",) * 3, by.fma),
+        "fma.rn.sat.f32": Meaning("f32", ("f32",) * 3, lambda *x: by.saturated(by.fma(*x))),
         "min.f32": Meaning("f32", ("f32",) * 2, by.minimum),
         "max.f32": Meaning("f32", ("f32",) * 2, by.maximum),
         "abs.f32": Meaning("b32", ("b32",), lambda x: x & 0x7FFFFFFF),
