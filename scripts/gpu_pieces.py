@@ -73,7 +73,7 @@ def pieces(cores: int = os.cpu_count() or 1) -> Iterator[Piece]:
         backend: Piece(
             f"cases {backend}",
             (python, "-m", "quantlib.testing", backend, "--device", "cuda", "--jobs", str(min(cores, 14))),
-            120,
+            300 if backend == "triton" else 60,  # whose kernels are compiled for each case
         )
         for backend in BACKENDS
     }
