@@ -69,16 +69,14 @@ def pieces(cores: int = os.cpu_count() or 1) -> Iterator[Piece]:
     without = (("QUANTLIB_BUILD", "0"),)  # it needs Triton only, and runs while the libraries are compiled
     yield Piece("smoke", smoke, 60, (*LIBRARY, "scripts"), light=True, environment=without)
     yield Piece("build", (python, "quantlib/_build.py", "cpu", "cuda"), 150, alone=True)
-    tables = {
-        backend: Piece(
-            f"cases {backend}",
-            (python, "-m", "quantlib.testing", backend, "--device", "cuda", "--jobs", str(min(cores, 14))),
-            300 if backend == "triton" else 60,  # whose kernels are compiled for each case
-        )
-        for backend in BACKENDS
+    jobs = ("--device", "cuda", "--jobs", str(min(cores, 14)))
+    tables = {  # Triton compiles a kernel for nearly each case
+        backend: Piece(f"cases {backend}", (python, "-m", "quantlib.testing", backend, *jobs), seconds)
+        for backend, seconds in (("cuda", 60), ("triton", 300))
     }
+    first = (python, "-m", "quantlib.testing", "triton", *jobs, "--launches")
     benchmarks = {name: bench(name, families) for name, families in benches()}
-    yield tables.pop("triton")
+    yield Piece("launches triton", first, 120)
     yield from tests("graphs", ["tests/ops/test_graph_capture.py"], 90, 1, "gpu")
     for name in ("products", "projections"):
         if name in benchmarks:
