@@ -24,7 +24,7 @@ RECORDS = {record.__name__: record for record in (QuantizedWeight, Epilogue)}
 
 
 class Prepared(NamedTuple):
-    """What calls that are alike have in common."""
+    """The facts that calls have in common that are alike."""
 
     results: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # shape, strides, dtype
     kernel: Kernel

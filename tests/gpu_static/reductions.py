@@ -30,7 +30,7 @@ def scattered(ttgir: str) -> list[str]:
 
 
 def bases_of(layout: str, lanes: dict[str, list[list[int]]]) -> list[list[int]]:
-    """What each bit of a lane's number adds to each coordinate; nothing is said of a layout that is no linear one."""
+    """List what each bit of a lane's number adds to each coordinate; nothing for a layout that is no linear one."""
     if outer := SLICE.match(layout):
         dropped = int(outer[1])
         return [base[:dropped] + base[dropped + 1 :] for base in bases_of(outer[2], lanes)]

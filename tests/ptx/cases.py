@@ -23,7 +23,7 @@ FEW = 4
 
 
 def few() -> list[AnyCase]:
-    """Of the ops that reduce a case of each shape, each of another format and dtype; of others four."""
+    """Choose a case of each shape of the ops that reduce, each of another format and dtype; four of the others."""
     found: list[AnyCase] = []
     for op in OPS:
         ways: dict[Any, list[Any]] = {}

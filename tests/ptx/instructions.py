@@ -25,7 +25,7 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in TYPES.items()}
 
 @dataclass(frozen=True)
 class Meaning:
-    """What an opcode computes: ``function`` of operands of these types, viewed as TYPES says."""
+    """The meaning of an opcode: ``function`` of operands of these types, viewed as TYPES says."""
 
     result: str
     operands: tuple[str, ...]
@@ -229,6 +229,6 @@ def conversions() -> dict[str, Meaning]:
 
 
 def to_integer(x: Array, to: str) -> Array:
-    """Of 32 bits: the nearest that there is, 0 for NaN."""
+    """The nearest integer of 32 bits that there is, 0 for NaN."""
     limits = np.iinfo(DTYPES[to])
     return np.where(np.isnan(x), 0, np.clip(x.astype(np.float64), limits.min, limits.max)).astype(DTYPES[to])

@@ -115,7 +115,7 @@ class Machine:
 
 
 def step(i: Instruction) -> Step:
-    """What an instruction does."""
+    """The effect of an instruction."""
     for pattern, make in OTHERS.items():
         if match := re.fullmatch(pattern, i.opcode):
             run = make(i, *match.groups())

@@ -174,7 +174,7 @@ NOBODY, SEVERAL = -1, -2
 
 
 class Uses:
-    """Of each byte: the thread and warp that used it last, and how often they had met others by then."""
+    """The thread and warp that used each byte last, and how often they had met others by then."""
 
     def __init__(self, size: int) -> None:
         self.thread, self.warp = (np.full(size, NOBODY, np.int32) for _ in range(2))
