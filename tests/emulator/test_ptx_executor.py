@@ -251,7 +251,7 @@ def signed(x: int, bits: int) -> int:
 
 
 def bfe(a: int, at: int, length: int, bits: int, sign: bool) -> int:
-    """As the manual of PTX has it, bit by bit."""
+    """Extract ``length`` bits of a from bit ``at`` on, one after the other, as the manual of PTX defines bfe."""
     at, length, top = at & 255, length & 255, bits - 1
     last = (a >> min(at + length - 1, top) & 1) if sign and length else 0
     return sum((a >> (at + k) & 1 if k < length and at + k <= top else last) << k for k in range(bits))
