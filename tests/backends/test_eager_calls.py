@@ -31,8 +31,8 @@ SIZE, KERNEL = 64, SimpleNamespace(prepare=lambda *_: None)
 @pytest.mark.parametrize("spec", stand_in.SPECS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_call_of_a_layer_runs_few_functions(spec: str, bias: bool) -> None:
-    """A call on a GPU waits for nothing but these: it took 90 to 103 of them."""
-    most = 47
+    """A call on a GPU waits for nothing but these: with torch's it took 90 to 103 of them, 43 to 45 are left."""
+    most = 33
     with stand_in.served(), torch.no_grad():
         layer = stand_in.layer_of(spec, bias, SIZE)
         for shape in ((1, SIZE), (1, 1, SIZE)):
@@ -47,7 +47,7 @@ def test_a_call_of_an_op_runs_few_functions() -> None:
     with stand_in.served():
         call = functools.partial(quantlib.quantize_dynamic, x, "int8", block=(1, SIZE))
         call()
-        assert stand_in.python_calls(call) <= 19
+        assert stand_in.python_calls(call) <= 13
 
 
 def args_of(M: int, seed: int, bias: torch.dtype | None = None) -> dict[str, Any]:
