@@ -89,7 +89,9 @@ static void multiply_group(const Panels& t, const Segment& segment, bool first) 
 // NR rows of w, `panels` of x, by vectors
 template <class E>
 static void multiply_vectors(const Panels& t, int64_t panels, const Segment& segment, bool first) {
-  for (int64_t v = 0; v < panels; v += kWide)
+  for (int64_t v = 0; v < panels;) {
+    // One panel alone loads a value of the weight for every product: four are two and two.
+    const int64_t left = panels - v, wide = left == kWide + 1 ? kWide - 1 : least(kWide, left);
     for (int64_t g = 0; g < NR / kGroup; ++g) {
       Panels at = t;
       at.w += g * t.w_stride, at.x += v * t.x_stride, at.sums += g * t.stride + v * kSquare;
@@ -97,8 +99,10 @@ static void multiply_vectors(const Panels& t, int64_t panels, const Segment& seg
       if (of.scale) of.scale += g * kGroup * of.stride;
       constexpr decltype(&multiply_group<E, 1>) some[] = {multiply_group<E, 1>, multiply_group<E, 2>,
                                                           multiply_group<E, 3>};
-      some[least(kWide, panels - v) - 1](at, of, first);
+      some[wide - 1](at, of, first);
     }
+    v += wide;
+  }
 }
 
 #ifdef QL_AMX
@@ -500,18 +504,28 @@ class Blocked {
 
   // w = rows n0 .. n0 + NR of the weight; the last row stands in for those below it: their sums are not used
   void decode(int64_t n0, int64_t k, int64_t k_end, int64_t ahead, float* w, int64_t stride) const {
-    for (int64_t n = 0; n < NR; ++n)
-      decode_row(least(n0 + n, N_ - 1), k, k_end, ahead, w + n / kGroup * stride + n % kGroup * kUnits);
+    const auto at = [=](int64_t n) { return w + n / kGroup * stride + n % kGroup * kUnits; };
+    int64_t n = 0;
+#ifdef QL_CODES
+    if (scales_sums<E> && plan_.codes.decode_together) {
+      const int64_t row = byte_offset(weight_.format, x_.K, 1, 0);
+      for (; n < NR && n0 + n + kTogether <= N_; n += kTogether)
+        plan_.codes.decode_together(codes(n0 + n, k), row, ahead, 0, k_end - k, at(n));
+    }
+#endif
+    for (; n < NR; ++n) decode_row(least(n0 + n, N_ - 1), k, k_end, ahead, at(n));
+  }
+
+  const char* codes(int64_t n, int64_t k) const {
+    return static_cast<const char*>(weight_.w.codes) + byte_offset(weight_.format, x_.K, n, k);
   }
 
   void decode_row(int64_t n, int64_t k, int64_t k_end, int64_t ahead, float* out) const {
 #ifdef QL_CODES
     if constexpr (scales_sums<E>) {
-      const auto* codes = static_cast<const char*>(weight_.w.codes);
-      const auto at = [&](int64_t k) { return codes + byte_offset(weight_.format, x_.K, n, k); };
-      if (!weight_.w.is_affine()) return plan_.codes.decode(at(k), ahead, 0, k_end - k, out);
+      if (!weight_.w.is_affine()) return plan_.codes.decode(codes(n, k), 0, ahead, 0, k_end - k, out);
       weight_.blocks(k, k_end - k, [&](int64_t begin, int64_t end, int64_t J) {
-        plan_.codes.decode(at(k + begin), ahead, weight_.zero_point(n, J), end - begin,
+        plan_.codes.decode(codes(n, k + begin), 0, ahead, weight_.zero_point(n, J), end - begin,
                            out + begin / kStepColumns<E> * kTileFloats);
       });
       return;

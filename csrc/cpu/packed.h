@@ -143,57 +143,70 @@ static inline bool pack_row(const Source& from, int64_t m, const uint16_t (&orde
 // ---- codes ----------------------------------------------------------------------------------------------------------
 
 #ifdef __AVX512BF16__
-// out = the values of `columns` codes of a row less z, a step of kTileFloats after the other; whole steps. What lies
-// `ahead` bytes behind the codes is fetched into the second-level cache.
-template <class F, bool AFFINE>
-void decode_pairs(const char* codes, int64_t ahead, int32_t z, int64_t columns, float* out) {
+// out[r] = the values of `columns` codes of row r less z, a step of kTileFloats after the other; whole steps. Rows of
+// codes are `stride` bytes apart. What lies `ahead` bytes behind them is fetched, to the first level: a Zen 5 does not
+// follow the hint for the second in time.
+template <class F, bool AFFINE, int ROWS>
+void decode_pairs(const char* codes, int64_t stride, int64_t ahead, int32_t z, int64_t columns, float* out) {
   const auto pairs = pairs_of<F, AFFINE>(z);
-  for (; columns >= 32; columns -= 32, codes += bytes_of<F>(32), out += kTileFloats) {
-    __builtin_prefetch(codes + ahead, 0, 2);
-    store(out, pairs(codes));
-  }
+  for (; columns >= 32; columns -= 32, codes += bytes_of<F>(32), out += kTileFloats)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      __builtin_prefetch(codes + r * stride + ahead, 0, 3);
+      store(out + r * kUnits, pairs(codes + r * stride));
+    }
   if (!columns) return;
-  char rest[32] = {};
-  __builtin_memcpy(rest, codes, size_t(bytes_of<F>(columns)));
-  store(out, pairs(rest));
+  for (int r = 0; r < ROWS; ++r) {
+    char rest[32] = {};
+    __builtin_memcpy(rest, codes + r * stride, size_t(bytes_of<F>(columns)));
+    store(out + r * kUnits, pairs(rest));
+  }
 }
 
-template <class F, bool AFFINE>
-constexpr auto decode_codes = decode_pairs<F, AFFINE>;
+template <class F, bool AFFINE, int ROWS>
+constexpr auto decode_codes = decode_pairs<F, AFFINE, ROWS>;
 template <class F>
 using CodesOf = decltype(pairs_of<F, true>(0));
 template <class F>
 constexpr bool in_units = in_pairs<F>;
 #elif defined(QL_VALUES)
-// out = the values of `columns` codes of a row less z, a step of kTileFloats after the other; 32 columns at a time
-template <class F, bool AFFINE>
-void decode_values(const char* codes, int64_t ahead, int32_t z, int64_t columns, float* out) {
+// The same in FP32, 32 columns at a time
+template <class F, bool AFFINE, int ROWS>
+void decode_values(const char* codes, int64_t stride, int64_t ahead, int32_t z, int64_t columns, float* out) {
   const auto values = values_of<F, AFFINE>(z);
-  const auto two_steps = [&](const char* codes) __attribute__((always_inline)) {
+  const auto two_steps = [&](const char* codes, float* out) __attribute__((always_inline)) {
     Floats v[4];
     values(codes, v);
     store(out, v[0]), store(out + kLanes, v[1]);
     store(out + kTileFloats, v[2]), store(out + kTileFloats + kLanes, v[3]);
   };
-  for (; columns >= 32; columns -= 32, codes += bytes_of<F>(32), out += 2 * kTileFloats) {
-    __builtin_prefetch(codes + ahead, 0, 2);
-    two_steps(codes);
-  }
+  for (; columns >= 32; columns -= 32, codes += bytes_of<F>(32), out += 2 * kTileFloats)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      __builtin_prefetch(codes + r * stride + ahead, 0, 3);
+      two_steps(codes + r * stride, out + r * kUnits);
+    }
   if (!columns) return;
-  char rest[32] = {};
-  __builtin_memcpy(rest, codes, size_t(bytes_of<F>(columns)));
-  two_steps(rest);
+  for (int r = 0; r < ROWS; ++r) {
+    char rest[32] = {};
+    __builtin_memcpy(rest, codes + r * stride, size_t(bytes_of<F>(columns)));
+    two_steps(rest, out + r * kUnits);
+  }
 }
-template <class F, bool AFFINE>
-constexpr auto decode_codes = decode_values<F, AFFINE>;
+
+template <class F, bool AFFINE, int ROWS>
+constexpr auto decode_codes = decode_values<F, AFFINE, ROWS>;
 template <class F>
 using CodesOf = decltype(values_of<F, true>(0));
 template <class F>
 constexpr bool in_units = in_values<F>;
 #endif
 
+constexpr int kTogether = 4;  // rows whose steps are stored side by side
+
 struct CodeKernels {
-  void (*decode)(const char* codes, int64_t ahead, int32_t z, int64_t columns, float* out);
+  using Rows = void (*)(const char* codes, int64_t stride, int64_t ahead, int32_t z, int64_t columns, float* out);
+  Rows decode, decode_together;  // a row; kTogether rows that have no zero points
   uint16_t order[32];
 };
 
@@ -204,9 +217,9 @@ static inline CodeKernels code_kernels(Type format, bool affine) {
     using F = decltype(f);
     if constexpr (!in_units<F>) return {};
     else {
-      CodeKernels kernels = {decode_codes<F, false>, {}};
+      CodeKernels kernels = {decode_codes<F, false, 1>, decode_codes<F, false, kTogether>, {}};
       if constexpr (!F::is_float)
-        if (affine) kernels.decode = decode_codes<F, true>;
+        if (affine) kernels.decode = decode_codes<F, true, 1>, kernels.decode_together = nullptr;
       for (int p = 0; p < 32; ++p) kernels.order[p] = uint16_t(CodesOf<F>::order(p));
       return kernels;
     }
