@@ -594,8 +594,7 @@ class Blocked {
         for (int64_t j = 0; j < width; j += kLanes)
           store(row + j, activate(load<Floats>(row + j), p_.epilogue.activation));
         const int64_t at = m0_ + c * MC + r + l, m = x_.list ? x_.list[at] : at;
-        encode_(row, nullptr, nullptr, {false, false}, static_cast<char*>(p_.y) + byte_offset(y_row_, N_, m, n0),
-                n1 - n0);
+        encode_(row, nullptr, nullptr, kAsIs, static_cast<char*>(p_.y) + byte_offset(y_row_, N_, m, n0), n1 - n0);
       }
     }
   }

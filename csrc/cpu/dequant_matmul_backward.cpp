@@ -68,8 +68,7 @@ struct Gradient {
     for (int64_t r = r0; r < r1; ++r) {
       float* row = sums + (r - r0) * kColumns;
       for (int64_t k = 0; k < k1 - k0; ++k) row[k] = add(row[k], 0.0f);  // an underflow may be -0, a sum never is
-      encode(row, nullptr, nullptr, {false, false}, static_cast<char*>(p.dx) + byte_offset(dx_row, K, m0 + r, k0),
-             k1 - k0);
+      encode(row, nullptr, nullptr, kAsIs, static_cast<char*>(p.dx) + byte_offset(dx_row, K, m0 + r, k0), k1 - k0);
     }
   }
 };

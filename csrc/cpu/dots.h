@@ -563,8 +563,7 @@ class Dots {
     }
     for (int64_t n = 0; n < n1 - n0; n += kLanes)
       store(total + n, activate(load<Floats>(total + n), p_.epilogue.activation));
-    encode_(total, nullptr, nullptr, {false, false}, static_cast<char*>(p_.y) + byte_offset(y_row_, N_, m, n0),
-            n1 - n0);
+    encode_(total, nullptr, nullptr, kAsIs, static_cast<char*>(p_.y) + byte_offset(y_row_, N_, m, n0), n1 - n0);
   }
 };
 

@@ -41,8 +41,8 @@ QL_FN void encode_step(const float* x, const float* r, const int32_t* zero_point
 }
 
 template <class F, bool SCALED, bool AFFINE>
-void encode(const float* __restrict__ x, const float* __restrict__ r, const int32_t* __restrict__ zero_point, Store how,
-            void* __restrict__ codes, int64_t n) {
+void encode(const float* __restrict__ x, const float* __restrict__ r, const int32_t* __restrict__ zero_point,
+            const Store& how, void* __restrict__ codes, int64_t n) {
   constexpr int64_t bytes = bytes_of<F>(kStep), line = sizeof(Floats);
   const bool past_caches = how.stream && bytes % line == 0 && uintptr_t(codes) % sizeof(Floats) == 0;
   alignas(64) char step[kStep * 4];

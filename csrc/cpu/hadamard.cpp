@@ -38,7 +38,6 @@ void hadamard(const Hadamard& p, ParallelFor run) {
   const Encode encode = encoder(p.type, false, false);
   const Decode decode = decoder(p.type);
   const int64_t bytes = row_of(p.type).bytes;
-  const Store how = {false, false};
   parallel(run, (p.n + kChunk - 1) / kChunk, kGrain / kChunk, [&](int64_t begin, int64_t end) {
     alignas(64) float buffer[kChunk];
     for (int64_t j = begin * kChunk; j < least(end * kChunk, p.n); j += kChunk) {
@@ -48,7 +47,7 @@ void hadamard(const Hadamard& p, ParallelFor run) {
       else __builtin_memcpy(buffer, x, size_t(n * bytes));
       transform(buffer, n, p.block);
       for (int64_t i = 0; i < n; ++i) buffer[i] *= p.factor;
-      encode(buffer, nullptr, nullptr, how, static_cast<char*>(p.y) + j * bytes, n);
+      encode(buffer, nullptr, nullptr, kAsIs, static_cast<char*>(p.y) + j * bytes, n);
     }
   });
 }

@@ -24,12 +24,15 @@ struct Store {
   const char* next = nullptr;  // fetched into the second-level cache meanwhile, next_bytes for each element
   int next_bytes = 0;
 };
+constexpr Store kAsIs = {false, false};
 
 // An output too large to be found in a cache later is streamed, which spares the memory a read.
 static inline bool streams(int64_t bytes) { return bytes >= int64_t(16) << 20; }
 
-// codes[j] = encode(x[j]); encode(fl(x[j] * r[j])) where scaled, zero_point[j] added where affine
-using Encode = void (*)(const float* x, const float* r, const int32_t* zero_point, Store how, void* codes, int64_t n);
+// codes[j] = encode(x[j]); encode(fl(x[j] * r[j])) where scaled, zero_point[j] added where affine. Store is no copy made
+// for each row: a load of what was just stored in parts waits for all stores before it.
+using Encode = void (*)(const float* x, const float* r, const int32_t* zero_point, const Store& how, void* codes,
+                        int64_t n);
 Encode encoder(Type format, bool scaled, bool affine);
 
 // y[j] = the value of codes[j], exact; null for float32

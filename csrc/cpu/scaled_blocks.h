@@ -250,9 +250,6 @@ struct No {
   static constexpr bool value = false;
 };
 
-// A constant, not made anew for each row: a load of what was just stored in parts waits for all stores before it.
-constexpr Store kAsIs = {false, false};
-
 // ---- a block --------------------------------------------------------------------------------------------------------
 
 // Blocks of NC rows of w by MC rows of x, one after the other, with the memory that they take.

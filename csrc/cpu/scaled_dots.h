@@ -176,8 +176,7 @@ class WideDots {
         if (p_.epilogue.bias) v = add(v, load<Floats>(bias + c));
         store(y + c, activate(v, p_.epilogue.activation));
       }
-      encode_(y, nullptr, nullptr, {false, false}, static_cast<char*>(p_.y) + byte_offset(y_format_, g_.M, m, n0),
-              count);
+      encode_(y, nullptr, nullptr, kAsIs, static_cast<char*>(p_.y) + byte_offset(y_format_, g_.M, m, n0), count);
     }
   }
 };

@@ -191,8 +191,8 @@ class ExactSums {
         if (p_.epilogue.bias) v = add(v, load<Floats>(bias + c));
         store(total + c, activate(v, p_.epilogue.activation));
       }
-      encode_(total, nullptr, nullptr, {false, false},
-              static_cast<char*>(p_.y) + byte_offset(y_format_, g_.M, m0_ + r, n0_), cols_);
+      encode_(total, nullptr, nullptr, kAsIs, static_cast<char*>(p_.y) + byte_offset(y_format_, g_.M, m0_ + r, n0_),
+              cols_);
     }
   }
 
