@@ -32,7 +32,8 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 #else
   // To the 16 rows of a panel, blocks take the same time: on a Zen 4, dots take less up to these.
   const int64_t by_dots = plan.by_codes ? (g.bk < g.K ? 12 : 16) : kFew;
-  const int64_t few = plan.tiles ? 2 : by_dots, height = 512, width = 512, shallow = 256, deep = 1024;
+  const int64_t few = plan.tiles ? 2 : by_dots, height = 512, width = 512, deep = 1024;
+  const int64_t shallow = plan.tiles ? 256 : deep;  // tiles multiply one block while the next is decoded
 #endif
   const int64_t rows = count * plan.parts;
   plan.blocked = g.K > 0 && (plan.tiles && p.batch_invariant ? true : !p.batch_invariant && rows > few);
