@@ -21,6 +21,22 @@ struct Segment {
   int64_t stride;
 };
 
+// Lines of memory that are fetched while others are multiplied, some with each step: so many bytes of each of some
+// rows. All at once, as codes are decoded, would be more than a core can ask for: it would wait.
+struct Ahead {
+  const char* row;
+  int64_t stride, rows, bytes, lines;  // lines: a step
+  int64_t at = 0;                      // of the row
+
+  QL_MEMBER void fetch() {
+    for (int64_t l = 0; l < lines && rows > 0; ++l) {
+      __builtin_prefetch(row + at, 0, 3);
+      at += 64;
+      if (at >= bytes) row += stride, --rows, at = 0;
+    }
+  }
+};
+
 constexpr int64_t NR = 2 * kGroup;
 constexpr int64_t kSquare = kGroup * kLanes;  // sums of kGroup rows of the weight with a panel of x
 
@@ -35,7 +51,7 @@ struct Panels {
 
 // NRV rows from r0 on of the group of w, MV panels of x
 template <class E, int NRV, int MV>
-QL_FN void multiply_registers(const Panels& t, int64_t r0, const Segment& segment, bool first) {
+QL_FN void multiply_registers(const Panels& t, int64_t r0, const Segment& segment, bool first, Ahead& ahead) {
   float* to = t.sums + r0 * kLanes;
   Floats sum[NRV][MV] = {};
   if (!segment.scale && !first) {
@@ -45,6 +61,7 @@ QL_FN void multiply_registers(const Panels& t, int64_t r0, const Segment& segmen
       for (int v = 0; v < MV; ++v) sum[r][v] = load<Floats>(to + v * kSquare + r * kLanes);
   }
   for (int64_t step = segment.begin; step < segment.end; ++step) {
+    ahead.fetch();
     const float* w = t.w + step * kTileFloats + r0 * kUnits;
     const float* x = t.x + step * kUnits * kLanes;
     for (int64_t u = 0; u < kUnits; ++u, ++w, x += kLanes) {
@@ -81,17 +98,19 @@ constexpr int kWide = 3, kTall = 4;  // 12, 3 and 1 of 16
 
 // kGroup rows of w, MV panels of x
 template <class E, int MV>
-static void multiply_group(const Panels& t, const Segment& segment, bool first) {
+static void multiply_group(const Panels& t, const Segment& segment, bool first, Ahead& ahead) {
   constexpr int rows = MV == 1 ? 2 * kTall : kTall;
-  for (int64_t r = 0; r < kGroup; r += rows) multiply_registers<E, rows, MV>(t, r, segment, first);
+  for (int64_t r = 0; r < kGroup; r += rows) multiply_registers<E, rows, MV>(t, r, segment, first, ahead);
 }
 
 // NR rows of w, `panels` of x, by vectors
 template <class E>
-static void multiply_vectors(const Panels& t, int64_t panels, const Segment& segment, bool first) {
+static void multiply_vectors(const Panels& t, int64_t panels, const Segment& segment, bool first, Ahead& ahead) {
   for (int64_t v = 0; v < panels;) {
-    // One panel alone loads a value of the weight for every product: four are two and two.
-    const int64_t left = panels - v, wide = left == kWide + 1 ? kWide - 1 : least(kWide, left);
+    // One panel alone loads a value of the weight for every product: four are two and two, if those have sums enough
+    // that none waits for the one before it.
+    const bool evenly = panels - v == kWide + 1 && kTall * (kWide - 1) >= 16;
+    const int64_t wide = evenly ? kWide - 1 : least(kWide, panels - v);
     for (int64_t g = 0; g < NR / kGroup; ++g) {
       Panels at = t;
       at.w += g * t.w_stride, at.x += v * t.x_stride, at.sums += g * t.stride + v * kSquare;
@@ -99,7 +118,7 @@ static void multiply_vectors(const Panels& t, int64_t panels, const Segment& seg
       if (of.scale) of.scale += g * kGroup * of.stride;
       constexpr decltype(&multiply_group<E, 1>) some[] = {multiply_group<E, 1>, multiply_group<E, 2>,
                                                           multiply_group<E, 3>};
-      some[wide - 1](at, of, first);
+      some[wide - 1](at, of, first, ahead);
     }
     v += wide;
   }
@@ -197,25 +216,25 @@ class ScaledParts {
 };
 
 template <int MT>
-QL_FN void multiply_tiles(const Panels& t, const Segment& segment, bool first, ScaledParts<MT>& parts) {
+QL_FN void multiply_tiles(const Panels& t, const Segment& segment, bool first, ScaledParts<MT>& parts, Ahead& ahead) {
   if (segment.scale || first) zero_tiles<MT>();
   else load_tiles<MT>(t.sums, t.sums + t.stride);
-  for (int64_t step = segment.begin; step < segment.end; ++step) multiply_step<MT>(t, step);
+  for (int64_t step = segment.begin; step < segment.end; ++step) ahead.fetch(), multiply_step<MT>(t, step);
   if (segment.scale) parts.take(t, segment.scale, segment.stride, first);
   else store_tiles<MT>(t.sums, t.sums + t.stride);
 }
 
 // NR rows of w, `panels` of x, by tiles: all segments with two panels, then with the next
 static inline void multiply_all_tiles(const Panels& t, int64_t panels, const Segment* segments, int64_t count,
-                                      bool first) {
+                                      bool first, Ahead& ahead) {
   ScaledParts<2> pairs;
   Panels at = t;
   for (; panels >= 2; panels -= 2, at.x += 2 * at.x_stride, at.sums += 2 * kSquare)
-    for (int64_t s = 0; s < count; ++s) multiply_tiles<2>(at, segments[s], first && s == 0, pairs);
+    for (int64_t s = 0; s < count; ++s) multiply_tiles<2>(at, segments[s], first && s == 0, pairs, ahead);
   pairs.add();
   if (!panels) return;
   ScaledParts<1> rest;
-  for (int64_t s = 0; s < count; ++s) multiply_tiles<1>(at, segments[s], first && s == 0, rest);
+  for (int64_t s = 0; s < count; ++s) multiply_tiles<1>(at, segments[s], first && s == 0, rest, ahead);
   rest.add();
 }
 #endif
@@ -406,14 +425,12 @@ class Blocked {
         t.x = x.data + k / kStepColumns<E> * kUnits * kLanes;
         for (int64_t j = n; j < end; j += NR) {
           t.sums = static_cast<float*>(sums.data()) + (j - n) / kGroup * t.stride;
-          // The step after this one has the next rows, or the next columns of the first.
+          // The block after this one has the next rows, or the next columns of the first.
           const bool more = j + NR < end, wider = k_end < x_.K;
           const int64_t row = more ? j + NR : wider ? n : j + NR, column = more ? k : wider ? k_end : 0;
-          const int64_t ahead =
-              byte_offset(weight_.format, x_.K, row, column) - byte_offset(weight_.format, x_.K, j, k);
-          decode(j, k, k_end, ahead, static_cast<float*>(w.data()), t.w_stride);
+          decode(j, k, k_end, static_cast<float*>(w.data()), t.w_stride);
           multiply(t, j, x.panels(), k, k_end, static_cast<float*>(scales.data()),
-                   static_cast<Segment*>(segments.data()));
+                   static_cast<Segment*>(segments.data()), ahead(row, column, KC, x.panels(), n1));
         }
       }
       t.sums = static_cast<float*>(sums.data());
@@ -502,18 +519,27 @@ class Blocked {
     return count;
   }
 
+  // The codes of the block at row n and column k, in as many steps as `panels` take, as far as row `end`
+  Ahead ahead(int64_t n, int64_t k, int64_t KC, int64_t panels, int64_t end) const {
+    const int64_t rows = least(NR, end - n), bytes = row_bytes(weight_.format, least(KC, x_.K - k));
+    const int64_t at_once = panels == 1 ? 2 * kTall : kTall, wide = (panels + kWide - 1) / kWide * (NR / at_once);
+    const int64_t passes = plan_.tiles ? (panels + 1) / 2 : wide, steps = most(1, KC / kStepColumns<E> * passes);
+    const int64_t lines = rows * ((bytes + 63) / 64);
+    return {codes(n, k), row_bytes(weight_.format, x_.K), rows, bytes, (lines + steps - 1) / steps};
+  }
+
   // w = rows n0 .. n0 + NR of the weight; the last row stands in for those below it: their sums are not used
-  void decode(int64_t n0, int64_t k, int64_t k_end, int64_t ahead, float* w, int64_t stride) const {
+  void decode(int64_t n0, int64_t k, int64_t k_end, float* w, int64_t stride) const {
     const auto at = [=](int64_t n) { return w + n / kGroup * stride + n % kGroup * kUnits; };
     int64_t n = 0;
 #ifdef QL_CODES
     if (scales_sums<E> && plan_.codes.decode_together) {
       const int64_t row = byte_offset(weight_.format, x_.K, 1, 0);
       for (; n < NR && n0 + n + kTogether <= N_; n += kTogether)
-        plan_.codes.decode_together(codes(n0 + n, k), row, ahead, 0, k_end - k, at(n));
+        plan_.codes.decode_together(codes(n0 + n, k), row, 0, 0, k_end - k, at(n));
     }
 #endif
-    for (; n < NR; ++n) decode_row(least(n0 + n, N_ - 1), k, k_end, ahead, at(n));
+    for (; n < NR; ++n) decode_row(least(n0 + n, N_ - 1), k, k_end, 0, at(n));
   }
 
   const char* codes(int64_t n, int64_t k) const {
@@ -542,8 +568,8 @@ class Blocked {
   }
 
   // sums += the block's product
-  void multiply(const Panels& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales,
-                Segment* segments) const {
+  void multiply(const Panels& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales, Segment* segments,
+                Ahead ahead) const {
     int64_t count = 1;
     segments[0] = {0, round_up(k_end - k, kWhole<E>) / kStepColumns<E>, nullptr, 0};
     if (scales_sums<E> && weight_.cols > 1) {
@@ -555,10 +581,10 @@ class Blocked {
     }
 #ifdef QL_AMX
     if constexpr (scales_sums<E>) {
-      if (plan_.tiles) return multiply_all_tiles(t, panels, segments, count, k == 0);
+      if (plan_.tiles) return multiply_all_tiles(t, panels, segments, count, k == 0, ahead);
     }
 #endif
-    for (int64_t j = 0; j < count; ++j) multiply_vectors<E>(t, panels, segments[j], k == 0 && j == 0);
+    for (int64_t j = 0; j < count; ++j) multiply_vectors<E>(t, panels, segments[j], k == 0 && j == 0, ahead);
   }
 
   // y = activation(sums * scale + bias) for columns n0 .. n1 of the rows of chunk c

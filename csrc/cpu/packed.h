@@ -152,7 +152,7 @@ void decode_pairs(const char* codes, int64_t stride, int64_t ahead, int32_t z, i
   for (; columns >= 32; columns -= 32, codes += bytes_of<F>(32), out += kTileFloats)
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      __builtin_prefetch(codes + r * stride + ahead, 0, 3);
+      if (ahead) __builtin_prefetch(codes + r * stride + ahead, 0, 3);
       store(out + r * kUnits, pairs(codes + r * stride));
     }
   if (!columns) return;
@@ -183,7 +183,7 @@ void decode_values(const char* codes, int64_t stride, int64_t ahead, int32_t z, 
   for (; columns >= 32; columns -= 32, codes += bytes_of<F>(32), out += 2 * kTileFloats)
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      __builtin_prefetch(codes + r * stride + ahead, 0, 3);
+      if (ahead) __builtin_prefetch(codes + r * stride + ahead, 0, 3);
       two_steps(codes + r * stride, out + r * kUnits);
     }
   if (!columns) return;
