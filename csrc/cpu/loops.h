@@ -29,8 +29,8 @@ constexpr Store kAsIs = {false, false};
 // An output too large to be found in a cache later is streamed, which spares the memory a read.
 static inline bool streams(int64_t bytes) { return bytes >= int64_t(16) << 20; }
 
-// codes[j] = encode(x[j]); encode(fl(x[j] * r[j])) where scaled, zero_point[j] added where affine. Store is no copy made
-// for each row: a load of what was just stored in parts waits for all stores before it.
+// codes[j] = encode(x[j]); encode(fl(x[j] * r[j])) where scaled, zero_point[j] added where affine. Store comes by
+// reference: a copy made for each row would be read while its parts are still being stored, and wait for all stores.
 using Encode = void (*)(const float* x, const float* r, const int32_t* zero_point, const Store& how, void* codes,
                         int64_t n);
 Encode encoder(Type format, bool scaled, bool affine);
