@@ -174,23 +174,44 @@ class Unit:
     folder: Path = CSRC  # searched for headers before the others
     before: tuple[Path, ...] = ()  # sources that are compiled as one with this
 
-    def key(self, platform: bytes) -> str:
+    def key(self, platform: bytes, look: Look | None = None) -> str:
         """Return a digest of everything that decides the object file."""
+        look = look or Look()
         text = "\0".join((*self.compiler, *self.flags, str(self.source.relative_to(CSRC))))
-        return _digest(platform, text.encode(), *(path.read_bytes() for path in self.read()))
+        files = look.files((*self.before, self.source), self.folder)
+        return _digest_of([_hash(platform), _hash(text.encode()), *map(look.sha256, files)])
 
-    def read(self) -> list[Path]:
+    def read(self) -> tuple[Path, ...]:
         """Return the sources and every header of ours that they include, directly or through others.
 
         A header counts even where an ``#if`` leaves it out. Headers of torch and of the compiler are not read.
         """
-        found, folders = [*self.before, self.source], (self.folder, CSRC, PACKAGE)
-        for path in found:  # which grows
+        return Look().files((*self.before, self.source), self.folder)
+
+
+class Look:
+    """One look at the sources: each file is sought and read once, however many units it is part of."""
+
+    def __init__(self) -> None:
+        self.files = functools.cache(self._files)
+        self.header = functools.cache(self._header)
+        self.sha256 = functools.cache(lambda path: _hash(path.read_bytes()))
+
+    def _files(self, sources: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
+        found = dict.fromkeys(sources)  # in order
+        rest = list(sources)
+        for path in rest:  # which grows
             for name in _includes(path):
-                header = next((h for folder in (path.parent, *folders) if (h := folder / name).is_file()), None)
-                if header is not None and (header := Path(os.path.normpath(header))) not in found:
-                    found.append(header)
-        return found
+                header = self.header(path.parent, folder, name)
+                if header is not None and header not in found:
+                    found[header] = None
+                    rest.append(header)
+        return tuple(found)
+
+    @staticmethod
+    def _header(beside: Path, folder: Path, name: str) -> Path | None:
+        found = next((h for f in (beside, folder, CSRC, PACKAGE) if (h := f / name).is_file()), None)
+        return found and Path(os.path.normpath(found))
 
 
 class Recipe:
@@ -215,7 +236,8 @@ class Recipe:
         self.key = self._digest_of_units()
 
     def _digest_of_units(self) -> str:
-        return _digest(" ".join(self.linker).encode(), *(u.key(self._platform).encode() for u in self.units))
+        look = Look()
+        return _digest(" ".join(self.linker).encode(), *(u.key(self._platform, look).encode() for u in self.units))
 
     def build(self, out: Path, objects: Path) -> None:
         """Compile what ``objects`` does not hold yet and link it into ``out``, which appears whole or not at all."""
@@ -522,10 +544,15 @@ def _forget_old(folder: Path) -> None:
 
 
 def _digest(*parts: bytes) -> str:
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(hashlib.sha256(part).digest())
-    return sha.hexdigest()[:16]
+    return _digest_of(map(_hash, parts))
+
+
+def _digest_of(digests: Iterable[bytes]) -> str:
+    return _hash(b"".join(digests)).hex()[:16]
+
+
+def _hash(part: bytes) -> bytes:
+    return hashlib.sha256(part).digest()
 
 
 def main(names: list[str]) -> int:

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,23 @@ def test_what_changes_while_it_is_compiled_is_not_kept(tree: Path) -> None:
     assert not list((tree / "cache").glob("*.so"))
     editor.write_text('#!/bin/sh\nexec c++ "$@"\n')
     assert Path(build(tree, CXX=str(editor))).exists()
+
+
+def test_an_import_reads_each_source_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import of a checkout has the library found by its sources, a hundred files for ninety objects."""
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("not a checkout")
+    counts: Counter[Path] = Counter()
+    read = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        counts[path] += 1
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    _build.Recipe("cpu")
+    assert len(counts) > 50
+    assert set(counts.values()) == {1}
 
 
 @compiler

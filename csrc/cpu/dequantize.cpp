@@ -37,17 +37,10 @@ void dequantize_blocks(const char* __restrict__ codes, const float* scale, const
     const Floats s = splat<Floats>(has_narrow && !(s_eff == s_eff) ? float_of(kRoundedNaN) : s_eff);
     const Floats z = AFFINE ? splat<Floats>(float(clamp_zero_point(*zero_point, format))) : Floats{};
 #ifdef QL_NARROW
-    if constexpr (F::bits == 4 && Y::bits == 16) {  // sixteen values are all that there are
-      static constexpr uint8_t every[8] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe};
-      alignas(32) char values[sizeof(Floats)];
-      dequantize_pair<F, Y, AFFINE>(reinterpret_cast<const char*>(every), s, z, false, values);
-      const Table table = table_of(values);
-      for (; j + 4 * kPair <= end; j += 4 * kPair) {
-        Floats four[4];
-        look_up(table, codes + bytes_of<F>(j), four);
-        for (int64_t h = 0; h < 4; ++h) put(y + bytes_of<Y>(j + h * kPair), four[h], stream);
-      }
-      for (; j + kPair <= end; j += kPair) put(y + bytes_of<Y>(j), look_up(table, codes + bytes_of<F>(j)), stream);
+    if constexpr (F::bits == 4 && has_table<Y>) {  // sixteen values are all that there are
+      alignas(64) char values[2 * sizeof(Floats)];
+      dequantize_pair<F, Y, AFFINE>(reinterpret_cast<const char*>(kEveryNibble), s, z, false, values);
+      j += look_up<Y>(table_of(values), codes + bytes_of<F>(j), end - j, stream, y + bytes_of<Y>(j));
     }
 #endif
     for (; j + kPair <= end; j += kPair)

@@ -8,7 +8,13 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-constexpr int64_t kAhead = 2;  // rows from the one that is decoded to the one whose codes are fetched meanwhile
+constexpr int64_t kAhead = 4096;  // bytes of the codes that are fetched while those before them are decoded, about
+
+// What belongs to a row of the table, one row behind the other
+struct Part {
+  const void* first = nullptr;
+  int64_t bytes = 0;  // of a row
+};
 
 struct Lookup {
   const DequantizeRows& p;
@@ -17,6 +23,8 @@ struct Lookup {
   const int64_t K = table.grid.K;
   DequantizeRow decode = DequantizeRow(table.format, p.y_type, table.is_affine(), K, weight.bk, p.R);
   const int64_t row = row_bytes(decode.format, K);
+  const int64_t ahead = most(2, least(16, kAhead / most(1, row)));  // rows
+  const Part scales = find_scales(), zero_points = find_zero_points();
   alignas(64) float scale[kChunk + 1];
   int32_t zero_point[kChunk + 1];
 
@@ -26,8 +34,8 @@ struct Lookup {
 
   // Always inlined: GCC drops calls of a function that does nothing but fetch.
   QL_MEMBER void fetch(int64_t r) const {
-    const char* next = codes(p.index(r));
-    for (int64_t at = 0; at < least(row, 1024); at += 64) __builtin_prefetch(next + at);
+    const int64_t i = p.index(r), I = weight.br == 1 ? i : i / weight.br;
+    fetch({table.codes, row}, i), fetch(scales, I), fetch(zero_points, I);
   }
 
   void operator()(int64_t r) {
@@ -41,6 +49,22 @@ struct Lookup {
       decode(codes(i) + byte_offset(decode.format, K, 0, j), scale, zero_point, j, n, y + j * decode.y_row.bytes);
     }
   }
+
+ private:
+  QL_MEMBER static void fetch(const Part& part, int64_t i) {
+    const char* first = static_cast<const char*>(part.first) + i * part.bytes;
+    for (int64_t at = 0; at < least(part.bytes, kAhead); at += 64) __builtin_prefetch(first + at);
+  }
+
+  Part find_scales() const {
+    if (!table.narrow_scale) return {table.scale, weight.cols * 4};
+    return {table.narrow_scale, weight.cols * (table.narrow_type == NarrowScale::e8m0 ? 1 : 2)};
+  }
+  Part find_zero_points() const {
+    if (table.zero_codes) return {table.zero_codes, row_bytes(decode.format, weight.cols)};
+    if (table.zero_point) return {table.zero_point, weight.cols * 4};
+    return {};
+  }
 };
 
 }  // namespace
@@ -48,8 +72,10 @@ struct Lookup {
 void dequantize_rows(const DequantizeRows& p, ParallelFor run) {
   parallel(run, p.R, most(1, kGrain / p.table.grid.K), [&](int64_t begin, int64_t end) {
     Lookup lookup(p);
+    const int64_t ahead = least(lookup.ahead, end - begin);
+    for (int64_t r = begin; r < begin + ahead; ++r) lookup.fetch(r);
     for (int64_t r = begin; r < end; ++r) {
-      if (r + kAhead < end) lookup.fetch(r + kAhead);
+      if (r + ahead < end) lookup.fetch(r + ahead);
       lookup(r);
     }
   });

@@ -11,13 +11,18 @@ template <class F, bool SCALED, bool AFFINE>
 QL_FN void encode_step(const float* x, const float* r, const int32_t* zero_point, bool saturate, void* codes) {
 #ifdef QL_NARROW
   if constexpr (is_upper_byte<F>) {
-    __m128i halves[4];
-    for (int64_t k = 0; k < 4; ++k) {
-      Floats t = load<Floats>(x + k * kLanes);
-      if constexpr (SCALED) t = mul(t, load<Floats>(r + k * kLanes));
-      halves[k] = halves_of_upper_bytes<F>(t, saturate);
+    Words halves[2];
+    for (int64_t k = 0; k < 2; ++k) {
+      Floats t[2];
+      for (int64_t h = 0; h < 2; ++h) {
+        const int64_t j = (2 * k + h) * kLanes;
+        t[h] = load<Floats>(x + j);
+        if constexpr (SCALED) t[h] = mul(t[h], load<Floats>(r + j));
+        t[h] = round_to_upper_byte<F>(t[h], saturate);
+      }
+      halves[k] = Words(halves_of(t[0], t[1]));
     }
-    return store_upper_bytes(halves, codes);
+    return store_upper_bytes(halves[0], halves[1], codes);
   }
 #endif
   alignas(64) uint32_t wide[kStep];

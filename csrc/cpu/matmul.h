@@ -137,12 +137,8 @@ static inline void integers(const uint8_t* row, int64_t J, int64_t count, const 
     const int32_t sign = f.is_signed ? 8 : 0;
     const uint8_t* bytes = row + J / 2;
 #ifdef QL_NARROW
-    const __m128i signs = _mm_set1_epi8(char(sign));
-    for (; j + kPair <= count; j += kPair) {
-      const __m128i code = _mm_sub_epi8(_mm_xor_si128(nibbles(bytes + j / 2), signs), signs);
-      store(out + j, _mm256_cvtepi8_epi32(code)),
-          store(out + j + kLanes, _mm256_cvtepi8_epi32(_mm_srli_si128(code, 8)));
-    }
+    for (; j + kLanes <= count; j += kLanes)
+      store(out + j, ((Ints<Floats>(nibble_lanes(bytes + j / 2)) & 15) ^ sign) - sign);
 #endif
     for (; j + 1 < count; j += 2) {
       out[j] = ((bytes[j / 2] & 15) ^ sign) - sign;

@@ -8,6 +8,12 @@ namespace QL_ISA {
 
 void quantize(const Quantize&, ParallelFor);
 
+// Memory that is fetched while a rectangle of one row is encoded, so many bytes for each element
+struct Fetched {
+  const char* first = nullptr;
+  int bytes = 0;
+};
+
 struct QuantizeRows {
   const Quantize& p;
   const Grid grid;
@@ -20,18 +26,20 @@ struct QuantizeRows {
 
   explicit QuantizeRows(const Quantize& p) : p(p), grid(collapse(p.grid, row_of(p.format).per_byte)) {}
 
-  void operator()(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
-    Worker worker{*this};
+  void operator()(int64_t i0, int64_t i1, int64_t j0, int64_t j1, Fetched next = {}) const {
+    Worker worker(*this, j0, next);
     walk(grid, i0, i1, j0, j1, worker);
   }
 
  private:
   struct Worker {
     const QuantizeRows& of;
+    const int64_t j0;
+    const Fetched next;
     alignas(64) float x[kChunk], r[kChunk];
     int32_t zero_point[kChunk];
 
-    explicit Worker(const QuantizeRows& of) : of(of) {}
+    Worker(const QuantizeRows& of, int64_t j0, Fetched next) : of(of), j0(j0), next(next) {}
 
     void spread(int64_t I, int64_t j, int64_t n) {
       const int64_t row = I * of.grid.scale_cols();
@@ -47,7 +55,8 @@ struct QuantizeRows {
       const char* in = static_cast<const char*>(of.p.x) + byte_offset(of.x_row, of.grid.K, i, j);
       if (of.decode) of.decode(in, false, x, n);
       Store how = of.how;
-      if (of.ahead) how.next = in + of.ahead * of.x_row.bytes, how.next_bytes = of.x_row.bytes;
+      if (next.first) how.next = next.first + (j - j0) * next.bytes, how.next_bytes = next.bytes;
+      else if (of.ahead) how.next = in + of.ahead * of.x_row.bytes, how.next_bytes = of.x_row.bytes;
       of.encode(of.decode ? x : reinterpret_cast<const float*>(in), r, zero_point, how,
                 static_cast<char*>(of.p.codes) + byte_offset(of.format, of.grid.K, i, j), n);
     }

@@ -83,7 +83,11 @@ def dequantize(
         if out is not None:
             _dequantize_out(codes, scale, name, block, zero_point, out.dtype, size, out=out)
             return out
-        y: Tensor = _dequantize(codes, scale, name, block, zero_point, dtype, size)
+        y: Tensor
+        if dtype is torch.float32 and size is None:  # their defaults: torch takes half a microsecond to convert a dtype
+            y = _dequantize(codes, scale, name, block, zero_point)
+        else:
+            y = _dequantize(codes, scale, name, block, zero_point, dtype, size)
         return y
     except Exception as error:
         explain("dequantize", dequantize, locals(), error)
