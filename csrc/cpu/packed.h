@@ -230,7 +230,8 @@ static inline CodeKernels code_kernels(Type format, bool affine) {
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 constexpr int64_t kLeastSplit = 64;  // columns from which on two parts of BF16 stand for a float: docs/contract.md, C11
-constexpr int64_t kFew = 6;          // rows of x, at most, whose products are made by dots
+// Rows of x, at most, whose products with a weight in FP32 are made by dots
+constexpr int64_t kFew = kLanes == 16 ? 10 : 6;
 
 struct Plan {
   bool by_codes;       // as E of scales_sums; or the weight in FP32
