@@ -234,11 +234,11 @@ void scaled_matmul_choice(const ScaledMatmulChoice& c, ParallelFor) {
   const Weight weight = {c.grid, nullptr, c.format, nullptr, c.is_affine ? &kSomeZeroPoint : nullptr};
   const Way way = choose({c.M, nullptr, c.x_type, nullptr, nullptr, true, weight, {}, nullptr, Type::float32});
   const Engine unit = blocking_of(c.format).unit;
-  *c.kernel = way == Way::nibbles       ? "nibbles: codes of four bits as they lie, times bytes"
-              : way == Way::wide_dots   ? "dots: bytes as they lie, times int16"
-              : way == Way::dots        ? "dots: bytes as they lie"
-              : unit == Engine::tiles   ? "blocks: tiles of AMX, bytes"
-              : unit == Engine::bytes   ? "blocks: bytes, by VNNI"
+  *c.kernel = way == Way::nibbles     ? "nibbles: codes of four bits as they lie, times bytes"
+              : way == Way::wide_dots ? "dots: bytes as they lie, times int16"
+              : way == Way::dots      ? "dots: bytes as they lie"
+              : unit == Engine::tiles ? "blocks: tiles of AMX, bytes"
+              : unit == Engine::bytes || unit == Engine::signed_bytes ? "blocks: bytes, by VNNI"
               : unit == Engine::nibbles ? "blocks: bytes times codes of four bits, summed in int16"
                                         : "blocks: pairs of int16";
   *c.why = way == Way::nibbles  ? "int4 in groups of whole lines, x without zero points"
