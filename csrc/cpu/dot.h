@@ -90,60 +90,112 @@ QL_FN Int32x4 lane_sums(Int32s a, Int32s b, Int32s c, Int32s d) {
 // ---- a tile ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kDotCols = 4;  // rows of w
-#if defined(__AVX512F__)
-constexpr int64_t kDotRows = 6;  // of x: 24 sums and 7 operands in 32 registers
-#else
-constexpr int64_t kDotRows = 2;
-#endif
 
-// Four rows of w, and the codes that memory fetches meanwhile, as many of each row.
+// Four rows of w, and where memory fetches meanwhile as many codes for rows `begin` to `end` of them
 struct DotPanel {
-  const int8_t* row[kDotCols];
-  const int8_t* ahead;  // the first of the rows to fetch
-  int64_t stride;
-  int rows_ahead;
+  const int8_t *row[kDotCols], *ahead[kDotCols];
+  int64_t begin, end;
 };
 
-// d[r, c] = or += sum over k < n of x[r, k] * w[c, k] for r < R, c < 4; what lies behind row r of x is read, not used
-template <int R>
-static void dot_tile(const int8_t* x, int64_t x_stride, const DotPanel& w, int64_t n, bool add, uint32_t* d,
-                     int64_t d_stride) {
-  Int32s sum[R][kDotCols] = {};
-  const auto step = [&](int64_t k, auto load) __attribute__((always_inline)) {
+// sum[r, s] = sum over k < n of x[r, k] * w[s, k], of which the lanes are still to be added up; what lies behind row r
+// of x is read, not used
+template <int R, int S>
+QL_FN void dot_lanes(const int8_t* x, int64_t x_stride, const DotPanel& w, int64_t c, int64_t n, Int32s (&sum)[R][S]) {
+  constexpr int U = S == kDotCols || R * S >= 8 ? 1 : R * S >= 3 ? 2 : 4;  // sums that do not wait for each other
+  Int32s part[U][R][S] = {};
+  const int64_t begin = w.begin > c ? w.begin : c, end = w.end < c + S ? w.end : c + S;
+  const auto step = [&](int64_t k, int u, auto load) __attribute__((always_inline)) {
     decltype(load_x(x)) a[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) a[r] = load_x(x + r * x_stride + k);
 #pragma GCC unroll 8
-    for (int c = 0; c < kDotCols; ++c) {
-      const auto b = load(w.row[c] + k);
+    for (int s = 0; s < S; ++s) {
+      const auto b = load(w.row[c + s] + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r][c] = dot(sum[r][c], a[r], b);
+      for (int r = 0; r < R; ++r) part[u][r][s] = dot(part[u][r][s], a[r], b);
     }
   };
-  int64_t k = 0;
-  for (; k + kDotBytes <= n; k += kDotBytes) {
-    for (int c = 0; c < w.rows_ahead && k % 64 == 0; ++c) __builtin_prefetch(w.ahead + c * w.stride + k, 0, 2);
-    step(k, load_w);
-  }
-  if (k < n) step(k, [&](const int8_t* w) __attribute__((always_inline)) { return load_rest(w, n - k); });
+  const auto steps = [&](auto fetch) __attribute__((always_inline)) {
+    int64_t k = 0;
+    for (; k + U * kDotBytes <= n; k += U * kDotBytes)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) fetch(k + u * kDotBytes), step(k + u * kDotBytes, u, load_w);
+    return k;
+  };
+  const auto some = [&](int64_t k) __attribute__((always_inline)) {
+    for (int64_t j = begin; j < end && k % 64 == 0; ++j) __builtin_prefetch(w.ahead[j] + k);
+  };
+  const auto all = [&](int64_t k) __attribute__((always_inline)) {
+    if (kDotBytes % 64 == 0 || k % 64 == 0)
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) __builtin_prefetch(w.ahead[c + s] + k);
+  };
+  int64_t k;
+  if constexpr (S == kDotCols) k = steps(some);
+  else k = begin < end ? steps(all) : steps([](int64_t) {});
+  for (; k + kDotBytes <= n; k += kDotBytes) step(k, 0, load_w);
+  if (k < n) step(k, 0, [&](const int8_t* from) __attribute__((always_inline)) { return load_rest(from, n - k); });
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) {
+      sum[r][s] = part[0][r][s];
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) sum[r][s] = sum[r][s] + part[u][r][s];
+    }
+}
+
+// d[r, c] = or += sum over k < n of x[r, k] * w[c, k] for r < R, c < 4, S rows of w at a time
+template <int R, int S>
+static void dot_tile(const int8_t* x, int64_t x_stride, const DotPanel& w, int64_t n, bool add, uint32_t* d,
+                     int64_t d_stride) {
+  Int32s sum[kDotCols / S][R][S];
+#pragma GCC unroll 1
+  for (int64_t c = 0; c < kDotCols; c += S) dot_lanes<R, S>(x, x_stride, w, c, n, sum[c / S]);
+  const auto at = [&](int r, int c) { return sum[c / S][r][c % S]; };
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     uint32_t* out = d + r * d_stride;
-    const Int32x4 sums = lane_sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    const Int32x4 sums = lane_sums(at(r, 0), at(r, 1), at(r, 2), at(r, 3));
     store(out, add ? load<Int32x4>(out) + sums : sums);
   }
 }
 
-// The same for `rows` of x, kDotRows at most
-static inline void dot_rows(int64_t rows, const int8_t* x, int64_t x_stride, const DotPanel& w, int64_t n, bool add,
-                            uint32_t* d, int64_t d_stride) {
+using DotTile = decltype(&dot_tile<1, 4>);
+
+// The tile of so many rows of x, with 1, 2 or 4 rows of w together; registers hold all sums
+static inline DotTile dot_tile_of(int64_t rows, [[maybe_unused]] int64_t together) {
 #if defined(__AVX512F__)
-  constexpr decltype(&dot_tile<1>) tiles[kDotRows] = {dot_tile<1>, dot_tile<2>, dot_tile<3>,
-                                                      dot_tile<4>, dot_tile<5>, dot_tile<6>};
+  constexpr DotTile one[] = {dot_tile<1, 1>, dot_tile<2, 1>, dot_tile<3, 1>,
+                             dot_tile<4, 1>, dot_tile<5, 1>, dot_tile<6, 1>};
+  constexpr DotTile two[] = {dot_tile<1, 2>, dot_tile<2, 2>, dot_tile<3, 2>, dot_tile<4, 2>,
+                             dot_tile<5, 2>, dot_tile<6, 2>, dot_tile<7, 2>, dot_tile<8, 2>};
+  constexpr DotTile four[] = {dot_tile<1, 4>, dot_tile<2, 4>, dot_tile<3, 4>,
+                              dot_tile<4, 4>, dot_tile<5, 4>, dot_tile<6, 4>};
+  return (together == 1 ? one : together == 2 ? two : four)[rows - 1];
 #else
-  constexpr decltype(&dot_tile<1>) tiles[kDotRows] = {dot_tile<1>, dot_tile<2>};
+  constexpr DotTile four[] = {dot_tile<1, 4>, dot_tile<2, 4>};
+  return four[rows - 1];
 #endif
-  tiles[rows - 1](x, x_stride, w, n, add, d, d_stride);
+}
+
+// How rows of x meet rows of w: so many of w together, tiles of so many of x at most, so many columns at a time
+struct DotShape {
+  int64_t together, rows, columns;
+};
+
+// Four rows of w together take the fewest loads of x, so they are fastest while w is in a cache. Memory is fastest for
+// one row of w after the other, each from end to end, as long as all of x stays in the first-level cache; where it does
+// not, two rows and few columns keep it there.
+static inline DotShape dot_shape(int64_t rows, int64_t n, [[maybe_unused]] int64_t w_bytes) {
+#if defined(__AVX512F__)
+  constexpr int64_t kCached = int64_t(3) << 20, kWholeRows = 36864, kPart = 8192;
+  if (w_bytes >= kCached && rows <= 6 && rows * n <= kWholeRows) return {1, 6, most(n, 1)};
+  if (kDotBytes == 64 && w_bytes >= kCached && rows < 16) return {2, 8, most(512, kPart / rows / 64 * 64)};
+  return {4, 6, 4096};
+#else
+  return {4, 2, 4096};
+#endif
 }
 
 }  // namespace QL_ISA

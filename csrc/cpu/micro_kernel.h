@@ -18,11 +18,13 @@ struct RowsOfW {
   int64_t stride;
 };
 
-// Lines fetched meanwhile: of the rows of w that come next a line of 64 bytes each with every 64 bytes that are
-// multiplied, and of the rows of y that come of this one row, to be written.
+// Lines fetched meanwhile: of the rows of w that come next as many with every 64 bytes that are multiplied as there are
+// rows, one of each or, by rows, those of one row after the other; and of the rows of y that come of this one row, to
+// be written.
 struct Ahead {
   const char* w;
   int64_t w_stride, w_rows, w_lines;
+  bool by_rows;  // memory is faster so, where whole rows are multiplied
   const char* y;
   int64_t y_stride, y_rows, y_bytes;
 
@@ -32,6 +34,33 @@ struct Ahead {
     if (step < y_rows)
       for (int64_t at = 0; at < y_bytes; at += 64) __builtin_prefetch(y + step * y_stride + at, 1, 3);
   }
+
+  // Rows of w in proportion to rows r .. r + count of `rows` that are multiplied; all for the first where not by rows
+  QL_MEMBER Ahead share(int64_t r, int64_t count, int64_t rows) const {
+    if (!by_rows) return r == 0 ? *this : Ahead{};
+    Ahead part = *this;
+    const int64_t begin = w_rows * r / rows;
+    part.w += begin * w_stride, part.w_rows = w_rows * (r + count) / rows - begin;
+    return part;
+  }
+};
+
+// The lines of w by rows
+class LinesOfW {
+ public:
+  QL_MEMBER explicit LinesOfW(const Ahead& ahead) : ahead_(ahead), line_(ahead.w), left_(ahead.w_lines) {}
+  QL_MEMBER void fetch(int64_t step) {
+    for (int64_t r = 0; r < ahead_.w_rows && step < ahead_.w_lines; ++r) {
+      __builtin_prefetch(line_, 0, 2);
+      line_ += 64;
+      if (--left_ == 0) line_ += ahead_.w_stride - 64 * ahead_.w_lines, left_ = ahead_.w_lines;
+    }
+  }
+
+ private:
+  const Ahead& ahead_;
+  const char* line_;
+  int64_t left_;
 };
 
 // Panels of x, `stride` bytes from one to the next
@@ -73,6 +102,9 @@ struct ByLanes {
   static constexpr int64_t step = 4, lane = 4;
   static constexpr int sums = kSums;
 
+  // 32 bits of w in every lane, as they are multiplied
+  static QL_MEMBER Int32s spread(const char* w) { return splat<Int32s>(load<int32_t>(w)); }
+
   template <int64_t, int R, int V>
   static QL_MEMBER void add(Int32s (&sum)[R][V], const char* x, int64_t x_stride, const char* w, int64_t w_stride) {
     Int32s a[V];
@@ -80,7 +112,7 @@ struct ByLanes {
     for (int v = 0; v < V; ++v) a[v] = load<Int32s>(x + v * x_stride);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
-      const Int32s b = splat<Int32s>(load<int32_t>(w + r * w_stride));
+      const Int32s b = Dot::spread(w + r * w_stride);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = Dot::dot(sum[r][v], a[v], b);
     }
@@ -102,6 +134,8 @@ struct Pairs : ByLanes<Pairs> {
   }
 };
 
+typedef int32_t __attribute__((may_alias, aligned(1))) FourBytes;
+
 // sum + x * w of the four bytes of a lane, x signed and w unsigned
 #if defined(__AVX512VNNI__)
 #define QL_BYTES
@@ -109,6 +143,20 @@ struct Bytes : ByLanes<Bytes> {
   static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
     return Int32s(_mm512_dpbusd_epi32(__m512i(sum), __m512i(w), __m512i(x)));
   }
+};
+
+// The same for signed bytes of w, to which 128 is added by the instruction that loads them. In assembly, or g++ 12 adds
+// it in a register of 32 bits before it fills the lanes.
+#define QL_SIGNED_BYTES
+struct SignedBytes : ByLanes<SignedBytes> {
+  static QL_MEMBER Int32s spread(const char* w) {
+    Int32s lanes;
+    asm("vpxord %1%{1to16%}, %2, %0"
+        : "=v"(lanes)
+        : "m"(*reinterpret_cast<const FourBytes*>(w)), "v"(splat<Int32s>(int32_t(0x80808080))));
+    return lanes;
+  }
+  static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) { return Bytes::dot(sum, x, w); }
 };
 #elif defined(__AVX2__) && !defined(__AVX512F__) && defined(__has_include)
 #if __has_include(<avxvnniintrin.h>)  // a sign that the assembler knows it
@@ -175,9 +223,10 @@ static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, con
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = to.add ? load<Int32s>(to.d + v * to.stride + r * kLanes) : Int32s{};
+  LinesOfW lines(ahead);
   int64_t k = 0;
   for (; k + Way::step <= bytes; k += Way::step) {
-    if (k % 64 == 0) ahead.fetch(k / 64);
+    if (k % 64 == 0) ahead.by_rows ? lines.fetch(k / 64) : ahead.fetch(k / 64);
     Way::template add<Way::step>(sum, x.data + k * kLanes, x.stride, w.data + k, w.stride);
   }
   for (; Way::lane < Way::step && k < bytes; k += Way::lane)
@@ -195,7 +244,7 @@ static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOf
                                                                multiply_registers<Way, 3>};
   const int64_t step = Way::sums / panels;
   for (int64_t r = 0; r < rows; r += step) {
-    kernels[panels - 1](w, x, bytes, r == 0 ? ahead : Ahead{}, to);
+    kernels[panels - 1](w, x, bytes, ahead.share(r, step, rows), to);
     w.data += step * w.stride, to.d += step * kLanes;
   }
 }

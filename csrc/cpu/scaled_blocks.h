@@ -15,9 +15,9 @@ namespace quantlib {
 namespace QL_ISA {
 namespace {
 
-// The instructions that multiply: of two int16, of signed bytes by codes of at most four bits or by unsigned bytes, of
-// tiles of bytes
-enum class Engine : uint8_t { pairs, nibbles, bytes, tiles };
+// The instructions that multiply: of two int16, of signed bytes by codes of at most four bits, by unsigned bytes or by
+// signed bytes that become unsigned where they are loaded, of tiles of bytes
+enum class Engine : uint8_t { pairs, nibbles, bytes, signed_bytes, tiles };
 
 struct Blocking {
   Engine unit;
@@ -31,6 +31,9 @@ struct Blocking {
 Blocking blocking_of([[maybe_unused]] Type w_format) {
 #ifdef QL_AMX
   if (has_amx()) return {Engine::tiles, 256, 128, 4096, 32, 1, 64};
+#endif
+#ifdef QL_SIGNED_BYTES
+  if (w_format == Type::int8) return {Engine::signed_bytes, 256, 8 * kSums, 4096, kSums, 1, 4};
 #endif
 #ifdef QL_BYTES
 #ifndef __AVX512VNNI__
@@ -53,7 +56,7 @@ constexpr int lift = F::is_signed ? 1 << (F::bits - 1) : 0;
 // True if the codes of F are multiplied as they lie.
 template <class F>
 constexpr bool lies_ready(Engine unit) {
-  return is_whole<F> && unit == (F::is_signed ? Engine::tiles : Engine::bytes);
+  return is_whole<F> && (F::is_signed ? unit == Engine::tiles || unit == Engine::signed_bytes : unit == Engine::bytes);
 }
 
 typedef uint16_t __attribute__((may_alias, aligned(1))) TwoBytes;
@@ -88,7 +91,8 @@ void unpack_bytes(bool is_unsigned, const uint8_t* __restrict__ row, int64_t k0,
 // The factors of codes k0 .. k0 + n of a row; z counts where pairs are
 template <class F>
 void unpack_row(Engine unit, const uint8_t* row, int64_t k0, int64_t n, int32_t z, char* out) {
-  if (unit != Engine::pairs) return unpack_bytes<F>(unit != Engine::tiles, row, k0, n, out);
+  const bool is_unsigned = unit == Engine::bytes || unit == Engine::nibbles;
+  if (unit != Engine::pairs) return unpack_bytes<F>(is_unsigned, row, k0, n, out);
   auto* __restrict__ to = reinterpret_cast<int16_t*>(out);
   if constexpr (is_whole<F>) {
     const uint8_t* __restrict__ codes = row + k0;
@@ -121,9 +125,9 @@ struct WeightCodes {
   }
 };
 
-// The sum of n bytes, a multiple of four
-uint32_t sum_of_bytes(Engine unit, const char* w, int64_t n) {
-  uint32_t sum = 0;
+// The sum of w' of `count` codes, behind which zeros lie up to n bytes, a multiple of four
+uint32_t sum_of_bytes(Engine unit, const char* w, int64_t count, int64_t n) {
+  uint32_t sum = unit == Engine::signed_bytes ? uint32_t(128 * count) : 0;
   int64_t k = 0;
 #ifdef QL_BYTES
   Int32s sums = {};
@@ -152,7 +156,7 @@ class PackedX {
         padded(round_up(M, kLanes)),
         row_bytes((p.weight.grid.scale_cols() - 1) * b.padded(p.weight.grid.bk) +
                   b.padded(p.weight.grid.K - (p.weight.grid.scale_cols() - 1) * p.weight.grid.bk)),
-        moved((b.unit == Engine::bytes || b.unit == Engine::nibbles) && !row_of(p.x_format).is_signed ? 128 : 0),
+        moved(b.unit != Engine::pairs && b.unit != Engine::tiles && !row_of(p.x_format).is_signed ? 128 : 0),
         sums_w(b.unit != Engine::pairs && (p.x_zero_point || moved)),
         sums_x(b.unit != Engine::pairs && (p.weight.zero_point || w_moved)),
         p_(p),
@@ -273,18 +277,16 @@ class BlockOfSums {
         zero_point_(b.NC * span_blocks_ * 4),
         w_sum_(b.NC * span_blocks_ * 4) {}
 
-  // Rows m0 .. m0 + MC of x, which are of its panels, with rows n0 .. n0 + NC of w
-  void operator()(int64_t m0, int64_t n0) {
+  // Rows m0 .. m0 + MC of x, which are of its panels, with rows n0 .. n1 of w, NC at most
+  void operator()(int64_t m0, int64_t n0, int64_t n1) {
     m0_ = m0, rows_ = least(b_.MC, x_.padded - m0);
-    const int64_t n1 = least(n0 + b_.NC, g_.M);
     for (int64_t k0 = 0; k0 < g_.K; k0 += span_)
       for (int64_t n = n0; n < n1; n += b_.NR) {
         const RowsOfW w = take(n, n - n0, n1, k0);
-        const Ahead ahead = after(n, n1, k0);
+        const Ahead ahead = after(n, n0, n1, k0);
         if (blocks_ == 1) multiply_span(w, n - n0, k0, ahead);
         else multiply_blocks(w, n - n0, k0, ahead);
       }
-    if (blocks_ == 1) scale_sums(n1 - n0);
     finish(n0, n1);
   }
 
@@ -318,11 +320,14 @@ class BlockOfSums {
     const int64_t columns = least(span_, g_.K - k0), count = least(b_.NR, n1 - n), J0 = k0 / g_.bk;
     const int64_t parts = blocks_ == 1 ? 1 : (columns + g_.bk - 1) / g_.bk;
     const bool whole = columns % b_.depth == 0 && (blocks_ == 1 || g_.bk % b_.depth == 0);  // no zeros between blocks
-    const bool in_place = codes_.ready && whole && count == b_.NR;
+    // So many rows that lie 4096 bytes apart do not stay in the first-level cache together.
+    const bool apart = b_.unit != Engine::signed_bytes || rows_ > kLanes || g_.K % 4096 != 0;
+    const bool in_place = codes_.ready && whole && count == b_.NR && apart;
     const auto* codes = static_cast<const uint8_t*>(p_.weight.codes);
     RowsOfW w = {static_cast<const char*>(w_.data()), w_stride_};
     if (in_place) w = {reinterpret_cast<const char*>(codes) + n * g_.K + k0, g_.K};
-    for (int64_t r = 0; r < count; ++r) {
+    const bool known = in_place && blocks_ == 1 && k0 > 0 && !x_.sums_w;
+    for (int64_t r = 0; r < count && !known; ++r) {
       const int64_t at = (n + r) / g_.br * blocks_ + J0;
       const float* s = p_.weight.scale + at;
       const int32_t* z = p_.weight.zero_point ? p_.weight.zero_point + at : nullptr;
@@ -334,9 +339,10 @@ class BlockOfSums {
         unpack(codes + byte_offset(format_, g_.K, n + r, 0), k0, columns, whole && !z, zero_point(r0 + r), to);
       }
       for (int64_t i = 0, k = 0; x_.sums_w && i < parts; ++i, k += g_.bk) {
-        const int64_t bytes = b_.padded(blocks_ == 1 ? columns : least(g_.bk, columns - k));
+        const int64_t length = blocks_ == 1 ? columns : least(g_.bk, columns - k);
         const uint32_t before = blocks_ == 1 && k0 ? w_sum(r0 + r)[i] : 0;
-        w_sum(r0 + r)[i] = before + sum_of_bytes(b_.unit, w.data + r * w.stride + i * b_.padded(g_.bk), bytes);
+        const char* from = w.data + r * w.stride + i * b_.padded(g_.bk);
+        w_sum(r0 + r)[i] = before + sum_of_bytes(b_.unit, from, length, b_.padded(length));
       }
     }
     return w;
@@ -355,15 +361,17 @@ class BlockOfSums {
     }
   }
 
-  // The rows of w below those at n, and y where this span is the last
-  Ahead after(int64_t n, int64_t n1, int64_t k0) const {
+  // What is taken after rows n of w and columns k0, and y where this span is the last
+  Ahead after(int64_t n, int64_t n0, int64_t n1, int64_t k0) const {
     Ahead ahead = {};
-    if (n + b_.NR < g_.M) {
-      ahead.w =
-          static_cast<const char*>(p_.weight.codes) + byte_offset(format_, g_.K, n + b_.NR, k0 - k0 % format_.per_byte);
-      ahead.w_stride = row_bytes(format_, g_.K), ahead.w_rows = least(b_.NR, g_.M - n - b_.NR);
+    int64_t next = n + b_.NR, k = k0;
+    if (next >= n1) k = k0 + span_ < g_.K ? k0 + span_ : 0, next = k ? n0 : n1;
+    if (next < g_.M) {
+      ahead.w = static_cast<const char*>(p_.weight.codes) + byte_offset(format_, g_.K, next, k - k % format_.per_byte);
+      ahead.by_rows = b_.unit == Engine::signed_bytes;
+      ahead.w_stride = row_bytes(format_, g_.K), ahead.w_rows = least(b_.NR, g_.M - next);
     }
-    if (k0 + span_ >= g_.K) {
+    if (b_.unit == Engine::tiles && k0 + span_ >= g_.K) {
       ahead.y = static_cast<const char*>(p_.y) + byte_offset(y_format_, g_.M, m_first_ + m0_, n);
       ahead.y_stride = row_bytes(y_format_, g_.M), ahead.y_rows = least(rows_, x_.M - m0_);
       ahead.y_bytes = row_bytes(y_format_, least(b_.NR, n1 - n));
@@ -390,6 +398,9 @@ class BlockOfSums {
       else (is_signed_ ? multiply_tiles<1, true> : multiply_tiles<1, false>)(w, x, bytes, ahead, to);
       return;
     }
+#endif
+#ifdef QL_SIGNED_BYTES
+    if (b_.unit == Engine::signed_bytes) return multiply_registers<SignedBytes>(panels, b_.NR, w, x, bytes, ahead, to);
 #endif
 #ifdef QL_BYTES
     if (b_.unit == Engine::bytes) return multiply_registers<Bytes>(panels, b_.NR, w, x, bytes, ahead, to);
@@ -469,36 +480,37 @@ class BlockOfSums {
     });
   }
 
-  // d becomes fl(fl(d * x_scale) * scale), in its place.
-  void scale_sums(int64_t count) const {
-    const float* s = scale(0);
-    const uint32_t *z = zero_point(0), *w = w_sum(0);
-    with_sums([&](auto sums_w, auto sums_x) {
-      for (int64_t m = 0; m < rows_; m += kLanes) {
-        const Floats s_x = load<Floats>(x_.scale() + m0_ + m);
-        const auto x_z = sums_w.value ? load<Bits<Floats>>(x_.zero_point() + m0_ + m) : Bits<Floats>{};
-        const auto x_s = sums_x.value ? load<Bits<Floats>>(x_.sums(0) + m0_ + m) : Bits<Floats>{};
-        uint32_t* to = d(0, m);
-        for (int64_t r = 0; r < count; ++r, to += kLanes)
-          store(to, exact<sums_w.value, sums_x.value>(to, w[r], z[r], x_z, x_s) * s_x * s[r]);
-      }
-    });
+  // y = activation(total + bias), total = fl(fl(d * x_scale) * scale), or times x_scale where it is a sum of blocks
+  void finish(int64_t n0, int64_t n1) const {
+    with_sums([&](auto sums_w, auto sums_x) { finish_sums<sums_w.value, sums_x.value>(n0, n1); });
   }
 
-  // y = activation(total + bias), total times x_scale first where that is still to come
-  void finish(int64_t n0, int64_t n1) const {
-    constexpr int64_t kMost = 128;
+  template <bool SUMS_W, bool SUMS_X>
+  void finish_sums(int64_t n0, int64_t n1) const {
+    constexpr int64_t kMost = 192;
     alignas(64) float y[kLanes][kMost], bias[kMost] = {};
     const int64_t cols = n1 - n0;
+    const float* s = scale(0);
+    const uint32_t *z = zero_point(0), *w = w_sum(0);
     for (int64_t c = 0; p_.epilogue.bias && c < cols; ++c) bias[c] = p_.epilogue.bias[n0 + c];
     for (int64_t m = 0; m < rows_; m += kLanes) {
+      // The rows of y that are written next: those of all panels may lie in so few sets of a cache that they would push
+      // each other out.
+      for (int64_t r = m + kLanes; b_.unit != Engine::tiles && r < least(m + 2 * kLanes, x_.M - m0_); ++r) {
+        const char* to = static_cast<const char*>(p_.y) + byte_offset(y_format_, g_.M, m_first_ + m0_ + r, n0);
+        for (int64_t at = 0; at < row_bytes(y_format_, cols); at += 64) __builtin_prefetch(to + at, 1);
+      }
       const Floats s_x = load<Floats>(x_.scale() + m0_ + m);
+      const auto x_z = SUMS_W ? load<Bits<Floats>>(x_.zero_point() + m0_ + m) : Bits<Floats>{};
+      const auto x_s = SUMS_X ? load<Bits<Floats>>(x_.sums(0) + m0_ + m) : Bits<Floats>{};
       for (int64_t c = 0; c < cols; c += kLanes) {
         Bits<Floats> v[kLanes];
 #pragma GCC unroll 16
         for (int l = 0; l < kLanes; ++l) {
-          if (blocks_ == 1) v[l] = load<Bits<Floats>>(d(c + l, m));
-          else v[l] = bits_of(mul(load<Floats>(total(c + l, m)), s_x));
+          const int64_t r = c + l;
+          if (blocks_ == 1)
+            v[l] = bits_of(mul(mul(exact<SUMS_W, SUMS_X>(d(r, m), w[r], z[r], x_z, x_s), s_x), splat<Floats>(s[r])));
+          else v[l] = bits_of(mul(load<Floats>(total(r, m)), s_x));
         }
         transpose(v);
 #pragma GCC unroll 16
@@ -528,25 +540,32 @@ bool in_blocks(const ScaledMatmul& p) {
 }
 
 void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
-  const Blocking b = blocking_of(p.weight.format);
   const Grid& g = p.weight.grid;
+  const Blocking b = blocking_of(p.weight.format);
   const WeightCodes codes(p.weight.format, b.unit);
   constexpr int64_t bytes = int64_t(16) << 20;  // of x that are packed at a time
   const int64_t chunk = round_up(bytes / (b.code_bytes * g.K) + 1, b.MC);
   for (int64_t m = 0; m < p.M; m += chunk) {
     const PackedX x(p, b, codes.moved, m, least(chunk, p.M - m), run);
-    const int64_t down = (x.M + b.MC - 1) / b.MC, across = (g.M + b.NC - 1) / b.NC;
-    const int64_t products = least(b.MC, x.M) * b.NC * g.K;
+    // A piece is NR rows of w; a thread takes NC rows of those it has at a time.
+    const int64_t down = (x.M + b.MC - 1) / b.MC, across = (g.M + b.NR - 1) / b.NR;
+    const int64_t products = least(b.MC, x.M) * b.NR * g.K;
     parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
       BlockOfSums block(p, b, codes, x, m);
+      const auto pieces = [&] {
+        for (int64_t piece = begin, count; piece < end; piece += count) {
+          const int64_t n = piece % across;
+          count = least(least(b.NC / b.NR, across - n), end - piece);
+          block(piece / across * b.MC, n * b.NR, least((n + count) * b.NR, g.M));
+        }
+      };
 #ifdef QL_AMX
       if (b.unit == Engine::tiles) {
         const Tiles tiles;
-        for (int64_t piece = begin; piece < end; ++piece) block(piece / across * b.MC, piece % across * b.NC);
-        return;
+        return pieces();
       }
 #endif
-      for (int64_t piece = begin; piece < end; ++piece) block(piece / across * b.MC, piece % across * b.NC);
+      pieces();
     });
   }
 }

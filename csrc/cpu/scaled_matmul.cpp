@@ -19,7 +19,8 @@ namespace QL_ISA {
 namespace {
 
 constexpr int64_t kSumCols = 64;         // rows of w whose sums with kXRows rows of x are kept together
-constexpr int64_t kSumDepth = 4096;      // codes of a row that are multiplied before lanes are added up
+constexpr int64_t kSumDepth = 4096;      // codes of a row that are decoded at a time, at most
+constexpr int64_t kFetchAhead = 8192;    // bytes of w before the one that is multiplied
 constexpr int64_t kFlipGrain = 1 << 20;  // bytes to copy that a thread is worth waking for
 
 // out[k] = in[k] ^ flip
@@ -125,23 +126,39 @@ class ExactSums {
 
   // d = the sums over columns k0 .. k0 + n
   void multiply(int64_t k0, int64_t n) {
-    const int64_t parts = round_up(n, kSumDepth) / kSumDepth, depth = round_up(n, 64 * parts) / parts;
+    const int64_t rows = x_.ones + rows_;
+    const DotShape shape = dot_shape(rows, n, in_place<F> ? g_.M * g_.K : 0);
+    const int64_t parts = round_up(n, shape.columns) / shape.columns, depth = round_up(n, 64 * parts) / parts;
+    const int64_t tiles = round_up(rows, shape.rows) / shape.rows, ahead = most(shape.together, kFetchAhead / depth);
     for (int64_t k = 0; k < n; k += depth)
-      for (int64_t c = 0; c < cols_; c += kDotCols) multiply_panel(c, k0 + k, least(depth, n - k), k > 0);
+      for (int64_t c = 0; c < cols_; c += kDotCols) {
+        DotPanel w = {};
+        for (int64_t j = 0; j < kDotCols; ++j)
+          w.row[j] = row_of_w(least(c + j, cols_ - 1), j, k0 + k, least(depth, n - k));
+        // After the last row comes the next part of the first row, or the row after it.
+        const int64_t next = k + depth < n ? depth - cols_ * g_.K : -k;
+        for (int64_t j = 0; in_place<F> && j < kDotCols; ++j)
+          w.ahead[j] = w.row[0] + (j + ahead) * g_.K + (c + j + ahead < cols_ ? 0 : next);
+        multiply_panel(shape, tiles, w, x_.row(m0_) + k0 + k, least(depth, n - k), k > 0, d_ + c);
+      }
   }
 
-  // Rows c .. c + 4 of w, columns k .. k + n, with all rows of x, ones included
-  void multiply_panel(int64_t c, int64_t k, int64_t n, bool add) {
-    DotPanel w = {};
-    for (int64_t j = 0; j < kDotCols; ++j) w.row[j] = row_of_w(least(c + j, cols_ - 1), j, k, n);
-    const int64_t rows = x_.ones + rows_, tiles = round_up(rows, kDotRows) / kDotRows;
-    w.stride = g_.K;
-    for (int64_t t = 0, fetched = 0; t < tiles; ++t) {
-      // Each tile has its share of the next four rows fetched.
-      const int64_t until = in_place<F> ? (t + 1) * kDotCols / tiles : 0, r = t * kDotRows;
-      w.ahead = w.row[0] + (kDotCols + fetched) * g_.K, w.rows_ahead = int(until - fetched), fetched = until;
-      dot_rows(least(kDotRows, rows - r), x_.row(m0_) + (r - x_.ones) * x_.stride + k, x_.stride, w, n, add,
-               d_ + (1 - x_.ones + r) * kSumCols + c, kSumCols);
+  // d = or += the sums of four rows of w with all rows of x, ones included
+  void multiply_panel(const DotShape& shape, int64_t tiles, DotPanel& w, const int8_t* x, int64_t n, bool add,
+                      uint32_t* d) const {
+    const int64_t rows = x_.ones + rows_;
+    const bool four = shape.together == kDotCols;
+    for (int64_t t = 0, r = 0; t < tiles; ++t) {
+      // Four rows of w together: full tiles, each of which fetches its share. Else tiles of about the same size, the
+      // first of which fetches all.
+      const int64_t count = tiles == 1 ? rows
+                            : four     ? least(shape.rows, rows - r)
+                                       : (rows - r + tiles - t - 1) / (tiles - t);
+      w.begin = w.end;
+      w.end = !in_place<F> ? 0 : tiles == 1 || !four ? kDotCols : kDotCols * (t + 1) / tiles;
+      dot_tile_of(count, shape.together)(x + (r - x_.ones) * x_.stride, x_.stride, w, n, add,
+                                         d + (1 - x_.ones + r) * kSumCols, kSumCols);
+      r += count;
     }
   }
 
@@ -217,11 +234,11 @@ void scaled_matmul_choice(const ScaledMatmulChoice& c, ParallelFor) {
   const Weight weight = {c.grid, nullptr, c.format, nullptr, c.is_affine ? &kSomeZeroPoint : nullptr};
   const Way way = choose({c.M, nullptr, c.x_type, nullptr, nullptr, true, weight, {}, nullptr, Type::float32});
   const Engine unit = blocking_of(c.format).unit;
-  *c.kernel = way == Way::nibbles       ? "nibbles: codes of four bits as they lie, times bytes"
-              : way == Way::wide_dots   ? "dots: bytes as they lie, times int16"
-              : way == Way::dots        ? "dots: bytes as they lie"
-              : unit == Engine::tiles   ? "blocks: tiles of AMX, bytes"
-              : unit == Engine::bytes   ? "blocks: bytes, by VNNI"
+  *c.kernel = way == Way::nibbles     ? "nibbles: codes of four bits as they lie, times bytes"
+              : way == Way::wide_dots ? "dots: bytes as they lie, times int16"
+              : way == Way::dots      ? "dots: bytes as they lie"
+              : unit == Engine::tiles ? "blocks: tiles of AMX, bytes"
+              : unit == Engine::bytes || unit == Engine::signed_bytes ? "blocks: bytes, by VNNI"
               : unit == Engine::nibbles ? "blocks: bytes times codes of four bits, summed in int16"
                                         : "blocks: pairs of int16";
   *c.why = way == Way::nibbles  ? "int4 in groups of whole lines, x without zero points"

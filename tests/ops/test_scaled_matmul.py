@@ -74,6 +74,17 @@ def test_larger_than_what_stays_in_a_cache(backend: Served, format: str, affine:
         assert_right(scaled(261, 131, 5301, format, affine, bias=True, **more))
 
 
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
+def test_weights_larger_than_a_cache(backend: Served, affine: bool) -> None:
+    """Few rows of x, which take other ways where memory is waited for, and more rows of the weight than a piece."""
+    if backend.interpreted:
+        pytest.skip("the interpreter would take minutes")
+    more = {"x_format": "uint8" if affine else "int8", "x_symmetric": not affine, "dtype": "float32"}
+    for M, N, K in ((1, 331, 9997), (3, 331, 9997), (5, 601, 6001), (7, 331, 9997), (14, 331, 9997), (16, 25, 8192),
+                    (18, 431, 260)):  # fmt: skip
+        assert_right(scaled(M, N, K, "int8", affine, **more))
+
+
 # M, N, K, block: where the C++ kernels of the CPU change their way
 EDGES = {
     "whole rows of whole lines, read where they lie": (49, 70, 256, (1, -1)),
