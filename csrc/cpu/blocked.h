@@ -21,9 +21,9 @@ struct Segment {
   int64_t stride;
 };
 
-// Lines of memory that are fetched while others are multiplied, some with each step: so many bytes of each of some
-// rows. All at once, as codes are decoded, would be more than a core can ask for: it would wait.
-struct Ahead {
+// Codes that are fetched while others are multiplied, some lines with each step: so many bytes of each of some rows.
+// All at once, as codes are decoded, would be more than a core can ask for: it would wait.
+struct CodesAhead {
   const char* row;
   int64_t stride, rows, bytes, lines;  // lines: a step
   int64_t at = 0;                      // of the row
@@ -51,7 +51,7 @@ struct Panels {
 
 // NRV rows from r0 on of the group of w, MV panels of x
 template <class E, int NRV, int MV>
-QL_FN void multiply_registers(const Panels& t, int64_t r0, const Segment& segment, bool first, Ahead& ahead) {
+QL_FN void multiply_registers(const Panels& t, int64_t r0, const Segment& segment, bool first, CodesAhead& ahead) {
   float* to = t.sums + r0 * kLanes;
   Floats sum[NRV][MV] = {};
   if (!segment.scale && !first) {
@@ -98,14 +98,14 @@ constexpr int kWide = 3, kTall = 4;  // 12, 3 and 1 of 16
 
 // kGroup rows of w, MV panels of x
 template <class E, int MV>
-static void multiply_group(const Panels& t, const Segment& segment, bool first, Ahead& ahead) {
+static void multiply_group(const Panels& t, const Segment& segment, bool first, CodesAhead& ahead) {
   constexpr int rows = MV == 1 ? 2 * kTall : kTall;
   for (int64_t r = 0; r < kGroup; r += rows) multiply_registers<E, rows, MV>(t, r, segment, first, ahead);
 }
 
 // NR rows of w, `panels` of x, by vectors
 template <class E>
-static void multiply_vectors(const Panels& t, int64_t panels, const Segment& segment, bool first, Ahead& ahead) {
+static void multiply_vectors(const Panels& t, int64_t panels, const Segment& segment, bool first, CodesAhead& ahead) {
   for (int64_t v = 0; v < panels;) {
     // One panel alone loads a value of the weight for every product: four are two and two, if those have sums enough
     // that none waits for the one before it.
@@ -216,7 +216,8 @@ class ScaledParts {
 };
 
 template <int MT>
-QL_FN void multiply_tiles(const Panels& t, const Segment& segment, bool first, ScaledParts<MT>& parts, Ahead& ahead) {
+QL_FN void multiply_tiles(const Panels& t, const Segment& segment, bool first, ScaledParts<MT>& parts,
+                          CodesAhead& ahead) {
   if (segment.scale || first) zero_tiles<MT>();
   else load_tiles<MT>(t.sums, t.sums + t.stride);
   for (int64_t step = segment.begin; step < segment.end; ++step) ahead.fetch(), multiply_step<MT>(t, step);
@@ -226,7 +227,7 @@ QL_FN void multiply_tiles(const Panels& t, const Segment& segment, bool first, S
 
 // NR rows of w, `panels` of x, by tiles: all segments with two panels, then with the next
 static inline void multiply_all_tiles(const Panels& t, int64_t panels, const Segment* segments, int64_t count,
-                                      bool first, Ahead& ahead) {
+                                      bool first, CodesAhead& ahead) {
   ScaledParts<2> pairs;
   Panels at = t;
   for (; panels >= 2; panels -= 2, at.x += 2 * at.x_stride, at.sums += 2 * kSquare)
@@ -520,7 +521,7 @@ class Blocked {
   }
 
   // The codes of the block at row n and column k, in as many steps as `panels` take, as far as row `end`
-  Ahead ahead(int64_t n, int64_t k, int64_t KC, int64_t panels, int64_t end) const {
+  CodesAhead ahead(int64_t n, int64_t k, int64_t KC, int64_t panels, int64_t end) const {
     const int64_t rows = least(NR, end - n), bytes = row_bytes(weight_.format, least(KC, x_.K - k));
     const int64_t at_once = panels == 1 ? 2 * kTall : kTall, wide = (panels + kWide - 1) / kWide * (NR / at_once);
     const int64_t passes = plan_.tiles ? (panels + 1) / 2 : wide, steps = most(1, KC / kStepColumns<E> * passes);
@@ -569,7 +570,7 @@ class Blocked {
 
   // sums += the block's product
   void multiply(const Panels& t, int64_t n0, int64_t panels, int64_t k, int64_t k_end, float* scales, Segment* segments,
-                Ahead ahead) const {
+                CodesAhead ahead) const {
     int64_t count = 1;
     segments[0] = {0, round_up(k_end - k, kWhole<E>) / kStepColumns<E>, nullptr, 0};
     if (scales_sums<E> && weight_.cols > 1) {
