@@ -82,7 +82,7 @@ def sum_steps(
             if SCALES == "element" or not TILED:
                 w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
             if SCALES == "row":
-                total = multiply(w, x, total, is_right(X, F, SCALES, T, ARCH))
+                total = multiply(w, x, total, is_right(X, F, SCALES, T, ARCH), T, ARCH)
             elif SCALES == "step":
                 part = tl.dot(w, x, part, input_precision="ieee")
             elif SCALES == "half":
@@ -90,7 +90,7 @@ def sum_steps(
                 total = add_scaled(total, part, load_scale(scale_ptr + at + J, exists, F), D, T)
             else:
                 w = (w.to(tl.float32) * load_scale(scale_ptr + at + J, exists, F)).to(D)
-                total = tl.dot(w, x, total, input_precision="ieee")
+                total = multiply(w, x, total, False, T, ARCH)
         if SCALES == "step":
             total = add_scaled(total, part, s, D, T)
     if SCALES == "row":

@@ -272,12 +272,25 @@ def load_narrow(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.
 
 
 @triton.jit
-def multiply(w, x, total, RIGHT: tl.constexpr):
+def multiply(w, x, total, RIGHT: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr):
     """w x + total, [tile_n, tile_m] float32; RIGHT: as the product of the transposed"""
     if RIGHT:
         return tl.trans(tl.dot(tl.trans(x), tl.trans(w), tl.trans(total), input_precision="ieee"))
     else:
-        return tl.dot(w, x, total, input_precision="ieee")
+        return settled(tl.dot(w, x, total, input_precision="ieee"), T, ARCH)
+
+
+@triton.jit
+def settled(total, T: tl.constexpr, ARCH: tl.constexpr):
+    """The sums of a product, which the trip of a loop that has started it waits for, as it uses them here.
+
+    A warpgroup of sm_90 multiplies beside what follows, and reads w from registers meanwhile. Triton 3.6 lets it run
+    on in the next trip, which takes the registers for other values (Triton's issue 9433): wrong bytes on an H200.
+    """
+    if ARCH == 90 and T.warps >= 4:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return total
 
 
 @triton.constexpr_function
