@@ -25,6 +25,8 @@ BYTES: tl.constexpr = tl.constexpr(TileLayout.BYTES)
 BFLOAT16: tl.constexpr = tl.constexpr(formats.get("bfloat16"))
 FLOAT16: tl.constexpr = tl.constexpr(formats.get("float16"))
 AS_STORED: tl.constexpr = tl.constexpr((0, 1, 2, 3, 4, 5))  # chunk_bits of a tile as it lies in memory
+# Rows of x from which on a warpgroup of sm_90 multiplies them together.
+NARROWEST = 16 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 8
 COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are side by side: all, or those of one place in a byte
 
 
@@ -201,13 +203,16 @@ def chunk_bits(X, F, SCALES, T, ARCH):
     Bit i of a chunk's place there is bit chunk_bits[i] of its place in the tile: r, t (2 bits), g (3). Each eight lanes
     of a warp, t and a bit of g, load chunks side by side. A warpgroup's lanes load two codes at a time, of all g. For
     the right operand eight bytes are stored, of all g, which the swizzle sets apart, and both halves of its chunks. The
-    next bit is r, the half of a sector of the L2 cache. No executor has shown what sm_100 does with a warpgroup's.
+    next bit is r, the half of a sector of the L2 cache. Products in float32 take no fragments, and what sm_100 loads
+    for a warpgroup no executor has shown.
     """
     if ARCH == 100 and T.warps >= 4:
         return AS_STORED.value
+    if ARCH > 0 and operand_type(X, F, SCALES != "element", ARCH) == tl.float32:
+        return AS_STORED.value
     if T.warps >= 4 and is_right(X, F, SCALES, T, ARCH):
         return (1, 3, 4, 5, 0, 2)
-    if ARCH == 90 and T.warps >= 4 and T.tile_n >= 64 and T.tile_m >= 16 and not T.paired:
+    if ARCH == 90 and T.warps >= 4 and T.tile_n >= 64 and T.tile_m >= NARROWEST and not T.paired:
         return (3, 4, 5, 0, 1, 2)
     return (1, 2, 3, 0, 4, 5)
 
@@ -323,21 +328,20 @@ def multiply(w, x, total, RIGHT: tl.constexpr, T: tl.constexpr, ARCH: tl.constex
     """w x + total, [tile_n, tile_m] float32; RIGHT: as the product of the transposed"""
     if RIGHT:
         return tl.trans(tl.dot(tl.trans(x), tl.trans(w), tl.trans(total), input_precision="ieee"))
+    elif ARCH == 90 and T.warps >= 4 and w.dtype != tl.float32:
+        return settled(tl.dot(w, x, total))
     else:
-        return settled(tl.dot(w, x, total, input_precision="ieee"), T, ARCH)
+        return tl.dot(w, x, total, input_precision="ieee")
 
 
 @triton.jit
-def settled(total, T: tl.constexpr, ARCH: tl.constexpr):
-    """The sums of a product, which the trip of a loop that has started it waits for, as it uses them here.
+def settled(total):
+    """The sums of a warpgroup's product, for which the trip of a loop that has started it waits, as it uses them here.
 
-    A warpgroup of sm_90 multiplies beside what follows, and reads w from registers meanwhile. Triton 3.6 lets it run
-    on in the next trip, which takes the registers for other values (Triton's issue 9433): wrong bytes on an H200.
+    The warpgroup multiplies beside what follows, and reads w from registers meanwhile. Triton 3.6 lets it run on in the
+    next trip, which takes the registers for other values (Triton's issue 9433): wrong bytes on an H200.
     """
-    if ARCH == 90 and T.warps >= 4:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return total
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.constexpr_function
