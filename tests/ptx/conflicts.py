@@ -21,9 +21,11 @@ from ptx.parse import PtxError
 
 STEPS = 6
 MOST = 1.25
-# Codes that a warpgroup loads in twos are sixteen words, of eight chunks in each 128 bytes. No instruction of sm_80
-# converts eight bits, whose values go through shared memory.
+# Codes that a warpgroup loads in twos are sixteen words, of eight chunks in each 128 bytes; fragments of few rows are
+# loaded as they are stored, two to a bank. No instruction of sm_80 converts eight bits, whose values go through shared
+# memory.
 KNOWN = {(90, "ld.shared.v2.b8"): 2.0, (80, "st.shared.v4.b16"): 2.0}
+KNOWN |= {(arch, "ld.shared.v4.b32"): 2.0 for arch in (80, 86, 89, 90, 120)}
 FORMATS = {"int8": 0, "int4": 128, "nf4_bf16": 128, "float8_e4m3fn": 0}  # columns that share a scale, 0: all
 ROWS = (1, 16, 64, 128)
 # n, m, k, splits, warps, stages: tiles that `quantlib tune` has tried; some gave other bytes on a GPU before

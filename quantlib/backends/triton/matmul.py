@@ -200,21 +200,19 @@ def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH
 def chunk_bits(X, F, SCALES, T, ARCH):
     """The order of a tile's 64 chunks of 16 bytes in shared memory, so that few lanes ask one bank for different words.
 
-    Bit i of a chunk's place there is bit chunk_bits[i] of its place in the tile: r, t (2 bits), g (3). Each eight lanes
-    of a warp, t and a bit of g, load chunks side by side. A warpgroup's lanes load two codes at a time, of all g. For
-    the right operand eight bytes are stored, of all g, which the swizzle sets apart, and both halves of its chunks. The
-    next bit is r, the half of a sector of the L2 cache. Products in float32 take no fragments, and what sm_100 loads
-    for a warpgroup no executor has shown.
+    Bit i of a chunk's place there is bit chunk_bits[i] of its place in the tile: r, t (2 bits), g (3). For the right
+    operand a warpgroup of sm_90 stores eight bytes, of all g, which the swizzle sets apart, and both halves of its
+    chunks. Its lanes load two codes at a time otherwise, of all g; or whole chunks where T is paired, each eight lanes
+    those of t and a bit of g. The next bit is r, the half of a sector of the L2 cache. A warp of few rows loads chunks
+    two to a bank as they are stored: side by side they would take more registers, and memory is what it waits for.
     """
-    if ARCH == 100 and T.warps >= 4:
+    if ARCH > 0 and (ARCH != 90 or T.warps < 4 or operand_type(X, F, SCALES != "element", ARCH) == tl.float32):
         return AS_STORED.value
-    if ARCH > 0 and operand_type(X, F, SCALES != "element", ARCH) == tl.float32:
-        return AS_STORED.value
-    if T.warps >= 4 and is_right(X, F, SCALES, T, ARCH):
+    if is_right(X, F, SCALES, T, ARCH):
         return (1, 3, 4, 5, 0, 2)
-    if ARCH == 90 and T.warps >= 4 and T.tile_n >= 64 and T.tile_m >= NARROWEST and not T.paired:
-        return (3, 4, 5, 0, 1, 2)
-    return (1, 2, 3, 0, 4, 5)
+    if T.paired or ARCH == 0:
+        return (1, 2, 3, 0, 4, 5)
+    return (3, 4, 5, 0, 1, 2) if T.tile_n >= 64 and T.tile_m >= NARROWEST else AS_STORED.value
 
 
 @triton.constexpr_function
