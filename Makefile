@@ -69,7 +69,7 @@ gpu:  ## on a machine with a GPU, offline too: build for it, every proof on it, 
 gpu-static: .venv/ready-test  ## on any machine: compile the GPU kernels, hold their machine code to its contracts
 	PYTHONPATH=tests $(RUN) -m gpu_static $(ARGS)
 
-gpu-ptx: kernels-test  ## on any machine: execute what Triton's compiler makes of the kernels that stream, compare bytes
+gpu-ptx: kernels-test  ## on any machine: execute what Triton's compiler makes of the kernels, compare bytes
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(RUN) -m ptx $(ARGS)
 
 # Python is not built with them, so their libraries have to be there before it; it also leaks on purpose.

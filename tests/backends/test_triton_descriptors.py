@@ -54,7 +54,7 @@ def test_every_byte(
 
 
 def test_what_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Symmetric int8 with one scale a row, K a multiple of 16, on aligned memory, on sm_90: and nothing else."""
+    """Symmetric int8 with one scale a row, K a multiple of 16, on aligned memory, on ARCHS: and nothing else."""
     monkeypatch.setattr(launch, "arch", lambda device: 90)
     good, z = operands(4, 8, 32), torch.zeros(8, 1, dtype=torch.int32)
 
@@ -74,7 +74,7 @@ def test_what_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not describable(**operands(4, 8, 0))
     for arch in (0, 80, 89, 100):
         monkeypatch.setattr(launch, "arch", lambda device, arch=arch: arch)
-        assert not describable()
+        assert describable() == (arch in descriptors.ARCHS)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,139 @@ def test_matrices_are_dealt_out_as_they_were_taken() -> None:
     assert (got.reshape(8, 8) == halves.reshape(8, 8).T).all()
 
 
+def bf16_words(values: Array) -> Array:
+    """Small integers, two to a word."""
+    return np.ascontiguousarray(values.astype(ml_dtypes.bfloat16)).view(np.uint32).ravel()
+
+
+LANE = "shr.u32 %r10, %r2, 2; and.b32 %r11, %r2, 3;"  # g and t of a lane 4 g + t
+A_ROW = (
+    "mad.lo.s32 %r12, %r10, 32, 0; mad.lo.s32 %r12, %r11, 4, %r12; cvt.u64.u32 %rd5, %r12; add.s64 %rd6, %rd1, %rd5;"
+)
+
+
+def test_a_product_of_a_warp() -> None:
+    """[16, 16] bfloat16 times [16, 8], whose rows lie in x after each other."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-9, 10, (16, 16)), rng.integers(-9, 10, (8, 16))
+    body = (
+        LANE
+        + A_ROW
+        + "ld.global.b32 {%r13}, [%rd6 + 0]; ld.global.b32 {%r14}, [%rd6 + 256]; ld.global.b32 {%r15}, [%rd6 + 16];"
+        "ld.global.b32 {%r16}, [%rd6 + 272]; ld.global.b32 {%r17}, [%rd6 + 512]; ld.global.b32 {%r18}, [%rd6 + 528];"
+        "mov.b32 %r5, 0x3F800000; mov.b32 %r7, 0;"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r5, %r6, %r7, %r8}, {%r13, %r14, %r15, %r16},"
+        "{%r17, %r18}, {%r5, %r5, %r7, %r7}; st.global.b32 [%rd4 + 0], {RESULT};"
+    )
+    want = a @ b.T
+    want[:8] += 1
+    for n, (row, column) in enumerate(((0, 0), (0, 1), (8, 0), (8, 1))):
+        x = np.concatenate([bf16_words(a), bf16_words(b)])
+        got = run(body.replace("RESULT", f"%r{5 + n}"), x, threads=32)[:32].view(np.float32)
+        assert (got.reshape(8, 4) == want[row : row + 8, column::2]).all()
+
+
+def test_a_product_of_integers_is_clamped_where_it_says_so() -> None:
+    body = (
+        "mov.b32 %r5, 0x7F7F7F7F; mov.b32 %r6, 0x7FFFFFF0;"
+        "mma.sync.aligned.m16n8k32.row.colCLAMPED.s32.s8.s8.s32 {%r7, %r8, %r9, %r10}, {%r5, %r5, %r5, %r5},"
+        "{%r5, %r5}, {%r6, %r6, %r6, %r6}; st.global.b32 [%rd4 + 0], {%r7};"
+    )
+    for clamped, want in ((".satfinite", 2**31 - 1), ("", 2**31 - 16 + 32 * 127**2 - 2**32)):
+        assert (run(body.replace("CLAMPED", clamped), COUNT, threads=32)[:32].view(np.int32) == want).all()
+
+
+# Rows of 128 bytes of b, in the order of the swizzle; the row of a is the thread's own in each of its four words.
+BESIDE = (
+    "mad.wide.u32 %rd5, %r2, 16, %rd1; and.b32 %r7, %r2, 7; shr.u32 %r8, %r2, 3; and.b32 %r8, %r8, 7;"
+    "xor.b32 %r7, %r7, %r8; shl.b32 %r7, %r7, 4; shl.b32 %r8, %r8, 7; add.s32 %r7, %r7, %r8;"
+    "mov.b32 %r8, global_smem; add.s32 %r7, %r7, %r8; setp.lt.u32 %p1, %r2, 64;"
+    "@%p1 ld.global.v4.b32 {%r13, %r14, %r15, %r16}, [%rd5 + 0]; @%p1 st.shared.v4.b32 [%r7], {%r13, %r14, %r15, %r16};"
+    "fence.proxy.async.shared::cta; BARRIER"
+    "ld.global.b32 {%r9}, [%rd3 + 1024]; mov.b32 %r10, 0; mov.b32 %r11, 0; mov.b32 %r12, 0; mov.b32 %r17, 0;"
+    "shr.u32 %r18, %r8, 4; cvt.u64.u32 %rd6, %r18; or.b64 %rd6, %rd6, 4611686293305294848; setp.eq.u32 %p2, %r1, 1;"
+    "wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10, %r11, %r12, %r17},"
+    "{%r9, %r9, %r9, %r9}, %rd6, %p2, 1, 1, 0; wgmma.commit_group.sync.aligned; AFTER"
+    "wgmma.wait_group.sync.aligned 0; st.global.b32 [%rd4 + 0], {%r10};"
+)
+
+
+@pytest.mark.parametrize(
+    ("barrier", "after", "says"),
+    [
+        ("bar.sync 0;", "", None),
+        ("bar.sync 0;", "mov.b32 %r9, 0;", "other bytes"),
+        (
+            "bar.sync 0;",
+            "bar.sync 0; @%p1 st.shared.v4.b32 [%r7], {%r9, %r9, %r9, %r9};",
+            "reads what another has written",
+        ),
+        ("bar.sync 0;", "@%p1 st.shared.v4.b32 [%r7], {%r9, %r9, %r9, %r9};", "writes what another reads"),
+        ("", "", "reads what another has written"),
+    ],
+)
+def test_a_product_of_a_warpgroup_reads_its_operands_until_it_is_waited_for(
+    barrier: str, after: str, says: str | None
+) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-9, 10, (64, 4, 2)), rng.integers(-9, 10, (8, 64))
+    lanes = a.reshape(4, 2, 8, 4, 2)[:, 0]  # rows g of each warp; words of g + 8 and of the other columns are the same
+    x = np.concatenate([bf16_words(b), bf16_words(lanes)])
+    body = BESIDE.replace("BARRIER", barrier).replace("AFTER", after)
+    if says and says != "other bytes":
+        with pytest.raises(PtxError, match=says):
+            run(body, x, n=1, threads=128)
+        return
+    got = run(body, x, n=1, threads=128)[:128].view(np.float32).reshape(4, 8, 4)
+    rows = lanes.reshape(4, 8, 8)
+    want = np.concatenate([rows, rows], -1) @ b[:, :16].T
+    assert (got == want[..., ::2]).all() == (says is None)
+
+
+def test_a_copy_is_there_when_it_is_waited_for() -> None:
+    copy = "setp.lt.u32 %p1, %r2, 16; mov.b32 %r5, 16; @%p1 mov.b32 %r5, 0; mad.wide.u32 %rd5, %r2, 16, %rd1;"
+    copy += CELL + "shl.b32 %r9, %r2, 4; add.s32 %r9, %r9, %r8; cp.async.cg.shared.global [%r9], [%rd5], 0x10, %r5;"
+    copy += "cp.async.commit_group; cp.async.wait_group PENDING; ld.shared.b32 %r6, [%r9];" + STORE
+    x = np.arange(1, 257, dtype=np.uint32)
+    got = run(copy.replace("PENDING", "0"), x)
+    assert (got[:64] == np.where(np.arange(64) < 16, 0, x[::4])).all()
+    assert (run(copy.replace("PENDING", "1"), x)[:64] == 0xA5A5A5A5).all()
+
+
+def test_tickets_are_taken_in_turn() -> None:
+    x = np.zeros(128, np.uint32)
+    got = run("mov.b32 %r5, 1; atom.global.gpu.acq_rel.add.u32 %r6, [%rd1 + 0], %r5;" + STORE, x)
+    assert sorted(got[:64]) == list(range(64))
+    assert x[0] == 64
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+def test_floats_of_16_bits_round_once(name: str) -> None:
+    """Fma of random codes, against the sum of fractions."""
+    dtype = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}[name]
+    rng = np.random.default_rng(1)
+    exponents = rng.integers(-9, 0, (3, 4000))
+    values = (rng.integers(-255, 256, (3, 4000)) * 2.0**exponents).astype(dtype)
+    codes = [v.view(np.uint16) for v in values]
+    got = TABLE[f"fma.rn.{name}"].function(*codes).view(dtype)
+    places = 10 if name == "f16" else 7
+    for a, b, c, found in zip(*values, got, strict=True):
+        assert Fraction(float(found)) == shortened(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c)), places)
+
+
+def shortened(exact: Fraction, places: int) -> Fraction:
+    """The nearest float of so many places behind the first, ties to even; of no small exponent."""
+    if exact == 0:
+        return exact
+    exponent = 0
+    while abs(exact) >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    while abs(exact) < Fraction(2) ** exponent:
+        exponent -= 1
+    unit = Fraction(2) ** (exponent - places)
+    return round(exact / unit) * unit
+
+
 FAULTS = {
     "outside of every tensor, the first of them 0 after": LOAD.replace("%rd3 + 0", "%rd3 + 512"),
     "is no multiple of 16": "ld.global.v4.b32 {%r5, %r6, %r7, %r8}, [%rd3 + 4];",

@@ -78,6 +78,7 @@ def everywhere(m: Measured, contract: Contract) -> list[str]:
     if m.shared > limit:
         found.append(f"{m.shared} bytes of shared memory > {limit}")
     found += [f"Triton adds up the wrong lanes: {what}" for what in m.scattered]
+    found += [f"an operand is overwritten: {what}" for what in m.overwritten[:1]]
     return found + [f"is inexact: {what}" for what in m.inexact]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -29,6 +29,7 @@ class Measured:
     inexact: list[str]
     scattered: list[str]  # reductions whose lanes do not lie side by side
     facts: dict[str, Any]  # what its contract asks
+    overwritten: list[str] = field(default_factory=list)  # registers that a matrix instruction still reads
     plant: str = ""  # the fault that was put in on purpose
 
     @property

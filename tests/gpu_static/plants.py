@@ -5,6 +5,7 @@ Each is compiled for one architecture and read like any other kernel.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import tempfile
@@ -22,6 +23,8 @@ DECODE = Call("dequant_matmul", "bfloat16", "int8", M=1, tiled=True)
 SUMS = Call("fake_quantize_backward", "float32", "int8", per="tensor", affine=True)
 COLUMNS = Call("fake_quantize_backward", "float32", "int8", (259, 5), "column", True)
 SUM = "block_sum(dscale)"
+MANY = Call("dequant_matmul", "bfloat16", "int8", M=256, tiled=True)
+PRODUCT = "multiply(w, x, total, is_right(X, F, SCALES, T, ARCH), T, ARCH)"
 
 # plant -> the call, how it is compiled instead, what the checker must say
 TRITON: dict[str, tuple[Call, dict[str, Any], str]] = {
@@ -32,6 +35,11 @@ TRITON: dict[str, tuple[Call, dict[str, Any], str]] = {
     "contraction": (LONG_ROW, {"enable_fp_fusion": True}, "is inexact: contraction"),
     "too many stages": (DECODE, {"num_stages": 64}, "bytes of shared memory > 232448"),
     "atomic": (SUMS, {"edit": (f"tl.store(at, {SUM})", f"tl.atomic_add(at, {SUM})")}, "adds floats with"),
+    "operands that are not waited for": (
+        MANY,
+        {"edit": (PRODUCT, 'tl.dot(w, x, total, input_precision="ieee")'), "tile": (128, 256, 64, 1, 16, 3)},
+        "an operand is overwritten",
+    ),
     "lanes that lie apart": (COLUMNS, {"edit": (SUM, "tl.sum(flat(dscale), 1)")}, "adds up the wrong lanes"),
 }
 
@@ -66,10 +74,14 @@ def cuda() -> dict[str, Callable[[], list[dict[str, Any]]]]:
 
 def plant_triton(call: Call, how: dict[str, Any]) -> list[dict[str, Any]]:
     from gpu_static import launches, triton_kernels
+    from quantlib.backends.triton.tables import MatmulTile
 
     edit = how.get("edit")
-    configs = launches.configs(ARCH, [call], instead=edited(call.op, *edit) if edit else None)
-    how = {key: value for key, value in how.items() if key != "edit"}
+    instead = edited(call.op, *edit) if edit else None
+    if instead and "tile" in how:
+        instead = functools.partial(instead, tile=MatmulTile(*how["tile"]))
+    configs = launches.configs(ARCH, [call], instead=instead)
+    how = {key: value for key, value in how.items() if key not in ("edit", "tile")}
     return [asdict(triton_kernels.measure(config, ARCH, **how)) for config in configs]
 
 

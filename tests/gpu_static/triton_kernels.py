@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu_static import reductions, sass
+from gpu_static import reductions, sass, warpgroups
 from gpu_static.launches import Config, facts
 from gpu_static.measured import Measured
 
@@ -53,6 +53,7 @@ def measure(config: Config, arch: int, **how: Any) -> Measured:
         inexact=[what for what in ("ftz", "approx", "full") if re.search(rf"\.{what}\.", ptx)]
         + ["contraction"] * binary.metadata.enable_fp_fusion,
         scattered=reductions.scattered(binary.asm["ttgir"]),
+        overwritten=warpgroups.overwritten(listing.graph),
         facts=facts(config),
     )
 

@@ -23,13 +23,14 @@ from typing import Any
 from quantlib import _build
 
 HERE = Path(__file__).parent
+READERS = {"triton": ("sass", "reductions", "warpgroups", "triton_kernels"), "cuda": ("sass", "cuda_kernels")}
 
 
 class Kept:
     """Measurements of earlier runs, of this very code."""
 
     def __init__(self, language: str, arch: int) -> None:
-        sources = b"".join((HERE / f"{name}.py").read_bytes() for name in ("sass", f"{language}_kernels"))
+        sources = b"".join((HERE / f"{name}.py").read_bytes() for name in READERS[language])
         digest = hashlib.sha256(sources).hexdigest()[:12]
         self.path = folder() / f"{language}-{arch}-{digest}.jsonl"
         self._known: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The case tables of the streaming ops on their PTX: exit status 1 where a byte is wrong."""
+"""The case tables of the ops on their PTX: exit status 1 where a byte is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m ptx", description=__doc__)
-    parser.add_argument("--op", action="append", help="an op; all of the streaming ones otherwise")
+    parser.add_argument("--op", action="append", help="an op; all of them otherwise")
     parser.add_argument("--part", default="0/1", help="k/n: the k-th of n parts, to be run beside each other")
     parser.add_argument("--every", type=int, default=1, help="every n-th case of an op")
     parser.add_argument("--arch", type=int, default=90, help="compile for sm_80, 90, ...")
@@ -28,11 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     from ptx.cases import chosen, few
     from quantlib.testing import every
 
+    arch = given.arch
     part, parts = map(int, given.part.split("/"))
-    cases = [case for case in (few() if given.few else chosen(given.op, given.every)) if given.only in str(case)]
+    cases = [
+        case for case in (few(arch) if given.few else chosen(given.op, given.every, arch)) if given.only in str(case)
+    ]
     cases = cases[part::parts]
     began, wrong, done = time.monotonic(), collections.defaultdict(list), 0
-    with launches.served(given.arch):
+    with launches.served(arch):
         for case in cases:
             if time.monotonic() - began > given.seconds:
                 print(f"{len(cases) - done} cases have not begun")

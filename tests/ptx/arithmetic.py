@@ -27,6 +27,11 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     The product of two float32 is exact in float64; the sum is rounded to odd there, which has more than twice the bits
     and two, so that rounding it again to float32 is rounding once.
     """
+    return canonical(fma_to_odd(a, b, c).astype(np.float32))
+
+
+def fma_to_odd(a: Array, b: Array, c: Array) -> Array:
+    """A * b + c of float32 in float64, rounded to odd."""
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + c
     part = total - product
@@ -34,7 +39,16 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     odd = total.view(np.int64) & 1
     away = np.where((lost > 0) == (total > 0), 1, -1)  # the other neighbour, which lies beyond the exact sum
     inexact = np.isfinite(total) & (lost != 0) & (odd == 0)
-    return canonical((total.view(np.int64) + inexact * away).view(np.float64).astype(np.float32))
+    return (total.view(np.int64) + inexact * away).view(np.float64)
+
+
+def fma_16(a: Array, b: Array, c: Array) -> Array:
+    """A * b + c of floats of 16 bits, given as float32, so that rounding the result to 16 bits is rounding once."""
+    exact = fma_to_odd(a, b, c)
+    near = exact.astype(np.float32)
+    lost = np.isfinite(exact) & (near != exact)
+    toward_zero = near.view(np.uint32) - (lost & (np.abs(near.astype(np.float64)) > np.abs(exact)))
+    return (toward_zero | lost).astype(np.uint32).view(np.float32)
 
 
 def saturated(x: Array) -> Array:

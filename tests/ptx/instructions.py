@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,32 @@ def floats() -> dict[str, Meaning]:
         "neg.f16": Meaning("b16", ("b16",), lambda x: x ^ 0x8000),
         "neg.bf16": Meaning("b16", ("b16",), lambda x: x ^ 0x8000),
     }
+    for t, widen, narrow in (
+        ("f16", by.from_float16, by.to_float16),
+        ("bf16", by.from_bfloat16, by.to_bfloat16),
+    ):
+        for op, operands, function in of_16_bits(widen, narrow):
+            found[f"{op}.{t}"] = Meaning(t, (t,) * operands, function)
+            found[f"{op}.{t}x2"] = Meaning("b32", ("b32",) * operands, pairs(function))
     return found
+
+
+def of_16_bits(
+    widen: Callable[[Array], Array], narrow: Callable[[Array], Array]
+) -> Iterator[tuple[str, int, Callable[..., Array]]]:
+    """(opcode, operands, function of codes)"""
+    one, minus_zero = np.float32([1]), np.float32([-0.0])
+
+    def made(fma: Callable[..., tuple[Array, Array, Array]]) -> Callable[..., Array]:
+        return lambda *codes: narrow(by.fma_16(*np.broadcast_arrays(*fma(*map(widen, codes)))))
+
+    for rounds in ("", ".rn"):
+        yield f"add{rounds}", 2, made(lambda a, b: (a, one, b))
+        yield f"sub{rounds}", 2, made(lambda a, b: (a, one, by.negative(b)))
+        yield f"mul{rounds}", 2, made(lambda a, b: (a, b, minus_zero))
+    yield "fma.rn", 3, made(lambda a, b, c: (a, b, c))
+    yield "min", 2, lambda *codes: narrow(by.minimum(*np.broadcast_arrays(*map(widen, codes))))
+    yield "max", 2, lambda *codes: narrow(by.maximum(*np.broadcast_arrays(*map(widen, codes))))
 
 
 def integers() -> dict[str, Meaning]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx import instructions
+from ptx import banks, instructions, products
 from ptx.arithmetic import Array
 from ptx.instructions import DTYPES, Meaning
 from ptx.memory import FaultError, Global, Shared
@@ -75,6 +75,8 @@ class Machine:
         self.lane = self.every % 32
         self.registers: list[Any] = [None] * len(program.kernel.bits)
         self.shared = Shared(programs, program.shared, self.threads)
+        self.copies = products.Queue(self.n)
+        self.products = products.Queue(self.n // products.WARPGROUP)
         self.special = {
             "%tid.x": (self.every % self.threads).astype(np.uint32),
             "%ctaid.x": (self.every // self.threads + first).astype(np.uint32),
@@ -328,18 +330,19 @@ def addresses(i: Instruction, operand: Operand, type: str) -> Read:
     return lambda m: m.full(read(m) + offset)
 
 
-def load_global(i: Instruction, vector: str | None, width: str) -> Step:
+def load_global(i: Instruction, vector: str | None, type: str) -> Step:
     expect(i, 2)
+    dtype = DTYPES[type]
     to = flat(i.operands[0])
     if len(to) != int((vector or ".v1")[2:]):
         raise i.error("the number of registers")
-    at, writes = addresses(i, i.operands[1], "u64"), [writer(i, o, f"b{width}") for o in to]
+    at, writes = addresses(i, i.operands[1], "u64"), [writer(i, o, type) for o in to]
 
     def run(m: Machine, mask: Mask) -> None:
         address = at(m)
-        found = m.memory.load(address if mask is None else address[mask], int(width) // 8, len(to))
+        found = m.memory.load(address if mask is None else address[mask], dtype.itemsize, len(to))
         for write, value in zip(writes, found, strict=True):
-            write(m, spread(m, value, mask), mask)
+            write(m, spread(m, value.view(dtype), mask), mask)
 
     return run
 
@@ -367,18 +370,21 @@ def store_global(i: Instruction, vector: str | None, width: str) -> Step:
     return run
 
 
-def load_shared(i: Instruction, vector: str | None, width: str) -> Step:
+def load_shared(i: Instruction, vector: str | None, type: str) -> Step:
     expect(i, 2)
+    dtype = DTYPES[type]
     to = flat(i.operands[0])
     if len(to) != int((vector or ".v1")[2:]):
         raise i.error("the number of registers")
-    at, writes = addresses(i, i.operands[1], "u32"), [writer(i, o, f"b{width}") for o in to]
+    at, writes = addresses(i, i.operands[1], "u32"), [writer(i, o, type) for o in to]
 
     def run(m: Machine, mask: Mask) -> None:
         where = m.active(mask)
-        found = m.shared.load(where, at(m)[where], int(width) // 8, len(to))
+        address = at(m)[where]
+        banks.note(i, where, address, dtype.itemsize * len(to))
+        found = m.shared.load(where, address, dtype.itemsize, len(to))
         for write, value in zip(writes, found, strict=True):
-            write(m, spread(m, value, mask), mask)
+            write(m, spread(m, value.view(dtype), mask), mask)
 
     return run
 
@@ -392,7 +398,9 @@ def store_shared(i: Instruction, vector: str | None, width: str) -> Step:
 
     def run(m: Machine, mask: Mask) -> None:
         where = m.active(mask)
-        m.shared.store(where, at(m)[where], [m.full(read(m))[where] for read in reads], int(width) // 8)
+        address = at(m)[where]
+        banks.note(i, where, address, int(width) // 8 * len(of))
+        m.shared.store(where, address, [m.full(read(m))[where] for read in reads], int(width) // 8)
 
     return run
 
@@ -417,6 +425,7 @@ def load_matrix(i: Instruction, count: str, transposed: str | None) -> Step:
         whole_warps(m, mask, None)
         address, where = at(m), m.active(mask)
         lane = where % 32
+        banks.note(i, where[lane < 8 * len(to)], address[where][lane < 8 * len(to)], 16)
         for matrix, write in enumerate(writes):
             if transposed:
                 halves = []
@@ -443,6 +452,7 @@ def store_matrix(i: Instruction, count: str, transposed: str | None) -> Step:
         whole_warps(m, mask, None)
         address, where = at(m), m.active(mask)
         lane = where % 32
+        banks.note(i, where[lane < 8 * len(of)], address[where][lane < 8 * len(of)], 16)
         for matrix, read in enumerate(reads):
             value = m.full(read(m))[where]
             if transposed:
@@ -535,17 +545,204 @@ def reduce(i: Instruction, op: str, type: str) -> Step:
     return run
 
 
+# ---- products, and what runs beside the threads ----------------------------------------------------------------------
+
+
+def multiply(i: Instruction, size: str, clamped: str | None, types: str) -> Step:
+    """Mma: a warp multiplies operands that its lanes have in registers."""
+    expect(i, 4)
+    rows, columns, steps, total, a_type, b_type = products.shape(f"{size}.{types}")
+    if (rows, columns) != (16, 8) or steps != (16 if a_type in products.TO_FLOAT else 32):
+        raise i.error("this shape is not known")
+    a, b, c = ([reader(i, o, "b32") for o in flat(operand)] for operand in i.operands[1:])
+    writes = [writer(i, o, "b32") for o in flat(i.operands[0])]
+    if (len(a), len(b), len(c), len(writes)) != (4, 2, 4, 4):
+        raise i.error("the number of registers")
+
+    def run(m: Machine, mask: Mask) -> None:
+        whole_warps(m, mask, None)
+        words = [products.words_of(m, reads).reshape(m.n // 32, 32, -1) for reads in (a, b, c)]
+        operands = products.left(words[0], a_type), products.right(words[1], b_type), products.sums(words[2], total)
+        dealt = products.dealt(products.multiplied(*operands, clamped is not None)).reshape(m.n, 4)
+        for n, write in enumerate(writes):
+            write(m, np.ascontiguousarray(dealt[:, n]), mask)
+
+    return run
+
+
+def multiply_beside(i: Instruction, form: str) -> Step:
+    """Wgmma: a warpgroup multiplies a, of registers or shared memory, with b of shared memory, until it is waited for.
+
+    Who overwrites an operand before finds it in the product.
+    """
+    rows, columns, steps, total, a_type, b_type = products.shape(form)
+    to, a, b, keeps, *rest = i.operands
+    if rows != 64 or any(not isinstance(o, Immediate) for o in rest):
+        raise i.error("this shape is not known")
+    signs, turned = [o.value for o in rest[:2]], [bool(o.value) for o in rest[2:]]
+    if signs != [1, 1] * (total == "f32"):
+        raise i.error("this sign is not known")
+    from_registers = isinstance(a, tuple)
+    turned = [False] * (2 - len(turned)) + turned
+    writes, before = ([make(i, o, "b32") for o in flat(to)] for make in (writer, reader))
+    if len(writes) != columns // 2 or (from_registers and len(flat(a)) != 4):
+        raise i.error("the number of registers")
+    a_reads = [reader(i, o, "b32" if from_registers else "u64") for o in flat(a)]
+    b_read, keep = reader(i, b, "u64"), reader(i, keeps, "pred")
+
+    def run(m: Machine, mask: Mask) -> None:
+        by = warpgroups(m, mask)
+        descriptors = [of_warpgroups(m, read, by) for read in ([b_read] if from_registers else [b_read, *a_reads])]
+        added = m.full(keep(m)).reshape(-1, products.WARPGROUP)[:, :1, None, None].astype(np.int32)
+
+        def operands(by: Array) -> tuple[Array, Array]:
+            right = products.loaded(m, descriptors[0], by, columns, steps, b_type, turned[1])
+            if from_registers:
+                words = products.words_of(m, a_reads).reshape(-1, 4, 32, 4)[by]
+                return products.left(words, a_type), right[:, None]
+            left = products.loaded(m, descriptors[1], by, rows, steps, a_type, turned[0])
+            return left.reshape(len(left), 4, 16, steps), right[:, None]
+
+        def finish(m: Machine, by: Array) -> None:
+            words = products.words_of(m, before).reshape(-1, 4, 32, len(before))[by]
+            c = products.sums(words, total)
+            c = np.where(added[by] != 0, c, np.zeros(1, c.dtype))
+            dealt = products.dealt(products.multiplied(*operands(by), c))
+            placed = np.zeros((len(by), 4, 32, len(writes)), np.uint32)
+            placed[by] = dealt
+            placed = placed.reshape(m.n, -1)
+            threads = None if by.all() else np.repeat(by, products.WARPGROUP)
+            for n, write in enumerate(writes):
+                write(m, np.ascontiguousarray(placed[:, n]), threads)
+
+        operands(by)  # a race is one now, too
+        m.products.add(finish, by)
+
+    return run
+
+
+def warpgroups(m: Machine, mask: Mask) -> Array:
+    """The warpgroups that run, each with all its threads."""
+    running = (np.ones(m.n, bool) if mask is None else mask).reshape(-1, products.WARPGROUP)
+    if (running.any(1) != running.all(1)).any():
+        raise FaultError("not all threads of a warpgroup run")
+    return running.all(1)
+
+
+def of_warpgroups(m: Machine, read: Read, by: Array) -> Array:
+    """The one value that the threads of each warpgroup have."""
+    values = m.full(read(m)).reshape(-1, products.WARPGROUP)
+    if (values[by] != values[by][:, :1]).any():
+        raise FaultError("threads of a warpgroup have different descriptors")
+    return np.ascontiguousarray(values[:, 0])
+
+
+def commit_products(i: Instruction) -> Step:
+    return lambda m, mask: m.products.commit(warpgroups(m, mask))
+
+
+def wait_products(i: Instruction) -> Step:
+    pending = number(i)
+    return lambda m, mask: m.products.wait(m, pending, warpgroups(m, mask))
+
+
+def number(i: Instruction) -> int:
+    expect(i, 1)
+    if not isinstance(i.operands[0], Immediate):
+        raise i.error("no number")
+    return i.operands[0].value
+
+
+def copy_beside(i: Instruction) -> Step:
+    """Cp.async: so many bytes, or zeros where it is told to read none, by the time that it is waited for."""
+    size = i.operands[2].value if len(i.operands) in (3, 4) and isinstance(i.operands[2], Immediate) else 0
+    if size not in (4, 8, 16):
+        raise i.error("the number of bytes")
+    to, of = addresses(i, i.operands[0], "u32"), addresses(i, i.operands[1], "u64")
+    bytes_read = reader(i, i.operands[3] if len(i.operands) == 4 else i.operands[2], "u32")
+    words = size // 4
+
+    def run(m: Machine, mask: Mask) -> None:
+        there, source, count = to(m).copy(), of(m).copy(), m.full(bytes_read(m)).copy()
+        by = np.ones(m.n, bool) if mask is None else mask.copy()
+        if not np.isin(count[by], (0, size)).all():
+            raise FaultError("a copy of some of the bytes")
+        where = np.flatnonzero(by)
+        banks.note(i, where, there[where], size)
+        m.shared.store(where, there[where], [np.full(len(where), products.POISON, np.uint32)] * words, 4)
+
+        def finish(m: Machine, by: Array) -> None:
+            where = np.flatnonzero(by)
+            full = np.flatnonzero(count[where])
+            values = [np.zeros(len(where), np.uint32) for _ in range(words)]
+            if len(full):
+                for value, found in zip(values, m.memory.load(source[where][full], 4, words), strict=True):
+                    value[full] = found
+            m.shared.store(where, there[where], values, 4)
+
+        m.copies.add(finish, by)
+
+    return run
+
+
+def running(m: Machine, mask: Mask) -> Array:
+    return np.ones(m.n, bool) if mask is None else mask
+
+
+def commit_copies(i: Instruction) -> Step:
+    return lambda m, mask: m.copies.commit(running(m, mask))
+
+
+def wait_copies(i: Instruction) -> Step:
+    pending = number(i)
+    return lambda m, mask: m.copies.wait(m, pending, running(m, mask))
+
+
+def take_ticket(i: Instruction) -> Step:
+    """Atom.add of integers: threads take turns."""
+    expect(i, 3)
+    write, at, read = (
+        writer(i, i.operands[0], "b32"),
+        addresses(i, i.operands[1], "u64"),
+        reader(i, i.operands[2], "u32"),
+    )
+
+    def run(m: Machine, mask: Mask) -> None:
+        where = m.active(mask)
+        address, add, found = at(m), m.full(read(m)), np.zeros(m.n, np.uint32)
+        for thread in where:
+            (found[thread : thread + 1],) = m.memory.load(address[thread : thread + 1], 4, 1)
+            m.memory.store(address[thread : thread + 1], [found[thread : thread + 1] + add[thread]], 4)
+        write(m, found, mask)
+
+    return run
+
+
+def nothing(i: Instruction) -> Step:
+    return lambda m, mask: None
+
+
 VECTOR, WIDTH = r"(\.v[24])?", r"\.b(8|16|32|64)"
+LOADED = r"\.([bsu](?:8|16|32|64))"
 OTHERS: dict[str, Callable[..., Step]] = {
     r"ld\.param\.([bsu](?:32|64))": parameter,
-    rf"ld\.global{VECTOR}{WIDTH}": load_global,
+    rf"ld\.global(?:\.cg)?{VECTOR}{LOADED}": load_global,
     rf"st\.global{VECTOR}{WIDTH}": store_global,
-    rf"ld\.shared{VECTOR}{WIDTH}": load_shared,
+    rf"ld\.shared{VECTOR}{LOADED}": load_shared,
     rf"st\.shared{VECTOR}{WIDTH}": store_shared,
     r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16": load_matrix,
     r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16": store_matrix,
     r"bar\.sync": barrier,
     r"bar\.warp\.sync": warp_barrier,
     r"shfl\.sync\.(up|down|bfly|idx)\.b32": shuffle,
+    r"mma\.sync\.aligned\.(m16n8k\d+)\.row\.col(\.satfinite)?\.([fs]32\.\w+\.\w+)\.[fs]32": multiply,
+    r"wgmma\.mma_async\.sync\.aligned\.(m64.*)": multiply_beside,
+    r"wgmma\.fence\.sync\.aligned|fence\.proxy\.async\.shared::cta": nothing,
+    r"wgmma\.commit_group\.sync\.aligned": commit_products,
+    r"wgmma\.wait_group\.sync\.aligned": wait_products,
+    r"cp\.async\.c[ag]\.shared\.global": copy_beside,
+    r"cp\.async\.commit_group": commit_copies,
+    r"cp\.async\.wait_group": wait_copies,
+    r"atom\.global\.gpu\.acq_rel\.add\.u32": take_ticket,
     r"redux\.sync\.(max|min|add)\.([su]32)": reduce,
 }

@@ -72,7 +72,7 @@ class Kernel:
 ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)\s*((?:\.\w+ [\d, ]+\s*)*)\{", re.DOTALL)
 PARAM = re.compile(r"\.param \.(\w+)(?: \.ptr \.global)?(?: \.align \d+)? (\w+)")
 LOCATION = re.compile(r"\.loc\s+\d+ \d+ \d+\s*(?:, function_name [^/]*)?(?://\s*(.*))?")
-STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([\w.]+)\s*(.*)", re.DOTALL)
+STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
 BRANCHES = ("bra", "bra.uni", "ret")
 
 

@@ -20,6 +20,7 @@ from ptx import memory
 from quantlib.testing import every
 from quantlib.testing.every import AnyCase
 from quantlib.testing.learned import Learned
+from quantlib.testing.product import Product
 from quantlib.testing.table import Case
 
 COLUMNS: dict[str, AnyCase] = {
@@ -30,6 +31,7 @@ COLUMNS: dict[str, AnyCase] = {
 ROW = Case("quantize_dynamic", "int8", "bfloat16", (3, 515), (1, -1))
 
 
+MANY = Product("dequant_matmul", "int8", "bfloat16", (130, 136, 192), (1, -1), tiled=True)
 SUMS = Learned("fake_quantize_backward", "int8", "float32", (2, 515), (1, -1))
 
 
@@ -38,12 +40,14 @@ PTX: dict[str, tuple[AnyCase, str, str]] = {
     "a barrier is missing": (ROW, r"bar\.sync \t0;", ""),
     "a lane beside it": (SUMS, r"(shfl\.sync\.bfly\.b32 \t\S+ \S+) 16,", r"\1 8,"),
     "a mask is missing": (ROW, r"@%p\d+ (ld\.global)", r"\1"),
+    "a product that is not waited for": (MANY, r"wgmma\.wait_group\.sync\.aligned 0;", ""),
+    "a copy that is not waited for": (MANY, r"cp\.async\.wait_group (\t*)[1-9];", r"cp.async.wait_group 31;"),
     "not rounded to nearest": (ROW, r"div\.rn\.f32", "div.full.f32"),
 }
 
 
 def planted() -> Iterator[tuple[str, str | None]]:
-    for case in (ROW, SUMS, *COLUMNS.values()):
+    for case in (ROW, SUMS, MANY, *COLUMNS.values()):
         yield str(case), wrong(case)
     for name, (case, pattern, by) in PTX.items():
         with edited(pattern, by):

@@ -20,6 +20,7 @@ from quantlib.backends.triton.matmul import (
     COLUMNS,
     add_scaled,
     arrive,
+    chunk_bits,
     finish,
     in_order,
     is_right,
@@ -49,6 +50,7 @@ def sum_steps(
     ``per`` steps share a scale where SCALES is "step": a step has one then.
     """
     D: tl.constexpr = operand_type(X, F, SCALES != "element", ARCH)
+    CHUNKS: tl.constexpr = chunk_bits(X, F, SCALES, T, ARCH)
     HALF: tl.constexpr = COLUMNS if TILED else T.tile_k
     HALVES: tl.constexpr = F.per_byte if TILED else 1
     x_ptr += m[None, :] * K
@@ -61,7 +63,7 @@ def sum_steps(
     steps = tl.cdiv(K, T.tile_k)
     each = tl.cdiv(steps, T.splits)
     for step in range(split * each, tl.minimum(split * each + each, steps)):
-        operands = load_operands(codes_ptr, n_first, step, stride, N, K, F, D, T, TILED, MASKED, ARCH)
+        operands = load_operands(codes_ptr, n_first, step, stride, N, K, F, D, T, TILED, CHUNKS, MASKED, ARCH)
         if SCALES == "step":
             s = load_scale(scale_ptr + at + step // per, rows, F)
             part = tl.full((T.tile_n, T.tile_m), 0.0, tl.float32)
@@ -75,14 +77,14 @@ def sum_steps(
             else:
                 J, exists = 0 if SCALES == "row" else k // bk, rows & (k < K)
             if TILED:
-                w = split_tiles(w, T)
+                w = split_tiles(w, T, CHUNKS)
                 if SCALES != "element":  # before a thread's values are put in order: then they need not leave it
                     w = subtract_zero_point(w, zero_point_ptr, z_in_tile + J, rows_in_tile & (k < K), F)
                 w = in_order(w, T)
             if SCALES == "element" or not TILED:
                 w = subtract_zero_point(w, zero_point_ptr, z_at + J, exists, F)
             if SCALES == "row":
-                total = multiply(w, x, total, is_right(X, F, SCALES, T, ARCH))
+                total = multiply(w, x, total, is_right(X, F, SCALES, T, ARCH), T, ARCH)
             elif SCALES == "step":
                 part = tl.dot(w, x, part, input_precision="ieee")
             elif SCALES == "half":
@@ -90,7 +92,7 @@ def sum_steps(
                 total = add_scaled(total, part, load_scale(scale_ptr + at + J, exists, F), D, T)
             else:
                 w = (w.to(tl.float32) * load_scale(scale_ptr + at + J, exists, F)).to(D)
-                total = tl.dot(w, x, total, input_precision="ieee")
+                total = multiply(w, x, total, False, T, ARCH)
         if SCALES == "step":
             total = add_scaled(total, part, s, D, T)
     if SCALES == "row":
@@ -220,7 +222,7 @@ def paired(x: torch.Tensor) -> torch.Tensor:
     """x [M, K] of 16 bits with each 16 columns in another order: 0 1 4 5 8 9 12 13, then 2 3 6 7 10 11 14 15.
 
     `in_order` puts those of the weight in the same, in which a thread of a warpgroup has them side by side in a tile.
-    In their own it would load its codes in twos, from places that lie in one bank of shared memory.
+    In their own it would load its codes in twos, two of which lie in one bank of shared memory.
     """
     M, K = x.shape
     return x.view(M, K // 16, 4, 2, 2).transpose(2, 3).reshape(M, K)

@@ -30,7 +30,7 @@ def sum_rows(
         n_first = tl.cast(step, tl.int64) * T.tile_n
         n = n_first + tl.arange(0, T.tile_n)
         dy = load_x(dy_ptr + n[None, :], batch & (n < N)[None, :], X, D, ARCH)
-        w = load_operands(codes_ptr, n_first, k_tile, stride, N, K, F, tl.float32, T, False, True, ARCH)[0]
+        w = load_operands(codes_ptr, n_first, k_tile, stride, N, K, F, tl.float32, T, False, None, True, ARCH)[0]
         if ONE_BLOCK:
             J, exists = k_tile * T.tile_k // bk, (n < N)[:, None]
         else:

@@ -24,6 +24,9 @@ ROWS: tl.constexpr = tl.constexpr(TileLayout.ROWS)
 BYTES: tl.constexpr = tl.constexpr(TileLayout.BYTES)
 BFLOAT16: tl.constexpr = tl.constexpr(formats.get("bfloat16"))
 FLOAT16: tl.constexpr = tl.constexpr(formats.get("float16"))
+AS_STORED: tl.constexpr = tl.constexpr((0, 1, 2, 3, 4, 5))  # chunk_bits of a tile as it lies in memory
+# Rows of x from which on a warpgroup of sm_90 multiplies them together.
+NARROWEST = 16 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 8
 COLUMNS: tl.constexpr = tl.constexpr(64)  # of a tile that are side by side: all, or those of one place in a byte
 
 
@@ -193,10 +196,57 @@ def tile_operands(tiles, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, ARCH
         return values
 
 
+@triton.constexpr_function
+def chunk_bits(X, F, SCALES, T, ARCH):
+    """The order of a tile's 64 chunks of 16 bytes in shared memory, so that few lanes ask one bank for different words.
+
+    Bit i of a chunk's place there is bit chunk_bits[i] of its place in the tile: r, t (2 bits), g (3). For the right
+    operand a warpgroup of sm_90 stores eight bytes, of all g, which the swizzle sets apart, and both halves of its
+    chunks. Its lanes load two codes at a time otherwise, of all g; or whole chunks where T is paired, each eight lanes
+    those of t and a bit of g. The next bit is r, the half of a sector of the L2 cache. A warp of few rows loads chunks
+    two to a bank as they are stored: side by side they would take more registers, and memory is what it waits for.
+    """
+    if ARCH > 0 and (ARCH != 90 or T.warps < 4 or operand_type(X, F, SCALES != "element", ARCH) == tl.float32):
+        return AS_STORED.value
+    if is_right(X, F, SCALES, T, ARCH):
+        return (1, 3, 4, 5, 0, 2)
+    if T.paired or ARCH == 0:
+        return (1, 2, 3, 0, 4, 5)
+    return (3, 4, 5, 0, 1, 2) if T.tile_n >= 64 and T.tile_m >= NARROWEST else AS_STORED.value
+
+
+@triton.constexpr_function
+def are_moved(CHUNKS):
+    return tuple(CHUNKS) != AS_STORED.value
+
+
+@triton.constexpr_function
+def chunk_axes(CHUNKS):
+    """The axes of g (3), t (2) and r of a tile whose chunks lie in shared memory as CHUNKS says."""
+    return tuple(6 - tuple(CHUNKS).index(bit) for bit in (5, 4, 3, 2, 1, 0))
+
+
 @triton.jit
-def split_tiles(values, T: tl.constexpr):
+def split_tiles(values, T: tl.constexpr, CHUNKS: tl.constexpr):
     """[tile_n / 16, 1024] -> [tile, g, t, r, s, h, e], the axes of backends/tiles.py"""
+    if are_moved(CHUNKS):
+        A: tl.constexpr = chunk_axes(CHUNKS)
+        values = values.reshape(T.tile_n // ROWS, 2, 2, 2, 2, 2, 2, 2, 2, 4)
+        values = values.permute(0, A[0], A[1], A[2], A[3], A[4], A[5], 7, 8, 9)
     return values.reshape(T.tile_n // ROWS, 8, 4, 2, 2, 2, 4)
+
+
+@triton.jit
+def byte_of_tile(CHUNKS: tl.constexpr):
+    """[1024] the byte of a tile that lies at each byte of shared memory"""
+    at = tl.arange(0, BYTES)
+    if are_moved(CHUNKS):
+        byte = at & 15
+        for bit in tl.static_range(6):
+            byte += ((at >> (4 + bit)) & 1) << (4 + CHUNKS[bit])
+        return tl.multiple_of(tl.max_contiguous(byte, 16), 16)
+    else:
+        return at
 
 
 @triton.jit
@@ -222,12 +272,12 @@ def in_order(values, T: tl.constexpr):
 @triton.jit
 def load_operands(
     codes_ptr, n_first, step, stride, N, K, F: tl.constexpr, D: tl.constexpr, T: tl.constexpr, TILED: tl.constexpr,
-    MASKED: tl.constexpr, ARCH: tl.constexpr,
+    CHUNKS: tl.constexpr, MASKED: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """Rows n_first.. of the weight, step ``step`` of K -> [tile_n, T.tile_k] D, from tiles one a place in a byte"""
     if TILED:
         row = n_first // ROWS + tl.arange(0, T.tile_n // ROWS)[:, None]
-        byte = (row * stride + step) * BYTES + tl.arange(0, BYTES)[None, :]
+        byte = (row * stride + step) * BYTES + byte_of_tile(CHUNKS)[None, :]
         return tile_operands(tl.load(codes_ptr + byte, row * ROWS < N, 0), F, D, T, ARCH)
     else:
         row = n_first + tl.arange(0, T.tile_n)[:, None]
@@ -272,12 +322,24 @@ def load_narrow(ptr, rows, k, end, F: tl.constexpr, T: tl.constexpr, MASKED: tl.
 
 
 @triton.jit
-def multiply(w, x, total, RIGHT: tl.constexpr):
+def multiply(w, x, total, RIGHT: tl.constexpr, T: tl.constexpr, ARCH: tl.constexpr):
     """w x + total, [tile_n, tile_m] float32; RIGHT: as the product of the transposed"""
     if RIGHT:
         return tl.trans(tl.dot(tl.trans(x), tl.trans(w), tl.trans(total), input_precision="ieee"))
+    elif ARCH == 90 and T.warps >= 4 and w.dtype != tl.float32:
+        return settled(tl.dot(w, x, total))
     else:
         return tl.dot(w, x, total, input_precision="ieee")
+
+
+@triton.jit
+def settled(total):
+    """The sums of a warpgroup's product, for which the trip of a loop that has started it waits, as it uses them here.
+
+    The warpgroup multiplies beside what follows, and reads w from registers meanwhile. Triton 3.6 lets it run on in the
+    next trip, which takes the registers for other values (Triton's issue 9433): wrong bytes on an H200.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.constexpr_function

@@ -15,6 +15,7 @@ from quantlib import formats
 from quantlib.backends.triton import launch
 from quantlib.backends.triton.descriptors import multiply_described
 from quantlib.backends.triton.matmul import (
+    AS_STORED,
     COLUMNS,
     finish,
     in_order,
@@ -49,7 +50,7 @@ def slab_kernel(
     steps = tl.cdiv(width, T.tile_k)
     row_tile, step = (tl.program_id(0) // steps).to(tl.int64) * T.tile_n, tl.program_id(0) % steps
     operands = load_operands(
-        codes_ptr, first + row_tile, first_step + step, stride, end, K, F, D, T, TILED, MASKED, ARCH
+        codes_ptr, first + row_tile, first_step + step, stride, end, K, F, D, T, TILED, AS_STORED, MASKED, ARCH
     )  # fmt: skip
     row = tl.arange(0, T.tile_n)[:, None]
     n = first + row_tile + row
@@ -58,7 +59,7 @@ def slab_kernel(
     for half in tl.static_range(HALVES):
         k = (first_step + step) * T.tile_k + half * HALF
         j = tl.arange(0, HALF)[None, :]
-        w = in_order(split_tiles(operands[half], T), T) if TILED else operands[half]
+        w = in_order(split_tiles(operands[half], T, AS_STORED), T) if TILED else operands[half]
         if RUN < HALF:
             w = w.reshape(T.tile_n, HALF // RUN, RUN)
             column = k + tl.arange(0, HALF // RUN)[None, :, None] * RUN  # where each run begins
