@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from defaults import default_dtype
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.checkpoint import convert_file, dequantize_file, quantize_file
+from quantlib.checkpoint import convert_file, dequantize_file, inspect_checkpoint, quantize_file
 from quantlib.cli import main
 
 N, K = 32, 64
@@ -374,3 +375,19 @@ def test_compressed_tensors_decompresses_ours(spec: str, tmp_path: Path) -> None
     parts = {k.removeprefix("model.layer."): t for k, t in state.items() if k.startswith("model.layer.")}
     got = compressor.decompress(parts, QuantizationScheme(**group))["weight"]
     assert torch.equal(got, weight_of(tmp_path / "float"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_default_device_and_dtype_change_no_byte(case: str, tmp_path: Path) -> None:
+    """A program that makes skeletons on ``meta`` reads and writes files there too."""
+    state, config, _ = CASES[case][0]()
+    src = put(tmp_path / "in", state, config)
+    for to in ("quantlib", "compressed-tensors", "int8:row"):
+        convert_file(src, tmp_path / to, to)
+        with torch.device("meta"), default_dtype(torch.bfloat16):
+            convert_file(src, tmp_path / f"{to}-again", to)
+        names = sorted(path.name for path in (tmp_path / to).glob("*.safetensors"))
+        assert all((tmp_path / to / n).read_bytes() == (tmp_path / f"{to}-again" / n).read_bytes() for n in names)
+    with torch.device("meta"), default_dtype(torch.bfloat16):
+        (found,) = (r for r in inspect_checkpoint(src) if r.name == "model.layer.weight")
+    assert found.nonfinite == 0

@@ -183,7 +183,7 @@ def packed(tensors: Tensors, prefix: str, scheme: Mapping[str, Any]) -> Found:
         parts.append(g_idx)
         tensors.get(g_idx, (torch.int32, torch.int64), (K,))
         columns, group = tensors.read(g_idx).long(), QuantSpec("int8", scales.per).block((N, K))[1]
-        if not torch.equal(columns, torch.arange(K) // group) and bool((columns >= 0).all()):
+        if not torch.equal(columns, torch.arange(K, device="cpu") // group) and bool((columns >= 0).all()):
             if bool((columns >= scales.columns).any()):
                 raise ValueError(f"{g_idx} must be of 0..{scales.columns - 1}, got {int(columns.max())}")
 

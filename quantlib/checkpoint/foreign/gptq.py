@@ -47,13 +47,13 @@ def weight_of(
         """[G, N], 0..2^bits - 1"""
         return (bits_of(tensors.read(qzeros), bits).flatten(1).to(torch.int32) + first) & ((1 << bits) - 1)
 
-    columns = torch.arange(K) // group
+    columns = torch.arange(K, device="cpu") // group
     if len(parts) > 3:
         tensors.get(parts[3], INT, (K,))
         columns = tensors.read(parts[3]).long()
         if bool((columns < 0).any()) or bool((columns >= G).any()):
             raise ValueError(f"{parts[3]} must be of 0..{G - 1}, got {int(columns.min())}..{int(columns.max())}")
-    ordered = torch.equal(columns, torch.arange(K) // group)
+    ordered = torch.equal(columns, torch.arange(K, device="cpu") // group)
     symmetric = bits >= 4 and bool((zero_points() == 1 << (bits - 1)).all())
     dtype = tensors.slot(scales).dtype
     whole = Once(lambda: (tensors.read(qweight), zero_points(), tensors.read(scales)))
