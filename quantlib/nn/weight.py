@@ -84,9 +84,9 @@ class QuantParameter(nn.Parameter):
 
     def detach(self) -> Tensor:
         if self.dtype.is_floating_point and (torch.compiler.is_compiling() or not made_a_parameter()):
-            plain: Tensor = super().detach()  # a float like any other, as forward derivatives take it
-            return plain
-        return QuantParameter(self.data, requires_grad=False)
+            return super().detach()  # a float like any other, as forward derivatives take it
+        new: Tensor = QuantParameter(self.data, requires_grad=False)
+        return new
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> QuantParameter:
         """Copy codes only. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.

@@ -392,6 +392,12 @@ def test_refused_paths(tmp_path: Path) -> None:
         (tmp_path / "empty", tmp_path / "q", ValueError, "must hold safetensors files, got none"),
         (tmp_path / "other", tmp_path / "q", ValueError, r"must hold safetensors files, got thesis\.tex"),
         (src, tmp_path / "q", ValueError, r"dst must be a \.safetensors file, as src is, got"),
+        (
+            model,
+            tmp_path / "q.safetensors",
+            ValueError,
+            "dst must be a folder, as src is, got .*, which",
+        ),
         (src, src, ValueError, "dst must lie outside src"),
         (model, model, ValueError, "dst must lie outside src"),
         (model, model / "q", ValueError, "dst must lie outside src"),
