@@ -33,6 +33,8 @@ def find(tensors: Tensors) -> Iterator[Found]:
         if bits not in (2, 4, 8) or 32 * zeros != bits * N or not G or not K:
             raise ValueError(f"{names[0]} must be of 2, 4 or 8 bits, got {bits} (qzeros {zeros} for {N} rows)")
         parts = (*names, f"{prefix}g_idx") if f"{prefix}g_idx" in tensors else names
+        if parts is names and said.get("desc_act") is True and G > 1:
+            raise ValueError(f"{prefix}g_idx must be there for desc_act of config.json, got no such tensor")
         yield weight_of(tensors, prefix, parts, bits, (N, K), G, said.get("checkpoint_format") != "gptq_v2")
 
 
