@@ -16,7 +16,7 @@ from quantlib.measure import OnNonfinite, Sums, check_weight, describe_experts
 from quantlib.nn import QUANTIZED, FakeQuantize, QuantModule, form_of
 from quantlib.nn.experts import QuantExperts, ways_of
 from quantlib.nn.functional import SOURCES
-from quantlib.nn.module import check_whole, hooked_forward, rebind_hooks
+from quantlib.nn.module import check_plain, check_whole, hooked_forward, rebind_hooks
 from quantlib.nn.qat import QATModule
 from quantlib.nn.qat_experts import QATExperts
 from quantlib.ops.check import dtype_name, one_of
@@ -158,6 +158,11 @@ def dequantize_(model: nn.Module) -> list[str]:
     check_root(model)
     kinds = (QuantModule, QuantExperts)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    for name, module in layers.items():
+        try:
+            check_plain(module)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
     names, places = list(layers), places_of(model)
     done: dict[int, nn.Parameter] = {}  # id of the codes -> the weight that they became
     for name in names:

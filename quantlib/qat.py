@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantlib.api import (
@@ -35,6 +36,7 @@ from quantlib.report import LayerReport, Report
 from quantlib.spec import QuantSpec, check_unrotated
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
 def prepare_qat_(
     model: nn.Module,
     spec: Any,
@@ -165,6 +167,7 @@ def described(name: str, experts: QATExperts) -> list[LayerReport]:
     return reports
 
 
+@torch.inference_mode(False)
 def convert_(model: nn.Module) -> Report:
     """Put modules of codes where the prepared ones of ``model`` are, in place: the end of training.
 

@@ -488,3 +488,15 @@ def test_bad_input(message: str, device: str) -> None:
         return  # nothing waits for a GPU to be asked for a value
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         BAD[message]()
+
+
+def test_a_model_that_is_prepared_and_converted_in_inference_mode_trains_outside_of_it() -> None:
+    x = torch.randn(4, 16, requires_grad=True)
+    model = nn.Sequential(nn.Linear(16, 8))
+    with torch.inference_mode():
+        prepare_qat_(model, "int8")
+    model(x).sum().backward()
+    with torch.inference_mode():
+        convert_(model)
+    model(x).sum().backward()
+    assert x.grad is not None

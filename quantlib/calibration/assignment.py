@@ -117,6 +117,7 @@ class Assignment(dict[str, str]):
         figure.savefig(path)
 
 
+@torch.inference_mode(False)  # it needs gradients
 def assign(
     model: nn.Module,
     bits: float = 4.5,

@@ -90,7 +90,8 @@ def rounded_stack(
             idle.append(e)
         else:
             reached.append(found)
-        shifts.append(torch.zeros(stack.N, device=w.device) if found is None or found.shift is None else found.shift)
+        none = torch.zeros(stack.N, dtype=torch.float32, device=w.device)
+        shifts.append(none if found is None or found.shift is None else found.shift)
     energy = sum(found.energy for found in reached) or 1.0
     loss, rounding = (
         sum(share * found.energy for found, share in zip(reached, shares, strict=True)) / energy

@@ -82,7 +82,7 @@ def drawn_loss(output: Any, generator: torch.Generator) -> Tensor:
     logits: Tensor | None = getattr(output, "logits", None)
     if logits is None:
         y: Tensor = first_of(getattr(output, "last_hidden_state", output))
-        signs = torch.randint(0, 2, y.shape, generator=generator).to(y.device) * 2 - 1
+        signs = torch.randint(0, 2, y.shape, generator=generator, device="cpu").to(y.device) * 2 - 1
         return (y.float() * signs).sum()
     p = logits.detach().float().softmax(-1).flatten(0, -2)
     labels = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)

@@ -32,7 +32,7 @@ class Gram:
     @classmethod
     def of(cls, K: int, device: torch.device) -> Gram:
         """The sums over no input."""
-        H, total, peak = (torch.zeros(shape, device=device) for shape in ((K, K), (K,), (K,)))
+        H, total, peak = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in ((K, K), (K,), (K,)))
         return cls(H, total, peak)
 
     def add(self, x: Tensor) -> None:

@@ -84,7 +84,7 @@ def batch(weight: Found, cost: int) -> Batch:
             if z is not None:
                 pieces.append((slots[2], rows.start // WORD, words_of(in_range(weight, z, 8, 0).T).T))
             if rows.start == 0:
-                pieces.append((slots[-1], 0, torch.tensor([N, K])))
+                pieces.append((slots[-1], 0, torch.tensor([N, K], device="cpu")))
         else:
             pieces.append((slots[0], rows.start, q if not half else (q.to(torch.int16) - half).to(torch.int8)))
             if z is not None:
@@ -118,7 +118,7 @@ def in_range(weight: Found, zero_point: Tensor, limit: int, half: int) -> Tensor
 def words_of(codes: Tensor) -> Tensor:
     """[R, ceil(K / 8)] int32 of int4 codes [R, K] int8: q + 8, the first in the lowest bits; padding is 0."""
     R, K = codes.shape
-    padded = torch.zeros(R, -(-K // WORD) * WORD, dtype=torch.uint8)
+    padded = torch.zeros(R, -(-K // WORD) * WORD, dtype=torch.uint8, device="cpu")
     padded[:, :K] = (codes.to(torch.int16) + 8).to(torch.uint8)
     return (padded[:, 0::2] | padded[:, 1::2] << 4).contiguous().view(torch.int32)
 

@@ -415,6 +415,8 @@ def convert(
         folder = src.is_dir()
         if not folder and (dst.suffix != ".safetensors" or dst.is_dir()):
             raise ValueError(f"dst must be a .safetensors file, as src is, got {dst}")
+        if folder and dst.suffix == ".safetensors" and not dst.is_dir():
+            raise ValueError(f"dst must be a folder, as src is, got {dst}, which is the name of a file")
         here, there = src.resolve(), dst.resolve()
         if here == there or here in there.parents or there in here.parents:
             raise ValueError(f"dst must lie outside src, got {dst}")

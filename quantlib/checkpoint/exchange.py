@@ -228,7 +228,10 @@ def floats(weight: Found, dtype: torch.dtype, cost: int) -> Batch:
 
     def job(rows: slice) -> list[Piece]:
         with forgetting(weight):
-            return [(weight.name, rows.start * K * dtype.itemsize, weight.decoded(rows, dtype).contiguous())]
+            y = weight.decoded(rows, dtype).contiguous()
+            if weight.values is not None and weight.experts is None and not y.isfinite().all():
+                raise ValueError(f"{weight.name} must have values that are finite, got {float(y[~y.isfinite()][0]):g}")
+            return [(weight.name, rows.start * K * dtype.itemsize, y)]
 
     jobs: list[Job] = [functools.partial(job, rows) for rows in row_slabs(weight)]
     return Batch([Slot(weight.name, dtype, weight.float_shape)], jobs, weight.forget, cost)

@@ -112,7 +112,7 @@ class Model:
         found = sorted(path for path in self.path.iterdir() if path.name.endswith(".safetensors"))
         if not found:
             raise ValueError(f"{self.path} must hold safetensors files, got {some(sorted(os.listdir(self.path)))}")
-        self.config = read_object(self.path / CONFIG)
+        self.config = read_config(self.path / CONFIG)
         indices = sorted(path for path in self.path.iterdir() if path.name.endswith(INDEX))
         usual = [path for path in indices if path.name.removesuffix(INDEX) + ".safetensors" in SINGLE]
         if len(usual or indices) > 1:
@@ -253,6 +253,26 @@ def read_index(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} must name files of its folder, got {file!r}")
     metadata = index.get("metadata")
     return {**index, "metadata": metadata if isinstance(metadata, dict) else {}}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The contents of config.json; empty for one that is absent.
+
+    Raises
+    ------
+    ValueError
+        For anything else than an object: the output would have another one, without what stands in this.
+    """
+    if not os.path.lexists(path):
+        return {}
+    check_file(path)
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be JSON with an object, got something else")
+    return value
 
 
 def read_object(path: Path) -> dict[str, Any]:

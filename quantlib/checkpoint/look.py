@@ -349,11 +349,11 @@ def report_of(entry: Found) -> TensorReport:
     found = TensorReport(entry.name, entry.float_shape, format_of(entry), 0)
     spec, zeros, clipped, scales = entry.spec, 0, 0, (math.inf, -math.inf)
     size = math.prod(entry.shape)
-    counts = torch.zeros(EXPONENTS, dtype=torch.int64)
+    counts = torch.zeros(EXPONENTS, dtype=torch.int64, device="cpu")
     low = 0
     if spec is not None and spec.row.bits <= 8:
         low = spec.row.code_range[0]
-        counts = torch.zeros(1 << spec.row.bits, dtype=torch.int64)
+        counts = torch.zeros(1 << spec.row.bits, dtype=torch.int64, device="cpu")
     for rows in rows_of(entry) if size else ():
         y = entry.decoded(rows, torch.float32)
         least, most = (float(value) for value in y.aminmax())
@@ -368,7 +368,8 @@ def report_of(entry: Found) -> TensorReport:
             weight = entry.codes(rows)
             counts += histogram_of(weight.codes, spec.format, entry.shape[1], low, len(counts))
             if weight.scale is not None:
-                scales = min(scales[0], float(weight.scale.min())), max(scales[1], float(weight.scale.max()))
+                low_scale, high_scale = weight.scale.float().aminmax()  # min of E8M0 does not exist
+                scales = min(scales[0], float(low_scale)), max(scales[1], float(high_scale))
         else:
             counts += exponents_of(y)
     entry.forget()
@@ -384,13 +385,14 @@ def report_of(entry: Found) -> TensorReport:
 
 def ends_of(spec: QuantSpec, low: int, bins: int) -> Tensor:
     """Return a mask of the codes with the least or greatest value, or beyond -max of a symmetric format."""
-    index = torch.arange(bins)
+    index = torch.arange(bins, device="cpu")
     if not spec.symmetric:
         return (index == 0) | (index == bins - 1)
     codes = (index + low).to(torch.int8 if low < 0 else torch.uint8)
     row = codes[None]
     stored = ops.pack(row, spec.format) if spec.row.packed else row.view(dtype_of(spec.row))
-    y = ops.dequantize(stored, torch.ones(1, 1), spec.format, block=(1, bins), size=bins).flatten()
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    y = ops.dequantize(stored, one, spec.format, block=(1, bins), size=bins).flatten()
     finite = torch.where(y.isfinite(), y, 0)
     return (finite == finite.max()) | (finite == finite.min()) | (finite <= -finite.max())
 
@@ -416,7 +418,7 @@ def difference_of(pair: tuple[Found, Found, Tensor | None]) -> Difference:
     signal = noise = other = product = largest = 0.0
     out_signal = out_noise = 0.0
     ulp = differ = 0
-    counts = torch.zeros(EXPONENTS, dtype=torch.int64)
+    counts = torch.zeros(EXPONENTS, dtype=torch.int64, device="cpu")
     for rows in rows_of(a, b) if math.prod(a.shape) else ():
         p, q = (entry.decoded(rows) for entry in (a, b))
         wide_p, wide_q = p.to(wide), q.to(wide)

@@ -119,6 +119,7 @@ def card_of(model: nn.Module, batches: list[Batch], contents: Contents) -> Card:
     )
 
 
+@torch.inference_mode(False)  # a tensor made in inference mode could never take part in a backward pass
 def load_quantized(model: nn.Module, path: str | Path, *, device: Any = None) -> nn.Module:
     """Fill ``model`` from what `save_quantized` or `quantize_file` wrote.
 

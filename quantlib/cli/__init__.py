@@ -74,8 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when it did what was asked, 1 when it could not (a mismatch, a full disk), 2 when it was asked wrongly,
         130 after Ctrl-C, 143 after SIGTERM. A failure is one line on stderr.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the program
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
     with stoppable():
-        return run(argv)
+        status = run(argv)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it has been said; Python flushes once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def run(argv: Sequence[str] | None) -> int:

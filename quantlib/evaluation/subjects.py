@@ -191,7 +191,7 @@ def off_grid_(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def gains(n: int) -> Tensor:
-        return 1 + 0.3 * (torch.rand(n, generator=generator) - 0.5)
+        return 1 + 0.3 * (torch.rand(n, generator=generator, dtype=torch.float32) - 0.5)
 
     try:
         config: Any = model.config

@@ -154,6 +154,7 @@ class QuantModule(Leaf):
 
     def with_weight(self, weight: nn.Parameter) -> nn.Module:
         """The float module that this one stands for, with ``weight``, and with all else that this one has."""
+        check_plain(self)
         new = self.FLOAT.__new__(self.FLOAT)
         vars(new).update({name: value for name, value in taken_over(self).items() if name not in self.OWN})
         rest = {name: p for name, p in new._parameters.items() if name not in self.KEPT}
@@ -224,11 +225,16 @@ class QuantModule(Leaf):
     @property
     def codes(self) -> Tensor:
         """``weight_codes`` in the dtype of the format, as the ops take them: only FP8 differs."""
-        codes: Tensor | None = self._parameters["weight_codes"]
-        assert codes is not None
+        codes: Tensor | None = self._parameters.get("weight_codes")
+        if codes is None:
+            raise RuntimeError(f"weight_codes must be a parameter of the layer, got none: {WAY_OUT}")
         if codes.dim() > 2 and codes.shape[-1] == 1:  # as a file has them, from which accelerate takes them for a call
             codes = codes.view(stored_dtype(self.spec)).view(codes.shape[:2])
-        return codes if self._viewed is None or codes.dim() != 2 else codes.view(self._viewed)
+        if self._viewed is None or codes.dim() != 2:
+            return codes
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():  # an assertion of torch fails for it
+            raise RuntimeError(f"layer must have no codes of FP8 for torch.jit.trace, got {self.spec}: export it")
+        return codes.view(self._viewed)
 
     @property
     def plain(self) -> Weight:
@@ -299,7 +305,17 @@ class QuantModule(Leaf):
             return
         if name == "weight" or isinstance(param, DecodedWeight):  # `torch.nn.utils.prune` keeps it under another name
             raise RuntimeError(f"weight must not be registered as a parameter, it is decoded from codes: {WAY_OUT}")
+        kept = [p for key in self.KEPT if (p := self._parameters.get(key)) is not None]
+        if name not in self.KEPT and any(param is p for p in kept):
+            raise RuntimeError(f"{name} must not take the place of a part of a quantized weight: {WAY_OUT}")
+        if param is None and name in PARTS and self._parameters.get(name) is not None:
+            raise RuntimeError(f"{name} must be a parameter of a layer of {self.spec}, got None: {WAY_OUT}")
         super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.KEPT and self.spec.scaled:  # FSDP exchanges floats without a scale in this way
+            raise RuntimeError(f"{name} must not be deleted or computed, it is a part of a quantized weight: {WAY_OUT}")
+        super().__delattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would make a parameter of it
@@ -463,6 +479,15 @@ class QuantModule(Leaf):
     def _same_dtype(self, name: str, got: Tensor | None) -> bool:
         expected = self._parameters[name]
         return got is None or expected is None or got.dtype == expected.dtype
+
+
+def check_plain(layer: nn.Module) -> None:
+    """Check that no parameter of ``layer`` is computed by torch's ``parametrize``, which changes its class."""
+    if computed := getattr(layer, "parametrizations", None):
+        raise ValueError(
+            f"{' and '.join(computed)} must be a parameter, got one that is computed: "
+            "torch.nn.utils.parametrize.remove_parametrizations makes it permanent"
+        )
 
 
 def taken_over(layer: nn.Module) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Observer(KeepsDtype):
             watched = x.detach().float().reshape(matrix_shape(x.shape))
             finite = watched.isfinite()
         else:  # a rank without a row of the batch learns what the others saw
-            watched = torch.zeros(1, x.shape[-1], device=x.device)
+            watched = torch.zeros(1, x.shape[-1], dtype=torch.float32, device=x.device)
             finite = torch.zeros_like(watched, dtype=torch.bool)
         counts = self._reduced(torch.stack([finite.numel() - finite.sum(), finite.any().long()]), "SUM")
         self.nonfinite.add_(counts[0])
@@ -195,7 +195,8 @@ class MovingAverageObserver(MinMaxObserver):
     def update(self, x: Tensor, finite: Tensor, block: tuple[int, int]) -> None:
         lowest, highest, any_finite = self.range_of(x, finite, block)
         unknown = (self.lowest == 0) & (self.highest == 0)
-        share = torch.where(unknown, 1.0, self.rate) * any_finite  # nothing is learned of NaN alone
+        share = torch.full_like(self.lowest, self.rate).masked_fill_(unknown, 1.0)
+        share *= any_finite  # nothing is learned of NaN alone
         self.lowest.lerp_(lowest, share)
         self.highest.lerp_(highest, share)
 
@@ -225,7 +226,7 @@ class HistogramObserver(MinMaxObserver):
             raise ValueError(f"bins must be even and at least 2, got {bins}")
         n = self.blocks[0] * self.blocks[1]
         self.register_buffer("counts", torch.zeros((n, bins), dtype=torch.int64, device=device))
-        self.register_buffer("top", torch.full((n, 1), formats.SCALE_MIN, device=device))
+        self.register_buffer("top", torch.full((n, 1), formats.SCALE_MIN, dtype=torch.float32, device=device))
 
     def update(self, x: Tensor, finite: Tensor, block: tuple[int, int]) -> None:
         lowest, highest, _ = self.range_of(x, finite, block)
@@ -236,7 +237,7 @@ class HistogramObserver(MinMaxObserver):
         exponent = torch.maximum(-lowest, highest).view(-1, 1).view(torch.int32) & 0x7F800000
         top = torch.maximum(self.top, (exponent.view(torch.float32) * 2).clamp(max=2.0**127))
         # 2. the counts move to the wider bins that contain their old ones, halved an integer number of times
-        centers = torch.arange(2 * half, device=x.device) + (0.5 - half)
+        centers = torch.arange(2 * half, dtype=torch.float32, device=x.device) + (0.5 - half)
         moved = (centers * (self.top / top) + half).floor().long()
         counts = torch.zeros_like(self.counts).scatter_add_(1, moved, self.counts)
         # 3. the new values
@@ -253,7 +254,8 @@ class HistogramObserver(MinMaxObserver):
     def centers(self) -> Tensor:
         """[I * J, bins] float32: the middle of each bin."""
         bins = self.counts.shape[1]
-        return (torch.arange(bins, device=self.top.device) + (0.5 - bins // 2)) * (2 / bins) * self.top
+        n = torch.arange(bins, dtype=torch.float32, device=self.top.device)
+        return (n + (0.5 - bins // 2)) * (2 / bins) * self.top
 
 
 class PercentileObserver(HistogramObserver):

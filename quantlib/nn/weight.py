@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,11 @@ class QuantParameter(nn.Parameter):
     asked: bool = True
 
     @staticmethod
-    def __new__(cls, data: Tensor, requires_grad: bool = True, asked: bool = True) -> Any:
+    def __new__(
+        cls, data: Tensor, requires_grad: bool = True, asked: bool = True, dtype: torch.dtype | None = None
+    ) -> Any:
+        if dtype is not None:  # of the bytes of a pickle
+            data = data.view(dtype)
         if isinstance(data, QuantParameter):  # `init_empty_weights` of accelerate makes each parameter anew
             asked, data = data.asked, data.data
         new = super().__new__(cls, data, requires_grad)
@@ -78,8 +83,10 @@ class QuantParameter(nn.Parameter):
         return new
 
     def detach(self) -> Tensor:
-        plain = self.dtype.is_floating_point  # forward derivatives of `torch.func` take nothing else
-        return super().detach() if plain else QuantParameter(self.data, requires_grad=False)
+        if self.dtype.is_floating_point and (torch.compiler.is_compiling() or not made_a_parameter()):
+            return super().detach()  # a float like any other, as forward derivatives take it
+        new: Tensor = QuantParameter(self.data, requires_grad=False)
+        return new
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> QuantParameter:
         """Copy codes only. A mean of equal codes, as `torch.optim.swa_utils` computes it, is rounded and not cut off.
@@ -115,10 +122,17 @@ class QuantParameter(nn.Parameter):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.dtype.is_floating_point and self.itemsize == 1:  # which pickle alone does not know
+            return QuantParameter, (self.data.view(torch.uint8), self.requires_grad, self.asked, self.dtype)
         return QuantParameter, (self.data, self.requires_grad, *(() if self.asked else (False,)))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantParameter containing:\n{self.data!r}"
+
+
+def made_a_parameter() -> bool:
+    """True if ``nn.Parameter(data)`` calls the caller of this, ``data.detach()``: it asks for the type of ``data``."""
+    return sys._getframe(2).f_code is nn.Parameter.__new__.__code__
 
 
 torch.serialization.add_safe_globals([QuantParameter])  # as nn.Parameter is, for torch.load(weights_only=True)

@@ -69,7 +69,7 @@ def _tangent(
     # in blocks of one element a sum has one term
     zeros, ones = None if zero_point is None else each(zero_point), torch.ones_like(x).view(M, K)
     inside, slope, zero_slope = _gradients(ones, x.reshape(M, K), each(scale), zeros, block=(1, 1), **rest)
-    total = torch.zeros(M, K, device=x.device)
+    total = torch.zeros(M, K, dtype=torch.float32, device=x.device)
     if "x" in tangents:
         total = torch.where(inside > 0, tangents["x"].reshape(M, K), total)
     if "scale" in tangents:

@@ -254,7 +254,8 @@ def _constants(
         for step, device in zip(steps, devices, strict=True):
             at = step.item(), device
             if at not in known:
-                known[at] = torch.tensor(_values(group, step.item(), float(group["lr"]), decoupled), device=device)
+                values = _values(group, step.item(), float(group["lr"]), decoupled)
+                known[at] = torch.tensor(values, dtype=torch.float32, device=device)
             yield known[at]
         return
     lr = group["lr"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,3 +128,13 @@ def test_what_is_refused() -> None:
         quantlib.assign(nn.Sequential(nn.ReLU()), 4, CANDIDATES)
     with pytest.raises(ValueError, match="inputs must hold at least one batch"):
         quantlib.assign(model(), 9, CANDIDATES, [])
+
+
+@pytest.mark.parametrize("mode", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference"])
+def test_the_mode_of_a_caller_changes_nothing(mode: Any) -> None:
+    want = quantlib.assign(model(), 5.7, CANDIDATES, inputs())
+    of, batches = model(), inputs()
+    with mode:
+        got = quantlib.assign(of, 5.7, CANDIDATES, batches)
+    assert dict(got) == dict(want)
+    assert got.loss == want.loss

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from defaults import default_dtype
 from torch import Tensor, nn
 
 import quantlib
@@ -316,3 +317,14 @@ def test_a_bias_of_a_model_that_was_made_without_gradients() -> None:
     bias = model[0].bias
     assert quantlib.calibrate(model, inputs(1), "int4:row").biased == ["0", "1"]
     assert model[0].bias is bias
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_code(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
+    b, xs = copy.deepcopy(a), inputs()
+    quantlib.calibrate(a, xs, "int4:group:8")
+    with default_dtype(dtype):
+        quantlib.calibrate(b, xs, "int4:group:8")
+    assert torch.equal(a(xs[0]), b(xs[0]))

@@ -392,6 +392,12 @@ def test_refused_paths(tmp_path: Path) -> None:
         (tmp_path / "empty", tmp_path / "q", ValueError, "must hold safetensors files, got none"),
         (tmp_path / "other", tmp_path / "q", ValueError, r"must hold safetensors files, got thesis\.tex"),
         (src, tmp_path / "q", ValueError, r"dst must be a \.safetensors file, as src is, got"),
+        (
+            model,
+            tmp_path / "q.safetensors",
+            ValueError,
+            "dst must be a folder, as src is, got .*, which",
+        ),
         (src, src, ValueError, "dst must lie outside src"),
         (model, model, ValueError, "dst must lie outside src"),
         (model, model / "q", ValueError, "dst must lie outside src"),
@@ -551,3 +557,17 @@ def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="max_shard_bytes must be an integer of at least 1, got "):
             save_quantized(Encoder(), tmp_path / "out", max_shard_bytes=size)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_loaded_in_inference_mode_trains_outside_of_it(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    quantize_(model, "int8")
+    save_quantized(model, tmp_path / "q.safetensors")
+    with torch.device("meta"):
+        skeleton = nn.Sequential(nn.Linear(8, 8))
+    with torch.inference_mode():
+        loaded = load_quantized(skeleton, tmp_path / "q.safetensors")
+    x = torch.randn(2, 8, requires_grad=True)
+    loaded(x).sum().backward()
+    assert x.grad is not None
+    assert loaded[0].bias.grad is not None  # type: ignore[index]

@@ -345,6 +345,17 @@ def test_models_that_others_quantized(kind: str, tmp_path: Path, capsys: pytest.
         dequantize_file(path, tmp_path / "out.safetensors")
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "llama", ', "[]", "", "\xff", "[" * 100_000])
+def test_a_config_that_cannot_be_read(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The output would have a config.json without what stands in this one."""
+    src = folder(tmp_path / "in", model={"0.weight": W8})
+    (src / "config.json").write_bytes(text.encode("latin-1"))
+    refused(src, r"config\.json must be JSON with an object, got something else", capsys)
+    (src / "config.json").unlink()
+    (src / "config.json").mkdir()
+    refused(src, r"config\.json must be a file, got a folder", capsys)
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "quantization"])
 @pytest.mark.parametrize("inside", [(), ("text_config",), ("thinker_config", "text_config")])
 def test_a_config_that_tells_of_codes(

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from defaults import default_dtype
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantlib import formats
-from quantlib.checkpoint import convert_file, dequantize_file, quantize_file
+from quantlib.checkpoint import convert_file, dequantize_file, inspect_checkpoint, quantize_file
 from quantlib.cli import main
 
 N, K = 32, 64
@@ -374,3 +375,67 @@ def test_compressed_tensors_decompresses_ours(spec: str, tmp_path: Path) -> None
     parts = {k.removeprefix("model.layer."): t for k, t in state.items() if k.startswith("model.layer.")}
     got = compressor.decompress(parts, QuantizationScheme(**group))["weight"]
     assert torch.equal(got, weight_of(tmp_path / "float"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_default_device_and_dtype_change_no_byte(case: str, tmp_path: Path) -> None:
+    """A program that makes skeletons on ``meta`` reads and writes files there too."""
+    state, config, _ = CASES[case][0]()
+    src = put(tmp_path / "in", state, config)
+    for to in ("quantlib", "compressed-tensors", "int8:row"):
+        convert_file(src, tmp_path / to, to)
+        with torch.device("meta"), default_dtype(torch.bfloat16):
+            convert_file(src, tmp_path / f"{to}-again", to)
+        names = sorted(path.name for path in (tmp_path / to).glob("*.safetensors"))
+        assert all((tmp_path / to / n).read_bytes() == (tmp_path / f"{to}-again" / n).read_bytes() for n in names)
+    with torch.device("meta"), default_dtype(torch.bfloat16):
+        (found,) = (r for r in inspect_checkpoint(src) if r.name == "model.layer.weight")
+    assert found.nonfinite == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "told", "changes", "words"),
+    [
+        (
+            "gptq act-order",
+            {"desc_act": True},
+            {"g_idx": None},
+            "layer.g_idx must be there for desc_act",
+        ),
+        (
+            "awq",
+            {"group_size": 32},
+            {},
+            "qweight must be of groups of 32, as .*, got 64 columns in 4",
+        ),
+        (
+            "pack-quantized, affine",
+            {},
+            {"weight_zero_point": None},
+            "weight_zero_point must be there for weights",
+        ),
+    ],
+)
+def test_tensors_that_config_json_contradicts(
+    case: str, told: dict[str, Any], changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """They could be read, as another weight."""
+    state, config, _ = CASES[case][0]()
+    src = put(tmp_path / "in", broken(state, **changes), config | told)
+    with pytest.raises(ValueError, match=words):
+        convert_file(src, tmp_path / "out", "quantlib")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("case", "part"),
+    [("gptq act-order", "scales"), ("bitsandbytes fp4", "weight.absmax"), ("hqq", "zero"), ("gptq 4 bits", "scales")],
+)
+def test_values_that_are_not_finite(case: str, part: str, tmp_path: Path) -> None:
+    """Codes and floats alike: a scale of NaN is an error that names the weight."""
+    state, config, _ = CASES[case][0]()
+    src = put(tmp_path / "in", state | {part: torch.full_like(state[part], math.nan)}, config)
+    for to in ("quantlib", "float32"):
+        with pytest.raises(ValueError, match=r"layer\.weight must have (values|scales) that are finite, got nan"):
+            convert_file(src, tmp_path / "out", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from defaults import default_dtype
 from safetensors.torch import load_file, save_file
 
 from quantlib.checkpoint import compare_checkpoints, inspect_checkpoint, quantize_file
@@ -159,3 +160,13 @@ def test_png(src: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     assert main(["inspect", str(src), "--png", str(tmp_path / "x.png")]) == 0
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("spec", ["int8:row", "fp8", "float4_e2m1fn:group:32:e8m0"])
+def test_the_default_dtype_changes_no_report(spec: str, src: Path) -> None:
+    out = src.with_name("out.safetensors")
+    quantize_file(src, out, spec)
+    want = inspect_checkpoint(out)
+    for dtype in (torch.float64, torch.bfloat16):
+        with default_dtype(dtype):
+            assert str(inspect_checkpoint(out)) == str(want)

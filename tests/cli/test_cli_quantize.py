@@ -175,3 +175,23 @@ def test_a_full_disk(file: Path) -> None:
     assert done.stderr.startswith("quantlib quantize: File too large")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_report_that_cannot_be_written_is_one_line(file: Path) -> None:
+    argv = [sys.executable, "-m", "quantlib", "quantize", str(file), str(file.with_name("out.safetensors"))]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*argv, "--to", "int8", "--json"], text=True, stdout=full, stderr=subprocess.PIPE, check=False, env=env
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "quantlib quantize: No space left on device"
+
+
+def test_closed_streams(file: Path) -> None:
+    """As a program without a terminal may start another: there is nowhere to write a report."""
+    out = file.with_name("out.safetensors")
+    argv = [sys.executable, "-m", "quantlib", "quantize", str(file), str(out), "--to", "int8"]
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *argv], check=False).returncode == 0
+    assert load_file(out)["layer.weight"].dtype == torch.int8

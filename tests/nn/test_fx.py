@@ -175,3 +175,9 @@ def test_a_model_is_not_scripted_but_traced(how: Callable[..., Any]) -> None:
             torch.jit.script(net)
         if how is quantlib.quantize_:
             assert_same(torch.jit.trace(net, x), net, x)
+
+
+def test_fp8_is_not_traced() -> None:
+    net = model("Linear", "fp8", quantlib.quantize_)
+    with pytest.raises(RuntimeError, match=r"layer must have no codes of FP8 for torch\.jit\.trace, got float8_e4m3fn"):
+        torch.jit.trace(net, LAYERS["Linear"][1])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from quantlib import dequantize_, quantize_
@@ -355,6 +355,58 @@ def test_codes_take_no_floats() -> None:
     assert type(q.state_dict()["weight_codes"]) is Tensor
 
 
+@pytest.mark.parametrize("name", ["weight_codes", "weight_scale"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, name: prune.l1_unstructured(q, name, 0.5),
+        lambda q, name: parametrize.register_parametrization(q, name, nn.Identity()),
+        delattr,
+        lambda q, name: setattr(q, name, None),
+    ],
+    ids=["pruned", "parametrized", "deleted", "None"],
+)
+def test_what_would_take_codes_or_scales_away_gets_an_error(change: Callable[[Any, str], Any], name: str) -> None:
+    """A layer without its scales would multiply by codes."""
+    q, x = layer(), torch.randn(2, K)
+    names, y = list(q.state_dict()), q(x)
+    with pytest.raises(RuntimeError, match=rf"{name}.* must .*dequantize_\(model\)"):
+        change(q, name)
+    assert type(q) is QuantLinear
+    assert list(q.state_dict()) == names
+    assert torch.equal(q(x), y)
+
+
+def test_codes_without_a_scale_that_are_gone_are_named() -> None:
+    q = layer("bfloat16")
+    del q.weight_codes
+    with pytest.raises(RuntimeError, match="weight_codes must be a parameter of the layer, got none"):
+        q(torch.randn(2, K))
+
+
+def test_a_scale_is_made_a_parameter_that_is_trained() -> None:
+    q = layer()
+    q.weight_scale = nn.Parameter(q.weight_scale)  # type: ignore[arg-type]
+    q(torch.randn(2, K)).sum().backward()
+    assert isinstance(q.weight_scale, QuantParameter)
+    assert q.weight_scale.grad is not None
+
+
+def test_a_layer_whose_bias_is_computed_is_not_dequantized() -> None:
+    """Its class is that of the parametrization, and a float layer would have no bias."""
+    model = nn.Sequential(layer(), nn.Linear(N, N))
+    quantize_(model, "int8")
+    parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    x = torch.randn(2, K)
+    y = model(x)
+    with pytest.raises(ValueError, match=r"layer 0: bias must be a parameter, got one that is computed: .*permanent"):
+        dequantize_(model)
+    assert torch.equal(model(x), y)
+    parametrize.remove_parametrizations(model[0], "bias")
+    assert dequantize_(model) == ["0", "1"]
+    assert torch.allclose(model(x), y, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -385,8 +437,8 @@ def test_a_parameter_is_made_anew_of_a_parameter(spec: str, monkeypatch: pytest.
     frozen = layer(spec).requires_grad_(False)
     for name, p in frozen.named_parameters():
         if name != "bias":
-            if not p.dtype.is_floating_point:  # a scale's detach() is a plain tensor, for `torch.func`
-                assert isinstance(nn.Parameter(p, requires_grad=False), QuantParameter)
+            assert isinstance(nn.Parameter(p, requires_grad=False), QuantParameter)
+            assert isinstance(p.detach(), QuantParameter) != p.dtype.is_floating_point  # plain for `torch.func`
             new = QuantParameter(p, requires_grad=False)
             assert (new.data_ptr(), new.asked) == (p.data_ptr(), False)
     plain = nn.Module.register_parameter
@@ -417,3 +469,14 @@ def test_a_pickle_remembers_that_no_gradient_was_asked_for() -> None:
         again = pickle.loads(pickle.dumps(model))
         dequantize_(again)
         assert again[0].weight.requires_grad is asked
+
+
+def test_a_pickle_holds_scales_that_are_powers_of_two() -> None:
+    q = layer("float4_e2m1fn:group:8:e8m0")
+    for again in (pickle.loads(pickle.dumps(q)), copy.deepcopy(q)):
+        assert torch.equal(again.values(), q.values())
+        assert isinstance(again.weight_scale, QuantParameter)
+    file = io.BytesIO()
+    torch.save(q.state_dict(keep_vars=True), file)
+    file.seek(0)
+    q.load_state_dict(torch.load(file, weights_only=True))

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from defaults import default_dtype
 from torch import Tensor
 
 from quantlib import nn, ops
@@ -198,3 +199,13 @@ BAD = {
 def test_bad_input(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BAD[message]()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_dtype_changes_no_scale(kind: str, dtype: torch.dtype) -> None:
+    x = torch.randn(*SHAPE)
+    want = seen(kind, "int8:tensor", x, 3 * x).scale()
+    with default_dtype(dtype):
+        got = seen(kind, "int8:tensor", x, 3 * x).scale()
+    assert same(got, tuple(t for t in want if t is not None))

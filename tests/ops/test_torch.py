@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GPU, Served
+from defaults import default_dtype
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -448,14 +449,12 @@ def test_modes_change_no_byte(served_call: Call, served: Served, mode: Callable[
         assert_same_bytes(c, b)
 
 
-def test_default_dtype_changes_no_byte(served_call: Call) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_changes_no_byte(served_call: Call, dtype: torch.dtype) -> None:
     function, arguments = served_call
     want = results(function(*arguments))
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(dtype):
         got = results(function(*arguments))
-    finally:
-        torch.set_default_dtype(torch.float32)
     for a, b in zip(got, want, strict=True):
         assert_same_bytes(a, b)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from defaults import default_dtype
 from torch import Tensor, nn
 
 import quantlib
@@ -447,3 +448,18 @@ def test_a_gradient_that_is_not_finite_ruins_its_block_and_no_other() -> None:
     assert int(p.detach().isnan().sum()) == 1
     run(optimizer, 1)
     assert int(p.detach().isnan().sum()) == 128
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", ["composite", "cpp"])
+def test_the_default_dtype_changes_no_byte(backend: str, dtype: torch.dtype) -> None:
+    """Programs set it to bfloat16 before they build a model, and leave it so."""
+    a, b = AdamW8bit([parameter(40, 64)]), AdamW8bit([parameter(40, 64)])
+    with quantlib.use_backend(backend):
+        run(a, 3)
+        grads = [torch.randn(40, 64, generator=torch.Generator().manual_seed(1000 + step)) for step in range(3)]
+        with default_dtype(dtype):
+            for grad in grads:
+                b.param_groups[0]["params"][0].grad = grad
+                b.step()
+    assert_same(a, b)

@@ -83,7 +83,7 @@ def encode(x: Tensor, f: Squares, block: int, codes: Tensor, scale: Tensor) -> N
     amax = reduce_blocks(x.view(torch.int32) & 0x7FFFFFFF, (1, block), torch.amax).view(torch.float32)
     s = effective_scale(amax / constant(x, f.most**2), f)
     y = x.abs() * spread(s.reciprocal(), M, K, (1, block))
-    halves = (torch.arange(f.most, device=x.device) + 0.5).square()
+    halves = (torch.arange(f.most, dtype=torch.float32, device=x.device) + 0.5).square()
     q = torch.where(y == y, torch.bucketize(y, halves), 0)
     codes.copy_(torch.where(x < 0, -q, q))
     scale.copy_(s)

@@ -20,6 +20,7 @@ INT = (torch.int32,)
 
 
 def find(tensors: Tensors) -> Iterator[Found]:
+    said = tensors.quantization("awq")
     for prefix in tensors.named("qweight"):
         parts = tuple(f"{prefix}{part}" for part in ("qweight", "qzeros", "scales"))
         G, N = tensors.get(parts[2], FLOATS, (None, None)).shape
@@ -30,6 +31,8 @@ def find(tensors: Tensors) -> Iterator[Found]:
         tensors.get(parts[1], INT, (G, N // 8))
         if N % 8 or not G or K % G:
             raise ValueError(f"{parts[2]} must be of groups that divide {K}, for N a multiple of 8, got [{G}, {N}]")
+        if type(size := said.get("group_size")) is int and 0 < size < K and size != K // G:
+            raise ValueError(f"{parts[0]} must be of groups of {size}, as config.json says, got {K} columns in {G}")
         yield weight_of(tensors, prefix, parts, (N, K), K // G)
 
 

@@ -80,7 +80,7 @@ def blocks_of(tensors: Tensors, name: str, kind: str, state: str) -> Found:
         absmax: Tensor = tensors.read(f"{name}.absmax")
         if not nested:
             return absmax
-        outer = torch.arange(blocks) // told["nested_blocksize"]
+        outer = torch.arange(blocks, device="cpu") // told["nested_blocksize"]
         of_code: Tensor = tensors.read(f"{name}.nested_quant_map")[absmax.int()]
         y: Tensor = of_code * tensors.read(f"{name}.nested_absmax")[outer] + told["nested_offset"]
         return y
@@ -96,7 +96,7 @@ def blocks_of(tensors: Tensors, name: str, kind: str, state: str) -> Found:
 
     def values(rows: slice) -> Tensor:
         table = tensors.read(f"{name}.quant_map")
-        flat = torch.arange(rows.start * K, rows.stop * K) // block
+        flat = torch.arange(rows.start * K, rows.stop * K, device="cpu") // block
         return (table[nibbles(rows).int()] * absmax()[flat].view(-1, K)).to(dtype)
 
     def codes(rows: slice) -> Weight:

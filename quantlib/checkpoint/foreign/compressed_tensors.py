@@ -113,6 +113,12 @@ class Scales:
         return t if self.per == "tensor" else t[rows.start // self.br : -(-rows.stop // self.br)]
 
 
+def check_zero_point(tensors: Tensors, zero: str, scheme: Mapping[str, Any]) -> None:
+    """Check that integers have the zero points that ``scheme`` tells of."""
+    if zero not in tensors and part_of(scheme, "weights").get("symmetric") is False:
+        raise ValueError(f"{zero} must be there for weights that config.json calls not symmetric, got no such tensor")
+
+
 def plain(tensors: Tensors, prefix: str, scheme: Mapping[str, Any]) -> Found:
     name, zero = f"{prefix}weight", f"{prefix}weight_zero_point"
     N, K = tensors.get(name, CODES, (None, None)).shape
@@ -120,6 +126,8 @@ def plain(tensors: Tensors, prefix: str, scheme: Mapping[str, Any]) -> Found:
     is_float = tensors.slot(name).dtype == torch.float8_e4m3fn
     parts = [name, scales.name]
     affine = False
+    if not is_float:
+        check_zero_point(tensors, zero, scheme)
     if zero in tensors:
         parts.append(zero)
         affine = not is_float and bool(tensors.read(zero).any())
@@ -151,6 +159,7 @@ def packed(tensors: Tensors, prefix: str, scheme: Mapping[str, Any]) -> Found:
     scales = Scales(tensors, prefix, (N, K), scheme)
     parts = [name, scales.name, of_shape]
     half, affine = 1 << (bits - 1), False
+    check_zero_point(tensors, zero, scheme)
     if zero in tensors:
         parts.append(zero)
         affine = True
@@ -183,7 +192,7 @@ def packed(tensors: Tensors, prefix: str, scheme: Mapping[str, Any]) -> Found:
         parts.append(g_idx)
         tensors.get(g_idx, (torch.int32, torch.int64), (K,))
         columns, group = tensors.read(g_idx).long(), QuantSpec("int8", scales.per).block((N, K))[1]
-        if not torch.equal(columns, torch.arange(K) // group) and bool((columns >= 0).all()):
+        if not torch.equal(columns, torch.arange(K, device="cpu") // group) and bool((columns >= 0).all()):
             if bool((columns >= scales.columns).any()):
                 raise ValueError(f"{g_idx} must be of 0..{scales.columns - 1}, got {int(columns.max())}")
 

@@ -263,14 +263,15 @@ def without_zero_scales(weight: Weight, spec: QuantSpec, K: int) -> Weight:
     packed, zeros = spec.row.packed, scale.abs() <= SCALE_MIN
     codes = ops.unpack(weight.codes, spec.format, K) if packed else weight.codes
     rows, columns = (
-        torch.arange(size) // block for size, block in zip(codes.shape, spec.block(codes.shape), strict=True)
+        torch.arange(size, device="cpu") // block
+        for size, block in zip(codes.shape, spec.block(codes.shape), strict=True)
     )
-    of_zero = torch.zeros((), dtype=torch.int64)
+    of_zero = torch.zeros((), dtype=torch.int64, device="cpu")
     if weight.zero_point is not None:
         of_zero = wide_zero_points(weight.zero_point, spec.row, scale.shape[1])[rows][:, columns]
     values = getattr(spec.row, "values", None)
     if values:  # of a code book
-        of_zero = torch.tensor(values.index(0.0))
+        of_zero = torch.tensor(values.index(0.0), device="cpu")
     bytes_of_codes = codes.view(torch.uint8) if codes.is_floating_point() else codes
     plain = torch.where(zeros[rows][:, columns], of_zero.to(bytes_of_codes.dtype), bytes_of_codes).view(codes.dtype)
     return Weight(
@@ -282,7 +283,7 @@ def without_zero_scales(weight: Weight, spec: QuantSpec, K: int) -> Weight:
 
 def bits_of(packed: Tensor, bits: int) -> Tensor:
     """[..., 32 / bits] uint8: the codes in each int32, the lowest bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device="cpu")
     return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
 
 

@@ -33,6 +33,8 @@ def find(tensors: Tensors) -> Iterator[Found]:
         if bits not in (2, 4, 8) or 32 * zeros != bits * N or not G or not K:
             raise ValueError(f"{names[0]} must be of 2, 4 or 8 bits, got {bits} (qzeros {zeros} for {N} rows)")
         parts = (*names, f"{prefix}g_idx") if f"{prefix}g_idx" in tensors else names
+        if parts is names and said.get("desc_act") is True and G > 1:
+            raise ValueError(f"{prefix}g_idx must be there for desc_act of config.json, got no such tensor")
         yield weight_of(tensors, prefix, parts, bits, (N, K), G, said.get("checkpoint_format") != "gptq_v2")
 
 
@@ -47,13 +49,13 @@ def weight_of(
         """[G, N], 0..2^bits - 1"""
         return (bits_of(tensors.read(qzeros), bits).flatten(1).to(torch.int32) + first) & ((1 << bits) - 1)
 
-    columns = torch.arange(K) // group
+    columns = torch.arange(K, device="cpu") // group
     if len(parts) > 3:
         tensors.get(parts[3], INT, (K,))
         columns = tensors.read(parts[3]).long()
         if bool((columns < 0).any()) or bool((columns >= G).any()):
             raise ValueError(f"{parts[3]} must be of 0..{G - 1}, got {int(columns.min())}..{int(columns.max())}")
-    ordered = torch.equal(columns, torch.arange(K) // group)
+    ordered = torch.equal(columns, torch.arange(K, device="cpu") // group)
     symmetric = bits >= 4 and bool((zero_points() == 1 << (bits - 1)).all())
     dtype = tensors.slot(scales).dtype
     whole = Once(lambda: (tensors.read(qweight), zero_points(), tensors.read(scales)))

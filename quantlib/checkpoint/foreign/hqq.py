@@ -54,7 +54,7 @@ def weight_of(tensors: Tensors, prefix: str, parts: tuple[str, ...], bits: int, 
 
     def values(rows: slice) -> Tensor:
         q, s, z = whole()
-        group = torch.arange(rows.start * K // size, rows.stop * K // size)
+        group = torch.arange(rows.start * K // size, rows.stop * K // size, device="cpu")
         shift = (bits * (share - 1 - group // step)).to(torch.uint8)
         codes = (q[group % step] >> shift[:, None]) & ((1 << bits) - 1)
         return ((codes.to(dtype) - z[group, None]) * s[group, None]).view(-1, K)
