@@ -21,22 +21,6 @@ struct Segment {
   int64_t stride;
 };
 
-// Codes that are fetched while others are multiplied, some lines with each step: so many bytes of each of some rows.
-// All at once, as codes are decoded, would be more than a core can ask for: it would wait.
-struct CodesAhead {
-  const char* row;
-  int64_t stride, rows, bytes, lines;  // lines: a step
-  int64_t at = 0;                      // of the row
-
-  QL_MEMBER void fetch() {
-    for (int64_t l = 0; l < lines && rows > 0; ++l) {
-      __builtin_prefetch(row + at, 0, 3);
-      at += 64;
-      if (at >= bytes) row += stride, --rows, at = 0;
-    }
-  }
-};
-
 constexpr int64_t NR = 2 * kGroup;
 constexpr int64_t kSquare = kGroup * kLanes;  // sums of kGroup rows of the weight with a panel of x
 

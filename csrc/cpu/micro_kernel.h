@@ -75,6 +75,79 @@ struct Sums {
   uint32_t* d;
   int64_t stride;
   bool add;
+
+  template <int R, int V>
+  QL_MEMBER void start(Int32s (&sum)[R][V]) const {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = add ? load<Int32s>(at(r, v)) : Int32s{};
+  }
+  template <int R, int V>
+  QL_MEMBER void take(const Int32s (&sum)[R][V]) const {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(at(r, v), sum[r][v]);
+  }
+  QL_MEMBER Sums below(int64_t n) const { return {d + n * kLanes, stride, add}; }
+
+ private:
+  QL_MEMBER uint32_t* at(int64_t n, int64_t v) const { return d + v * stride + n * kLanes; }
+};
+
+// total = or += fl(d * scale), where columns of w have a scale of their own. Sums start from what the zero points stand
+// for, and are scaled in the registers. What belongs to row n of w is number n * step, to panel v of x from v * kLanes
+// on.
+template <bool SUMS_W, bool SUMS_X, bool ONE>
+struct ScaledSums {
+  float* total;
+  int64_t stride;
+  bool first;
+  int64_t step;
+  const float* scale;
+  const uint32_t *zero_point, *w_sum;  // ONE: zero_point[0] is that of all rows
+  const uint32_t *x_zero_point, *x_sum;
+
+  template <int R, int V>
+  QL_MEMBER void start(Int32s (&sum)[R][V]) const {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        Bits<Floats> from = {};
+        if constexpr (SUMS_W) from -= w_sum[r * step] * load<Bits<Floats>>(x_zero_point + v * kLanes);
+        if constexpr (SUMS_X) from -= zero_point[ONE ? 0 : r * step] * load<Bits<Floats>>(x_sum + v * kLanes);
+        sum[r][v] = same_bits<Int32s>(from);
+      }
+  }
+  template <int R, int V>
+  QL_MEMBER void take(const Int32s (&sum)[R][V]) const {
+    if (first) add_to<R, V>(sum, [](const float*) { return Floats{}; });
+    else add_to<R, V>(sum, [](const float* total) { return load<Floats>(total); });
+  }
+  QL_MEMBER ScaledSums below(int64_t n) const {
+    const int64_t at = n * step;
+    return {total + n * kLanes,          stride,     first,        step, scale + at,
+            zero_point + (ONE ? 0 : at), w_sum + at, x_zero_point, x_sum};
+  }
+
+ private:
+  template <int R, int V, class Before>
+  QL_MEMBER void add_to(const Int32s (&sum)[R][V], const Before& before) const {
+    float* const to = total;  // no store changes these
+    const float* const scales = scale;
+    const int64_t apart = stride, rows_apart = step;
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+      const Floats s = same_bits<Floats>(splat<Bits<Floats>>(load<uint32_t>(scales + r * rows_apart)));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        float* at = to + v * apart + r * kLanes;
+        store(at, add(before(at), mul(Lanes<Floats>::of(sum[r][v]), s)));
+      }
+    }
+  }
 };
 
 // ---- registers ------------------------------------------------------------------------------------------------------
@@ -215,14 +288,11 @@ struct Nibbles {
 #endif
 
 // V panels of x by Way::sums / V rows of w, of which `bytes` are multiplied, a multiple of four
-template <class Way, int V>
-static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) {
+template <class Way, class To, int V>
+static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, const Ahead& ahead, const To& to) {
   constexpr int R = Way::sums / V;
   Int32s sum[R][V];
-#pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = to.add ? load<Int32s>(to.d + v * to.stride + r * kLanes) : Int32s{};
+  to.start(sum);
   LinesOfW lines(ahead);
   int64_t k = 0;
   for (; k + Way::step <= bytes; k += Way::step) {
@@ -231,21 +301,18 @@ static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, con
   }
   for (; Way::lane < Way::step && k < bytes; k += Way::lane)
     Way::template add<Way::lane>(sum, x.data + k * kLanes, x.stride, w.data + k, w.stride);
-#pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(to.d + v * to.stride + r * kLanes, sum[r][v]);
+  to.take(sum);
 }
 
-template <class Way>
+template <class Way, class To>
 static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead,
-                               Sums to) {
-  constexpr decltype(&multiply_registers<Way, 1>) kernels[] = {multiply_registers<Way, 1>, multiply_registers<Way, 2>,
-                                                               multiply_registers<Way, 3>};
+                               const To& to) {
+  constexpr decltype(&multiply_registers<Way, To, 1>) kernels[] = {
+      multiply_registers<Way, To, 1>, multiply_registers<Way, To, 2>, multiply_registers<Way, To, 3>};
   const int64_t step = Way::sums / panels;
   for (int64_t r = 0; r < rows; r += step) {
-    kernels[panels - 1](w, x, bytes, ahead.share(r, step, rows), to);
-    w.data += step * w.stride, to.d += step * kLanes;
+    kernels[panels - 1](w, x, bytes, ahead.share(r, step, rows), to.below(r));
+    w.data += step * w.stride;
   }
 }
 

@@ -391,14 +391,15 @@ class BlockOfSums {
     }
   }
 
-  void multiply(int64_t panels, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) const {
 #ifdef QL_AMX
-    if (b_.unit == Engine::tiles) {
-      if (panels == 2) (is_signed_ ? multiply_tiles<2, true> : multiply_tiles<2, false>)(w, x, bytes, ahead, to);
-      else (is_signed_ ? multiply_tiles<1, true> : multiply_tiles<1, false>)(w, x, bytes, ahead, to);
-      return;
-    }
+  void multiply_by_tiles(int64_t panels, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) const {
+    if (panels == 2) (is_signed_ ? multiply_tiles<2, true> : multiply_tiles<2, false>)(w, x, bytes, ahead, to);
+    else (is_signed_ ? multiply_tiles<1, true> : multiply_tiles<1, false>)(w, x, bytes, ahead, to);
+  }
 #endif
+
+  template <class To>
+  void multiply(int64_t panels, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead, const To& to) const {
 #ifdef QL_SIGNED_BYTES
     if (b_.unit == Engine::signed_bytes) return multiply_registers<SignedBytes>(panels, b_.NR, w, x, bytes, ahead, to);
 #endif
@@ -423,25 +424,72 @@ class BlockOfSums {
   void multiply_span(const RowsOfW& w, int64_t r0, int64_t k0, const Ahead& ahead) const {
     const int64_t columns = least(span_, g_.K - k0);
     groups([&](int64_t m, int64_t panels) {
-      multiply(panels, w, x_.panels(m0_ + m, k0 * b_.code_bytes), b_.padded(columns),
-               share(ahead, m, panels, 0, columns), {d(r0, m), b_.NC * kLanes, k0 > 0});
+      const PanelsOfX x = x_.panels(m0_ + m, k0 * b_.code_bytes);
+      const Ahead part = share(ahead, m, panels, 0, columns);
+      const Sums to = {d(r0, m), b_.NC * kLanes, k0 > 0};
+#ifdef QL_AMX
+      if (b_.unit == Engine::tiles) return multiply_by_tiles(panels, w, x, b_.padded(columns), part, to);
+#endif
+      multiply(panels, w, x, b_.padded(columns), part, to);
     });
   }
 
-  // The sums of a block are added up while the next block is multiplied.
+  // The codes of `columns` columns that lie ahead, a part of them for every product of a block with a group of panels:
+  // fetched within one, they would end loops that are as short as it at another place each time.
+  CodesAhead in_parts(const Ahead& ahead, int64_t columns) const {
+    const int64_t panels = rows_ / kLanes, products = (panels + kPanels - 1) / kPanels * ((columns - 1) / g_.bk + 1);
+    const int64_t bytes = row_bytes(format_, columns), lines = ahead.w_rows * ((bytes + 63) / 64);
+    return {ahead.w, ahead.w_stride, ahead.w_rows, bytes, (lines + products - 1) / products};
+  }
+
   void multiply_blocks(const RowsOfW& w, int64_t r0, int64_t k0, const Ahead& ahead) const {
+    const int64_t columns = least(span_, g_.K - k0), J0 = k0 / g_.bk, block = b_.padded(g_.bk);
+#ifdef QL_AMX
+    if (b_.unit == Engine::tiles) return multiply_blocks_by_tiles(w, r0, k0, ahead);
+#endif
+    with_sums([&](auto sums_w, auto sums_x) {
+      const auto by = [&](auto one) {
+        CodesAhead codes = in_parts(ahead, columns);
+        groups([&](int64_t m, int64_t panels) {
+          for (int64_t k = 0, i = 0; k < columns; k += g_.bk, ++i) {
+            codes.fetch();
+            const int64_t length = least(g_.bk, columns - k);
+            const ScaledSums<sums_w.value, sums_x.value, one.value> to = {total(r0, m),
+                                                                          b_.NC * kLanes,
+                                                                          J0 + i == 0,
+                                                                          span_blocks_,
+                                                                          scale(r0) + i,
+                                                                          zero_point(r0) + i,
+                                                                          w_sum(r0) + i,
+                                                                          x_.zero_point() + m0_ + m,
+                                                                          x_.sums(J0 + i) + m0_ + m};
+            multiply(panels, {w.data + i * block, w.stride}, x_.panels(m0_ + m, (J0 + i) * block), b_.padded(length),
+                     {}, to);
+          }
+        });
+      };
+      if constexpr (sums_x.value && !sums_w.value)
+        if (!p_.weight.zero_point) return by(Yes{});
+      by(No{});
+    });
+  }
+
+#ifdef QL_AMX
+  // The sums of a block are added up while the next block is multiplied.
+  void multiply_blocks_by_tiles(const RowsOfW& w, int64_t r0, int64_t k0, const Ahead& ahead) const {
     const int64_t columns = least(span_, g_.K - k0), J0 = k0 / g_.bk, block = b_.padded(g_.bk);
     groups([&](int64_t m, int64_t panels) {
       int64_t i = 0;
       for (int64_t k = 0; k < columns; k += g_.bk, ++i) {
         const int64_t length = least(g_.bk, columns - k);
-        multiply(panels, {w.data + i * block, w.stride}, x_.panels(m0_ + m, (J0 + i) * block), b_.padded(length),
-                 share(ahead, m, panels, k, length), {part(i), b_.NR * kLanes, false});
+        multiply_by_tiles(panels, {w.data + i * block, w.stride}, x_.panels(m0_ + m, (J0 + i) * block),
+                          b_.padded(length), share(ahead, m, panels, k, length), {part(i), b_.NR * kLanes, false});
         if (i) add_block(r0, m, panels, J0, i - 1);
       }
       add_block(r0, m, panels, J0, i - 1);
     });
   }
+#endif
 
   // d of a row of w and one panel of x, exact: what the registers summed, less what the zero points stand for
   template <bool SUMS_W, bool SUMS_X>
@@ -461,6 +509,7 @@ class BlockOfSums {
     else run(No{}, No{});
   }
 
+#ifdef QL_AMX
   // total = or += fl(d * scale) of block i of the span, J0 + i of the row
   void add_block(int64_t r0, int64_t m0, int64_t panels, int64_t J0, int64_t i) const {
     const float* s = scale(r0) + i;
@@ -479,6 +528,7 @@ class BlockOfSums {
       }
     });
   }
+#endif
 
   // y = activation(total + bias), total = fl(fl(d * x_scale) * scale), or times x_scale where it is a sum of blocks
   void finish(int64_t n0, int64_t n1) const {
