@@ -217,9 +217,7 @@ def dequantize_rows(
     """
     codes, scale, zero_point = weight
     if isinstance(rows, slice) and rows.start % block[0] == 0 and not is_sharded(codes):
-        blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
-        part = Weight(codes[rows], *(None if t is None else t[blocks] for t in (scale, zero_point)))
-        return _values(part, format, block, size, dtype)
+        return _values(rows_of(weight, rows, block[0]), format, block, size, dtype)
     if isinstance(rows, slice):
         found, rows = codes[rows], torch.arange(rows.start, rows.stop, device=codes.device)
         return _values_of(found, weight, rows, format, block, size, dtype)

@@ -190,7 +190,7 @@ def test_a_report_that_cannot_be_written_is_one_line(file: Path) -> None:
 
 
 def test_closed_streams(file: Path) -> None:
-    """As a program without a terminal may start another: there is nowhere to write a report."""
+    """A conversion needs nowhere to write its report: a program without a terminal starts it with closed streams."""
     out = file.with_name("out.safetensors")
     argv = [sys.executable, "-m", "quantlib", "quantize", str(file), str(out), "--to", "int8"]
     assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *argv], check=False).returncode == 0

@@ -21,7 +21,7 @@ WARPS = 16  # of the first program; the others do the same elsewhere
 
 @dataclass
 class Asked:
-    """What an instruction has asked for, over its warps and trips."""
+    """Wavefronts of an instruction, over its warps and trips."""
 
     times: int = 0  # by a warp
     wavefronts: int = 0
@@ -61,7 +61,7 @@ def note(i: Instruction, thread: Array, address: Array, size: int) -> None:
 
 
 def wavefronts(address: Array, size: int) -> int:
-    """How often the banks are asked for what the lanes of a warp want."""
+    """Wavefronts of a warp: the times that the banks are asked, for ``size`` bytes from the address of each lane."""
     together = BANKS * WORD // max(size, WORD)
     return sum(in_turn(words(address[n : n + together], size)) for n in range(0, len(address), together))
 

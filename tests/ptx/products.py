@@ -27,7 +27,7 @@ POISON = 0xA5A5A5A5  # of shared memory that a copy is to fill
 
 @dataclass
 class Group:
-    """What was started together; ``by``: threads, or warpgroups, that have not waited for it yet."""
+    """Copies or products that are waited for together; ``by``: threads, or warpgroups, that have not done so yet."""
 
     started: list[tuple[Callable[[Machine, Array], None], Array]]
     by: Array
