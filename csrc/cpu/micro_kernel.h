@@ -6,6 +6,7 @@
 #include "amx.h"
 #include "lanes.h"
 #include "loops.h"
+#include "matmul.h"
 
 namespace quantlib {
 namespace QL_ISA {
@@ -43,24 +44,9 @@ struct Ahead {
     part.w += begin * w_stride, part.w_rows = w_rows * (r + count) / rows - begin;
     return part;
   }
-};
 
-// The lines of w by rows
-class LinesOfW {
- public:
-  QL_MEMBER explicit LinesOfW(const Ahead& ahead) : ahead_(ahead), line_(ahead.w), left_(ahead.w_lines) {}
-  QL_MEMBER void fetch(int64_t step) {
-    for (int64_t r = 0; r < ahead_.w_rows && step < ahead_.w_lines; ++r) {
-      __builtin_prefetch(line_, 0, 2);
-      line_ += 64;
-      if (--left_ == 0) line_ += ahead_.w_stride - 64 * ahead_.w_lines, left_ = ahead_.w_lines;
-    }
-  }
-
- private:
-  const Ahead& ahead_;
-  const char* line_;
-  int64_t left_;
+  // The same lines of w, one row after the other
+  QL_MEMBER CodesAhead rows() const { return {w, w_stride, by_rows && w_lines ? w_rows : 0, 64 * w_lines, w_rows}; }
 };
 
 // Panels of x, `stride` bytes from one to the next
@@ -293,10 +279,10 @@ static void multiply_registers(const RowsOfW& w, PanelsOfX x, int64_t bytes, con
   constexpr int R = Way::sums / V;
   Int32s sum[R][V];
   to.start(sum);
-  LinesOfW lines(ahead);
+  CodesAhead rows = ahead.rows();
   int64_t k = 0;
   for (; k + Way::step <= bytes; k += Way::step) {
-    if (k % 64 == 0) ahead.by_rows ? lines.fetch(k / 64) : ahead.fetch(k / 64);
+    if (k % 64 == 0) ahead.by_rows ? rows.fetch() : ahead.fetch(k / 64);
     Way::template add<Way::step>(sum, x.data + k * kLanes, x.stride, w.data + k, w.stride);
   }
   for (; Way::lane < Way::step && k < bytes; k += Way::lane)
