@@ -6,9 +6,12 @@ has is from that: `far`. As two meshes of 2 ranks, both pairs do the same.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import os
+import signal
+import tempfile
 import time
 import traceback
 import warnings
@@ -17,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -25,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 WORLDS, SECONDS = (2, 4), 900
-SOON = 420  # seconds in which no machine has been seen that had not finished: several times what a busy one takes
+LOOK, IDLE = 5.0, 60.0  # seconds between two looks at the processes, and in which none of those that wait computes
 PRELOAD = ["quantlib", "quantlib.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
 Case = Callable[[DeviceMesh], Any]
 MESHES: dict[int, DeviceMesh] = {}  # of this process, by their ranks
@@ -61,10 +65,7 @@ def message(call: Callable[[], object]) -> str:
 def process(rank: int, folder: str, cases: Sequence[tuple[str, str]]) -> None:
     """One of the four."""
     warnings.simplefilter("ignore")
-    faulthandler.dump_traceback_later(SOON - 60)  # where each waits for another
     FOLDERS.append(folder)
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     world = max(WORLDS)
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS))
@@ -83,42 +84,83 @@ def process(rank: int, folder: str, cases: Sequence[tuple[str, str]]) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-        faulthandler.cancel_dump_traceback_later()
 
 
-def start(process: Callable[..., None], world: int, *args: Any, join: bool = True) -> Any:
-    """Start ``process(rank, *args)`` for each rank: forks of a process that has imported what they need."""
+class Stalled(AssertionError):
+    """Processes that all wait for each other."""
+
+
+def entered(rank: int, stacks: str, process: Callable[..., None], *args: Any) -> None:
+    """Run ``process`` in one thread, over the loopback whatever the name of this machine stands for."""
+    faulthandler.register(signal.SIGUSR1, Path(stacks, str(rank)).open("w"))
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    process(rank, *args)
+
+
+def start(process: Callable[..., None], world: int, *args: Any) -> None:
+    """Run ``process(rank, *args)`` for each rank to its end: forks of a process that has imported what they need.
+
+    Processes that wait for each other for `IDLE` seconds say where and are ended: gloo itself would wait for its
+    timeout. Time in which this process is stopped does not count, nor time in which one of the others is.
+    """
     mp.get_context("forkserver").set_forkserver_preload(PRELOAD)  # imports once, for all of this test process
-    return mp.start_processes(process, args, nprocs=world, join=join, start_method="forkserver")
+    with tempfile.TemporaryDirectory() as stacks:
+        given = (stacks, process, *args)
+        context = mp.start_processes(entered, given, nprocs=world, join=False, start_method="forkserver")
+        try:
+            join(context, Path(stacks))
+        finally:
+            for worker in context.processes:
+                if worker.is_alive():
+                    worker.kill()
+
+
+def join(context: Any, stacks: Path) -> None:
+    """Wait for the end of the processes, or for the time in which none of them has done anything."""
+    world, idle, before = len(context.processes), 0.0, 0.0
+    for _ in range(int(SECONDS / LOOK)):
+        if context.join(timeout=LOOK):
+            return
+        computed = seconds_of(context.processes)
+        idle = idle + LOOK if computed is not None and computed - before < LOOK / 20 else 0.0
+        before = before if computed is None else computed
+        if idle >= IDLE:
+            for worker in context.processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGUSR1)
+            time.sleep(1)
+            where = "\n".join(f"{path.name}: {path.read_text()}" for path in sorted(stacks.iterdir()))
+            raise Stalled(f"{world} processes waited for each other for {IDLE:.0f} s\n{where}")
+    raise AssertionError(f"{world} processes still run after {SECONDS} s")
+
+
+def seconds_of(processes: Sequence[Any]) -> float | None:
+    """The CPU time of those that have not ended; None if one of them runs, or is stopped."""
+    total = 0.0
+    for worker in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seen = psutil.Process(worker.pid)
+            if seen.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP, psutil.STATUS_STOPPED):
+                return None
+            total += sum(seen.cpu_times()[:4])
+    return total
 
 
 def saved(process: Callable[..., None], folder: Path, world: int, *more: Any) -> list[Any]:
     """Start ``process(rank, folder, *more)`` for each rank, and return what each saved as ``folder/rank``.
 
-    Processes that do not end are started once more, with a warning that says so: once in some forty runs all four were
-    seen to wait for ever, on a machine that was busy, and why is not known. They print where they wait.
+    Processes that wait for each other are started once more, with a warning that says so: once in some forty runs all
+    four were seen to wait for ever, on a machine that was busy, and why is not known.
     """
-    if not finished(process, folder, world, SOON, *more):
-        warnings.warn(f"gloo: {world} processes waited for each other for {SOON} s and were started anew", stacklevel=1)
+    try:
+        start(process, world, str(folder), *more)
+    except Stalled as error:
+        warnings.warn(f"gloo: started anew, {error}", stacklevel=1)
         folder = folder / "anew"
         folder.mkdir()
-        assert finished(process, folder, world, SECONDS, *more), f"the processes still run after {SECONDS} s"
+        start(process, world, str(folder), *more)
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
-
-
-def finished(process: Callable[..., None], folder: Path, world: int, seconds: float, *more: Any) -> bool:
-    """True if the processes have ended within so many seconds; they are gone in any case."""
-    context = start(process, world, str(folder), *more, join=False)
-    end = time.monotonic() + seconds
-    try:
-        while not context.join(timeout=5):
-            if time.monotonic() > end:
-                return False
-        return True
-    finally:
-        for worker in context.processes:
-            if worker.is_alive():
-                worker.kill()
 
 
 def run(cases: Sequence[tuple[str, str]], folder: Path) -> Results:

@@ -5,7 +5,6 @@ Both processes start once and go through every case; each leaves what it saw in 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -214,8 +213,6 @@ CHECKS = {check.__name__: check for check in (uneven_ranks, schedule, mixed_prec
 def process(rank: int, folder: str) -> None:
     """One of the two."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=SECONDS))
     ways: dict[str, tuple[Callable[[nn.Sequential], nn.Module], Any]] = {

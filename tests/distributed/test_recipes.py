@@ -31,9 +31,8 @@ def free_port() -> int:
 def as_torchrun(rank: int, world: int, port: int, folder: str, texts: list[tuple[int, str]]) -> None:
     """Run a script as torchrun would."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     os.chdir(folder)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     namespace: dict[str, Any] = {"__name__": "page"}
     try:

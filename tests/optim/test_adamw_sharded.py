@@ -75,7 +75,6 @@ def made(world: int) -> tuple[nn.Module, AdamW8bit]:
 
 
 def rank(number: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store{world}",
