@@ -86,16 +86,18 @@ def process(rank: int, folder: str, cases: Sequence[tuple[str, str]]) -> None:
         dist.destroy_process_group()
 
 
-class Stalled(AssertionError):
+class StalledError(AssertionError):
     """Processes that all wait for each other."""
 
 
 def entered(rank: int, stacks: str, process: Callable[..., None], *args: Any) -> None:
     """Run ``process`` in one thread, over the loopback whatever the name of this machine stands for."""
-    faulthandler.register(signal.SIGUSR1, Path(stacks, str(rank)).open("w"))
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    process(rank, *args)
+    with Path(stacks, str(rank)).open("w") as said:
+        faulthandler.register(signal.SIGUSR1, said)
+        process(rank, *args)
+        faulthandler.unregister(signal.SIGUSR1)
 
 
 def start(process: Callable[..., None], world: int, *args: Any) -> None:
@@ -131,7 +133,7 @@ def join(context: Any, stacks: Path) -> None:
                     os.kill(worker.pid, signal.SIGUSR1)
             time.sleep(1)
             where = "\n".join(f"{path.name}: {path.read_text()}" for path in sorted(stacks.iterdir()))
-            raise Stalled(f"{world} processes waited for each other for {IDLE:.0f} s\n{where}")
+            raise StalledError(f"{world} processes waited for each other for {IDLE:.0f} s\n{where}")
     raise AssertionError(f"{world} processes still run after {SECONDS} s")
 
 
@@ -155,7 +157,7 @@ def saved(process: Callable[..., None], folder: Path, world: int, *more: Any) ->
     """
     try:
         start(process, world, str(folder), *more)
-    except Stalled as error:
+    except StalledError as error:
         warnings.warn(f"gloo: started anew, {error}", stacklevel=1)
         folder = folder / "anew"
         folder.mkdir()

@@ -62,7 +62,7 @@ def is_stopped(rank: int, folder: str) -> None:
 
 
 def test_they_say_where_and_are_ended(tmp_path: Path) -> None:
-    with pytest.raises(gloo.Stalled, match="2 processes waited for each other for 2 s") as error:
+    with pytest.raises(gloo.StalledError, match="2 processes waited for each other for 2 s") as error:
         gloo.start(one_is_missing, 2, str(tmp_path))
     first, second = str(error.value).split("\n1: ")
     assert "in barrier" in first
