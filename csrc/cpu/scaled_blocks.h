@@ -626,14 +626,18 @@ bool in_blocks(const ScaledMatmul& p) {
 
 void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
   const Grid& g = p.weight.grid;
-  const Blocking b = blocking_of(p.weight.format);
+  Blocking b = blocking_of(p.weight.format);
   const WeightCodes codes(p.weight.format, b.unit);
+  const int64_t highest = b.MC;
   constexpr int64_t bytes = int64_t(16) << 20;  // of x that are packed at a time
-  const int64_t chunk = round_up(bytes / (b.code_bytes * g.K) + 1, b.MC);
+  const int64_t chunk = round_up(bytes / (b.code_bytes * g.K) + 1, highest);
   for (int64_t m = 0; m < p.M; m += chunk) {
-    const PackedX x(p, b, codes.moved, m, least(chunk, p.M - m), run);
+    const int64_t count = least(chunk, p.M - m), down = (count + highest - 1) / highest;
+    // Of about the same size: threads have the same number of pieces.
+    b.MC = round_up((count + down - 1) / down, b.unit == Engine::tiles ? 2 * kLanes : kLanes);
+    const PackedX x(p, b, codes.moved, m, count, run);
     // A piece is NR rows of w; a thread takes NC rows of those it has at a time.
-    const int64_t down = (x.M + b.MC - 1) / b.MC, across = (g.M + b.NR - 1) / b.NR;
+    const int64_t across = (g.M + b.NR - 1) / b.NR;
     const int64_t products = least(b.MC, x.M) * b.NR * g.K;
     parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
       BlockOfSums block(p, b, codes, x, m);
