@@ -332,7 +332,7 @@ class Blocked {
 
   // odd[r] of each row: whether it is to be multiplied in FP32 instead
   void operator()(ParallelFor run, uint8_t* odd) const {
-    const int64_t panels = plan_.parts * round_up(MC, kLanes) / kLanes;  // of a whole chunk, at most
+    const int64_t panels = chunk(0).panels();  // of a chunk, at most
     parallel(run, chunks() * panels, most(1, kGrain / most(1, x_.K * kLanes)), [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t c = piece / panels, v = piece % panels;

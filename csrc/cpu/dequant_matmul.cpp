@@ -41,7 +41,9 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
              : p.batch_invariant ? "batch_invariant: a row's sums have one order"
              : plan.by_codes     ? "few rows: the weight is read as it lies"
                                  : "few rows: the weight is decoded once for all";
-  plan.MC = most(kLanes, height / plan.parts);
+  // Chunks of about the same size: threads have the same number of them.
+  const int64_t highest = most(kLanes, height / plan.parts), chunks = most(1, (count + highest - 1) / highest);
+  plan.MC = least(highest, round_up(most(1, (count + chunks - 1) / chunks), plan.tiles ? 2 * kLanes : kLanes));
   const int64_t depth = rows <= 2 * kLanes ? shallow : deep;
   plan.KC = g.bk < g.K && g.bk % kUnits == 0 ? most(1, depth / g.bk) * g.bk : depth;  // whole steps
   plan.NC = width;
@@ -89,7 +91,9 @@ void dequant_matmul_choice(const DequantMatmulChoice& c, ParallelFor) {
 
 void dequant_matmul(const DequantMatmul& p, ParallelFor run) {
   if (!p.weight.grid.M) return;
-  const int64_t chunk = most(1, kPackedBytes / (4 * most(1, p.weight.grid.K)) / kHeight) * kHeight;
+  const Plan plan = choose(p, p.M, false);
+  const int64_t height = plan.blocked ? plan.MC : kHeight;
+  const int64_t chunk = most(1, kPackedBytes / (4 * most(1, p.weight.grid.K)) / height) * height;
   for (int64_t m = 0; m < p.M; m += chunk) multiply_rows(p, run, m, least(chunk, p.M - m));
 }
 

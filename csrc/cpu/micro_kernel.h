@@ -19,6 +19,11 @@ struct RowsOfW {
   int64_t stride;
 };
 
+// The bytes of some columns, and of each block of them, of which the last may be shorter
+struct BlocksOfW {
+  int64_t bytes, block;
+};
+
 // Lines fetched meanwhile: of the rows of w that come next as many with every 64 bytes that are multiplied as there are
 // rows, one of each or, by rows, those of one row after the other; and of the rows of y that come of this one row, to
 // be written.
@@ -82,18 +87,17 @@ struct Sums {
   QL_MEMBER uint32_t* at(int64_t n, int64_t v) const { return d + v * stride + n * kLanes; }
 };
 
-// total = or += fl(d * scale), where columns of w have a scale of their own. Sums start from what the zero points stand
-// for, and are scaled in the registers. What belongs to row n of w is number n * step, to panel v of x from v * kLanes
-// on.
+// total += fl(d * scale), where columns of w have a scale of their own. Sums start from what the zero points stand for,
+// and are scaled in the registers. What belongs to row n of w is number n * step, to panel v of x from v * kLanes on.
 template <bool SUMS_W, bool SUMS_X, bool ONE>
 struct ScaledSums {
   float* total;
   int64_t stride;
-  bool first;
   int64_t step;
   const float* scale;
-  const uint32_t *zero_point, *w_sum;  // ONE: zero_point[0] is that of all rows
-  const uint32_t *x_zero_point, *x_sum;
+  const uint32_t *zero_point, *w_sum;
+  const uint32_t *x_zero_point, *x_sum;  // ONE: x_sum has been multiplied by the zero point of all rows
+  int64_t x_step;                        // sums of x from a block of columns to the next
 
   template <int R, int V>
   QL_MEMBER void start(Int32s (&sum)[R][V]) const {
@@ -103,24 +107,13 @@ struct ScaledSums {
       for (int v = 0; v < V; ++v) {
         Bits<Floats> from = {};
         if constexpr (SUMS_W) from -= w_sum[r * step] * load<Bits<Floats>>(x_zero_point + v * kLanes);
-        if constexpr (SUMS_X) from -= zero_point[ONE ? 0 : r * step] * load<Bits<Floats>>(x_sum + v * kLanes);
+        if constexpr (SUMS_X && ONE) from -= load<Bits<Floats>>(x_sum + v * kLanes);
+        else if constexpr (SUMS_X) from -= zero_point[r * step] * load<Bits<Floats>>(x_sum + v * kLanes);
         sum[r][v] = same_bits<Int32s>(from);
       }
   }
   template <int R, int V>
   QL_MEMBER void take(const Int32s (&sum)[R][V]) const {
-    if (first) add_to<R, V>(sum, [](const float*) { return Floats{}; });
-    else add_to<R, V>(sum, [](const float* total) { return load<Floats>(total); });
-  }
-  QL_MEMBER ScaledSums below(int64_t n) const {
-    const int64_t at = n * step;
-    return {total + n * kLanes,          stride,     first,        step, scale + at,
-            zero_point + (ONE ? 0 : at), w_sum + at, x_zero_point, x_sum};
-  }
-
- private:
-  template <int R, int V, class Before>
-  QL_MEMBER void add_to(const Int32s (&sum)[R][V], const Before& before) const {
     float* const to = total;  // no store changes these
     const float* const scales = scale;
     const int64_t apart = stride, rows_apart = step;
@@ -130,9 +123,41 @@ struct ScaledSums {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         float* at = to + v * apart + r * kLanes;
-        store(at, add(before(at), mul(Lanes<Floats>::of(sum[r][v]), s)));
+        store(at, add(load<Floats>(at), mul(Lanes<Floats>::of(sum[r][v]), s)));
       }
     }
+  }
+  // The same for totals that are in registers
+  template <int R, int V>
+  QL_MEMBER void add_to(Floats (&totals)[R][V], const Int32s (&sum)[R][V]) const {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+      const Floats s = same_bits<Floats>(splat<Bits<Floats>>(load<uint32_t>(scale + r * step)));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) totals[r][v] = add(totals[r][v], mul(Lanes<Floats>::of(sum[r][v]), s));
+    }
+  }
+  template <int R, int V>
+  QL_MEMBER void load_totals(Floats (&totals)[R][V]) const {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) totals[r][v] = load<Floats>(total + v * stride + r * kLanes);
+  }
+  template <int R, int V>
+  QL_MEMBER void store_totals(const Floats (&totals)[R][V]) const {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(total + v * stride + r * kLanes, totals[r][v]);
+  }
+  QL_MEMBER ScaledSums below(int64_t n) const {
+    const int64_t at = n * step;
+    return {total + n * kLanes, stride, step, scale + at, zero_point + at, w_sum + at, x_zero_point, x_sum, x_step};
+  }
+  // Those of the block of columns that comes next
+  QL_MEMBER ScaledSums next() const {
+    return {total, stride, step, scale + 1, zero_point + 1, w_sum + 1, x_zero_point, x_sum + x_step, x_step};
   }
 };
 
@@ -145,6 +170,8 @@ constexpr int kPanels = 3;  // of x at once, at most
 constexpr int kSums = 12;  // of 16
 constexpr int kPanels = 2;
 #endif
+// Whether the totals of half as many sums fit beside them: those of two panels are then kept from block to block.
+constexpr bool kKeepTotals = kSums == 24;
 
 // a + b modulo 2^32
 QL_FN Int32s wrapping_add(Int32s a, Int32s b) {
@@ -198,9 +225,11 @@ typedef int32_t __attribute__((may_alias, aligned(1))) FourBytes;
 // sum + x * w of the four bytes of a lane, x signed and w unsigned
 #if defined(__AVX512VNNI__)
 #define QL_BYTES
+// In assembly, or g++ 12 copies sums from one register to another in every step of some loops.
 struct Bytes : ByLanes<Bytes> {
   static QL_MEMBER Int32s dot(Int32s sum, Int32s x, Int32s w) {
-    return Int32s(_mm512_dpbusd_epi32(__m512i(sum), __m512i(w), __m512i(x)));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
   }
 };
 
@@ -300,6 +329,61 @@ static void multiply_registers(int64_t panels, int64_t rows, RowsOfW w, PanelsOf
     kernels[panels - 1](w, x, bytes, ahead.share(r, step, rows), to.below(r));
     w.data += step * w.stride;
   }
+}
+
+// sum = the products of `bytes` of R rows of w and V panels of x, from where `to` says
+template <class Way, class To, int R, int V>
+QL_FN void multiply_block(const char* w, int64_t w_stride, const char* x, int64_t x_stride, int64_t bytes, const To& to,
+                          Int32s (&sum)[R][V]) {
+  to.start(sum);
+  int64_t k = 0;
+  for (; k + Way::step <= bytes; k += Way::step)
+    Way::template add<Way::step>(sum, x + k * kLanes, x_stride, w + k, w_stride);
+  for (; Way::lane < Way::step && k < bytes; k += Way::lane)
+    Way::template add<Way::lane>(sum, x + k * kLanes, x_stride, w + k, w_stride);
+}
+
+// Blocks of columns that have scales of their own, V panels of x by `rows` rows of w: one call for all of them, since
+// what a tile of one block needs to begin takes as long as a tenth of its products. Some codes are fetched with each.
+template <class Way, class To, int V>
+static void multiply_blocks(int64_t rows, RowsOfW w, PanelsOfX x, const BlocksOfW& blocks, CodesAhead& ahead, To to) {
+  if constexpr (kKeepTotals && V == 2) {
+    constexpr int R = Way::sums / V / 2;
+    for (int64_t r = 0; r < rows; r += R, w.data += R * w.stride) {
+      To of = to.below(r);
+      const char *from = w.data, *with = x.data;
+      Floats totals[R][V];
+      of.load_totals(totals);
+      for (int64_t left = blocks.bytes; left > 0; left -= blocks.block) {
+        if (r == 0) ahead.fetch();
+        Int32s sum[R][V];
+        multiply_block<Way>(from, w.stride, with, x.stride, least(blocks.block, left), of, sum);
+        of.add_to(totals, sum);
+        from += blocks.block, with += blocks.block * kLanes, of = of.next();
+      }
+      to.below(r).store_totals(totals);
+    }
+    return;
+  }
+  constexpr int R = Way::sums / V;
+  for (int64_t left = blocks.bytes; left > 0; left -= blocks.block) {
+    ahead.fetch();
+    for (int64_t r = 0; r < rows; r += R) {
+      const To of = to.below(r);
+      Int32s sum[R][V];
+      multiply_block<Way>(w.data + r * w.stride, w.stride, x.data, x.stride, least(blocks.block, left), of, sum);
+      of.take(sum);
+    }
+    w.data += blocks.block, x.data += blocks.block * kLanes, to = to.next();
+  }
+}
+
+template <class Way, class To>
+static void multiply_blocks(int64_t panels, int64_t rows, RowsOfW w, PanelsOfX x, const BlocksOfW& blocks,
+                            CodesAhead& ahead, const To& to) {
+  constexpr decltype(&multiply_blocks<Way, To, 1>) kernels[] = {
+      multiply_blocks<Way, To, 1>, multiply_blocks<Way, To, 2>, multiply_blocks<Way, To, 3>};
+  kernels[panels - 1](rows, w, x, blocks, ahead, to);
 }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ Blocking blocking_of([[maybe_unused]] Type w_format) {
 #ifndef __AVX512VNNI__
   if (has_avx_vnni())
 #endif
-    return {Engine::bytes, 256, 4 * kSums, 1024, kSums, 1, 4};
+    return {Engine::bytes, 256, 4 * kSums, kLanes == 16 ? 4096 : 1024, kSums, 1, 4};
 #endif
 #ifdef QL_NIBBLE_BYTES
   if (row_of(w_format).bits <= 4) return {Engine::nibbles, 256, 4 * kSums, 1024, 4 * kSums, 1, 4};
@@ -150,6 +150,8 @@ class PackedX {
   const int64_t M, padded, row_bytes;  // of a row of a panel
   const uint32_t moved;                // x_codes - x'
   const bool sums_w, sums_x;           // whether the sums of w', or of x', count
+  // Whether all rows of w have the zero point w_moved in all of their blocks: sums of x' are kept multiplied by it.
+  const bool one_zero_point;
 
   PackedX(const ScaledMatmul& p, const Blocking& b, uint32_t w_moved, int64_t m0, int64_t M, ParallelFor run)
       : M(M),
@@ -159,8 +161,11 @@ class PackedX {
         moved(b.unit != Engine::pairs && b.unit != Engine::tiles && !row_of(p.x_format).is_signed ? 128 : 0),
         sums_w(b.unit != Engine::pairs && (p.x_zero_point || moved)),
         sums_x(b.unit != Engine::pairs && (p.weight.zero_point || w_moved)),
+        one_zero_point(b.unit != Engine::tiles && p.weight.grid.scale_cols() > 1 && sums_x && !sums_w &&
+                       !p.weight.zero_point),
         p_(p),
         b_(b),
+        w_moved_(w_moved),
         m0_(m0),
         codes_(padded * row_bytes + 64),
         scales_(padded * 4),
@@ -176,13 +181,14 @@ class PackedX {
   }
   const float* scale() const { return static_cast<const float*>(scales_.data()); }
   const uint32_t* zero_point() const { return static_cast<const uint32_t*>(zero_points_.data()); }
-  // sum of x' - n * x_z' of block J
+  // sum of x' - n * x_z' of block J; times w_moved where one_zero_point
   uint32_t* sums(int64_t J) const { return static_cast<uint32_t*>(sums_.data()) + J * padded; }
 
  private:
   static constexpr int64_t kPart = 1024;  // bytes of a row that are packed at a time
   const ScaledMatmul& p_;
   const Blocking& b_;
+  const uint32_t w_moved_;
   const int64_t m0_;
   const Scratch codes_, scales_, zero_points_, sums_;
 
@@ -218,7 +224,7 @@ class PackedX {
         }
       }
       for (int64_t l = 0; sums_x && l < kLanes; ++l)
-        sums(J)[first + l] = sum[l] - uint32_t(n) * (uint32_t(z[l]) - moved);
+        sums(J)[first + l] = (sum[l] - uint32_t(n) * (uint32_t(z[l]) - moved)) * (one_zero_point ? w_moved_ : 1);
     }
   }
 
@@ -280,6 +286,7 @@ class BlockOfSums {
   // Rows m0 .. m0 + MC of x, which are of its panels, with rows n0 .. n1 of w, NC at most
   void operator()(int64_t m0, int64_t n0, int64_t n1) {
     m0_ = m0, rows_ = least(b_.MC, x_.padded - m0);
+    if (blocks_ > 1) __builtin_memset(total_.data(), 0, size_t(b_.NC * rows_ * 4));
     for (int64_t k0 = 0; k0 < g_.K; k0 += span_)
       for (int64_t n = n0; n < n1; n += b_.NR) {
         const RowsOfW w = take(n, n - n0, n1, k0);
@@ -328,11 +335,11 @@ class BlockOfSums {
     if (in_place) w = {reinterpret_cast<const char*>(codes) + n * g_.K + k0, g_.K};
     const bool known = in_place && blocks_ == 1 && k0 > 0 && !x_.sums_w;
     for (int64_t r = 0; r < count && !known; ++r) {
-      const int64_t at = (n + r) / g_.br * blocks_ + J0;
+      const int64_t at = (g_.br == 1 ? n + r : (n + r) / g_.br) * blocks_ + J0;
       const float* s = p_.weight.scale + at;
       const int32_t* z = p_.weight.zero_point ? p_.weight.zero_point + at : nullptr;
       for (int64_t i = 0; i < parts; ++i) scale(r0 + r)[i] = effective_scale(s[i], float_of(format_.scale_max));
-      for (int64_t i = 0; i < parts; ++i)
+      for (int64_t i = 0; i < parts && !x_.one_zero_point; ++i)
         zero_point(r0 + r)[i] = uint32_t(z ? clamp_zero_point(z[i], format_) : 0) + codes_.moved;
       if (!in_place) {
         char* to = static_cast<char*>(w_.data()) + r * w_stride_;
@@ -391,6 +398,17 @@ class BlockOfSums {
     }
   }
 
+  // The same in pairs where their totals stay in registers, and three where one would be left alone
+  template <class Body>
+  void pairs(const Body& body) const {
+    if (!kKeepTotals) return groups(body);
+    for (int64_t m = 0, left = rows_ / kLanes; left;) {
+      const int64_t panels = left == 3 ? 3 : least(2, left);
+      body(m, panels);
+      m += panels * kLanes, left -= panels;
+    }
+  }
+
 #ifdef QL_AMX
   void multiply_by_tiles(int64_t panels, RowsOfW w, PanelsOfX x, int64_t bytes, const Ahead& ahead, Sums to) const {
     if (panels == 2) (is_signed_ ? multiply_tiles<2, true> : multiply_tiles<2, false>)(w, x, bytes, ahead, to);
@@ -410,6 +428,24 @@ class BlockOfSums {
     if (b_.unit == Engine::nibbles) return multiply_registers<Nibbles>(panels, b_.NR, w, x, bytes, ahead, to);
 #endif
     multiply_registers<Pairs>(panels, b_.NR, w, x, bytes, ahead, to);
+  }
+
+  template <class To>
+  void multiply_scaled(int64_t panels, RowsOfW w, PanelsOfX x, const BlocksOfW& blocks, CodesAhead& ahead,
+                       const To& to) const {
+#ifdef QL_SIGNED_BYTES
+    if (b_.unit == Engine::signed_bytes)
+      return quantlib::QL_ISA::multiply_blocks<SignedBytes>(panels, b_.NR, w, x, blocks, ahead, to);
+#endif
+#ifdef QL_BYTES
+    if (b_.unit == Engine::bytes)
+      return quantlib::QL_ISA::multiply_blocks<Bytes>(panels, b_.NR, w, x, blocks, ahead, to);
+#endif
+#ifdef QL_NIBBLE_BYTES
+    if (b_.unit == Engine::nibbles)
+      return quantlib::QL_ISA::multiply_blocks<Nibbles>(panels, b_.NR, w, x, blocks, ahead, to);
+#endif
+    quantlib::QL_ISA::multiply_blocks<Pairs>(panels, b_.NR, w, x, blocks, ahead, to);
   }
 
   // The share of the group of panels at m, which multiplies the columns from k on
@@ -437,7 +473,9 @@ class BlockOfSums {
   // The codes of `columns` columns that lie ahead, a part of them for every product of a block with a group of panels:
   // fetched within one, they would end loops that are as short as it at another place each time.
   CodesAhead in_parts(const Ahead& ahead, int64_t columns) const {
-    const int64_t panels = rows_ / kLanes, products = (panels + kPanels - 1) / kPanels * ((columns - 1) / g_.bk + 1);
+    const int64_t panels = rows_ / kLanes;
+    const int64_t groups = kKeepTotals ? most(1, panels / 2) : (panels + kPanels - 1) / kPanels;
+    const int64_t products = groups * ((columns - 1) / g_.bk + 1);
     const int64_t bytes = row_bytes(format_, columns), lines = ahead.w_rows * ((bytes + 63) / 64);
     return {ahead.w, ahead.w_stride, ahead.w_rows, bytes, (lines + products - 1) / products};
   }
@@ -447,29 +485,26 @@ class BlockOfSums {
 #ifdef QL_AMX
     if (b_.unit == Engine::tiles) return multiply_blocks_by_tiles(w, r0, k0, ahead);
 #endif
+    const int64_t last = columns - (columns - 1) / g_.bk * g_.bk;
+    const BlocksOfW parts = {(columns - last) / g_.bk * block + b_.padded(last), block};
     with_sums([&](auto sums_w, auto sums_x) {
       const auto by = [&](auto one) {
         CodesAhead codes = in_parts(ahead, columns);
-        groups([&](int64_t m, int64_t panels) {
-          for (int64_t k = 0, i = 0; k < columns; k += g_.bk, ++i) {
-            codes.fetch();
-            const int64_t length = least(g_.bk, columns - k);
-            const ScaledSums<sums_w.value, sums_x.value, one.value> to = {total(r0, m),
-                                                                          b_.NC * kLanes,
-                                                                          J0 + i == 0,
-                                                                          span_blocks_,
-                                                                          scale(r0) + i,
-                                                                          zero_point(r0) + i,
-                                                                          w_sum(r0) + i,
-                                                                          x_.zero_point() + m0_ + m,
-                                                                          x_.sums(J0 + i) + m0_ + m};
-            multiply(panels, {w.data + i * block, w.stride}, x_.panels(m0_ + m, (J0 + i) * block), b_.padded(length),
-                     {}, to);
-          }
+        pairs([&](int64_t m, int64_t panels) {
+          const ScaledSums<sums_w.value, sums_x.value, one.value> to = {total(r0, m),
+                                                                        b_.NC * kLanes,
+                                                                        span_blocks_,
+                                                                        scale(r0),
+                                                                        zero_point(r0),
+                                                                        w_sum(r0),
+                                                                        x_.zero_point() + m0_ + m,
+                                                                        x_.sums(J0) + m0_ + m,
+                                                                        x_.padded};
+          multiply_scaled(panels, w, x_.panels(m0_ + m, J0 * block), parts, codes, to);
         });
       };
       if constexpr (sums_x.value && !sums_w.value)
-        if (!p_.weight.zero_point) return by(Yes{});
+        if (x_.one_zero_point) return by(Yes{});
       by(No{});
     });
   }
@@ -591,14 +626,18 @@ bool in_blocks(const ScaledMatmul& p) {
 
 void multiply_in_blocks(const ScaledMatmul& p, ParallelFor run) {
   const Grid& g = p.weight.grid;
-  const Blocking b = blocking_of(p.weight.format);
+  Blocking b = blocking_of(p.weight.format);
   const WeightCodes codes(p.weight.format, b.unit);
+  const int64_t highest = b.MC;
   constexpr int64_t bytes = int64_t(16) << 20;  // of x that are packed at a time
-  const int64_t chunk = round_up(bytes / (b.code_bytes * g.K) + 1, b.MC);
+  const int64_t chunk = round_up(bytes / (b.code_bytes * g.K) + 1, highest);
   for (int64_t m = 0; m < p.M; m += chunk) {
-    const PackedX x(p, b, codes.moved, m, least(chunk, p.M - m), run);
+    const int64_t count = least(chunk, p.M - m), down = (count + highest - 1) / highest;
+    // Of about the same size: threads have the same number of pieces.
+    b.MC = round_up((count + down - 1) / down, b.unit == Engine::tiles ? 2 * kLanes : kLanes);
+    const PackedX x(p, b, codes.moved, m, count, run);
     // A piece is NR rows of w; a thread takes NC rows of those it has at a time.
-    const int64_t down = (x.M + b.MC - 1) / b.MC, across = (g.M + b.NR - 1) / b.NR;
+    const int64_t across = (g.M + b.NR - 1) / b.NR;
     const int64_t products = least(b.MC, x.M) * b.NR * g.K;
     parallel(run, across * down, most(1, 8 * kGrain / products), [&](int64_t begin, int64_t end) {
       BlockOfSums block(p, b, codes, x, m);

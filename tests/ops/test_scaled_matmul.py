@@ -91,6 +91,7 @@ EDGES = {
     "more columns than are multiplied at a time": (24, 33, 5120, (1, -1)),
     "blocks that fill lines": (33, 40, 384, (1, 128)),
     "more blocks than are multiplied at a time": (5, 40, 4224, (1, 128)),
+    "registers of x in pairs and in threes, and a last block that is shorter": (80, 26, 4250, (1, 100)),
     "a block longer than what is multiplied at a time": (4, 34, 9500, (3, 4700)),
     "blocks with zeros behind them": (20, 25, 300, (1, 50)),
     "few rows, and lines of two nibbles": (3, 37, 2432, (1, 128)),
