@@ -41,7 +41,9 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
              : p.batch_invariant ? "batch_invariant: a row's sums have one order"
              : plan.by_codes     ? "few rows: the weight is read as it lies"
                                  : "few rows: the weight is decoded once for all";
-  plan.MC = most(kLanes, height / plan.parts);
+  // Chunks of one height, or threads would wait for the one that has the highest.
+  const int64_t chunks = (rows + height - 1) / height;
+  plan.MC = most(kLanes, least(height / plan.parts, round_up((count + chunks - 1) / chunks, kLanes)));
   const int64_t depth = rows <= 2 * kLanes ? shallow : deep;
   plan.KC = g.bk < g.K && g.bk % kUnits == 0 ? most(1, depth / g.bk) * g.bk : depth;  // whole steps
   plan.NC = width;
@@ -51,7 +53,7 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 template <class E>
 void multiply(const DequantMatmul& p, ParallelFor run, const Plan& plan, const int64_t* list, int64_t m0, int64_t count,
               uint8_t* odd) {
-  if (plan.blocked) Blocked<E>(p, list, m0, count, plan)(run, odd);
+  if (plan.blocked) Blocked<E>(p, RowsOfX<E>(p, list, m0), count, plan)(run, odd);
   else Dots<E>(p, list, m0, count, plan)(run, odd);
 }
 
