@@ -55,9 +55,11 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
 
     Notes
     -----
-    The weight is dequantized a slab of output channels at a time, forward and backward, never as a whole; the
-    convolution is torch's own, in the dtype of the input. On a CPU without instructions for a float of 16 bits torch
-    convolves it by a slow loop: there it is done in float32, and rounded once. Gradients reach the input and the bias.
+    The weight is dequantized a slab of output channels at a time, forward and backward; the convolution is torch's own,
+    in the dtype of the input. On a CPU, where that is faster and nothing but this call sees the tensors, C++ multiplies
+    patches of the input by the codes instead: ``docs/tuning.md`` says when. Without instructions for a float of 16 bits
+    torch convolves it by a slow loop: there it is done in float32, and rounded once. Gradients reach the input and the
+    bias.
     """
 
     def __init__(
