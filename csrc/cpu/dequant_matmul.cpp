@@ -53,7 +53,7 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 template <class E>
 void multiply(const DequantMatmul& p, ParallelFor run, const Plan& plan, const int64_t* list, int64_t m0, int64_t count,
               uint8_t* odd) {
-  if (plan.blocked) Blocked<E>(p, list, m0, count, plan)(run, odd);
+  if (plan.blocked) Blocked<E>(p, RowsOfX<E>(p, list, m0), count, plan)(run, odd);
   else Dots<E>(p, list, m0, count, plan)(run, odd);
 }
 

@@ -9,21 +9,23 @@ namespace QL_ISA {
 namespace {
 
 constexpr int64_t kColumns = 256;  // columns of the weight whose sums are kept
-constexpr int64_t kDepth = 16;     // rows of the weight decoded together: 16 KiB
+constexpr int64_t kDepth = 64;     // rows of the weight decoded together: those of kRegisters fit a first-level cache
 constexpr int kRegisters = 4;      // of columns, for kRowTile rows
 
 // sums[r, k] += dy[r, n] * w[n, k] for R rows, the n of a slab in order, kRegisters registers of columns
 template <int R>
-QL_FN void multiply(const float* dy, int64_t stride, const float* w, int64_t count, float* sums) {
+QL_FN void multiply(const float* dy, int64_t stride, const float* w, int64_t count, float* sums, CodesAhead& ahead) {
   Floats sum[R][kRegisters];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kRegisters; ++c) sum[r][c] = load<Floats>(sums + r * kColumns + c * kLanes);
   for (int64_t n = 0; n < count; ++n) {
+    ahead.fetch();
     Floats row[kRegisters];
     for (int c = 0; c < kRegisters; ++c) row[c] = load<Floats>(w + n * kColumns + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Floats factor = splat<Floats>(dy[r * stride + n]);
+      // as bits, or g++ 12 adds zero to the float before it fills the lanes
+      const auto factor = same_bits<Floats>(splat<Bits<Floats>>(load<uint32_t>(dy + r * stride + n)));
 #pragma GCC unroll 4
       for (int c = 0; c < kRegisters; ++c) sum[r][c] = fma(factor, row[c], sum[r][c]);
     }
@@ -34,11 +36,12 @@ QL_FN void multiply(const float* dy, int64_t stride, const float* w, int64_t cou
 
 // The same for any number of rows, at most MOST at once
 template <int MOST>
-QL_FN void multiply_rows(const float* dy, int64_t stride, const float* w, int64_t count, float* sums, int64_t rows) {
+QL_FN void multiply_rows(const float* dy, int64_t stride, const float* w, int64_t count, float* sums, int64_t rows,
+                         CodesAhead& ahead) {
   for (; rows >= MOST; rows -= MOST, dy += MOST * stride, sums += MOST * kColumns)
-    multiply<MOST>(dy, stride, w, count, sums);
+    multiply<MOST>(dy, stride, w, count, sums, ahead);
   if constexpr (MOST > 1) {
-    if (rows) multiply_rows<MOST - 1>(dy, stride, w, count, sums, rows);
+    if (rows) multiply_rows<MOST - 1>(dy, stride, w, count, sums, rows, ahead);
   }
 }
 
@@ -62,8 +65,12 @@ struct Gradient {
     for (int64_t n0 = 0; n0 < N; n0 += kDepth) {
       const int64_t count = least(kDepth, N - n0);
       for (int64_t n = 0; n < count; ++n) weight.row(n0 + n, k0, k1 - k0, slab + n * kColumns);
+      const char* below = static_cast<const char*>(p.weight.codes) + byte_offset(weight.format, K, n0 + count, k0);
+      const int64_t lines = r1 - r0 < 3 * kRowTile ? 2 : 1;  // with each step: few rows make few of them
+      CodesAhead ahead = {below, row_bytes(weight.format, K), least(kDepth, N - n0 - count),
+                          row_bytes(weight.format, k1 - k0), lines};
       for (int64_t k = 0; k < width; k += kRegisters * kLanes)
-        multiply_rows<kRowTile>(dy.data + r0 * dy.stride + n0, dy.stride, slab + k, count, sums + k, r1 - r0);
+        multiply_rows<kRowTile>(dy.data + r0 * dy.stride + n0, dy.stride, slab + k, count, sums + k, r1 - r0, ahead);
     }
     for (int64_t r = r0; r < r1; ++r) {
       float* row = sums + (r - r0) * kColumns;

@@ -2,11 +2,19 @@
 #pragma once
 #include "../ops/quantize.h"
 #include "loops.h"
+#include "narrow.h"
 
 namespace quantlib {
 namespace QL_ISA {
 
 void quantize(const Quantize&, ParallelFor);
+
+// n elements of x, of whose blocks the first has `first`; blocks begin at multiples of kPair. r and zero_point: of each
+// block.
+using QuantizeBlocks = void (*)(const char* x, const float* r, const int32_t* zero_point, int64_t first, int64_t bk,
+                                const Store& how, char* codes, int64_t n);
+// Null where x, r and codes lie in memory as 32 bits an element.
+QuantizeBlocks quantize_blocks(Type format, Type x_type, bool affine);
 
 // Memory that is fetched while a rectangle of one row is encoded, so many bytes for each element
 struct Fetched {
@@ -23,6 +31,8 @@ struct QuantizeRows {
   const Row x_row = row_of(p.x_type);
   const Decode decode = decoder(p.x_type);
   const Encode encode = encoder(p.format, true, p.zero_point != nullptr);
+  const QuantizeBlocks blocks =
+      grid.bk % kPair && grid.bk < grid.K ? nullptr : quantize_blocks(p.format, p.x_type, p.zero_point != nullptr);
 
   explicit QuantizeRows(const Quantize& p) : p(p), grid(collapse(p.grid, row_of(p.format).per_byte)) {}
 
@@ -44,6 +54,14 @@ struct QuantizeRows {
     void spread(int64_t I, int64_t j, int64_t n) {
       const int64_t row = I * of.grid.scale_cols();
       const float scale_max = float_of(of.format.scale_max);
+      if (of.blocks) {
+        const int64_t bk = of.grid.bk, J = j / bk, end = (j + n - 1) / bk + 1;
+        const float* scale = of.p.scale + row;
+        for (int64_t b = J; b < end; ++b) r[b - J] = reciprocal(effective_scale(scale[b], scale_max));
+        for (int64_t b = J; of.p.zero_point && b < end; ++b)
+          zero_point[b - J] = clamp_zero_point(of.p.zero_point[row + b], of.format);
+        return;
+      }
       QL_ISA::spread(of.p.scale + row, of.grid.bk, j, n, r,
                      [=](float s) { return reciprocal(effective_scale(s, scale_max)); });
       if (of.p.zero_point)
@@ -53,12 +71,13 @@ struct QuantizeRows {
 
     void row(int64_t i, int64_t j, int64_t n) {
       const char* in = static_cast<const char*>(of.p.x) + byte_offset(of.x_row, of.grid.K, i, j);
-      if (of.decode) of.decode(in, false, x, n);
       Store how = of.how;
       if (next.first) how.next = next.first + (j - j0) * next.bytes, how.next_bytes = next.bytes;
       else if (of.ahead) how.next = in + of.ahead * of.x_row.bytes, how.next_bytes = of.x_row.bytes;
-      of.encode(of.decode ? x : reinterpret_cast<const float*>(in), r, zero_point, how,
-                static_cast<char*>(of.p.codes) + byte_offset(of.format, of.grid.K, i, j), n);
+      char* codes = static_cast<char*>(of.p.codes) + byte_offset(of.format, of.grid.K, i, j);
+      if (of.blocks) return of.blocks(in, r, zero_point, of.grid.bk - j % of.grid.bk, of.grid.bk, how, codes, n);
+      if (of.decode) of.decode(in, false, x, n);
+      of.encode(of.decode ? x : reinterpret_cast<const float*>(in), r, zero_point, how, codes, n);
     }
   };
 };
