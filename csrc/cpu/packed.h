@@ -37,6 +37,15 @@ using Unit = Value;
 using Unit = float;
 #endif
 
+// The value in all lanes: splat adds it to zeros, which may turn -0 into +0.
+QL_FN Floats everywhere(const float& value) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_set1_ps(value));
+#else
+  return splat<Floats>(value);
+#endif
+}
+
 template <class E>
 QL_FN Floats multiply_add(Floats x, Floats w, Floats sum) {
 #ifdef __AVX512BF16__
