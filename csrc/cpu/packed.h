@@ -209,6 +209,9 @@ template <class F>
 using CodesOf = decltype(values_of<F, true>(0));
 template <class F>
 constexpr bool in_units = in_values<F>;
+#else
+template <class F>
+constexpr bool in_units = false;
 #endif
 
 constexpr int kTogether = 4;  // rows whose steps are stored side by side
@@ -242,14 +245,16 @@ constexpr int64_t kLeastSplit = 64;  // columns from which on two parts of BF16 
 // Rows of x, at most, whose products with a weight in FP32 are made by dots
 constexpr int64_t kFew = kLanes == 16 ? 10 : 6;
 
+enum class Way { dots, columns, blocks };
+
 struct Plan {
-  bool by_codes;       // as E of scales_sums; or the weight in FP32
-  bool blocked;        // or by dots
+  bool by_codes;  // as E of scales_sums; or the weight in FP32
+  Way way;
   int64_t parts;       // of BF16 that add up to a value of x
   int64_t MC, NC, KC;  // rows of x, of the weight, columns
   bool tiles;          // AMX
   CodeKernels codes;
-  const char* why;  // blocked or not: matmul_choice.h
+  const char* why;  // that way: matmul_choice.h
 };
 
 }  // namespace QL_ISA
