@@ -2,6 +2,7 @@
 #include "../ops/dequant_matmul.h"
 #include "../activation.h"
 #include "blocked.h"
+#include "columns.h"
 #include "dots.h"
 #include "matmul_choice.h"
 
@@ -14,8 +15,9 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
   const Grid& g = p.weight.grid;
   Plan plan = {};
   plan.parts = 1;
+  const bool whole = g.K > 0 && (g.bk >= g.K || g.bk % 32 == 0);
 #ifdef __AVX512BF16__
-  const bool whole = g.bk >= g.K || g.bk % 32 == 0, is_float = p.x_type == Type::float32;
+  const bool is_float = p.x_type == Type::float32;
   plan.codes = code_kernels(p.weight.format, p.weight.is_affine());
   const bool fast = !is_float || has_amx() || has_fast_pairs();
   plan.by_codes = !floats && fast && plan.codes.decode && whole && g.K >= (is_float ? kLeastSplit : 1);
@@ -26,21 +28,27 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 #endif
 #ifdef QL_VALUES
   plan.codes = code_kernels(p.weight.format, p.weight.is_affine());
-  plan.by_codes = !floats && plan.codes.decode && g.K > 0 && (g.bk >= g.K || g.bk % 32 == 0);
+  plan.by_codes = !floats && plan.codes.decode && whole;
   // Three panels of x, 256 columns of each, take three quarters of a first-level cache of 32 KiB.
   const int64_t few = plan.by_codes ? 8 : kFew, height = 240, width = 128, shallow = 256, deep = 256;
 #else
-  // To the 16 rows of a panel, blocks take the same time: on a Zen 4, dots take less up to these.
-  const int64_t by_dots = plan.by_codes ? (g.bk < g.K ? 12 : 16) : kFew;
-  const int64_t few = plan.tiles ? 2 : by_dots, height = 512, width = 512, deep = 1024;
+  const int64_t few = plan.tiles ? 2 : kFew, height = 512, width = 512, deep = 1024;
   const int64_t shallow = plan.tiles ? 256 : deep;  // tiles multiply one block while the next is decoded
 #endif
   const int64_t rows = count * plan.parts;
-  plan.blocked = g.K > 0 && (plan.tiles && p.batch_invariant ? true : !p.batch_invariant && rows > few);
-  plan.why = plan.blocked        ? "rows enough for blocks that stay in the caches"
-             : p.batch_invariant ? "batch_invariant: a row's sums have one order"
-             : plan.by_codes     ? "few rows: the weight is read as it lies"
-                                 : "few rows: the weight is decoded once for all";
+  const bool blocked = g.K > 0 && (plan.tiles && p.batch_invariant ? true : !p.batch_invariant && rows > few);
+  plan.way = blocked ? Way::blocks : Way::dots;
+#ifdef QL_QUADS
+  // Of fewer rows than `first` a Zen 5 takes less time for dots of codes, of more than `last` for blocks.
+  const bool is_byte = row_of(p.weight.format).per_byte == 1;
+  const int64_t first = plan.by_codes ? 6 + is_byte + (g.bk >= g.K) : 1, last = 48;
+  const bool columns = whole && has_quads(p.weight.format) && first <= rows && rows <= last;
+  if (columns && !plan.tiles && !p.batch_invariant) plan.way = Way::columns;
+#endif
+  plan.why = plan.way == Way::blocks                     ? "rows enough for blocks that stay in the caches"
+             : p.batch_invariant                         ? "batch_invariant: a row's sums have one order"
+             : plan.by_codes || plan.way == Way::columns ? "few rows: the weight is read as it lies"
+                                                         : "few rows: the weight is decoded once for all";
   // Chunks of about the same size: threads have the same number of them.
   const int64_t highest = most(kLanes, height / plan.parts), chunks = most(1, (count + highest - 1) / highest);
   plan.MC = least(highest, round_up(most(1, (count + chunks - 1) / chunks), plan.tiles ? 2 * kLanes : kLanes));
@@ -53,8 +61,11 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 template <class E>
 void multiply(const DequantMatmul& p, ParallelFor run, const Plan& plan, const int64_t* list, int64_t m0, int64_t count,
               uint8_t* odd) {
-  if (plan.blocked) Blocked<E>(p, RowsOfX<E>(p, list, m0), count, plan)(run, odd);
-  else Dots<E>(p, list, m0, count, plan)(run, odd);
+  if (plan.way == Way::blocks) return Blocked<E>(p, RowsOfX<E>(p, list, m0), count, plan)(run, odd);
+#ifdef QL_QUADS
+  if (plan.way == Way::columns) return Columns<E>(p, list, m0, count, plan)(run, odd);
+#endif
+  Dots<E>(p, list, m0, count, plan)(run, odd);
 }
 
 // Rows m0 .. m0 + count of y; those of odd values once more, in FP32.
@@ -82,17 +93,21 @@ void dequant_matmul_choice(const DequantMatmulChoice& c, ParallelFor) {
   const Weight weight = {c.grid, nullptr, c.format, nullptr, c.is_affine ? &kSomeZeroPoint : nullptr};
   const Plan plan = choose({c.M, nullptr, c.x_type, weight, {}, c.batch_invariant, nullptr}, c.M, false);
   *c.why = plan.why;
-  *c.kernel = plan.tiles       ? "blocks: tiles of AMX, codes and x in BF16"
-              : !plan.by_codes ? (plan.blocked ? "blocks: weight and x in FP32" : "dots: weight and x in FP32")
-              : sizeof(Unit) == 2
-                  ? (plan.blocked ? "blocks: codes and x in pairs of BF16" : "dots: codes and x in pairs of BF16")
-                  : (plan.blocked ? "blocks: codes and x in FP32" : "dots: codes and x in FP32");
+  constexpr const char* floats[] = {"dots: weight and x in FP32", "columns: weight and x in FP32",
+                                    "blocks: weight and x in FP32"};
+  constexpr const char* pairs[] = {"dots: codes and x in pairs of BF16", "columns: codes and x in pairs of BF16",
+                                   "blocks: codes and x in pairs of BF16"};
+  constexpr const char* values[] = {"dots: codes and x in FP32", nullptr, "blocks: codes and x in FP32"};
+  *c.kernel = plan.tiles ? "blocks: tiles of AMX, codes and x in BF16"
+                         : (!plan.by_codes      ? floats
+                            : sizeof(Unit) == 2 ? pairs
+                                                : values)[int(plan.way)];
 }
 
 void dequant_matmul(const DequantMatmul& p, ParallelFor run) {
   if (!p.weight.grid.M) return;
   const Plan plan = choose(p, p.M, false);
-  const int64_t height = plan.blocked ? plan.MC : kHeight;
+  const int64_t height = plan.way == Way::blocks ? plan.MC : kHeight;
   const int64_t chunk = most(1, kPackedBytes / (4 * most(1, p.weight.grid.K)) / height) * height;
   for (int64_t m = 0; m < p.M; m += chunk) multiply_rows(p, run, m, least(chunk, p.M - m));
 }

@@ -63,45 +63,50 @@ struct Parts {
   float scale[kWeightRows][kMostParts];
 };
 
-// The value in all lanes: splat adds it to zeros, which may turn -0 into +0.
-QL_FN Floats everywhere(const float& value) {
-#if defined(__AVX512F__)
-  return Floats(_mm512_set1_ps(value));
-#else
-  return splat<Floats>(value);
-#endif
-}
-
-// sum[r, n] += sum over k of x[r, k] * w(n, k) for R rows; k counts units of 32 bits
-template <int R, class E, class Part>
-QL_FN void multiply_part(const float* x, int64_t stride, const Part& w, int64_t begin, int64_t end,
-                         Floats (&sum)[R][kWeightRows]) {
+// sum[r, s] += sum over k of x[r, k] * w(n0 + s, k) for R rows of x and S of the weight; k counts units of 32 bits
+template <int R, int S, class E, class Part>
+QL_FN void multiply_part(const float* x, int64_t stride, const Part& w, int n0, int64_t begin, int64_t end,
+                         Floats (&sum)[R][S]) {
   for (int64_t k = begin; k < end; k += kLanes) {
-    Floats row[kWeightRows];
+    Floats row[S];
 #pragma GCC unroll 4
-    for (int n = 0; n < kWeightRows; ++n) row[n] = w(n, k);
+    for (int s = 0; s < S; ++s) row[s] = w(n0 + s, k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Floats at = load<Floats>(x + r * stride + k);
 #pragma GCC unroll 4
-      for (int n = 0; n < kWeightRows; ++n) sum[r][n] = multiply_add<E>(at, row[n], sum[r][n]);
+      for (int s = 0; s < S; ++s) sum[r][s] = multiply_add<E>(at, row[s], sum[r][s]);
     }
   }
 }
 
-// sums[r, n] += sum over k < count of x[r, k] * w[n, k] for R rows. Where scales change along a row, each lane is
-// total = fma(sum of a part, its scale, total).
-template <int R, class E, class From>
-QL_FN void multiply(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts, float* sums) {
-  Floats total[R][kWeightRows] = {};
-  if (!parts.count) multiply_part<R, E>(x, stride, w.part(0), 0, count, total);
+// total[r, n0 + s] = fma(sum of a part, its scale, total) of each lane, for all parts
+template <int R, int S, class E, class From>
+QL_FN void multiply_parts(const float* x, int64_t stride, const From& w, int n0, const Parts& parts,
+                          Floats (&total)[R][kWeightRows]) {
   for (int64_t p = 0, begin = 0; p < parts.count; begin = parts.end[p++]) {
-    Floats sum[R][kWeightRows] = {};
-    multiply_part<R, E>(x, stride, w.part(p), begin, parts.end[p], sum);
+    Floats sum[R][S] = {};
+    multiply_part<R, S, E>(x, stride, w.part(p), n0, begin, parts.end[p], sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < kWeightRows; ++n) total[r][n] = fma(sum[r][n], everywhere(parts.scale[n][p]), total[r][n]);
+      for (int s = 0; s < S; ++s)
+        total[r][n0 + s] = fma(sum[r][s], everywhere(parts.scale[n0 + s][p]), total[r][n0 + s]);
+  }
+}
+
+// sums[r, n] += sum over k < count of x[r, k] * w[n, k] for R rows, of which each code is decoded once; PARTS: scales
+// change along a row. Twice as many registers hold sums then: two rows of the weight at once for more than three of x.
+template <int R, bool PARTS, class E, class From>
+QL_FN void multiply(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts, float* sums) {
+  Floats total[R][kWeightRows] = {};
+  if constexpr (!PARTS) {
+    multiply_part<R, kWeightRows, E>(x, stride, w.part(0), 0, 0, count, total);
+  } else if constexpr (R <= 3) {
+    multiply_parts<R, kWeightRows, E>(x, stride, w, 0, parts, total);
+  } else {
+    multiply_parts<R, kWeightRows / 2, E>(x, stride, w, 0, parts, total);
+    multiply_parts<R, kWeightRows / 2, E>(x, stride, w, kWeightRows / 2, parts, total);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -111,13 +116,13 @@ QL_FN void multiply(const float* x, int64_t stride, const From& w, int64_t count
 }
 
 // The same for any number of rows, at most MOST at once
-template <int MOST, class E, class From>
+template <int MOST, bool PARTS, class E, class From>
 QL_FN void multiply_rows(const float* x, int64_t stride, const From& w, int64_t count, const Parts& parts, float* sums,
                          int64_t rows) {
   for (; rows >= MOST; rows -= MOST, x += MOST * stride, sums += MOST * kPanel)
-    multiply<MOST, E>(x, stride, w, count, parts, sums);
+    multiply<MOST, PARTS, E>(x, stride, w, count, parts, sums);
   if constexpr (MOST > 1) {
-    if (rows) multiply_rows<MOST - 1, E>(x, stride, w, count, parts, sums, rows);
+    if (rows) multiply_rows<MOST - 1, PARTS, E>(x, stride, w, count, parts, sums, rows);
   }
 }
 
@@ -133,7 +138,7 @@ struct Slab {
 };
 
 static void multiply_slab(const float* x, int64_t stride, const Slab& slab, int64_t count, float* sums, int64_t rows) {
-  multiply_rows<kRowTile, float>(x, stride, slab, count, Parts(), sums, rows);
+  multiply_rows<kRowTile, false, float>(x, stride, slab, count, Parts(), sums, rows);
 }
 
 #ifdef __AVX512BF16__
@@ -178,8 +183,10 @@ void multiply_codes(const float* x, int64_t stride, const char* const (&codes)[k
                     const int32_t (*zero_point)[kMostParts], int64_t count, const Parts& parts, float* sums,
                     int64_t rows) {
   const Direct<F, AFFINE> direct = {{codes[0], codes[1], codes[2], codes[3]}, zero_point, ahead};
-  if (parts.count) multiply_rows<3, uint16_t>(x, stride, direct, count, parts, sums, rows);
-  else multiply_rows<kRowTile, uint16_t>(x, stride, direct, count, parts, sums, rows);
+  constexpr int64_t twice = 2048;  // units of x that are read twice from the first-level cache, of kRowTile rows
+  if (!parts.count) multiply_rows<kRowTile, false, uint16_t>(x, stride, direct, count, parts, sums, rows);
+  else if (stride <= twice) multiply_rows<kRowTile, true, uint16_t>(x, stride, direct, count, parts, sums, rows);
+  else multiply_rows<3, true, uint16_t>(x, stride, direct, count, parts, sums, rows);
 }
 
 #elif defined(QL_VALUES)

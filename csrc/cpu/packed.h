@@ -37,6 +37,15 @@ using Unit = Value;
 using Unit = float;
 #endif
 
+// The value in all lanes: splat adds it to zeros, which may turn -0 into +0.
+QL_FN Floats everywhere(const float& value) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_set1_ps(value));
+#else
+  return splat<Floats>(value);
+#endif
+}
+
 template <class E>
 QL_FN Floats multiply_add(Floats x, Floats w, Floats sum) {
 #ifdef __AVX512BF16__
@@ -200,6 +209,9 @@ template <class F>
 using CodesOf = decltype(values_of<F, true>(0));
 template <class F>
 constexpr bool in_units = in_values<F>;
+#else
+template <class F>
+constexpr bool in_units = false;
 #endif
 
 constexpr int kTogether = 4;  // rows whose steps are stored side by side
@@ -233,14 +245,16 @@ constexpr int64_t kLeastSplit = 64;  // columns from which on two parts of BF16 
 // Rows of x, at most, whose products with a weight in FP32 are made by dots
 constexpr int64_t kFew = kLanes == 16 ? 10 : 6;
 
+enum class Way { dots, columns, blocks };
+
 struct Plan {
-  bool by_codes;       // as E of scales_sums; or the weight in FP32
-  bool blocked;        // or by dots
+  bool by_codes;  // as E of scales_sums; or the weight in FP32
+  Way way;
   int64_t parts;       // of BF16 that add up to a value of x
   int64_t MC, NC, KC;  // rows of x, of the weight, columns
   bool tiles;          // AMX
   CodeKernels codes;
-  const char* why;  // blocked or not: matmul_choice.h
+  const char* why;  // that way: matmul_choice.h
 };
 
 }  // namespace QL_ISA

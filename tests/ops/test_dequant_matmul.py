@@ -124,7 +124,7 @@ def test_several_blocks_of_every_axis(
     codes, scale, z = quantized(N, K, format, block, affine, exact=format != "nf4_bf16")
     w = values(codes, scale, z, format, block, K)
     x = small_integers(600, K).to(dtype)
-    for M in (1, 2, 3, 9, 17, 33, 600) if backend.device == "cpu" else (3, 33):
+    for M in (1, 2, 3, 6, 9, 16, 17, 33, 48, 600) if backend.device == "cpu" else (3, 33):
         some = x[:M].clone()
         some[M // 2, 5] = torch.finfo(dtype).max
         some[M // 3, 7] = torch.finfo(dtype).smallest_normal / 2
