@@ -480,3 +480,28 @@ def test_a_pickle_holds_scales_that_are_powers_of_two() -> None:
     torch.save(q.state_dict(keep_vars=True), file)
     file.seek(0)
     q.load_state_dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4:group:8", "bfloat16"])
+@pytest.mark.parametrize(
+    "apply",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+        torch.nn.utils.parametrizations.orthogonal,
+        lambda m: parametrize.register_parametrization(m, "weight", nn.Identity()),
+        lambda m: parametrize.register_parametrization(module=m, tensor_name="weight", parametrization=nn.Identity()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_what_has_torch_compute_the_weight_is_refused_with_a_way_out(apply: Callable[[Any], Any], spec: str) -> None:
+    q = layer(spec)
+    before, kept = set(q.state_dict()), list(vars(q))
+    with pytest.raises(RuntimeError, match="weight must not be computed from other tensors.*dequantize_"):
+        apply(q)
+    assert set(q.state_dict()) == before and list(vars(q)) == kept
+    plain = nn.Linear(K, N)
+    apply(plain)  # a float layer takes it as before
+    plain(torch.randn(2, K))
