@@ -499,9 +499,10 @@ def test_a_pickle_holds_scales_that_are_powers_of_two() -> None:
 def test_what_has_torch_compute_the_weight_is_refused_with_a_way_out(apply: Callable[[Any], Any], spec: str) -> None:
     q = layer(spec)
     before, kept = set(q.state_dict()), list(vars(q))
-    with pytest.raises(RuntimeError, match="weight must not be computed from other tensors.*dequantize_"):
+    with pytest.raises(RuntimeError, match=r"weight must not be computed from other tensors.*dequantize_"):
         apply(q)
-    assert set(q.state_dict()) == before and list(vars(q)) == kept
+    assert set(q.state_dict()) == before
+    assert list(vars(q)) == kept
     plain = nn.Linear(K, N)
     apply(plain)  # a float layer takes it as before
     plain(torch.randn(2, K))
