@@ -156,9 +156,10 @@ def form_of(cls: Any) -> type[nn.Module]:
     return over_codes(cls, MergingParam if issubclass(cls, layers.ParamWrapper) else Merging)
 
 
-def remade(cls: type[nn.Module]) -> nn.Module:
-    form = form_of(cls)
-    return form.__new__(form)
+def remade(cls: Any) -> nn.Module:
+    form: Any = form_of(cls)
+    new: nn.Module = form.__new__(form)
+    return new
 
 
 def adopt(model: nn.Module) -> None:
@@ -167,7 +168,7 @@ def adopt(model: nn.Module) -> None:
         plain = isinstance(module, BaseTunerLayer) and hasattr(module, "merge") and not isinstance(module, Merging)
         if plain and isinstance(module.get_base_layer(), (QuantModule, QuantExperts)):  # type: ignore[operator]
             cls: Any = type(module)
-            module.__class__ = form_of(cls)  # type: ignore[assignment]
+            module.__class__ = form_of(cls)
 
 
 def adopting(inject: Callable[..., None]) -> Callable[..., None]:
