@@ -21,6 +21,7 @@ from quantlib.nn.functional import (
     continue_weight,
     dequantize_weight,
     quantize_weight,
+    replace_rows,
     rows_of,
     scale_dtype,
     slabs_of,
@@ -189,9 +190,9 @@ class QuantModule(Leaf):
 
         Notes
         -----
-        Where the weight begins with the values that the layer has now, or is the beginning of them, their codes and
-        scales stay, and only the rows behind them are quantized: a table of tokens grows and shrinks without loss. New
-        rows that share a scale with old ones, and do not fit it, change those too.
+        Rows with the values that the layer has now keep their codes and scales, and only the others are quantized: a
+        table of tokens grows, shrinks, and gets another vector for one of them without loss. New rows that share a
+        scale with old ones, and do not fit it, change those too.
         """
         if not isinstance(weight, Tensor) or weight.dtype not in SOURCES:
             got = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
@@ -216,14 +217,23 @@ class QuantModule(Leaf):
         return self
 
     def _continued(self, x: Tensor, before: int) -> Weight | None:
-        """Codes of x [M, K] that begin with those of the ``before`` rows of now; None where its values differ."""
-        old, kept = self.plain, min(before, len(x))
+        """Codes of x [M, K] with those of now for the rows of ``before`` that stay; None where none of them does."""
+        old, kept, br = self.plain, min(before, len(x)), self.block[0]
         if x.is_meta or old.codes.device != x.device or is_sharded(old.codes) or not kept:
             return None
-        for rows in slabs_of(x[:kept], self.block[0]):
-            now = dequantize_weight(rows_of(old, rows, self.block[0]), self.spec, x.shape[1], x.dtype)
-            if not torch.equal(now, x[rows]):
-                return None
+        stays = torch.cat(
+            [
+                (dequantize_weight(rows_of(old, rows, br), self.spec, x.shape[1], x.dtype) == x[rows]).all(1)
+                for rows in slabs_of(x[:kept], br)
+            ]
+        )
+        if not stays.all() and br > 1:  # rows that share a scale stay together
+            blocks = torch.cat([stays, stays.new_ones(-kept % br)]).view(-1, br).all(1)
+            stays = blocks.repeat_interleave(br)[:kept]
+        if not stays.any():
+            return None
+        if not stays.all():
+            old = replace_rows(old, x, (~stays).nonzero().squeeze(1), self.spec, br)
         return continue_weight(old, x, kept, self.spec)
 
     @property
@@ -344,7 +354,7 @@ class QuantModule(Leaf):
         self._shared = other._shared = True
         for name in PARTS:
             self.register_parameter(name, other._parameters[name])
-        self._alone = other._alone
+        self._alone = dict(other._alone)
 
     def untile_(self) -> Self:
         """Keep the codes as [N, K], which they always are but in a `QuantLinear`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -72,3 +73,16 @@ def test_experts_do_not_use_codes_without_their_scales() -> None:
         mixture(ids)
     mixture.load_state_dict({scale: state[scale]}, strict=False)
     assert_same_bytes(mixture(ids).logits, y, "experts")
+
+
+def test_tied_layers_can_be_copied_and_wait_for_scales_together() -> None:
+    tied = nn.ModuleDict({"table": nn.Embedding(64, 64), "head": nn.Linear(64, 64, bias=False)})
+    tied["head"].weight = tied["table"].weight
+    quantize_(tied, "int8", types=[nn.Linear, nn.Embedding])
+    again: Any = pickle.loads(pickle.dumps(copy.deepcopy(tied)))
+    assert_same_bytes(again["head"](X), tied["head"](X), "tied")
+    codes = {name: t for name, t in tied.state_dict().items() if name.endswith("_codes")}
+    again.load_state_dict(codes, strict=False)
+    for read in (lambda: again["head"](X), lambda: again["table"](torch.tensor([1]))):
+        with pytest.raises(RuntimeError, match="weight_scale must be loaded with weight_codes"):
+            read()
