@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _interrupted(number: int, frame: Any) -> None:
+    """End the command line without a traceback: numpy takes Ctrl-C in its import for a broken installation."""
+    os._exit(130)
+
+
 # A program that imports quantlib gets torch.ops.quantlib with it. The command line does not: `quantlib bits 3.14`
 # needs the table of formats and not the second or two that torch takes to import.
 if os.path.basename(sys.argv[0] if sys.argv else "") != "quantlib" and sys.orig_argv[1:3] != ["-m", "quantlib"]:
     importlib.import_module("quantlib.ops")
+elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupted)  # until `cli.main` reports it

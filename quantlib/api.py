@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -195,6 +195,8 @@ def reasons_to_skip(
         if isinstance(owner, cls)
         for child in children
     }
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function (module, name) -> bool, got {filter_fn!r}")
     adapters, elsewhere, weights = adapters_of(model), kept_elsewhere(model), weights_kept_elsewhere(model)
     skipped: dict[str, str] = {}
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)  # id of a parameter -> (module, name in it)
@@ -403,12 +405,16 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
 
 def checked_types(types: Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
     """``types`` as isinstance takes them."""
+    known = one_of([f"nn.{known.__name__}" for known in QUANTIZED])
+    if isinstance(types, (type, str)) or not isinstance(types, Iterable):
+        raise TypeError(f"types must be a list of {known}, got {types!r}")
+    if not (types := tuple(types)):
+        raise ValueError(f"types must be at least one of {known}, got none")
     for t in types:
         if not isinstance(t, type) or form_of(t) is None:
-            known = one_of([f"nn.{known.__name__}" for known in QUANTIZED])
             why = reason_without_form(t) if isinstance(t, type) else None
             raise ValueError(f"types must be {known}, got {getattr(t, '__name__', t)}{f', which {why}' if why else ''}")
-    return tuple(types)
+    return types
 
 
 def names_of(types: tuple[type[nn.Module], ...]) -> str:

@@ -610,3 +610,22 @@ def test_the_code_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Monke
         "float-again.safetensors",
         "layer.onnx",
     }
+
+
+@pytest.mark.parametrize("call", [quantize_, prepare_qat_])
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"types": nn.Linear}, TypeError, "types must be a list of nn.Linear, .*, got <class 'torch.nn.*Linear'>"),
+        ({"types": "Linear"}, TypeError, "types must be a list of nn.Linear, .*, got 'Linear'"),
+        ({"types": None}, TypeError, "types must be a list of nn.Linear, .*, got None"),
+        ({"types": ()}, ValueError, "types must be at least one of nn.Linear, .*, got none"),
+        ({"filter_fn": "0"}, TypeError, r"filter_fn must be a function \(module, name\) -> bool, got '0'"),
+        ({"filter_fn": ["0"]}, TypeError, r"filter_fn must be a function .*, got \['0'\]"),
+    ],
+)
+def test_what_selects_layers_is_checked(call: Any, options: Any, error: type[Exception], words: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(error, match=words):
+        call(model, "int8", **options)
+    assert type(model[0]) is nn.Linear

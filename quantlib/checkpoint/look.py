@@ -209,11 +209,15 @@ def compare_checkpoints(
     Raises
     ------
     FileNotFoundError, ValueError
-        As for `convert_file`; ValueError also for inputs that do not fit, and for a pattern that no tensor matches.
+        As for `convert_file`; ValueError also for inputs that do not fit, for a pattern that no tensor matches, and for
+        two checkpoints that have no tensor in common.
     """
     with Model.open(Path(a)) as model_a, Model.open(Path(b)) as model_b:
         of_a, of_b = entries_of(model_a), entries_of(model_b)
         check_patterns(only, [*of_a, *of_b])
+        if not of_a.keys() & of_b.keys():
+            first_a, first_b = (repr(next(iter(names), "no tensor")) for names in (of_a, of_b))
+            raise ValueError(f"{b} must have a tensor of {a}, such as {first_a}, got none of them: it has {first_b}")
         names = [name for name in of_a if not only or matches(name, only)]
         found = Comparison(only_b=[name for name in of_b if name not in of_a and (not only or matches(name, only))])
         xs = read_inputs(inputs, of_a)

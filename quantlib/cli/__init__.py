@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from quantlib import __version__
+from quantlib import __version__, _interrupted
 from quantlib.cli import (
     bench,
     bits,
@@ -116,21 +116,32 @@ def run(argv: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Make the signals of `STOPPED` raise inside the block, unless somebody else handles or ignores them."""
+    """Make the signals of `STOPPED` and Ctrl-C raise inside the block, unless somebody handles or ignores them."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
+        interrupted = number == signal.SIGINT
+        if is_importing(
+            "torch"
+        ):  # whose C++ calls abort() where an import of Python raises, and nothing is written yet
+            os._exit(complain(None, "interrupted" if interrupted else STOPPED[signal.Signals(number)], 128 + number))
+        raise KeyboardInterrupt if interrupted else Stopped(number)
 
-    ours = []
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        ours = [number for number in STOPPED if signal.getsignal(number) is signal.SIG_DFL]
+        before = {number: signal.getsignal(number) for number in (*STOPPED, signal.SIGINT)}
+    ours = [n for n, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler, _interrupted)]
     try:
         for number in ours:
             signal.signal(number, stop)
         yield
     finally:
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number])
+
+
+def is_importing(name: str) -> bool:
+    """True while the module ``name`` is imported for the first time."""
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
 
 
 def parser() -> Parser:

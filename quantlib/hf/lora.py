@@ -1,7 +1,7 @@
-"""LoRA of peft over quantized layers: merging quantizes base + adapter, unmerging restores the previous codes.
+"""Adapters of peft over quantized layers: merging quantizes base + adapter, unmerging restores the previous codes.
 
-peft offers no way to add a kind of layer to those that it knows for every model, so importing this module replaces two
-of its functions by ones that call them.
+peft offers no way to add a kind of layer to those that it knows for every model, so importing this module replaces
+some of its functions by ones that call them.
 """
 
 from __future__ import annotations
@@ -10,26 +10,43 @@ import contextlib
 import functools
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import dora
 from peft.tuners.lora import layer as layers
-from peft.tuners.lora import model as models
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from quantlib.api import dequantize_
 from quantlib.nn import QuantModule
 from quantlib.nn.experts import LowRank, QuantExperts
+from quantlib.nn.weight import DecodedWeight
 
 log = logging.getLogger(__name__)
 
 
+class Merge:
+    """What a layer of peft has merged into a weight of codes: the tensors from before."""
+
+    def __init__(self, before: dict[str, Tensor]) -> None:
+        self.before = before
+
+
+class Merges(list[Merge]):
+    """The merges into one weight, the first one first: layers that share it, as tied ones do, share this list."""
+
+
 class Merging:
-    """The methods of a LoRA layer of peft that differ over a quantized layer."""
+    """The methods of a layer of peft that differ over a quantized layer."""
 
     get_base_layer: Callable[[], Any]
     merged_adapters: list[str]
+    _merges: tuple[Merges, Merge] | None = None  # those into the weight, and the one of this layer
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Quantize the sum of the base and the adapters; the log says how far the result is from it."""
@@ -40,23 +57,43 @@ class Merging:
         merged = self.merged_adapters[count:]
         if not merged:
             return
-        if not count:
-            self._before = before
-        if values is not None:
-            wanted = values + sum(self.get_delta_weight(name).float() for name in merged)  # type: ignore[attr-defined]
-            size, error = rms(wanted - values), rms(self._values() - wanted)
-            log.info("merged into %s: the adapter is %.3g, the rounding %.3g", self.get_base_layer().spec, size, error)
-
-    def unmerge(self) -> None:
-        """Restore the codes from before the first merge."""
-        if not self.merged_adapters:
-            super().unmerge()  # type: ignore[misc]
+        if self._merges is None:
+            self._merges = merges_into(self._parts()), Merge(before)
+            self._merges[0].append(self._merges[1])
+        if values is None:
             return
+        error = ""
+        if isinstance(self, layers.LoraLayer):
+            wanted = values + sum(self.get_delta_weight(name).float() for name in merged)  # type: ignore[attr-defined]
+            error = f": the adapter is {rms(wanted - values):.3g}, the rounding {rms(self._values() - wanted):.3g}"
+        log.info("merged into %s%s", self.get_base_layer().spec, error)
+
+    def unmerge(self, *args: Any, **kwargs: Any) -> None:
+        """Restore the codes from before the first merge.
+
+        Where another layer merged into the same codes since, the adapter is taken from these; that layer's
+        ``unmerge`` then restores the codes from before both.
+        """
+        if self._merges is None or args or kwargs:
+            super().unmerge(*args, **kwargs)  # type: ignore[misc]
+            return
+        merges, mine = self._merges
+        before, later = mine.before, merges[merges.index(mine) + 1 :]
+        if later:
+            super().unmerge()  # type: ignore[misc]
+            shared = (before.keys() & later[0].before.keys()) - {"bias"}
+            later[0].before |= {name: before[name] for name in shared}
+            before = {name: t for name, t in before.items() if name not in shared}
         for name, p in self._parts():
-            if p is not None:
-                p.data = self._before[name]
+            if p is not None and name in before:
+                p.data = before[name].to(p.device)
+        merges.remove(mine)
         self.merged_adapters.clear()
-        del self._before
+        self._merges = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time: pickle finds that of peft by its name."""
+        return remade, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[attr-defined]
 
     def _parts(self) -> Iterator[tuple[str, nn.Parameter | None]]:
         """The parameters that merging changes."""
@@ -65,6 +102,16 @@ class Merging:
     def _values(self) -> Tensor:
         values: Tensor = self.get_base_layer().values()
         return values
+
+
+def merges_into(parts: Iterator[tuple[str, nn.Parameter | None]]) -> Merges:
+    """The merges into the codes among ``parts``, which know them as long as a layer does."""
+    codes: Any = next(p for name, p in parts if name.endswith("_codes"))
+    merges = known() if (known := getattr(codes, "merges", None)) is not None else None
+    if merges is None:
+        merges = Merges()
+        codes.merges = weakref.ref(merges)
+    return merges
 
 
 class MergingParam(Merging):
@@ -103,22 +150,95 @@ def over_codes(cls: type[nn.Module], mixin: type) -> type[nn.Module]:
     return type(cls.__name__, (mixin, cls), {"__doc__": mixin.__doc__, "__module__": __name__})
 
 
-PLAIN = (layers.Linear, layers.Embedding, layers.Conv1d, layers.Conv2d)
-FORMS: dict[type[nn.Module], type[nn.Module]] = {cls: over_codes(cls, Merging) for cls in PLAIN}
-FORMS[layers.ParamWrapper] = over_codes(layers.ParamWrapper, MergingParam)
+@functools.cache
+def form_of(cls: Any) -> type[nn.Module]:
+    """The class of a layer of peft over a quantized one, for ``cls`` over a float one."""
+    return over_codes(cls, MergingParam if issubclass(cls, layers.ParamWrapper) else Merging)
 
 
-def dispatching(dispatch: Callable[..., nn.Module | None]) -> Callable[..., nn.Module | None]:
-    """``dispatch`` of peft, which makes the LoRA layer for a layer, with `Merging` over a quantized one."""
+def remade(cls: Any) -> nn.Module:
+    form: Any = form_of(cls)
+    new: nn.Module = form.__new__(form)
+    return new
 
-    @functools.wraps(dispatch)
-    def dispatch_default(*args: Any, **kwargs: Any) -> nn.Module | None:
-        new: Any = dispatch(*args, **kwargs)
-        if type(new) in FORMS and isinstance(new.get_base_layer(), (QuantModule, QuantExperts)):
-            new.__class__ = FORMS[type(new)]
-        return new  # type: ignore[no-any-return]
 
-    return dispatch_default
+def adopt(model: nn.Module) -> None:
+    """Give the layers of peft over quantized ones their form."""
+    for module in model.modules():
+        plain = isinstance(module, BaseTunerLayer) and hasattr(module, "merge") and not isinstance(module, Merging)
+        if plain and isinstance(module.get_base_layer(), (QuantModule, QuantExperts)):  # type: ignore[operator]
+            cls: Any = type(module)
+            module.__class__ = form_of(cls)
+
+
+def adopting(inject: Callable[..., None]) -> Callable[..., None]:
+    """``inject`` of peft, which puts adapters into a model, with `Merging` over quantized layers."""
+
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        inject(self, model, *args, **kwargs)
+        adopt(model)
+
+    return inject_adapter
+
+
+def with_floats(update: Callable[..., None]) -> Callable[..., None]:
+    """``update`` of peft, which copies a module of ``modules_to_save``, with float weights in the copy.
+
+    The copy is trained and saved as a whole. Of codes only scales could be, if at all.
+    """
+
+    @functools.wraps(update)
+    def update_copies(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        update(self, adapter_name, *args, **kwargs)
+        copies = nn.ModuleDict({adapter_name: self.modules_to_save[adapter_name]})
+        if not any(isinstance(module, (QuantModule, QuantExperts)) for module in copies.modules()):
+            return
+        trained = adapter_name == self.active_adapter
+        dequantize_(copies)
+        self.modules_to_save[adapter_name] = copies[adapter_name].requires_grad_(trained)
+        log.warning("modules_to_save: %s is trained as floats, a copy of its codes' values", spec_of(self))
+
+    return update_copies
+
+
+def spec_of(wrapper: Any) -> str:
+    """The quantized layer that ``wrapper`` of peft has a copy of, or the kind of the module around it."""
+    module = wrapper.original_module
+    return f"a layer of {module.spec}" if isinstance(module, QuantModule) else f"a {type(module).__name__}"
+
+
+def named_as_floats(setup: Callable[..., None]) -> Callable[..., None]:
+    """``setup`` of peft for prompts, which finds the embedding of tokens by the name of its ``weight``."""
+
+    @functools.wraps(setup)
+    def _setup_prompt_encoder(self: Any, *args: Any, **kwargs: Any) -> None:
+        modules = [self.base_model, *self.base_model.children()]
+        for module in modules:
+            vars(module)["named_parameters"] = functools.partial(of_weights, module)
+        try:
+            setup(self, *args, **kwargs)
+        finally:
+            for module in modules:
+                del vars(module)["named_parameters"]
+
+    return _setup_prompt_encoder
+
+
+def of_weights(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters of ``module``, codes under the names of the weights that they stand for."""
+    for name, p in type(module).named_parameters(module, *args, **kwargs):
+        yield name.removesuffix("_codes") if name.endswith(".weight_codes") else name, p
+
+
+def decoding(transpose: Callable[..., Any]) -> Callable[..., Any]:
+    """``transpose`` of DoRA, which makes a parameter of the weight of an embedding to take its norm."""
+
+    @functools.wraps(transpose)
+    def transposed(weight: Any, fan_in_fan_out: bool) -> Any:
+        return transpose(weight.clone() if isinstance(weight, DecodedWeight) else weight, fan_in_fan_out)
+
+    return transposed
 
 
 def finding(inject: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -144,5 +264,8 @@ def with_stacks(module: QuantExperts, *args: Any, **kwargs: Any) -> Iterator[tup
     yield from ((name, getattr(module, name)) for name in module.stacks)
 
 
-models.dispatch_default = dispatching(layers.dispatch_default)  # type: ignore[attr-defined]
+BaseTuner.inject_adapter = adopting(BaseTuner.inject_adapter)  # type: ignore[method-assign]
 BaseTuner._inject_parameters = finding(BaseTuner._inject_parameters)  # type: ignore[method-assign]
+ModulesToSaveWrapper.update = with_floats(ModulesToSaveWrapper.update)  # type: ignore[method-assign]
+PeftModel._setup_prompt_encoder = named_as_floats(PeftModel._setup_prompt_encoder)  # type: ignore[method-assign]
+dora.transpose = decoding(dora.transpose)  # type: ignore[attr-defined]

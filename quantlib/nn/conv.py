@@ -14,7 +14,7 @@ from torch.nn.grad import conv1d_input, conv2d_input
 
 from quantlib.nn.convolve import convolve
 from quantlib.nn.functional import SOURCES, Weight, autocast, dequantize_rows
-from quantlib.nn.leaf import check_inside
+from quantlib.nn.leaf import check_input, check_inside
 from quantlib.nn.module import QuantModule
 from quantlib.ops.autograd import apply
 from quantlib.spec import QuantSpec
@@ -95,6 +95,7 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
         spatial = len(self.kernel_size)
         if input.dim() not in (spatial + 1, spatial + 2):
             raise RuntimeError(f"input must have {spatial + 1} or {spatial + 2} axes, got {list(input.shape)}")
+        check_input(x, self.in_channels, -1 - spatial)
         x = x.unsqueeze(0) if input.dim() == spatial + 1 else x
         padding = self.padding
         if self.padding_mode != "zeros" or padding == "same":

@@ -72,4 +72,6 @@ class QuantEmbedding(QuantModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """ids [...] int32 or int64 -> [..., K] of ``self.dtype``."""
         check_inside(input)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor of int64 or int32, got {type(input).__name__}")
         return dequantize_rows(self.plain, input, self.spec.format, self.block, self.embedding_dim, self.dtype)

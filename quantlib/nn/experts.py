@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -30,7 +31,15 @@ from quantlib.nn.functional import (
 )
 from quantlib.nn.leaf import Leaf
 from quantlib.nn.linear import kernel_of
-from quantlib.nn.module import other_codes, rebind_hooks, taken_over, zero_codes, zero_points_of_0
+from quantlib.nn.module import (
+    check_came,
+    other_codes,
+    parts_came,
+    rebind_hooks,
+    taken_over,
+    zero_codes,
+    zero_points_of_0,
+)
 from quantlib.nn.weight import DecodedWeight, QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of, is_sharded
 from quantlib.spec import QuantSpec, check_unrotated
@@ -182,7 +191,8 @@ class QuantExperts(Routed):
     """
 
     FLOAT: ClassVar[type[nn.Module]]
-    OWN: ClassVar[tuple[str, ...]] = ("stacks", "spec", "dtype", "_adapters")
+    OWN: ClassVar[tuple[str, ...]] = ("stacks", "spec", "dtype", "_adapters", "_alone")
+    _alone: Mapping[str, frozenset[str]] = MappingProxyType({})  # see `parts_came`
     _version = 2
     stacks: dict[str, Stack]
     spec: QuantSpec
@@ -317,6 +327,8 @@ class QuantExperts(Routed):
 
     def matrices(self, name: str) -> Matrices:
         """The codes of all experts."""
+        if self._alone:
+            check_came(self, f"{name}_codes")
         codes, scale, zero_point = self.parts(name)
         codes = codes.flatten(2)  # [E, N, K], where a file may have an axis more
         if codes.dtype != dtype_of(self.spec.row):
@@ -341,6 +353,7 @@ class QuantExperts(Routed):
                 continue
             kept = None if tensor is None else QuantParameter(tensor, requires_grad=False)
             self.register_parameter(f"{name}_{part}", kept)
+        self._alone = {codes: absent for codes, absent in self._alone.items() if codes != f"{name}_codes"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         frozen = [p for name in self.kept if (p := self._parameters[name]) is not None]
@@ -390,6 +403,8 @@ class QuantExperts(Routed):
                 errors.append(f"{prefix}{name} must be {expected} for {self.spec}, got {dtype_name(got.dtype)}")
         if not errors:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            for name in self.stacks:
+                parts_came(self, [f"{name}_{part}" for part in PARTS], state_dict, prefix)
 
     def extra_repr(self) -> str:
         shapes = (f"{name}={list(stack.shape)}" for name, stack in self.stacks.items())

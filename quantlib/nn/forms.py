@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantlib.nn.conv import QuantConv1d, QuantConv2d
 from quantlib.nn.embedding import QuantEmbedding
 from quantlib.nn.experts import Matrix, Stack
-from quantlib.nn.leaf import check_inside
+from quantlib.nn.leaf import check_input, check_inside
 from quantlib.nn.linear import QuantLinear
 from quantlib.nn.module import QuantModule
 
@@ -115,4 +115,5 @@ class TransposedLinear(QuantModule):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] of any float dtype -> [..., N] of the same."""
         check_inside(x)
+        check_input(x, self.nx)
         return Matrix(self.plain, self.spec, self.nx).multiply(x, self.bias)

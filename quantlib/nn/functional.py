@@ -125,6 +125,21 @@ def continue_weight(weight: Weight, x: Tensor, kept: int, spec: QuantSpec) -> We
     return Weight(*(None if t[0] is None else torch.cat(t) for t in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
+def replace_rows(weight: Weight, x: Tensor, rows: Tensor, spec: QuantSpec, br: int) -> Weight:
+    """``weight`` with codes of ``x[rows]``, x [M, K], in their place; ``rows`` are whole blocks of ``br``, in order."""
+
+    def replaced(t: Tensor | None, new: Tensor | None, at: Tensor) -> Tensor | None:
+        if t is None or new is None:
+            return t
+        y = t.clone()
+        _bytes(y).index_copy_(0, at, _bytes(new.to(y.dtype)))
+        return y
+
+    new, blocks = quantize_weight(x[rows], spec), rows[::br] // br
+    parts = (replaced(t, n, rows if t is weight.codes else blocks) for t, n in zip(weight, new, strict=True))
+    return Weight(*parts)  # type: ignore[arg-type]
+
+
 def kept_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """float32 scales in the dtype that ``spec`` keeps them in, rounded to nearest, ties to even.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 
@@ -45,3 +46,22 @@ def check_inside(input: Any) -> None:
         raise TypeError(
             "layer must be inside of the model that is traced, got the layer alone: trace nn.Sequential(layer)"
         )
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_input(x: Tensor, size: int, axis: int = -1) -> None:
+    """Check that ``x`` holds floats, and ``size`` of them along ``axis``: the layer knows it, its codes do not.
+
+    Codes of 4 bits take as many bytes for K = 63 as for 64, and a convolution would leave out surplus channels.
+
+    Raises
+    ------
+    RuntimeError
+        As ``torch.nn`` does.
+    """
+    if x.dim() < -axis or x.size(axis) != size or x.dtype not in FLOATS:
+        expected = ", ".join(["...", str(size), *"_" * (-1 - axis)])
+        got = f"{str(x.dtype).removeprefix('torch.')} {[x.size(n) for n in range(x.dim())]}"
+        raise RuntimeError(f"input must be float32, bfloat16, float16 or float64 [{expected}], got {got}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantlib import backends, ops
 from quantlib.backends.packing import kept_zero_points, wide_zero_points
 from quantlib.nn.functional import SOURCES, Scale, Weight, autocast, integer_matmul, project, rotated, scale_dtype
-from quantlib.nn.leaf import check_inside
+from quantlib.nn.leaf import check_input, check_inside
 from quantlib.nn.module import PARTS, QuantModule, check_kept, stored_dtype
 from quantlib.nn.weight import QuantParameter
 from quantlib.ops.check import dtype_name, dtype_of
@@ -198,6 +198,7 @@ class QuantLinear(QuantModule, nn.Linear):
         """x [..., K] of any float dtype -> [..., N] of the same."""
         check_inside(input)
         x, spec, activation = autocast(input), self.spec, self.spec.activation
+        check_input(x, self.in_features)
         parameters = self._parameters  # to ask a module for one by its name takes half a microsecond
         codes, scale, zero_point = self.codes, parameters["weight_scale"], parameters["weight_zero_point"]
         bias: Tensor | None = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (asks both)

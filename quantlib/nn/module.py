@@ -7,6 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from quantlib.nn.functional import (
     continue_weight,
     dequantize_weight,
     quantize_weight,
+    replace_rows,
     rows_of,
     scale_dtype,
     slabs_of,
@@ -78,6 +80,7 @@ class QuantModule(Leaf):
         "dtype",
         "_viewed",
         "_shared",
+        "_alone",
     )  # attributes that the float module does not have
     ROTATES: ClassVar[bool] = False  # True if it multiplies its input as a spec with hadamard says
     _version = 3  # of the state: what `load_state_dict` of this and every later version reads
@@ -86,6 +89,7 @@ class QuantModule(Leaf):
     dtype: torch.dtype
     _viewed: torch.dtype | None
     _shared: bool = False  # True if another module has the same parameters, or once had
+    _alone: Mapping[str, frozenset[str]] = MappingProxyType({})  # see `parts_came`
     weight_codes: Tensor
     weight_scale: nn.Parameter | None
     weight_zero_point: nn.Parameter | None
@@ -186,9 +190,9 @@ class QuantModule(Leaf):
 
         Notes
         -----
-        Where the weight begins with the values that the layer has now, or is the beginning of them, their codes and
-        scales stay, and only the rows behind them are quantized: a table of tokens grows and shrinks without loss. New
-        rows that share a scale with old ones, and do not fit it, change those too.
+        Rows with the values that the layer has now keep their codes and scales, and only the others are quantized: a
+        table of tokens grows, shrinks, and gets another vector for one of them without loss. New rows that share a
+        scale with old ones, and do not fit it, change those too.
         """
         if not isinstance(weight, Tensor) or weight.dtype not in SOURCES:
             got = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
@@ -203,28 +207,40 @@ class QuantModule(Leaf):
             raise ValueError(f"weight must be {list(self.weight_shape)}, got {list(weight.shape)}")
         if not weight.is_meta and not weight.isfinite().all():
             raise ValueError(f"weight must be finite, got {float(weight[~weight.isfinite()][0]):g}")
-        matrix = self.as_matrix(weight)
-        new = self._continued(matrix, before) or quantize_weight(matrix, self.spec)
+        matrix, whole = self.as_matrix(weight), not self._alone
+        new = (self._continued(matrix, before) if whole else None) or quantize_weight(matrix, self.spec)
         self.block = self.spec.block(matrix.shape)
         for name, tensor in self._parts(new).items():
             if tensor is not None:
                 self._parameters[name].data = tensor  # type: ignore[union-attr]
+        self._alone = {}
         return self
 
     def _continued(self, x: Tensor, before: int) -> Weight | None:
-        """Codes of x [M, K] that begin with those of the ``before`` rows of now; None where its values differ."""
-        old, kept = self.plain, min(before, len(x))
+        """Codes of x [M, K] with those of now for the rows of ``before`` that stay; None where none of them does."""
+        old, kept, br = self.plain, min(before, len(x)), self.block[0]
         if x.is_meta or old.codes.device != x.device or is_sharded(old.codes) or not kept:
             return None
-        for rows in slabs_of(x[:kept], self.block[0]):
-            now = dequantize_weight(rows_of(old, rows, self.block[0]), self.spec, x.shape[1], x.dtype)
-            if not torch.equal(now, x[rows]):
-                return None
+        stays = torch.cat(
+            [
+                (dequantize_weight(rows_of(old, rows, br), self.spec, x.shape[1], x.dtype) == x[rows]).all(1)
+                for rows in slabs_of(x[:kept], br)
+            ]
+        )
+        if not stays.all() and br > 1:  # rows that share a scale stay together
+            blocks = torch.cat([stays, stays.new_ones(-kept % br)]).view(-1, br).all(1)
+            stays = blocks.repeat_interleave(br)[:kept]
+        if not stays.any():
+            return None
+        if not stays.all():
+            old = replace_rows(old, x, (~stays).nonzero().squeeze(1), self.spec, br)
         return continue_weight(old, x, kept, self.spec)
 
     @property
     def codes(self) -> Tensor:
         """``weight_codes`` in the dtype of the format, as the ops take them: only FP8 differs."""
+        if self._alone:
+            check_came(self, "weight_codes")
         codes: Tensor | None = self._parameters.get("weight_codes")
         if codes is None:
             raise RuntimeError(f"weight_codes must be a parameter of the layer, got none: {WAY_OUT}")
@@ -338,6 +354,7 @@ class QuantModule(Leaf):
         self._shared = other._shared = True
         for name in PARTS:
             self.register_parameter(name, other._parameters[name])
+        self._alone = dict(other._alone)
 
     def untile_(self) -> Self:
         """Keep the codes as [N, K], which they always are but in a `QuantLinear`."""
@@ -461,6 +478,7 @@ class QuantModule(Leaf):
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
             self._keep_kinds()
+            parts_came(self, self.KEPT, state_dict, prefix)
 
     def _rename_codes(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Rename and reshape codes that a state holds as version 1 and files do to those of the parameter."""
@@ -479,6 +497,30 @@ class QuantModule(Leaf):
     def _same_dtype(self, name: str, got: Tensor | None) -> bool:
         expected = self._parameters[name]
         return got is None or expected is None or got.dtype == expected.dtype
+
+
+def parts_came(module: Any, parts: Sequence[str], state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Note which of ``parts``, codes and what belongs to them, a state brought: codes wait for the rest of them.
+
+    A state may lack some if ``strict`` is not set, and codes mean other values with the scales that were there. The
+    rest may come with the next file of a checkpoint, so a module refuses to use codes alone, not to load them. Scales
+    alone may be what was trained over codes that stay.
+    """
+    whole = frozenset(name for name in parts if module._parameters.get(name) is not None)
+    if given := {name for name in whole if prefix + name in state_dict}:
+        others = {codes: names for codes, names in module._alone.items() if codes != parts[0]}
+        absent = module._alone.get(parts[0], whole) - given
+        module._alone = others | {parts[0]: absent} if absent else others
+
+
+def check_came(module: Any, codes: str) -> None:
+    """Check that the parameter ``codes`` of ``module`` was not loaded without its scales: see `parts_came`."""
+    absent = module._alone.get(codes, ())
+    if absent and codes not in absent:
+        raise RuntimeError(
+            f"{' and '.join(sorted(absent))} must be loaded with {codes}, got a state without it, "
+            "of which load_state_dict(strict=False) took the rest: load a whole one"
+        )
 
 
 def check_plain(layer: nn.Module) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantlib.ops.check import dtype_name
@@ -282,6 +286,28 @@ class DecodedWeight(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DecodedWeight(shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+
+def refuse_computed(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make(module, name, ...)`` of torch, which has a tensor of a module computed from others, but not from codes.
+
+    torch deletes the parameter of that name, which a quantized layer does not have: a bare KeyError.
+    """
+
+    @functools.wraps(make)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        module = args[0] if args else kwargs.get("module")
+        name = args[1] if len(args) > 1 else kwargs.get("tensor_name")
+        if isinstance(name, str) and isinstance(getattr(module, name, None), DecodedWeight):
+            raise RuntimeError(f"{name} must not be computed from other tensors, it is decoded from codes: {WAY_OUT}")
+        return make(*args, **kwargs)
+
+    return computed
+
+
+parametrize.register_parametrization = refuse_computed(parametrize.register_parametrization)
+WeightNorm.apply = staticmethod(refuse_computed(WeightNorm.apply))  # type: ignore[method-assign]
+SpectralNorm.apply = staticmethod(refuse_computed(SpectralNorm.apply))  # type: ignore[method-assign]
 
 
 def decoded(weight: DecodedWeight) -> Tensor:

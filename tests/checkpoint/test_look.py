@@ -170,3 +170,14 @@ def test_the_default_dtype_changes_no_report(spec: str, src: Path) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         with default_dtype(dtype):
             assert str(inspect_checkpoint(out)) == str(want)
+
+
+@pytest.mark.parametrize("tolerance", [[], ["--tolerance", "1"]])
+def test_compare_refuses_checkpoints_with_nothing_in_common(
+    tolerance: list[str], src: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"model.a.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"must have a tensor of .*, such as 'a.bias', got none.*'model.a.weight'"):
+        compare_checkpoints(src, tmp_path / "other.safetensors")
+    assert main(["compare", str(src), str(tmp_path / "other.safetensors"), *tolerance]) == 2
+    assert "got none of them" in capsys.readouterr().err

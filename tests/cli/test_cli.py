@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +175,23 @@ def test_exit_statuses(
     monkeypatch.setattr(cli.formats, "run", fails)
     assert main(["formats"]) == status
     assert capsys.readouterr().err == f"quantlib formats: {line}\n"
+
+
+@pytest.mark.parametrize("command", [["-m", "quantlib"], ["quantlib"]])
+@pytest.mark.parametrize("module", ["numpy", "torch"])
+def test_an_interrupt_during_an_import_leaves_no_traceback(module: str, command: list[str], tmp_path: Path) -> None:
+    interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise RuntimeError('was imported')\n"
+    (tmp_path / f"{module}.py").write_text(interrupt)
+    (tmp_path / "quantlib").write_text("import sys\nfrom quantlib.cli import main\nsys.exit(main())\n")
+    words = [str(tmp_path / word) if word == command[0] == "quantlib" else word for word in command]
+    paths = os.pathsep.join(map(str, (tmp_path, Path(quantlib.__file__).parents[1])))
+    done = subprocess.run(
+        [sys.executable, *words, "info"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 130
+    assert (done.stdout, done.stderr) == ("", "" if module == "numpy" else "quantlib: interrupted\n")

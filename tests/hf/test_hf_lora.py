@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,98 @@ def test_prepared_for_training() -> None:
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     losses = trained(model, given)
     assert losses[-1] < losses[0]
+
+
+TARGETS = ["q_proj", "v_proj"]
+TUNERS: dict[str, Any] = {
+    "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=TARGETS, init_weights=False),
+    "LoKr": lambda: peft.LoKrConfig(r=2, target_modules=TARGETS, init_weights=False),
+    "IA3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=[], init_ia3_weights=False),
+    "HRA": lambda: peft.HRAConfig(r=2, target_modules=TARGETS, init_weights=False),
+    "VeRA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], init_weights=False),
+    "DoRA": lambda: peft.LoraConfig(target_modules=["embed_tokens"], use_dora=True, init_lora_weights=False),
+    "tokens": lambda: peft.LoraConfig(target_modules=TARGETS, trainable_token_indices=[3, 4], init_lora_weights=False),
+    "tied": lambda: peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], init_lora_weights=False),
+}
+
+
+@pytest.mark.parametrize("spec", ["W8A16", "W4A16"])
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.filterwarnings("ignore")
+def test_unmerging_restores_the_codes_whatever_the_adapter_is(tuner: str, spec: str) -> None:
+    model, given = quantized("Llama, tied", spec, EVERY)
+    codes = {name: t.clone() for name, t in model.state_dict().items()}
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, TUNERS[tuner]()).eval()
+    y = logits(model, given)
+    model.merge_adapter()
+    merged = logits(model, given)
+    model.unmerge_adapter()
+    assert_same_bytes(logits(model, given), y, tuner)
+    model.merge_adapter()
+    assert_same_bytes(logits(model, given), merged, tuner)
+    model.unmerge_adapter()
+    for name, t in model.unload().state_dict().items():
+        assert_same_bytes(t, codes[name], name)
+
+
+def test_tied_layers_are_unmerged_in_any_order() -> None:
+    model, given = quantized("Llama, tied", "W8A16", EVERY)
+    model = adapted(model, target_modules=["embed_tokens", "lm_head"])
+    before, layers = logits(model, given), [m for m in model.modules() if hasattr(m, "unmerge")]
+    for order in (layers, layers[::-1]):
+        model.merge_adapter()
+        for layer in order:
+            layer.unmerge()
+        assert_same_bytes(logits(model, given), before, "tied")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_module_to_save_is_trained_as_floats(spec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def build() -> Any:
+        return quantized("Llama", spec)[0]
+
+    model, given = quantized("Llama", spec)
+    before = logits(model, given)
+    with caplog.at_level(logging.WARNING, "quantlib"):
+        model = adapted(model, target_modules=["q_proj"], modules_to_save=["lm_head", "mlp"])
+    assert "modules_to_save: a layer of" in caplog.text
+    saved = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+    assert len(saved) == 1 + 2 * 3
+    assert all(name.endswith(".weight") and p.requires_grad and p.dtype == torch.float32 for name, p in saved.items())
+    losses = trained(model, given)
+    assert losses[-1] < losses[0]
+    y = logits(model.eval(), given)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "adapter").eval()
+    assert_same_bytes(logits(again, given), y, "adapter")
+    with model.disable_adapter():
+        assert_same_bytes(logits(model, given), before, "base")
+    whole = model.merge_and_unload()
+    assert type(whole.lm_head) is nn.Linear
+    whole.save_pretrained(tmp_path / "whole")
+    loaded = type(whole).from_pretrained(tmp_path / "whole").eval()
+    assert_same_bytes(logits(loaded, given), logits(whole, given), "whole")
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_prompts_find_an_embedding_of_codes(config: str, tmp_path: Path) -> None:
+    model, given = quantized("Llama, tied", "W4A16", EVERY)
+    options = {} if config == "PromptTuningConfig" else {"encoder_hidden_size": 8}
+    how = getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=2, **options)
+    model = peft.get_peft_model(model, how).eval()
+    assert model.word_embeddings is model.get_base_model().get_input_embeddings()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(quantized("Llama, tied", "W4A16", EVERY)[0], tmp_path).eval()
+    assert_same_bytes(logits(again, given), logits(model, given), config)
+
+
+def test_a_model_with_adapters_can_be_pickled() -> None:
+    model, given = quantized("Llama", "W8A16")
+    model = adapted(model, target_modules=["q_proj"])
+    model.merge_adapter()
+    again = pickle.loads(pickle.dumps(model))
+    assert_same_bytes(logits(again, given), logits(model, given), "merged")
+    for m in (model, again):
+        m.unmerge_adapter()
+    assert_same_bytes(logits(again, given), logits(model, given), "unmerged")

@@ -102,7 +102,7 @@ def test_forward_follows_the_dtype_of_its_input(words: str, dtype: torch.dtype) 
 
 
 def test_forward_refuses_an_integer_input() -> None:
-    with pytest.raises(RuntimeError, match="x must be float32, float16 or bfloat16, got int8"):
+    with pytest.raises(RuntimeError, match=r"input must be float32, bfloat16, float16 or float64 .*, got int8"):
         QuantLinear.from_float(linear(), "int8")(torch.ones(2, K, dtype=torch.int8))
 
 

@@ -480,3 +480,57 @@ def test_a_pickle_holds_scales_that_are_powers_of_two() -> None:
     torch.save(q.state_dict(keep_vars=True), file)
     file.seek(0)
     q.load_state_dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4:group:8", "bfloat16"])
+@pytest.mark.parametrize(
+    "apply",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+        torch.nn.utils.parametrizations.orthogonal,
+        lambda m: parametrize.register_parametrization(m, "weight", nn.Identity()),
+        lambda m: parametrize.register_parametrization(module=m, tensor_name="weight", parametrization=nn.Identity()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_what_has_torch_compute_the_weight_is_refused_with_a_way_out(apply: Callable[[Any], Any], spec: str) -> None:
+    q = layer(spec)
+    before, kept = set(q.state_dict()), list(vars(q))
+    with pytest.raises(RuntimeError, match=r"weight must not be computed from other tensors.*dequantize_"):
+        apply(q)
+    assert set(q.state_dict()) == before
+    assert list(vars(q)) == kept
+    plain = nn.Linear(K, N)
+    apply(plain)  # a float layer takes it as before
+    plain(torch.randn(2, K))
+
+
+@pytest.mark.parametrize("rows", [N, N + 3, N - 2])
+@pytest.mark.parametrize(
+    "spec", [*SPECS, "W4A16", "uint8:tile:4", "int8:tile:5", "float8_e4m3fn:tile:4", "int4:group:8:affine"]
+)
+def test_rows_that_stay_keep_their_codes(spec: str, rows: int) -> None:
+    torch.manual_seed(0)
+    q = QUANTIZED[nn.Embedding].from_float(nn.Embedding(N, K), spec)
+    before, w = copy.deepcopy(q), torch.randn(rows, K)
+    kept, changed = min(rows, N), [2, 7]
+    stay = [n for n in range(kept) if n not in changed]
+    w[stay] = q.values()[stay]
+    q.set_weight_(w)
+    br = q.block[0]
+    whole = [n for n in stay if n // br not in {m // br for m in changed} and (n // br + 1) * br <= kept]
+    assert whole or br > 1
+    for n in whole:
+        assert torch.equal(q.plain.codes[n].view(torch.uint8), before.plain.codes[n].view(torch.uint8)), n
+        if q.weight_scale is not None:
+            assert torch.equal(q.weight_scale[n // br], before.weight_scale[n // br]), n
+    assert torch.equal(q.values()[whole], before.values()[whole])
+    error = (q.values() - w).abs().max()
+    assert error < 2.5 * (QUANTIZED[nn.Embedding].from_float(embedding_of(w), q.spec).values() - w).abs().max() + 1e-6
+
+
+def embedding_of(w: Tensor) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(w)
