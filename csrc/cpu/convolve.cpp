@@ -284,7 +284,7 @@ bool multiply(const Convolve& p, ParallelFor run, const Copy& copy, int64_t b0, 
 Plan choose(const Convolve& p, bool floats) {
   const Grid& g = p.weight.grid;
   Plan plan = {};
-  plan.way = Way::blocks, plan.parts = 1;
+  plan.way = Plan::blocks, plan.parts = 1;
 #ifdef QL_CODES
   plan.codes = code_kernels(p.weight.format, p.weight.is_affine());
   plan.by_codes = !floats && plan.codes.decode && (g.bk >= g.K || g.bk % 32 == 0);

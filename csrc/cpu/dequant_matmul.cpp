@@ -37,18 +37,18 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 #endif
   const int64_t rows = count * plan.parts;
   const bool blocked = g.K > 0 && (plan.tiles && p.batch_invariant ? true : !p.batch_invariant && rows > few);
-  plan.way = blocked ? Way::blocks : Way::dots;
+  plan.way = blocked ? Plan::blocks : Plan::dots;
 #ifdef QL_QUADS
   // Of fewer rows than `first` a Zen 5 takes less time for dots of codes, of more than `last` for blocks.
   const bool is_byte = row_of(p.weight.format).per_byte == 1;
   const int64_t first = plan.by_codes ? 6 + is_byte + (g.bk >= g.K) : 1, last = 48;
   const bool columns = whole && has_quads(p.weight.format) && first <= rows && rows <= last;
-  if (columns && !plan.tiles && !p.batch_invariant) plan.way = Way::columns;
+  if (columns && !plan.tiles && !p.batch_invariant) plan.way = Plan::columns;
 #endif
-  plan.why = plan.way == Way::blocks                     ? "rows enough for blocks that stay in the caches"
-             : p.batch_invariant                         ? "batch_invariant: a row's sums have one order"
-             : plan.by_codes || plan.way == Way::columns ? "few rows: the weight is read as it lies"
-                                                         : "few rows: the weight is decoded once for all";
+  plan.why = plan.way == Plan::blocks                     ? "rows enough for blocks that stay in the caches"
+             : p.batch_invariant                          ? "batch_invariant: a row's sums have one order"
+             : plan.by_codes || plan.way == Plan::columns ? "few rows: the weight is read as it lies"
+                                                          : "few rows: the weight is decoded once for all";
   // Chunks of about the same size: threads have the same number of them.
   const int64_t highest = most(kLanes, height / plan.parts), chunks = most(1, (count + highest - 1) / highest);
   plan.MC = least(highest, round_up(most(1, (count + chunks - 1) / chunks), plan.tiles ? 2 * kLanes : kLanes));
@@ -61,9 +61,9 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 template <class E>
 void multiply(const DequantMatmul& p, ParallelFor run, const Plan& plan, const int64_t* list, int64_t m0, int64_t count,
               uint8_t* odd) {
-  if (plan.way == Way::blocks) return Blocked<E>(p, RowsOfX<E>(p, list, m0), count, plan)(run, odd);
+  if (plan.way == Plan::blocks) return Blocked<E>(p, RowsOfX<E>(p, list, m0), count, plan)(run, odd);
 #ifdef QL_QUADS
-  if (plan.way == Way::columns) return Columns<E>(p, list, m0, count, plan)(run, odd);
+  if (plan.way == Plan::columns) return Columns<E>(p, list, m0, count, plan)(run, odd);
 #endif
   Dots<E>(p, list, m0, count, plan)(run, odd);
 }
@@ -107,7 +107,7 @@ void dequant_matmul_choice(const DequantMatmulChoice& c, ParallelFor) {
 void dequant_matmul(const DequantMatmul& p, ParallelFor run) {
   if (!p.weight.grid.M) return;
   const Plan plan = choose(p, p.M, false);
-  const int64_t height = plan.way == Way::blocks ? plan.MC : kHeight;
+  const int64_t height = plan.way == Plan::blocks ? plan.MC : kHeight;
   const int64_t chunk = most(1, kPackedBytes / (4 * most(1, p.weight.grid.K)) / height) * height;
   for (int64_t m = 0; m < p.M; m += chunk) multiply_rows(p, run, m, least(chunk, p.M - m));
 }

@@ -245,9 +245,8 @@ constexpr int64_t kLeastSplit = 64;  // columns from which on two parts of BF16 
 // Rows of x, at most, whose products with a weight in FP32 are made by dots
 constexpr int64_t kFew = kLanes == 16 ? 10 : 6;
 
-enum class Way { dots, columns, blocks };
-
 struct Plan {
+  enum Way { dots, columns, blocks };
   bool by_codes;  // as E of scales_sums; or the weight in FP32
   Way way;
   int64_t parts;       // of BF16 that add up to a value of x

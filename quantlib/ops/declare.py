@@ -30,7 +30,7 @@ from quantlib.ops.check import (
     looks,
     overlap,
 )
-from quantlib.ops.eager import eager
+from quantlib.ops.eager import eager, into
 from quantlib.ops.explain import worded
 from quantlib.ops.prepared import MOST, Prepared, likeness_function, prepare
 from quantlib.ops.sharding import register_if_imported
@@ -293,7 +293,7 @@ def declare(
         return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(names)
 
     backends.vmap(overload, each)
-    return eager(function) if differentiable else function, out_function
+    return eager(function) if differentiable else function, into(op, out_function)
 
 
 def in_place(name: str, out: Tensor, argument: str, value: Tensor) -> bool:

@@ -1,4 +1,5 @@
-"""op(*args) of tensors of which no derivative may be asked: without the op's autograd kernel, which is Python."""
+"""What autograd is told of a call: nothing where no derivative may be asked, and of a result in ready memory, which is
+written behind its back."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from quantlib.ops.check import may_be_followed
+from quantlib.ops.check import fail, may_be_followed
 
 
 def recorded(*args: Any) -> bool:
@@ -25,5 +28,25 @@ def eager(op: Callable[..., Any]) -> Callable[..., Any]:
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
+
+    return call
+
+
+def into(op: str, overload: Callable[..., Any]) -> Callable[..., None]:
+    """The function that calls ``overload``, the out form of ``op``, with torch's rules for memory that it is given.
+
+    A result that requires a gradient is refused, and backward of who has kept one from before raises. A compiler follows
+    what is written by itself.
+    """
+
+    def call(*args: Any, **outs: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            overload(*args, **outs)
+            return
+        for name, out in outs.items():
+            if isinstance(out, Tensor) and out.requires_grad and torch.is_grad_enabled():
+                fail(op, name, "a tensor that requires no gradient, or a call under torch.no_grad()", "one that does")
+        overload(*args, **outs)
+        increment_version([out for out in outs.values() if not out.is_inference()])
 
     return call
