@@ -175,6 +175,31 @@ def test_the_least_time_of_a_kernel() -> None:
         assert contract.PER_BYTE[arch] == pytest.approx(model.LANES * gpu.processors * gpu.ghz / gpu.tb / 1e3, rel=0.01)
 
 
+def test_the_summary_is_of_the_architectures_that_were_asked_for() -> None:
+    rows = [run.Row(replace(SOUND, arch=arch), None, [], []) for arch in (90, 80)]
+    head, _, line = table.summary(rows).splitlines()
+    assert head.startswith("| kernel, for sm_80 / sm_90 | configurations |")
+    assert line == "| triton `cast_kernel` | 1 | 32 | 0 | 20.0, 20.0 | 0 |"
+
+
+def test_tables_of_a_device_are_those_of_its_architecture() -> None:
+    from gpu_static import launches
+
+    from quantlib.backends.triton import tables
+
+    assert set(launches.ARCHS) == set(tables.shipped())
+    assert launches.devices(90) == ("NVIDIA H200",)
+    assert launches.devices(80) == ()
+
+
+def test_a_product_in_float32_has_a_contract_of_its_own() -> None:
+    """A code book whose values bfloat16 does not hold is multiplied without tensor cores."""
+    facts = {"bits": {"X": 16, "F": 4}, "tile_m": 8, "tiled": True, "scales": "step", "splits": 1, "ragged": False}
+    product = replace(SOUND, kernel="dequant_matmul_kernel", facts=facts | {"exact": True})
+    assert r"no HMMA\.16816 on its main path" in contract.faults(product, (20.0, 32))
+    assert contract.faults(replace(product, facts=facts | {"exact": False}), (20.0, 32)) == []
+
+
 def test_a_budget_is_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "budgets.txt"
     Budgets({}, {}).record([SOUND, replace(SOUND, arch=80, instructions=1.5)], path)

@@ -139,7 +139,7 @@ def size(m: Measured, row: str) -> float:
 def triton_matmul(m: Measured) -> Contract:
     """A few rows of x meet codes that become operands in registers; many rows, tensor cores that read shared memory."""
     bits, scales, tickets = m.facts["bits"], m.facts["scales"], int(m.facts["splits"] > 1)
-    if bits["X"] == 32 or bits["F"] > 8 or scales == "element":
+    if bits["X"] == 32 or not m.facts["exact"] or bits["F"] > 8 or scales == "element":  # multiplied in float32
         return Contract(tickets=tickets)
     if m.facts["tile_m"] > FEW:  # of fewer warps than a warpgroup has, from registers
         sums = TENSOR_CORES[m.arch][0] if m.warps >= 4 else r"HMMA\.16816"

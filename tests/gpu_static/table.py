@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpu_static import targets
-from gpu_static.contract import SHARED
 from gpu_static.model import bound
 from gpu_static.run import Row
 
@@ -64,12 +63,14 @@ def summary(rows: list[Row]) -> str:
     groups = collections.defaultdict(list)
     for row in rows:
         groups[row.measured.language, row.measured.kernel].append(row)
+    archs = sorted({row.measured.arch for row in rows})
+    named = " / ".join(f"sm_{arch}" for arch in archs)
     lines = [
-        "| kernel | configurations | registers | shared memory | instructions a unit: median, most | known |",
+        f"| kernel, for {named} | configurations | registers | shared memory | instructions a unit: median, most | known |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for (language, kernel), group in sorted(groups.items()):
-        parts = [[row for row in group if row.measured.arch == arch] for arch in SHARED]
+        parts = [[row for row in group if row.measured.arch == arch] for arch in archs]
         cells = (
             f"{language} `{kernel}`",
             each(parts, len),
