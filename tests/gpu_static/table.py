@@ -65,10 +65,8 @@ def summary(rows: list[Row]) -> str:
         groups[row.measured.language, row.measured.kernel].append(row)
     archs = sorted({row.measured.arch for row in rows})
     named = " / ".join(f"sm_{arch}" for arch in archs)
-    lines = [
-        f"| kernel, for {named} | configurations | registers | shared memory | instructions a unit: median, most | known |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    head = "configurations", "registers", "shared memory", "instructions a unit: median, most", "known"
+    lines = [f"| kernel, for {named} | {' | '.join(head)} |", "|---|--:|--:|--:|--:|--:|"]
     for (language, kernel), group in sorted(groups.items()):
         parts = [[row for row in group if row.measured.arch == arch] for arch in archs]
         cells = (
