@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gpu_static import calls, contract, known, model, plants, reductions, run, sass, table, warpgroups
+from gpu_static import calls, contract, known, model, plants, reductions, run, sass, table, targets, warpgroups
 from gpu_static.budgets import Budgets
 from gpu_static.measured import Measured
 
@@ -180,6 +180,15 @@ def test_the_summary_is_of_the_architectures_that_were_asked_for() -> None:
     head, _, line = table.summary(rows).splitlines()
     assert head.startswith("| kernel, for sm_80 / sm_90 | configurations |")
     assert line == "| triton `cast_kernel` | 1 | 32 | 0 | 20.0, 20.0 | 0 |"
+
+
+def test_a_product_of_1024_rows_takes_the_kernel_of_4096() -> None:
+    facts = {"M": 4096, "bits": {"X": 8, "Y": 16, "F": 8}, "tile_m": 128, "tile_n": 256}
+    config = "bfloat16 int8 M=4096 4096x4096 row"
+    kernel = replace(SOUND, kernel="described_matmul_kernel", op="scaled_matmul", config=config, facts=facts)
+    lines = targets.table([replace(kernel, instructions=0.5)]).splitlines()
+    assert lines[2] == "| W8A8 | 4096 x 4096 | 1024 | 1.6 | - | 1.68 | 1.76 |"  # 43.5 us over 21.7 and 2.9
+    assert len(lines) == 4  # of two shapes of a weight; no other number of rows takes it
 
 
 def test_tables_of_a_device_are_those_of_its_architecture() -> None:

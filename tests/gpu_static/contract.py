@@ -122,7 +122,7 @@ CONVERTS = r"I2F(?!.*RP)|CALL"  # .RP: an integer is divided once, to find a pro
 NARROW = CONVERTS + r"|LDG\.E\.U16"
 TENSOR_CORES = dict.fromkeys(SHARED, ("HMMA.16816", "IMMA.16832"))  # of bfloat16 and float16, and of int8
 TENSOR_CORES |= {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "IMMA.16832|UTCIMMA")}
-COPIES = r"LDGSTS\.E\.BYPASS\.128"
+COPIES = r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128"  # the cache may be told to fetch 128 bytes
 FEW = 32  # rows of x up to which two warps share a tile (tuning.py)
 
 
