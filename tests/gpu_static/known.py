@@ -81,6 +81,14 @@ KNOWN: tuple[Known, ...] = (
         (90,),
     ),
     Known(
+        r"^triton (cast_kernel bfloat16 float8_e4m3fn 4095x4097"
+        r"|dequant_matmul_kernel (bfloat16|float16) (int8|float8_e4m3fn) M=(128|256) 4096x4096 (row|group:128) tiled"
+        r"|dequant_matmul_kernel float32 int4 M=64 )",
+        r"spills (8|16) bytes",
+        "one or two values, outside of every loop; three of elements in a cast whose rows begin anywhere",
+        (120,),
+    ),
+    Known(
         r"^triton dequant_matmul_kernel bfloat16 int8 M=64 8192x8192 row tiled",
         r"spills \d+ bytes",
         "two warps of 128 by 64 sums, some of which are spilled after the loop, where the sums of four programs meet",

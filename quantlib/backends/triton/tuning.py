@@ -172,7 +172,7 @@ def choose_scaled(
         tile_k, (tile_n, tile_m, _, stages), warps = 128, widest(M, N), 8
     if bk < K:  # two sums are held, of a group and of all
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
-    if tile_n == 64 and (bk < K or (format.packed and shared >= WARPGROUPS)):  # eight would decode each code twice
+    if tile_n == 64 and (bk < K or format.packed):  # eight would decode each code twice
         warps = min(warps, 4)
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, 32)
