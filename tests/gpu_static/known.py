@@ -133,6 +133,20 @@ KNOWN: tuple[Known, ...] = (
         "3.9",
     ),
     Known(
+        r"^triton dequant_matmul_kernel float32 int4 M=(64|128) ",
+        r"spills \d+ bytes",
+        "ptxas of Triton 3.9 settles for 32 registers, where that of 3.6 takes 112: 198 instructions a weight, of 84",
+        (80,),
+        "3.9",
+    ),
+    Known(
+        r"^triton dequant_matmul_kernel (\S+ int8 M=(64|128)|float32 int4 M=32) ",
+        r"spills \d+ bytes",
+        "at 255 registers a thread; ptxas of Triton 3.6 spills none at 127, 128 and 253",
+        (80,),
+        "3.9",
+    ),
+    Known(
         r"^triton (adamw_step_kernel float32 float32|partial_gradients_kernel float32 int8 \S+ tensor affine)",
         "spills 8 bytes",
         "ptxas of Triton 3.9 settles for 64 and 128 registers",
