@@ -33,6 +33,18 @@ KNOWN: tuple[Known, ...] = (
         (100,),
     ),
     Known(
+        r"^triton (quantize|fake_quantize)_kernel bfloat16 (int8|float8_e4m3fn) 4096x4096 tile:128",
+        "above the ceiling",
+        "16.1 instructions an element of 15.6, and 22.2 of 20.8: a scale for each 128 columns, on a B200",
+        (100,),
+    ),
+    Known(
+        r"^triton (quantize_dynamic|compute_scale)_kernel \S+ u?int8 4096x4096 row affine",
+        "above the ceiling",
+        "both ends of a range are reduced: 20.1 instructions an element of 15.6, and 13.7 of 10.4, on a B200",
+        (100,),
+    ),
+    Known(
         r"^triton compute_scale_kernel \S+ int4 .* affine",
         "above the ceiling",
         "both ends of the range of a group of 128 are reduced; a ninth too many",
@@ -78,7 +90,13 @@ KNOWN: tuple[Known, ...] = (
         r"^triton dequant_matmul_kernel (bfloat16|float16) int4 M=64 ",
         r"spills \d+ bytes",
         "two warps: on an H200 they take 0.8 to 0.97 of the time of four, which spill nothing",
-        (90,),
+        (90, 100),
+    ),
+    Known(
+        r"^triton dequant_matmul_kernel float16 int4 M=4 ",
+        "spills 8 bytes",
+        "outside of its loop",
+        (100,),
     ),
     Known(
         r"^triton (cast_kernel bfloat16 float8_e4m3fn 4095x4097"
