@@ -302,6 +302,9 @@ def test_every_default_fills_the_largest_gpu(N: int, K: int, name: str, group: i
             assert programs(M, N, tile) >= MULTIPROCESSORS, (M, tile)
             tile = tuning.choose_scaled((M, N, K), f, K, tuning.UNTUNED, SHARED, bf16, True)
             assert programs(M, N, tile) >= 128, (M, tile)  # of an H200's 132: through descriptors K is not shared
+        elif not f.is_float:
+            tile = tuning.choose_scaled((M, N, K), f, group, tuning.UNTUNED, SHARED, bf16, False)
+            assert tile.tile_n >= 16 * tile.warps, (M, tile)
         if M > 128:
             tile = tuning.choose_backward((M, N, K), f, bf16, group or K, tuning.UNTUNED, SHARED)
             assert tile.slab >= K or programs(M, K, tile) >= MULTIPROCESSORS, (

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gpu_static import calls, contract, known, model, plants, reductions, run, sass, table, warpgroups
+from gpu_static import calls, contract, known, model, plants, reductions, run, sass, table, targets, warpgroups
 from gpu_static.budgets import Budgets
 from gpu_static.measured import Measured
 
@@ -173,6 +173,40 @@ def test_the_least_time_of_a_kernel() -> None:
     assert set(model.GPUS) == set(contract.SHARED)
     for arch, gpu in model.GPUS.items():  # the ceilings are of the same devices
         assert contract.PER_BYTE[arch] == pytest.approx(model.LANES * gpu.processors * gpu.ghz / gpu.tb / 1e3, rel=0.01)
+
+
+def test_the_summary_is_of_the_architectures_that_were_asked_for() -> None:
+    rows = [run.Row(replace(SOUND, arch=arch), None, [], []) for arch in (90, 80)]
+    head, _, line = table.summary(rows).splitlines()
+    assert head.startswith("| kernel, for sm_80 / sm_90 | configurations |")
+    assert line == "| triton `cast_kernel` | 1 | 32 | 0 | 20.0, 20.0 | 0 |"
+
+
+def test_a_product_of_1024_rows_takes_the_kernel_of_4096() -> None:
+    facts = {"M": 4096, "bits": {"X": 8, "Y": 16, "F": 8}, "tile_m": 128, "tile_n": 256}
+    config = "bfloat16 int8 M=4096 4096x4096 row"
+    kernel = replace(SOUND, kernel="described_matmul_kernel", op="scaled_matmul", config=config, facts=facts)
+    lines = targets.table([replace(kernel, instructions=0.5)]).splitlines()
+    assert lines[2] == "| W8A8 | 4096 x 4096 | 1024 | 1.6 | - | 1.68 | 1.76 |"  # 43.5 us over 21.7 and 2.9
+    assert len(lines) == 4  # of two shapes of a weight; no other number of rows takes it
+
+
+def test_tables_of_a_device_are_those_of_its_architecture() -> None:
+    from gpu_static import launches
+
+    from quantlib.backends.triton import tables
+
+    assert set(launches.ARCHS) == set(tables.shipped())
+    assert launches.devices(90) == ("NVIDIA H200",)
+    assert launches.devices(80) == ()
+
+
+def test_a_product_in_float32_has_a_contract_of_its_own() -> None:
+    """A code book whose values bfloat16 does not hold is multiplied without tensor cores."""
+    facts = {"bits": {"X": 16, "F": 4}, "tile_m": 8, "tiled": True, "scales": "step", "splits": 1, "ragged": False}
+    product = replace(SOUND, kernel="dequant_matmul_kernel", facts=facts | {"exact": True})
+    assert r"no HMMA\.16816 on its main path" in contract.faults(product, (20.0, 32))
+    assert contract.faults(replace(product, facts=facts | {"exact": False}), (20.0, 32)) == []
 
 
 def test_a_budget_is_written_and_read(tmp_path: Path) -> None:

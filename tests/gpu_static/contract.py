@@ -122,7 +122,7 @@ CONVERTS = r"I2F(?!.*RP)|CALL"  # .RP: an integer is divided once, to find a pro
 NARROW = CONVERTS + r"|LDG\.E\.U16"
 TENSOR_CORES = dict.fromkeys(SHARED, ("HMMA.16816", "IMMA.16832"))  # of bfloat16 and float16, and of int8
 TENSOR_CORES |= {90: ("HGMMA", "IGMMA"), 100: ("UTCHMMA", "IMMA.16832|UTCIMMA")}
-COPIES = r"LDGSTS\.E\.BYPASS\.128"
+COPIES = r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128"  # the cache may be told to fetch 128 bytes
 FEW = 32  # rows of x up to which two warps share a tile (tuning.py)
 
 
@@ -139,7 +139,7 @@ def size(m: Measured, row: str) -> float:
 def triton_matmul(m: Measured) -> Contract:
     """A few rows of x meet codes that become operands in registers; many rows, tensor cores that read shared memory."""
     bits, scales, tickets = m.facts["bits"], m.facts["scales"], int(m.facts["splits"] > 1)
-    if bits["X"] == 32 or bits["F"] > 8 or scales == "element":
+    if bits["X"] == 32 or not m.facts["exact"] or bits["F"] > 8 or scales == "element":  # multiplied in float32
         return Contract(tickets=tickets)
     if m.facts["tile_m"] > FEW:  # of fewer warps than a warpgroup has, from registers
         sums = TENSOR_CORES[m.arch][0] if m.warps >= 4 else r"HMMA\.16816"

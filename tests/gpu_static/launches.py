@@ -49,7 +49,7 @@ def configs(
     """Every configuration in use on ``arch``, once; ``instead``: the launcher that is called for each."""
     found: dict[str, Config] = {}
     with recording(arch) as launched:
-        for call in chosen or calls(devices(), everything):
+        for call in chosen or calls(devices(arch), everything):
             start(call, instead)
             for config in (Config(call, *told(launch, arch)) for launch in launched):
                 found.setdefault(config.key, config)
@@ -57,11 +57,11 @@ def configs(
     return list(found.values())
 
 
-def devices() -> tuple[str, ...]:
-    """Name the devices whose tables of measurements are part of the package."""
+def devices(arch: int) -> tuple[str, ...]:
+    """Name the devices of ``arch`` whose tables of measurements are part of the package."""
     from quantlib.backends.triton import tables
 
-    return tuple(tables.shipped())
+    return tuple(name for name in tables.shipped() if ARCHS[name] == arch)
 
 
 @contextlib.contextmanager
@@ -84,6 +84,7 @@ def recording(arch: int) -> Iterator[list[Any]]:
         yield launched
 
 
+ARCHS = {"NVIDIA H200": 90}  # of the devices whose tables are part of the package
 EXPERTS = 8
 ON = ["no device"]  # what a launcher is told of its device
 
@@ -167,8 +168,10 @@ def told(launch: Any, arch: int) -> tuple[Any, ...]:
 def facts(config: Config) -> dict[str, Any]:
     """Return the facts of a configuration that a contract asks for."""
     given, tile, call = config.args, config.tile, config.call
+    x, f = given.get("X"), given.get("F")
     return {
         "bits": {name: given[name].bits for name in ("X", "Y", "F") if hasattr(given.get(name), "bits")},
+        "exact": x.holds(f) if x and f and x.is_float else True,  # x's type holds every value of the codes
         "ragged": call.ragged,
         "M": call.M,
         "tiled": call.tiled,

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpu_static import targets
-from gpu_static.contract import SHARED
 from gpu_static.model import bound
 from gpu_static.run import Row
 
@@ -64,12 +63,12 @@ def summary(rows: list[Row]) -> str:
     groups = collections.defaultdict(list)
     for row in rows:
         groups[row.measured.language, row.measured.kernel].append(row)
-    lines = [
-        "| kernel | configurations | registers | shared memory | instructions a unit: median, most | known |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    archs = sorted({row.measured.arch for row in rows})
+    named = " / ".join(f"sm_{arch}" for arch in archs)
+    head = "configurations", "registers", "shared memory", "instructions a unit: median, most", "known"
+    lines = [f"| kernel, for {named} | {' | '.join(head)} |", "|---|--:|--:|--:|--:|--:|"]
     for (language, kernel), group in sorted(groups.items()):
-        parts = [[row for row in group if row.measured.arch == arch] for arch in SHARED]
+        parts = [[row for row in group if row.measured.arch == arch] for arch in archs]
         cells = (
             f"{language} `{kernel}`",
             each(parts, len),

@@ -18,6 +18,7 @@ from quantlib.backends.triton.numerics import (
     canonical,
     decode_float,
     encode_float,
+    nearest_value,
     reciprocal,
 )
 from quantlib.backends.triton.tile import block_at, block_sum, chunk_at, codes_at, load, store
@@ -28,11 +29,12 @@ from quantlib.formats import Format
 def gradients(
     dy, x, s, r, z,
     X: tl.constexpr, F: tl.constexpr, AFFINE: tl.constexpr, Q: tl.constexpr, LSQ: tl.constexpr, ARCH: tl.constexpr,
+    LOOP: tl.constexpr,
 ):  # fmt: skip
     """Codes of dy and x -> the code of dx, and the terms of dscale and dzero_point"""
     t = decode_float(x, X, 0) * r  # pairs at once, as of ARCH 80, take a quarter more registers here
     if F.is_float:
-        c = decode_float(encode_float(t, F, True, ARCH), F, ARCH)
+        c = decode_float(encode_float(t, F, True, ARCH), F, ARCH) if LOOP else nearest_value(t, F, ARCH)
         inside = (bits_of(t) & 0x7FFFFFFF) <= (F.max_bits if LSQ else F.rounds_to_max_bits)
     else:
         # A t that the clamp moves is no code; far outside, where `nearest` is not exact, neither is what it gives.
@@ -48,13 +50,13 @@ def gradients(
 def add_chunk(
     pointers, at, mask, of, dscale, dzero_point,
     X: tl.constexpr, F: tl.constexpr, AFFINE: tl.constexpr, Q: tl.constexpr, LSQ: tl.constexpr, ARCH: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     """Write one chunk of dx, and add its terms to the sums, [count, rows, cols]."""
     dy_ptr, x_ptr, dx_ptr = pointers
     s, r, z = of
     dy, x = load(dy_ptr + at, mask, MASKED), load(x_ptr + at, mask, MASKED)
-    dx, ds, dz = gradients(dy, x, s, r, z, X, F, AFFINE, Q, LSQ, ARCH)
+    dx, ds, dz = gradients(dy, x, s, r, z, X, F, AFFINE, Q, LSQ, ARCH, LOOP)
     store(dx_ptr + at, dx, mask, MASKED)
     return dscale + ds, dzero_point + dz if AFFINE else dzero_point
 
@@ -82,7 +84,7 @@ def fake_quantize_backward_kernel(
         r, c = chunk_at(u, B)
         mask = exists & (r < rows) & (c < cols)
         dscale, dzero_point = add_chunk(
-            pointers, r * K + c, mask, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, not B.exact
+            pointers, r * K + c, mask, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, not B.exact, False
         )
     tl.store(dscale_ptr + b, canonical(block_sum(dscale) * factor), b < blocks)
     if AFFINE:
@@ -114,12 +116,12 @@ def partial_gradients_kernel(
         for u in tl.range(part, whole, B.parts, loop_unroll_factor=2):
             at = tl.cast(u, tl.int64) * B.cols + c
             dscale, dzero_point = add_chunk(
-                pointers, at, None, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, False
+                pointers, at, None, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, False, True
             )
         last = tl.cast(whole, tl.int64) * B.cols
         mask = (c < cols - last) & (part == whole % B.parts)
         dscale, dzero_point = add_chunk(
-            pointers, last + c, mask, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, True
+            pointers, last + c, mask, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, True, True
         )
     else:
         across = tl.cdiv(cols, B.cols)
@@ -128,7 +130,7 @@ def partial_gradients_kernel(
             c += u % across * B.cols
             mask = (r < rows) & (c < cols)
             dscale, dzero_point = add_chunk(
-                pointers, r * K + c, mask, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, True
+                pointers, r * K + c, mask, of, dscale, dzero_point, X, F, AFFINE, Q, LSQ, ARCH, True, True
             )
     at = partial_ptr + program + tl.arange(0, 1)
     tl.store(at, block_sum(dscale))

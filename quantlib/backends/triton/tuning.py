@@ -64,7 +64,7 @@ def choose_matmul(
     if bk < K and bk % (64 if tiled else tile_k):  # a weight has a scale of its own, loaded like it
         tile_n, tile_m, warps, stages = 32, max(8, min(power_of_2(M), FEW)), 4, 2
     elif M <= FEW:
-        tile_n, tile_m, warps = 64, max(8, power_of_2(M)), 4 if wide and M > 8 else 2
+        tile_n, tile_m, warps = 64, max(8, power_of_2(M)), 4 if wide and (M > 8 or format.packed) else 2
         stages = 3 if format.packed and not wide else 4
     elif wide:
         tile_n, tile_m, warps, stages = 64, 64, 8 if tile_k > 64 else 4, 3
@@ -172,6 +172,8 @@ def choose_scaled(
         tile_k, (tile_n, tile_m, _, stages), warps = 128, widest(M, N), 8
     if bk < K:  # two sums are held, of a group and of all
         tile_k, tile_m = max(step_of(bk, tile_k), 32), min(tile_m, 64)
+    if tile_n == 64 and (bk < K or format.packed):  # eight would decode each code twice
+        warps = min(warps, 4)
     if device and K % 16:
         tile_n, tile_m, tile_k, warps = ragged(tile_n, tile_m, 32)
     splits = splits_of(shape, tile_n, tile_m, tile_k, False) if bk >= K else 1
