@@ -124,46 +124,6 @@ extern "C" __attribute__((visibility("default"))) int quantlib_squared_error(
   }
 }
 
-// quantlib/nn/convolve.py calls it and has checked its arguments; `sizes` are those of Convolve, in their order. 0
-// where y was written.
-extern "C" __attribute__((visibility("default"))) int quantlib_convolve(const int64_t* sizes, const void* x, int x_type,
-                                                                        const void* codes, int format,
-                                                                        const float* scale, const int32_t* zero_point,
-                                                                        int64_t N, int64_t br, int64_t bk,
-                                                                        const float* bias, void* y) {
-  try {
-    bool served = false;
-    const int64_t K = sizes[1] * sizes[4] * sizes[5];
-    quantlib::launch(quantlib::Convolve{.B = sizes[0],
-                                        .C = sizes[1],
-                                        .H = sizes[2],
-                                        .W = sizes[3],
-                                        .kernel_h = sizes[4],
-                                        .kernel_w = sizes[5],
-                                        .stride_h = sizes[6],
-                                        .stride_w = sizes[7],
-                                        .padding_h = sizes[8],
-                                        .padding_w = sizes[9],
-                                        .dilation_h = sizes[10],
-                                        .dilation_w = sizes[11],
-                                        .OH = sizes[12],
-                                        .OW = sizes[13],
-                                        .x = x,
-                                        .x_type = quantlib::Type(x_type),
-                                        .weight = {.grid = {N, K, br, bk},
-                                                   .codes = codes,
-                                                   .format = quantlib::Type(format),
-                                                   .scale = scale,
-                                                   .zero_point = zero_point},
-                                        .bias = bias,
-                                        .y = y,
-                                        .served = &served});
-    return served ? 0 : 1;
-  } catch (const std::exception&) {
-    return 1;
-  }
-}
-
 // The kernel of a product with M rows of x here, and why; for quantlib/cli/info.py, which has checked its arguments.
 // x_type int8 is scaled_matmul.
 extern "C" __attribute__((visibility("default"))) void quantlib_matmul_choice(int64_t M, int64_t N, int64_t K,

@@ -31,7 +31,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 #endif
 
 QL_KERNEL(squared_error, SquaredError)
-QL_KERNEL(convolve, Convolve)
 
 class Backend {
  public:

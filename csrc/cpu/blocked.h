@@ -323,36 +323,12 @@ static inline void pack_pairs(const Source& from, int64_t m0, const PackedRows& 
 
 constexpr int64_t kPackedBytes = int64_t(24) << 20;  // of x, at most
 
-// Rows m0 .. of x and of y, or those of a list. Row r of them is packed into lane r of a chunk's panels, and written.
+// Rows m0 .. m0 + count of y, or those of a list
 template <class E>
-struct RowsOfX {
-  static constexpr bool in_rows = true;  // those of y are written, not its columns
-  const Source from;
-  const int64_t m0, K = from.K;
-
-  RowsOfX(const DequantMatmul& p, const int64_t* list, int64_t m0)
-      : from{p.x, p.x_type, p.weight.grid.K, list}, m0(m0) {}
-
-  // Panel v of the rows from `first` on; odd[r] of each row: whether it is to be multiplied in FP32 instead
-  void pack(int64_t first, const PackedRows& to, int64_t v, [[maybe_unused]] const uint16_t (&order)[32],
-            [[maybe_unused]] uint8_t* odd) const {
-#ifdef __AVX512BF16__
-    if constexpr (scales_sums<E>) return pack_pairs(from, m0 + first, to, v, order, odd + first);
-#elif defined(QL_VALUES)
-    if constexpr (scales_sums<E>) return pack_values(from, m0 + first, to, v, order, odd + first);
-#endif
-    pack_panel(from, m0 + first, to, v);
-  }
-  // Row r of y
-  int64_t row(int64_t r) const { return from.list ? from.list[m0 + r] : m0 + r; }
-};
-
-// The product of `count` rows, which X packs
-template <class E, class X = RowsOfX<E>>
 class Blocked {
  public:
-  Blocked(const DequantMatmul& p, const X& x, int64_t count, const Plan& plan)
-      : p_(p), plan_(plan), x_(x), count_(count), packed_(packed_bytes()) {}
+  Blocked(const DequantMatmul& p, const int64_t* list, int64_t m0, int64_t count, const Plan& plan)
+      : p_(p), plan_(plan), x_{p.x, p.x_type, p.weight.grid.K, list}, m0_(m0), count_(count), packed_(packed_bytes()) {}
 
   // odd[r] of each row: whether it is to be multiplied in FP32 instead
   void operator()(ParallelFor run, uint8_t* odd) const {
@@ -362,7 +338,14 @@ class Blocked {
         const int64_t c = piece / panels, v = piece % panels;
         const PackedRows to = chunk(c);
         if (v >= to.panels()) continue;
-        x_.pack(c * MC, to, v, plan_.codes.order, odd);
+#ifdef __AVX512BF16__
+        if constexpr (scales_sums<E>) pack_pairs(x_, m0_ + c * MC, to, v, plan_.codes.order, odd + c * MC);
+        else
+#elif defined(QL_VALUES)
+        if constexpr (scales_sums<E>) pack_values(x_, m0_ + c * MC, to, v, plan_.codes.order, odd + c * MC);
+        else
+#endif
+          pack_panel(x_, m0_ + c * MC, to, v);
       }
     });
     const int64_t across = (N_ + NR - 1) / NR, work = NR * least(MC, count_) * most(1, x_.K);
@@ -378,8 +361,8 @@ class Blocked {
  private:
   const DequantMatmul& p_;
   const Plan& plan_;
-  const X& x_;
-  const int64_t count_;
+  const Source x_;
+  const int64_t m0_, count_;
   const WeightRows weight_ = WeightRows(p_.weight);
   const int64_t N_ = p_.weight.grid.M, depth_ = round_up(x_.K, kWhole<E>) / kStepColumns<E> * kUnits;
   const int64_t MC = plan_.MC;
@@ -415,8 +398,7 @@ class Blocked {
     const int64_t NC = least(plan_.NC, round_up(n1 - n0, NR)), KC = least(plan_.KC, round_up(x_.K, kWhole<E>));
     const int64_t steps = round_up(KC, kStepColumns<E>) / kStepColumns<E>;
     const Scratch w(NR * steps * kUnits * 4), sums((NC / kGroup * x.panels() * kSquare + kLanes) * 4);
-    const int64_t lanes_of_y = X::in_rows ? 0 : round_up(x.rows, kLanes);
-    const Scratch finished(((kLanes + 2) * NC + lanes_of_y) * 4), scales(NR * (KC / weight_.bk + 1) * 4);
+    const Scratch finished((kLanes + 2) * NC * 4), scales(NR * (KC / weight_.bk + 1) * 4);
     const Scratch segments((KC / weight_.bk + 1) * int64_t(sizeof(Segment)));
     Panels t = {};
     t.w = static_cast<float*>(w.data()), t.w_stride = steps * kTileFloats, t.x_stride = depth_ * kLanes;
@@ -600,44 +582,30 @@ class Blocked {
       scale[j] = scales_sums<E> && weight_.cols == 1 ? weight_.scale(n, 0) : 1.0f;
       bias[j] = p_.epilogue.bias ? p_.epilogue.bias[n] : 0.0f;
     }
-    if constexpr (!X::in_rows) {  // they lie in y as in the sums
-      float* column = bias + width;
-      for (int64_t j = 0; j < n1 - n0; ++j) {
-        const float* sums = t.sums + j / kGroup * t.stride + j % kGroup * kLanes;
-        const Floats s = splat<Floats>(scale[j]), b = splat<Floats>(bias[j]);
-        for (int64_t r = 0; r < x.rows; r += kLanes, sums += kSquare) {
-          Floats sum = load<Floats>(sums);
-          if (plan_.parts == 2) sum = add(sum, load<Floats>(sums + apart));
-          store(column + r, activate(add(add(mul(sum, s), Floats{}), b), p_.epilogue.activation));
+    for (int64_t r = 0; r < x.rows; r += kLanes) {
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const float* sums = t.sums + j / kGroup * t.stride + r * kGroup + j % kGroup * kLanes;
+        Floats square[kLanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          Floats sum = load<Floats>(sums + l * kLanes);
+          if (plan_.parts == 2) sum = add(sum, load<Floats>(sums + l * kLanes + apart));
+          square[l] = mul(sum, splat<Floats>(scale[j + l]));
         }
-        x_.write(n0 + j, c * MC, x.rows, column, encode_);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          // A product that underflows may be -0, a sum from +0 never is.
+          const Floats sum = add(add(square[l], Floats{}), load<Floats>(bias + j));
+          store(finished + l * width + j, sum);
+        }
       }
-    } else {
-      for (int64_t r = 0; r < x.rows; r += kLanes) {
-        for (int64_t j = 0; j < width; j += kLanes) {
-          const float* sums = t.sums + j / kGroup * t.stride + r * kGroup + j % kGroup * kLanes;
-          Floats square[kLanes];
-#pragma GCC unroll 16
-          for (int l = 0; l < kLanes; ++l) {
-            Floats sum = load<Floats>(sums + l * kLanes);
-            if (plan_.parts == 2) sum = add(sum, load<Floats>(sums + l * kLanes + apart));
-            square[l] = mul(sum, splat<Floats>(scale[j + l]));
-          }
-          transpose(square);
-#pragma GCC unroll 16
-          for (int l = 0; l < kLanes; ++l) {
-            // A product that underflows may be -0, a sum from +0 never is.
-            const Floats sum = add(add(square[l], Floats{}), load<Floats>(bias + j));
-            store(finished + l * width + j, sum);
-          }
-        }
-        for (int64_t l = 0; l < kLanes && r + l < x.rows; ++l) {
-          float* row = finished + l * width;
-          for (int64_t j = 0; j < width; j += kLanes)
-            store(row + j, activate(load<Floats>(row + j), p_.epilogue.activation));
-          const int64_t m = x_.row(c * MC + r + l);
-          encode_(row, nullptr, nullptr, kAsIs, static_cast<char*>(p_.y) + byte_offset(y_row_, N_, m, n0), n1 - n0);
-        }
+      for (int64_t l = 0; l < kLanes && r + l < x.rows; ++l) {
+        float* row = finished + l * width;
+        for (int64_t j = 0; j < width; j += kLanes)
+          store(row + j, activate(load<Floats>(row + j), p_.epilogue.activation));
+        const int64_t at = m0_ + c * MC + r + l, m = x_.list ? x_.list[at] : at;
+        encode_(row, nullptr, nullptr, kAsIs, static_cast<char*>(p_.y) + byte_offset(y_row_, N_, m, n0), n1 - n0);
       }
     }
   }

@@ -116,7 +116,7 @@ class Columns {
     });
     const int64_t pieces = (N_ + kColumnPiece - 1) / kColumnPiece, parts = weight_.cols;
     parallel(run, pieces, most(1, 4 * kGrain / (kColumnPiece * count_ * K_)), [&](int64_t begin, int64_t end) {
-      const Scratch sums(chunks_ * kColumnRows * kColumnPiece * 4), shared(parts * int64_t(sizeof(Shared)));
+      const Scratch sums(chunks_ * kColumnRows * kColumnPiece * 4), shared(parts * int64_t(sizeof(RowsShare)));
       const Scratch row(kLanes * round_up(parts, kLanes) * 4);
       auto quads = quads_of<E, F, AFFINE>();
       for (int64_t piece = begin; piece < end; ++piece) {
@@ -124,7 +124,7 @@ class Columns {
         auto* to = static_cast<float*>(sums.data());
         __builtin_memset(to, 0, size_t(chunks_ * kColumnRows * kColumnPiece * 4));
         for (int64_t n = n0; n < n1; n += kLanes, to += kColumnRows * kLanes) {
-          auto* of_parts = static_cast<Shared*>(shared.data());
+          auto* of_parts = static_cast<RowsShare*>(shared.data());
           if (scales_parts_) share_scales(n, of_parts, static_cast<float*>(row.data()));
           if constexpr (AFFINE) share_zero_points(n, of_parts, static_cast<int32_t*>(row.data()));
           multiply_sixteen<F>(quads, n, x, of_parts, to);
@@ -199,18 +199,18 @@ class Columns {
   int64_t row_at(int64_t n) const { return least(n, N_ - 1); }
 
   // Lane l of part J: what row n + l has there; rows: a place for them
-  void share_scales(int64_t n, Shared* parts, float* rows) const {
+  void share_scales(int64_t n, RowsShare* parts, float* rows) const {
     share(
-        rows, parts, [](Shared& part) { return &part.scale; },
+        rows, parts, [](RowsShare& part) { return &part.scale; },
         [&](int64_t l, float* row) { weight_.row_scales(row_at(n + l), 0, weight_.cols, row); });
   }
-  void share_zero_points(int64_t n, Shared* parts, int32_t* rows) const {
+  void share_zero_points(int64_t n, RowsShare* parts, int32_t* rows) const {
     share(
-        rows, parts, [](Shared& part) { return &part.zero_point; },
+        rows, parts, [](RowsShare& part) { return &part.zero_point; },
         [&](int64_t l, int32_t* row) { weight_.row_zero_points(row_at(n + l), 0, weight_.cols, row); });
   }
   template <class T, class Place, class Read>
-  void share(T* rows, Shared* parts, const Place& place, const Read& read) const {
+  void share(T* rows, RowsShare* parts, const Place& place, const Read& read) const {
     using V = __typeof__(*place(*parts));
     const int64_t stride = round_up(weight_.cols, kLanes);
     for (int64_t l = 0; l < kLanes; ++l) read(l, rows + l * stride);
@@ -225,7 +225,7 @@ class Columns {
   // sums += of rows n .. n + 16 of the weight. Meanwhile memory fetches the rows that come next, from their first byte
   // to their last.
   template <class F, class Quads>
-  QL_MEMBER void multiply_sixteen(Quads& quads, int64_t n, const float* x, const Shared* parts, float* sums) const {
+  QL_MEMBER void multiply_sixteen(Quads& quads, int64_t n, const float* x, const RowsShare* parts, float* sums) const {
     constexpr int64_t line = 64 * F::per_byte, quad = kQuadCodes<F>, most = kColumnLines * line;
     int64_t offset[kLanes];
     for (int64_t l = 0; l < kLanes; ++l) offset[l] = row_at(n + l) * row_bytes(weight_.format, K_);

@@ -61,7 +61,7 @@ Plan choose(const DequantMatmul& p, int64_t count, bool floats) {
 template <class E>
 void multiply(const DequantMatmul& p, ParallelFor run, const Plan& plan, const int64_t* list, int64_t m0, int64_t count,
               uint8_t* odd) {
-  if (plan.way == Plan::blocks) return Blocked<E>(p, RowsOfX<E>(p, list, m0), count, plan)(run, odd);
+  if (plan.way == Plan::blocks) return Blocked<E>(p, list, m0, count, plan)(run, odd);
 #ifdef QL_QUADS
   if (plan.way == Plan::columns) return Columns<E>(p, list, m0, count, plan)(run, odd);
 #endif

@@ -27,21 +27,4 @@ struct SquaredError {
   double *signal, *noise;     // [M]
 };
 
-// A convolution of two axes with a weight of codes: no op, but what the modules call in its place where nothing
-// records.
-struct Convolve {
-  int64_t B, C, H, W;          // of x
-  int64_t kernel_h, kernel_w;  // the weight is [N, C * kernel_h * kernel_w]
-  int64_t stride_h, stride_w;
-  int64_t padding_h, padding_w;  // before the first row and column of x
-  int64_t dilation_h, dilation_w;
-  int64_t OH, OW;  // of y
-  const void* x;   // [B, C, H, W] float32, float16 or bfloat16
-  Type x_type;
-  Weight weight;
-  const float* bias;  // [N], or null
-  void* y;            // [B, N, OH, OW] of x_type; null: only `served` is asked for
-  bool* served;       // false where torch's own convolution of the weight's values is faster: nothing was done
-};
-
 }  // namespace quantlib

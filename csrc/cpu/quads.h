@@ -12,7 +12,7 @@ namespace quantlib {
 namespace QL_ISA {
 
 // What a part of the columns has, of each row
-struct Shared {
+struct RowsShare {
   Floats scale;
   Ints<Floats> zero_point;
 };
@@ -40,7 +40,7 @@ struct FloatQuads {
       table = value(q);
     }
   }
-  QL_MEMBER void begin(const Shared& part) {
+  QL_MEMBER void begin(const RowsShare& part) {
     scale = part.scale;
     if constexpr (AFFINE) zero_point = Lanes<Floats>::of(part.zero_point);
   }
@@ -87,7 +87,7 @@ struct NibbleQuads {
     }
     table = load_words(values);
   }
-  QL_MEMBER void begin(const Shared& part) {
+  QL_MEMBER void begin(const RowsShare& part) {
     if constexpr (AFFINE) {
       const auto words = (part.zero_point + excess_) & 0xffff;
       zero_point = __m512i(words | words << 16);
@@ -118,7 +118,7 @@ template <class F>
 struct AffineByteQuads : ByteOrder {
   Ints<Floats> zero_point;
 
-  QL_MEMBER void begin(const Shared& part) { zero_point = part.zero_point; }
+  QL_MEMBER void begin(const RowsShare& part) { zero_point = part.zero_point; }
   static QL_MEMBER __m512i prepared(__m512i quads) { return quads; }
   QL_MEMBER Floats unit(__m512i quads, int j) const {
     const auto low = bits_of(value(quads, j)) >> 16, high = bits_of(value(quads, j + 2));
@@ -150,7 +150,7 @@ struct ByteQuads : ByteOrder {
     for (int b = 0; b < 2; ++b)
       for (int i = 0; i < 4; ++i) table[b][i] = load<__m512i>(bytes[b] + 64 * i);
   }
-  QL_MEMBER void begin(const Shared&) {}
+  QL_MEMBER void begin(const RowsShare&) {}
   QL_MEMBER Bytes prepared(__m512i quads) const {
     const __mmask64 is_upper = _mm512_movepi8_mask(quads);
     const auto look_up = [&](const __m512i(&t)[4]) __attribute__((always_inline)) {

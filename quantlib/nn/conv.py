@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input
 
-from quantlib.nn.convolve import convolve
 from quantlib.nn.functional import SOURCES, Weight, autocast, dequantize_rows
 from quantlib.nn.leaf import check_input, check_inside
 from quantlib.nn.module import QuantModule
@@ -56,10 +55,8 @@ class QuantConv(QuantModule, nn.modules.conv._ConvNd):
     Notes
     -----
     The weight is dequantized a slab of output channels at a time, forward and backward; the convolution is torch's own,
-    in the dtype of the input. On a CPU, where that is faster and nothing but this call sees the tensors, C++ multiplies
-    patches of the input by the codes instead: ``docs/tuning.md`` says when. Without instructions for a float of 16 bits
-    torch convolves it by a slow loop: there it is done in float32, and rounded once. Gradients reach the input and the
-    bias.
+    in the dtype of the input. On a CPU without instructions for a float of 16 bits torch convolves it by a slow loop:
+    there it is done in float32, and rounded once. Gradients reach the input and the bias.
     """
 
     def __init__(
@@ -218,31 +215,13 @@ def convolved(
     x: Tensor, bias: Tensor | None, weight: Weight, format: str, block: tuple[int, int], how: Convolution
 ) -> Tensor:
     """The convolution of x with the values of ``weight``, a slab of output channels at a time."""
-    y = product_with_codes(x, bias, weight, format, block, how)
-    if y is not None:
-        return y
-    of_torch, parts = CONVOLVE[len(how.stride)], []
+    convolve, parts = CONVOLVE[len(how.stride)], []
     dtype, x = x.dtype, x.to(working_dtype(x))
     for n, k, groups in how.slabs():
         w = slab(weight, n, format, block, how, x.dtype)
         b = None if bias is None else bias[n].to(x.dtype)
-        seen = x if groups == how.groups else x[:, k]  # torch checks the channels of x
-        parts.append(of_torch(seen, w, b, how.stride, how.padding, how.dilation, groups).to(dtype))
+        parts.append(convolve(x[:, k], w, b, how.stride, how.padding, how.dilation, groups).to(dtype))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-def product_with_codes(
-    x: Tensor, bias: Tensor | None, weight: Weight, format: str, block: tuple[int, int], how: Convolution
-) -> Tensor | None:
-    """The convolution by `convolve`, a line as an image of one row; None where torch has to do it."""
-    if how.groups != 1:
-        return None
-    sizes = how.weight_shape[2:], how.stride, how.padding, how.dilation
-    if len(how.stride) == 2:
-        return convolve(x, bias, weight, format, block, how.weight_shape[1], *sizes)
-    of_image = [(one, *size) for one, size in zip((1, 1, 0, 1), sizes, strict=True)]
-    y = convolve(x.unsqueeze(2), bias, weight, format, block, how.weight_shape[1], *of_image)
-    return None if y is None else y.squeeze(2)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -35,8 +35,8 @@ def eager(op: Callable[..., Any]) -> Callable[..., Any]:
 def into(op: str, overload: Callable[..., Any]) -> Callable[..., None]:
     """The function that calls ``overload``, the out form of ``op``, with torch's rules for memory that it is given.
 
-    A result that requires a gradient is refused, and backward of who has kept one from before raises. A compiler follows
-    what is written by itself.
+    A result that requires a gradient is refused, and backward of who has kept one from before raises. A compiler sees
+    by itself what is written.
     """
 
     def call(*args: Any, **outs: Tensor) -> None:

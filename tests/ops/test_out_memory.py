@@ -75,3 +75,22 @@ def test_one_product_is_no_negative_zero(backend: str) -> None:
 def test_no_examples(backend: str) -> None:
     y = torch.vmap(lambda x: quantlib.quantize_dynamic(x, "int4", block=(1, -1)))(torch.empty(0, 3, 8))
     assert [t.shape for t in y] == [(0, 3, 4), (0, 3, 1)]
+
+
+def test_memory_that_autograd_needs(backend: str) -> None:
+    v, (z, leaf) = torch.randn(8), torch.randn(2, 8, requires_grad=True).unbind()
+    y = z.exp()
+    for out in (y, leaf.detach().requires_grad_()):
+        before = out.detach().clone()
+        with pytest.raises(RuntimeError, match=r"out must be a tensor that requires no gradient, .* got one that does"):
+            quantlib.cast(v, "float32", out=out)
+        assert torch.equal(out, before)
+    with torch.no_grad():
+        quantlib.cast(v, "float32", out=y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    codes, scale = torch.empty(4, 8, dtype=torch.int8), torch.empty(4, 1)
+    quantlib.quantize_dynamic(torch.randn(4, 8), "int8", block=(1, -1), out=(codes, scale))
+    assert codes._version and scale._version
+    with torch.inference_mode():
+        quantlib.cast(v, "float32", out=torch.empty(8))
