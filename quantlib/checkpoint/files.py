@@ -417,13 +417,18 @@ def copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the file system names the file, which that of a full disk does not."""
+    """An error of the file system names the file, which that of a full disk does not.
+
+    A file that is the whole output is written as ``.NAME.quantlib/new``, and is NAME to the user.
+    """
+    folder = path.parent.name
+    name = folder[1 : -len(".quantlib")] if path.name == "new" and folder.endswith(".quantlib") else path.name
     try:
         yield
     except OSError as error:
         if " while reading " in str(error.strerror):
             raise
-        raise OSError(error.errno, f"{error.strerror or error} while writing {path.name}") from error
+        raise OSError(error.errno, f"{error.strerror or error} while writing {name}") from error
 
 
 def some(names: Sequence[str]) -> str:

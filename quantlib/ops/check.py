@@ -215,7 +215,7 @@ def check_size(op: str, columns: int, f: Format, size: int | None) -> int:
     """Return K of codes that are ``columns`` wide: ``size``, which packed bytes cannot tell, or the largest one."""
     sizes = f.sizes(columns)
     if size is not None and (size not in sizes or size < 0):
-        fail(op, "size", one_of([str(K) for K in sizes if K >= 0]), size)
+        fail(op, "size", one_of([str(K) for K in sizes if K >= 0]), repr(size))
     return sizes[-1] if size is None else size
 
 
