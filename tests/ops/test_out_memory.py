@@ -91,6 +91,7 @@ def test_memory_that_autograd_needs(backend: str) -> None:
         y.sum().backward()
     codes, scale = torch.empty(4, 8, dtype=torch.int8), torch.empty(4, 1)
     quantlib.quantize_dynamic(torch.randn(4, 8), "int8", block=(1, -1), out=(codes, scale))
-    assert codes._version and scale._version
+    assert codes._version
+    assert scale._version
     with torch.inference_mode():
         quantlib.cast(v, "float32", out=torch.empty(8))
