@@ -50,6 +50,9 @@ class Merging:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Quantize the sum of the base and the adapters; the log says how far the result is from it."""
+        if not self._is_over_codes():
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+            return
         count = len(self.merged_adapters)
         before = {name: p.data for name, p in self._parts() if p is not None}
         values = self._values() if log.isEnabledFor(logging.INFO) else None
@@ -74,6 +77,8 @@ class Merging:
         Where another layer merged into the same codes since, the adapter is taken from these; that layer's
         ``unmerge`` then restores the codes from before both.
         """
+        if not self._is_over_codes():
+            self._merges = None
         if self._merges is None or args or kwargs:
             super().unmerge(*args, **kwargs)  # type: ignore[misc]
             return
@@ -94,6 +99,10 @@ class Merging:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time: pickle finds that of peft by its name."""
         return remade, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[attr-defined]
+
+    def _is_over_codes(self) -> bool:
+        """False once `dequantize_` has put a float layer in the place of the quantized one."""
+        return isinstance(self.get_base_layer(), (QuantModule, QuantExperts))
 
     def _parts(self) -> Iterator[tuple[str, nn.Parameter | None]]:
         """The parameters that merging changes."""

@@ -54,13 +54,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_input(x: Tensor, size: int, axis: int = -1) -> None:
     """Check that ``x`` holds floats, and ``size`` of them along ``axis``: the layer knows it, its codes do not.
 
-    Codes of 4 bits take as many bytes for K = 63 as for 64, and a convolution would leave out surplus channels.
+    Codes of 4 bits take as many bytes for K = 63 as for 64, and a convolution would leave out surplus channels. Not
+    while `torch.jit` traces, to which sizes are tensors.
 
     Raises
     ------
     RuntimeError
         As ``torch.nn`` does.
     """
+    if torch._C._is_tracing():
+        return
     if x.dim() < -axis or x.size(axis) != size or x.dtype not in FLOATS:
         expected = ", ".join(["...", str(size), *"_" * (-1 - axis)])
         got = f"{str(x.dtype).removeprefix('torch.')} {[x.size(n) for n in range(x.dim())]}"

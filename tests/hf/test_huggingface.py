@@ -149,6 +149,18 @@ def test_merging_into_the_floats_of_codes(spec: str) -> None:
     assert_close(logits(merged), y)
 
 
+def test_unmerging_from_the_floats_of_codes() -> None:
+    model = adapted(quantized("W8A16"))
+    model.merge_adapter()
+    quantlib.dequantize_(model)
+    merged = logits(model)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        y = logits(model)
+    assert (y - merged).abs().max() > 1e-3
+    assert_close(logits(model), merged)
+
+
 def test_the_trainer_trains_adapters(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = adapted(quantized("W4A16"))
