@@ -62,7 +62,7 @@ def check_input(x: Tensor, size: int, axis: int = -1) -> None:
     RuntimeError
         As ``torch.nn`` does.
     """
-    if torch._C._is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return
     if x.dim() < -axis or x.size(axis) != size or x.dtype not in FLOATS:
         expected = ", ".join(["...", str(size), *"_" * (-1 - axis)])
