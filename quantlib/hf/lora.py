@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Merge:
-    """What a layer of peft has merged into a weight of codes: the tensors from before."""
+    """The merge of a layer of peft into a weight of codes, and the tensors from before."""
 
     def __init__(self, before: dict[str, Tensor]) -> None:
         self.before = before

@@ -1,5 +1,4 @@
-"""What autograd is told of a call: nothing where no derivative may be asked, and of a result in ready memory, which is
-written behind its back."""
+"""Calls of ops past autograd: where no derivative may be asked, and into ready memory, of which it has to be told."""
 
 from __future__ import annotations
 
