@@ -120,7 +120,7 @@ def stoppable() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         interrupted = number == signal.SIGINT
-        if is_importing("torch"):  # C++ of it calls abort() where an import of Python raises; nothing is written yet
+        if is_importing("torch"):  # whose C++ calls abort() if it imports what raises; nothing is written yet
             os._exit(complain(None, "interrupted" if interrupted else STOPPED[signal.Signals(number)], 128 + number))
         raise KeyboardInterrupt if interrupted else Stopped(number)
 

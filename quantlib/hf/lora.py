@@ -98,7 +98,7 @@ class Merging:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time: pickle finds that of peft by its name."""
-        return remade, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[attr-defined]
+        return remade, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[attr-defined]
 
     def _is_over_codes(self) -> bool:
         """False once `dequantize_` has put a float layer in the place of the quantized one."""

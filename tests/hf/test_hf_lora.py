@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import pickle
@@ -226,12 +227,16 @@ def test_prompts_find_an_embedding_of_codes(config: str, tmp_path: Path) -> None
     assert_same_bytes(logits(again, given), logits(model, given), config)
 
 
-def test_a_model_with_adapters_can_be_pickled() -> None:
-    model, given = quantized("Llama", "W8A16")
-    model = adapted(model, target_modules=["q_proj"])
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_a_model_with_adapters_can_be_pickled_and_copied(name: str) -> None:
+    model, given = quantized(name, "W8A16")
+    stacks = [f"{MIXTURES[name]}.gate_up_proj"] if name in MIXTURES else None
+    model = adapted(model, target_modules=["q_proj"], target_parameters=stacks)
     model.merge_adapter()
-    again = pickle.loads(pickle.dumps(model))
-    assert_same_bytes(logits(again, given), logits(model, given), "merged")
-    for m in (model, again):
+    others = pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
+    for again in others:
+        assert_same_bytes(logits(again, given), logits(model, given), "merged")
+    for m in (model, *others):
         m.unmerge_adapter()
-    assert_same_bytes(logits(again, given), logits(model, given), "unmerged")
+    for again in others:
+        assert_same_bytes(logits(again, given), logits(model, given), "unmerged")
